@@ -1,0 +1,141 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace metalens::cpu {
+namespace {
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+int configured_threads() {
+  const char* text = std::getenv("METALENS_NUM_THREADS");
+  if (!text || !*text) return usable_cores();
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (*end || n < 1 || n > 1024) {
+    throw std::runtime_error("METALENS_NUM_THREADS=" + std::string(text) + " is not a number from 1 to 1024.");
+  }
+  return int(n);
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) : pid_(getpid()) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  }
+
+  pid_t pid() const {
+    return pid_;
+  }
+
+  void run(int64_t count, const std::function<void(int64_t)>& task) {
+    std::lock_guard<std::mutex> turn(turn_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = &task;
+      count_ = count;
+      next_ = 0;
+      busy_ = int(workers_.size());
+      error_ = nullptr;
+      ++round_;
+    }
+    wake_.notify_all();
+    take();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+      }
+      take();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void take() {
+    for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
+      try {
+        (*task_)(i);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
+    }
+  }
+
+  const pid_t pid_;
+  std::vector<std::thread> workers_;
+  std::mutex turn_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  int busy_ = 0;
+  uint64_t round_ = 0;
+  std::exception_ptr error_;
+};
+
+// Never destroyed: workers sleep in it until the process ends, and a forked child must not join threads that it does not have.
+Pool& pool() {
+  static std::mutex creation;
+  static std::atomic<Pool*> current{nullptr};
+  static const bool fork_safe [[maybe_unused]] = pthread_atfork([] { creation.lock(); }, [] { creation.unlock(); }, [] { creation.unlock(); }) == 0;
+  Pool* p = current.load(std::memory_order_acquire);
+  if (p && p->pid() == getpid()) return *p;
+  std::lock_guard<std::mutex> lock(creation);
+  p = current.load(std::memory_order_acquire);
+  if (!p || p->pid() != getpid()) {
+    p = new Pool(num_threads());
+    current.store(p, std::memory_order_release);
+  }
+  return *p;
+}
+
+} // namespace
+
+int num_threads() {
+  static const int n = configured_threads();
+  return n;
+}
+
+void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
+  if (count <= 1 || num_threads() == 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+  } else {
+    pool().run(count, task);
+  }
+}
+
+} // namespace metalens::cpu
