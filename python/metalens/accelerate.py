@@ -1,0 +1,107 @@
+"""accelerate(model): run a model's linear layers and tied heads on the native CPU kernels.
+
+MLX's CPU matmul on Linux links a reference BLAS and runs at about 1 GFLOP/s, hundreds of times below what the processor can do; a lens run would
+spend nearly all its time there. A layer is switched by exchanging its class for a subclass with another `__call__`: parameters, names, training mode
+and `isinstance` stay as they are, and undoing it is exchanging the class back.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from metalens.ops.linear import Weight, linear
+
+
+def weight_of(layer: nn.Module) -> Weight:
+    """The matrix of an `mlx.nn` linear or embedding layer, quantised or not."""
+    if "scales" in layer:
+        return Weight(layer["weight"], layer["scales"], layer.get("biases"), layer.group_size, layer.bits, getattr(layer, "mode", "affine"))
+    return Weight(layer["weight"])
+
+
+class _NativeCall(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        y = linear(x, weight_of(self))
+        return y + self["bias"] if "bias" in self else y
+
+
+class _NativeHead(nn.Module):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return linear(x, weight_of(self))
+
+
+class _Linear(_NativeCall, nn.Linear):
+    pass
+
+
+class _QuantizedLinear(_NativeCall, nn.QuantizedLinear):
+    pass
+
+
+class _Embedding(_NativeHead, nn.Embedding):
+    pass
+
+
+class _QuantizedEmbedding(_NativeHead, nn.QuantizedEmbedding):
+    pass
+
+
+# Exact types only: a subclass (LoRA, a sharded layer) has a `__call__` of its own, which must keep running.
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Linear,
+    nn.QuantizedLinear: _QuantizedLinear,
+    nn.Embedding: _Embedding,
+    nn.QuantizedEmbedding: _QuantizedEmbedding,
+}
+
+
+class Acceleration:
+    """What `accelerate` did. `undo()` takes it back; so does leaving a `with` block."""
+
+    def __init__(self, swapped: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+        self._swapped = swapped
+
+    def __len__(self) -> int:
+        """How many layers now run on the native kernels because of this call."""
+        return len(self._swapped)
+
+    def undo(self) -> None:
+        """Give every layer its own class back. Calling it again does nothing."""
+        while self._swapped:
+            layer, original = self._swapped.pop()
+            layer.__class__ = original
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Switch the model's linear layers and tied-embedding heads to metalens's operations, in place.
+
+    On the CPU these run the native kernels; on a GPU, with METALENS_BACKEND=reference or without the extension they are plain MLX, as before.
+    Outputs equal the original's within rounding (the native kernels accumulate in float32).
+
+    Args:
+        model: any `mlx.nn.Module`. Layers that are already switched, or of a subclass with its own `__call__`, are left alone.
+
+    Returns:
+        An `Acceleration`, whose `undo()` restores the model.
+
+    Raises:
+        TypeError: if model is not an `mlx.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate() needs an mlx.nn.Module, not {type(model).__name__}. For an InterpretableModel pass its .model.")
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    for _, layer in model.named_modules():
+        original = type(layer)
+        if original in SWAPS:
+            layer.__class__ = SWAPS[original]
+            swapped.append((layer, original))
+    return Acceleration(swapped)

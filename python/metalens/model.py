@@ -1,0 +1,389 @@
+"""InterpretableModel: a language model with its lenses, in the API of mlxterp's Tutorials 1 and 2."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from metalens.accelerate import weight_of
+from metalens.files import require_writable
+from metalens.lens import Lens, LogitLens, TunedLens, lens_files
+from metalens.ops import Head, lens_stats
+from metalens.ops.lens_stats import top_k as largest
+from metalens.readout import Predictions, lens_rows, predictions, select_layers, select_position
+from metalens.stream import Edit, Stream, StreamSource, follow
+from metalens.tokens import TokenInput, TokenizerMixin
+from metalens.trace import LayerProxy, Trace
+from metalens.training import Progress, TrainingConfig, train
+from metalens.unembed import Norm, Unembed, identity
+
+
+class InterpretableModel(TokenizerMixin):
+    """A frozen language model, seen through lenses.
+
+    Args:
+        model: an `mlx.nn.Module` called as model(ids), or a local path or hub id that `mlx_lm.load` opens.
+        tokenizer: with `encode` and `decode`; the loaded model's own if None.
+        layer_attr: name or dotted path of the list of blocks.
+        embedding_path, norm_path, lm_head_path: dotted paths, where the usual places do not hold.
+
+    Attributes:
+        model: the wrapped module.
+        tokenizer: may be None; then only token ids are accepted.
+        layers: one proxy per block, for use inside `trace`.
+
+    Raises:
+        ValueError: if `model` names nothing that can be loaded.
+        AttributeError: if no list of blocks is found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        tokenizer: Any = None,
+        layer_attr: str = "layers",
+        embedding_path: str | None = None,
+        norm_path: str | None = None,
+        lm_head_path: str | None = None,
+    ) -> None:
+        self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+        if isinstance(model, (str, Path)):
+            model, loaded = _load(str(model))
+            tokenizer = tokenizer if tokenizer is not None else loaded
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = StreamSource(model, layer_attr)
+        self._paths = {"embedding_path": embedding_path, "norm_path": norm_path, "lm_head_path": lm_head_path}
+        self._layer_attr = layer_attr
+        self._trace: Trace | None = None
+        self.layers = [LayerProxy(self, i) for i in range(len(self.source))]
+
+    @cached_property
+    def unembed(self) -> Unembed:
+        """The model's norm and head, found at first use (AttributeError if there is none)."""
+        return Unembed.from_model(self.model, **self._paths)
+
+    @cached_property
+    def checked_unembed(self) -> Unembed:
+        """`unembed`, after it has reproduced the model's own logits once (ValueError if it does not)."""
+        self.unembed.check(self.source)
+        return self.unembed
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """How many token ids the model knows: 0 <= id < embedding_rows."""
+        embedding = follow(self.model, self.unembed.paths["embedding"]) if self.unembed.paths["embedding"] else None
+        return int(embedding.weight.shape[0]) if embedding is not None else self.unembed.vocab_size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped model."""
+        return self.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"InterpretableModel({type(self.model).__name__}, {len(self.layers)} layers, tokenizer {'✓' if self.tokenizer is not None else '✗'})"
+
+    def parameters(self) -> Any:
+        """Of the wrapped model."""
+        return self.model.parameters()
+
+    def trainable_parameters(self) -> Any:
+        """Of the wrapped model."""
+        return self.model.trainable_parameters()
+
+    def named_modules(self) -> Any:
+        """Of the wrapped model."""
+        return self.model.named_modules()
+
+    # ------------------------------------------------------------------ streams
+
+    def capture(self, text: TokenInput, edits: Mapping[int, Edit] | None = None) -> Stream:
+        """The residual streams of a text: one forward pass, every block's output [B, T, D]."""
+        return self.source.capture(self.ids(text), edits)
+
+    def trace(self, inputs: TokenInput | list[str], interventions: Mapping[str | int, Edit] | None = None) -> Trace:
+        """Run the model once, at the start of a `with` block, and offer what its blocks returned.
+
+        Args:
+            inputs: text, texts (padded on the right with token 0, unmasked), ids or an array of ids.
+            interventions: for some blocks (by index, or by a name that ends in layers.<i>), a function of their output [B, T, D] to put in its place.
+
+        Returns:
+            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]} and `output`.
+        """
+        edits = {_layer_index(key, len(self.source)): edit for key, edit in (interventions or {}).items()}
+        return Trace(self, self.ids(inputs), edits)
+
+    # ------------------------------------------------------------------ lenses
+
+    def logit_lens(
+        self,
+        text: TokenInput,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        max_display_tokens: int = 15,
+        figsize: tuple[float, float] = (16, 10),
+        cmap: str = "viridis",
+        font_family: str | None = None,
+        final_norm: Norm | None = None,
+        skip_norm: bool = False,
+    ) -> Predictions:
+        """What each block's output would predict if it were the last: norm, head, top-k.
+
+        Args:
+            text: a string, a list of ids or an array of ids; of a batch, row 0 is read.
+            top_k: predictions per position, 1 to V.
+            layers: block indices, None for all.
+            position: one token only, negative from the end; None for all.
+            plot: also show a layer x token heat map.
+            max_display_tokens: the plot's last columns.
+            figsize, cmap, font_family: of the plot.
+            final_norm: used in place of the model's own.
+            skip_norm: decode without a norm.
+
+        Returns:
+            {layer: [[(token id, logit, token), ...] per position]}, best first. Layer i is the output of block i.
+
+        Raises:
+            ValueError: for empty text, ids outside the vocabulary, an unknown layer, a position or top_k out of range, and a model whose own logits
+                its norm and head do not reproduce.
+        """
+        return self._read(text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+
+    def tuned_lens(
+        self,
+        text: TokenInput,
+        tuned_lens: TunedLens | Lens,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        max_display_tokens: int = 15,
+        figsize: tuple[float, float] = (16, 10),
+        cmap: str = "viridis",
+        font_family: str | None = None,
+        final_norm: Norm | None = None,
+        skip_norm: bool = False,
+    ) -> Predictions:
+        """`logit_lens`, with each block's output first translated by a lens.
+
+        Args:
+            tuned_lens: a TunedLens of this model, or any function (hidden [..., D], layer) -> [..., D].
+            text, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm: as in `logit_lens`.
+
+        Raises:
+            ValueError: as `logit_lens`, and if the lens was made for another model.
+        """
+        return self._read(text, tuned_lens, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+
+    def _read(
+        self,
+        text: TokenInput,
+        lens: Lens,
+        top_k: int,
+        layers: Sequence[int] | None,
+        position: int | None,
+        plot: bool,
+        max_display_tokens: int,
+        figsize: tuple[float, float],
+        cmap: str,
+        font_family: str | None,
+        final_norm: Norm | None,
+        skip_norm: bool,
+    ) -> Predictions:
+        ids = self.ids(text)[:1]
+        chosen = select_layers(layers, len(self.source))
+        where = select_position(position, ids.shape[1])
+        self.check_lens(lens)
+        own_norm = final_norm is None and not skip_norm
+        unembed = self.checked_unembed if own_norm else self.unembed
+        norm = unembed.norm if own_norm else identity if skip_norm else final_norm
+        assert norm is not None
+        if not chosen:
+            return {}
+        hidden = [h[0, where] for h in self.source.capture(ids).hidden]
+        stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)
+        result = predictions(stats, chosen, self.token_strings(stats.top_ids))
+        if plot:
+            from metalens.plotting import show_lens  # matplotlib takes a second to import
+
+            tokens = self.to_str_tokens(ids[0, where])
+            show_lens(
+                result, tokens, stats.max_probability, "max probability", max_display_tokens=max_display_tokens, figsize=figsize, cmap=cmap, font_family=font_family
+            )
+        return result
+
+    def check_lens(self, lens: Lens) -> None:
+        """Raise ValueError if a TunedLens does not fit this model; other callables are taken as they are."""
+        if isinstance(lens, TunedLens):
+            lens.check_fits(len(self.source), self.unembed.hidden_dim)
+        elif not callable(lens):
+            raise TypeError(f"A lens is a TunedLens or a function (hidden, layer) -> hidden, not {type(lens).__name__}.")
+
+    def get_token_predictions(
+        self,
+        hidden_state: mx.array,
+        top_k: int = 10,
+        return_scores: bool = False,
+        embedding_layer: Any = None,
+        lm_head: Any = None,
+    ) -> list[Any]:
+        """The most likely tokens of hidden states that are ready for the head (after the final norm).
+
+        Args:
+            hidden_state: [D] or [N, D].
+            top_k: 1 to V.
+            return_scores: return (id, logit) pairs instead of ids.
+            embedding_layer, lm_head: used in place of the model's own head (lm_head goes first).
+
+        Returns:
+            a list of ids or pairs, best first; for [N, D] one such list per row.
+
+        Raises:
+            ValueError: for another number of dimensions, or top_k out of range.
+        """
+        if hidden_state.ndim not in (1, 2):
+            raise ValueError(f"hidden_state must be [D] or [N, D], got {hidden_state.shape}. Index a batch before passing it.")
+        rows = hidden_state.reshape(-1, hidden_state.shape[-1])
+        if lm_head is not None:
+            logits = lm_head(rows).astype(mx.float32)
+            k = min(max(top_k, 0), logits.shape[-1])
+            if k != top_k or k == 0:
+                raise ValueError(f"top_k must be from 1 to {logits.shape[-1]} (the vocabulary), not {top_k}.")
+            ids, scores = largest(logits, k)
+        else:
+            head = self.unembed.head if embedding_layer is None else _head_of(embedding_layer)
+            stats = lens_stats(rows[None], head, top_k)
+            ids, scores = stats.top_ids[0], stats.top_logits[0]
+        result: list[Any] = ids.tolist()
+        if return_scores:
+            result = [list(zip(i, z, strict=True)) for i, z in zip(result, scores.tolist(), strict=True)]
+        return result[0] if hidden_state.ndim == 1 else result
+
+    def train_tuned_lens(
+        self,
+        dataset: Sequence[str] | Sequence[Sequence[int]],
+        num_steps: int = 250,
+        learning_rate: float = 1.0,
+        momentum: float = 0.9,
+        max_seq_len: int = 2048,
+        gradient_clip: float = 1.0,
+        save_path: str | Path | None = None,
+        verbose: bool = True,
+        callback: Callable[[int, float], None] | None = None,
+    ) -> TunedLens:
+        """Train a lens for this model, one sequence per step (mlxterp's convention; `metalens.training` has the paper's batches).
+
+        Args:
+            dataset: texts, joined with a space; or lists of ids, joined.
+            num_steps: optimiser steps.
+            learning_rate: SGD with Nesterov momentum; falls linearly to 0.
+            momentum: of SGD.
+            max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
+            gradient_clip: largest gradient norm over all layers.
+            save_path: where to save the lens; checked before training starts.
+            verbose: a progress bar on stderr.
+            callback: called with (step, loss before the update) after every step.
+
+        Raises:
+            ValueError: for an empty or too short dataset, settings out of range, or a model without a head.
+            OSError: if save_path can't be written.
+        """
+        config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
+        if save_path is not None:
+            for file in lens_files(save_path):
+                require_writable(file)
+        ids = self.training_ids(dataset)
+        try:
+            unembed = self.checked_unembed
+        except AttributeError as error:
+            raise ValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
+
+        def report(progress: Progress) -> None:
+            if callback is not None:
+                callback(progress.step, progress.loss)
+
+        lens = train(self.source, unembed, ids, config, callback=report, show_progress=verbose)
+        if save_path is not None:
+            lens.save(save_path)
+        return lens
+
+    def training_ids(self, dataset: Sequence[Any]) -> mx.array:
+        """The dataset as one stream of token ids [tokens].
+
+        Raises:
+            ValueError: if it is empty, blank, or holds ids outside the vocabulary.
+        """
+        if isinstance(dataset, str):
+            dataset = [dataset]
+        if len(dataset) == 0:
+            raise ValueError("Dataset is empty. Provide a list of texts to train on.")
+        if not all(isinstance(entry, str) for entry in dataset):
+            return self.check_ids(mx.concatenate([mx.array(entry).reshape(-1) for entry in dataset]))
+        if not any(entry.strip() for entry in dataset):
+            raise ValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
+        return self.check_ids(mx.array(self.encode(" ".join(dataset)), dtype=mx.int32))
+
+    def load_tuned_lens(self, path: str | Path) -> TunedLens:
+        """Read a lens from `<path>.npz` and `<path>.json`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `TunedLens.load`, and if the lens was made for another model.
+        """
+        lens = TunedLens.load(path)
+        self.check_lens(lens)
+        return lens
+
+
+def train_tuned_lens(
+    model: InterpretableModel,
+    dataset: Sequence[str] | Sequence[Sequence[int]],
+    num_steps: int = 250,
+    learning_rate: float = 1.0,
+    momentum: float = 0.9,
+    max_seq_len: int = 2048,
+    gradient_clip: float = 1.0,
+    save_path: str | Path | None = None,
+    verbose: bool = True,
+    callback: Callable[[int, float], None] | None = None,
+) -> TunedLens:
+    """`InterpretableModel.train_tuned_lens` as a function."""
+    return model.train_tuned_lens(dataset, num_steps, learning_rate, momentum, max_seq_len, gradient_clip, save_path, verbose, callback)
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer from a local path or hub id."""
+    from mlx_lm import load  # slow to import, and needless for a model that is already loaded
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = load(name)
+    except Exception as error:
+        raise ValueError(
+            f"Could not load model '{name}'.\nTried the following strategies:\n  1. mlx-lm failed to load model: {error}\n\n"
+            "Alternatively, load the model manually and pass it to InterpretableModel(model)."
+        ) from error
+    return loaded[0], loaded[1]
+
+
+def _head_of(embedding: Any) -> Head:
+    if not isinstance(embedding, nn.Module) or "weight" not in embedding:
+        raise TypeError(f"embedding_layer must be an mlx.nn embedding or linear layer, not {type(embedding).__name__}.")
+    return Head(weight_of(embedding))
+
+
+def _layer_index(key: str | int, num_layers: int) -> int:
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)$", key) if isinstance(key, str) else None
+    index = key if isinstance(key, int) else int(match[1]) if match else -1
+    if not 0 <= index < num_layers:
+        raise ValueError(f"No block {key!r} to intervene on: give an index from 0 to {num_layers - 1}, or a name that ends in layers.<index>.")
+    return index

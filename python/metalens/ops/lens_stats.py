@@ -1,0 +1,106 @@
+"""lens_stats: what a row of logits says (top-k, entropy, KL to the model, NLL and rank of a label), a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+
+from metalens.ops.chunks import token_chunks
+from metalens.ops.lens_kl import kl_divergence, softmax
+from metalens.ops.unembed import Head, head_logits
+
+
+@dataclass(frozen=True)
+class LensStats:
+    """Statistics of L x N rows of logits; nats, float32 unless said.
+
+    Attributes:
+        lse: [L, N] log-sum-exp of the logits.
+        entropy: [L, N].
+        max_probability: [L, N].
+        top_ids: [L, N, k] int32, by falling logit, equal logits by rising id.
+        top_logits: [L, N, k].
+        kl: [L, N] KL(model || row), or None without n_model.
+        agrees: [L, N] bool, whether the row's most likely token is the model's; None without n_model.
+        nll: [L, N] -log q(label), or None without labels.
+        rank: [L, N] int32, 1 = the label is the most likely; None without labels.
+    """
+
+    lse: mx.array
+    entropy: mx.array
+    max_probability: mx.array
+    top_ids: mx.array
+    top_logits: mx.array
+    kl: mx.array | None = None
+    agrees: mx.array | None = None
+    nll: mx.array | None = None
+    rank: mx.array | None = None
+
+
+def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
+    """Statistics of every row, evaluated; at most one chunk of logits exists at a time.
+
+    Args:
+        n: [L, N, D] rows after the final norm: L layers of N tokens, N >= 1.
+        head: the unembedding.
+        k: how many of the most likely tokens to name, 1 <= k <= V. Which of several tokens with equal logits at the k-th place is named is unspecified.
+        n_model: [N, D] the model's own rows; adds kl and agrees.
+        labels: [N] token ids; adds nll and rank.
+
+    Raises:
+        ValueError: if k is out of range or the shapes do not fit together.
+    """
+    _, d = head.weight.shape
+    if not 1 <= k <= head.vocab_size:
+        raise ValueError(f"top_k must be from 1 to {head.vocab_size} (the vocabulary), not {k}.")
+    if n.ndim != 3 or n.shape[-1] != d or n.shape[1] == 0:
+        raise ValueError(f"lens_stats needs n [L, N, {d}] with N >= 1, got {n.shape}.")
+    if n_model is not None and n_model.shape != n.shape[1:]:
+        raise ValueError(f"n_model must be {n.shape[1:]} for n {n.shape}, got {n_model.shape}.")
+    if labels is not None and labels.shape != n.shape[1:2]:
+        raise ValueError(f"labels must be {n.shape[1:2]} for n {n.shape}, got {labels.shape}.")
+    parts: list[LensStats] = []
+    for chunk in token_chunks(n.shape[1], n.shape[0], head.vocab_size):
+        part = _chunk(n[:, chunk], head, k, None if n_model is None else n_model[chunk], None if labels is None else labels[chunk])
+        mx.eval([value for value in vars(part).values() if value is not None])
+        parts.append(part)
+    return LensStats(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(LensStats)})
+
+
+def _join(values: list[mx.array | None]) -> mx.array | None:
+    present = [v for v in values if v is not None]
+    return mx.concatenate(present, axis=1) if present else None
+
+
+def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Ids [..., k] int32 and logits [..., k] of the k largest, by falling logit, equal logits by rising id."""
+    v = z.shape[-1]
+    if k == 1:
+        best = mx.argmax(z, axis=-1, keepdims=True)
+        return best.astype(mx.int32), mx.take_along_axis(z, best, axis=-1)
+    ids = mx.argpartition(-z, k - 1, axis=-1)[..., :k] if k < v else mx.broadcast_to(mx.arange(v), z.shape)
+    ids = mx.sort(ids, axis=-1)
+    order = mx.argsort(-mx.take_along_axis(z, ids, axis=-1), axis=-1)  # stable: equal logits keep their ids' order
+    ids = mx.take_along_axis(ids, order, axis=-1)
+    return ids.astype(mx.int32), mx.take_along_axis(z, ids, axis=-1)
+
+
+def _chunk(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None) -> LensStats:
+    z = head_logits(n, head)
+    log_q, q, lse = softmax(z)
+    lse = lse[..., 0]
+    kl = agrees = nll = rank = None
+    top_ids, top_logits = top_k(z, k)
+    if n_model is not None:
+        z_model = head_logits(n_model, head)
+        log_p, p, _ = softmax(z_model)
+        kl = kl_divergence(p, log_p, log_q)
+        agrees = mx.argmax(z, axis=-1) == mx.argmax(z_model, axis=-1)
+    if labels is not None:
+        of_label = mx.take_along_axis(z, mx.broadcast_to(labels[None, :, None], (*z.shape[:2], 1)), axis=-1)
+        nll = lse - of_label[..., 0]
+        rank = 1 + mx.sum(z > of_label, axis=-1).astype(mx.int32)
+    # 0 * -inf at impossible tokens is 0 here, not NaN.
+    entropy = -mx.sum(mx.where(q > 0, q * log_q, 0.0), axis=-1)
+    return LensStats(lse, entropy, mx.exp(top_logits[..., 0] - lse), top_ids, top_logits, kl, agrees, nll, rank)

@@ -1,0 +1,75 @@
+"""linear(x, W): the product with a frozen or trainable matrix, dense or quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metalens.ops.backend import native
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+NATIVE_BITS = (2, 3, 4, 5, 6, 8)
+NATIVE_GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix W [O, I] as MLX stores it: dense, or packed along I with one scale (and bias) per group of `group_size` columns.
+
+    Attributes:
+        values: [O, I] floats, or [O, I * bits / 32] uint32 when quantised.
+        scales: [O, I / group_size], or None when dense.
+        biases: like scales for mode 'affine', else None.
+        group_size, bits, mode: as in `mlx.core.quantize`; ignored when dense.
+    """
+
+    values: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    group_size: int = 64
+    bits: int = 4
+    mode: str = "affine"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), unpacked."""
+        rows, columns = self.values.shape
+        return rows, columns if self.scales is None else columns * 32 // self.bits
+
+
+def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
+    """X W^T, or x W with transpose=False.
+
+    Args:
+        x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
+        w: the matrix [O, I].
+        transpose: the orientation.
+
+    Returns:
+        [..., O] or [..., I]. The native kernels accumulate in float32 and return x's dtype (dense: the promoted one); plain MLX returns its own
+        promoted dtype.
+    """
+    extension = native()
+    if w.scales is None:
+        if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
+            return extension.matmul(x, w.values, transpose)
+        return x @ (w.values.T if transpose else w.values)
+    if extension is not None and _native_can(x, w):
+        y: mx.array = extension.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
+        # Plain MLX promotes x with the scales; float32 activations beside 16-bit scales stay float32 in both.
+        return y.astype(mx.result_type(x, w.scales))
+    return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits, w.mode)
+
+
+def _native_can(x: mx.array, w: Weight) -> bool:
+    return (
+        w.mode == "affine"
+        and w.bits in NATIVE_BITS
+        and w.group_size in NATIVE_GROUPS
+        and x.dtype in FLOATS
+        and w.scales is not None
+        and w.biases is not None
+        and w.scales.dtype in FLOATS
+        and w.biases.dtype == w.scales.dtype
+    )

@@ -1,0 +1,52 @@
+"""What a lens says: predictions and statistics of the residual stream, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from metalens.lens import Lens
+from metalens.ops import LensStats
+from metalens.unembed import Norm
+
+# {layer: [[(token id, score, token), ...] per position]}; score is the raw logit, best first.
+Predictions = dict[int, list[list[tuple[int, float, str]]]]
+
+
+def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: Norm) -> mx.array:
+    """Translate and norm: [len(layers), T, D] from hidden[layer] [T, D], ready for the head."""
+    return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+
+
+def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """All layers for None, else the given ones in their order.
+
+    Raises:
+        ValueError: naming the layers that the model does not have.
+    """
+    if layers is None:
+        return list(range(num_layers))
+    unknown = [layer for layer in layers if not 0 <= layer < num_layers]
+    if unknown:
+        raise ValueError(f"The model has layers 0 to {num_layers - 1}; there is no layer {', '.join(map(str, unknown))}.")
+    return list(layers)
+
+
+def select_position(position: int | None, length: int) -> slice:
+    """The slice of the token axis that `position` means: everything for None, else one token, negative from the end."""
+    if position is None:
+        return slice(None)
+    if not -length <= position < length:
+        raise ValueError(f"Position {position} is out of bounds for sequence length {length}. Valid range: [{-length}, {length - 1}]")
+    position %= length
+    return slice(position, position + 1)
+
+
+def predictions(stats: LensStats, layers: Sequence[int], token_strings: dict[int, str]) -> Predictions:
+    """The top-k of every layer and position, with the tokens' text looked up in `token_strings`."""
+    ids, logits = stats.top_ids.tolist(), stats.top_logits.tolist()
+    return {
+        layer: [[(i, z, token_strings[i]) for i, z in zip(*position, strict=True)] for position in zip(ids[row], logits[row], strict=True)]
+        for row, layer in enumerate(layers)
+    }

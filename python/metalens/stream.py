@@ -1,0 +1,128 @@
+"""Residual streams: every block's output, from one forward pass of any decoder of mlx-lm's kind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# Where models keep their blocks, in the order tried. `{}` is the attribute's name, "layers" unless the caller says otherwise.
+LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
+ALTERNATIVE_NAMES = ("layers", "h", "blocks")
+
+Edit = Callable[[mx.array], mx.array]
+
+
+def follow(root: Any, path: str) -> Any:
+    """The attribute at a dotted path (numbers index lists), or None if it is not there."""
+    for name in path.split("."):
+        if name.isdigit() and isinstance(root, (list, tuple)):
+            root = root[int(name)] if int(name) < len(root) else None
+        else:
+            root = getattr(root, name, None)
+        if root is None:
+            return None
+    return root
+
+
+def find_layers(model: Any, layer_attr: str = "layers") -> tuple[str, Sequence[nn.Module]]:
+    """The model's blocks and the dotted path at which they were found.
+
+    Raises:
+        AttributeError: listing the paths tried, if there is none.
+    """
+    names = [layer_attr, *(ALTERNATIVE_NAMES if layer_attr == "layers" else ())]
+    tried = [pattern.format(name) for name in dict.fromkeys(names) for pattern in LAYER_PATHS]
+    for path in tried:
+        found = follow(model, path)
+        if isinstance(found, (list, tuple)) and len(found) > 0:
+            # mlx-lm's models offer `layers` as a property; the real place gives the names that other tools show.
+            inner = f"model.{path}"
+            return (inner if follow(model, inner) is found else path), found
+    raise AttributeError(f"Could not find layers attribute. Tried: {tried}. Specify the correct path with layer_attr parameter.")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What one forward pass left behind.
+
+    Attributes:
+        hidden: the output of block i at index i, [B, T, D] each.
+        logits: [B, T, V], the model's own. Lazy like everything in MLX: it costs nothing unless it is used.
+    """
+
+    hidden: list[mx.array]
+    logits: mx.array
+
+
+class StreamSource:
+    """Captures residual streams of one model.
+
+    For the length of one call each block's class is exchanged for a subclass that notes what the block returns, so the model's own code runs as it
+    is, with the attributes it looks up on its blocks, and nothing is left behind.
+
+    Args:
+        model: the language model, called as `model(ids)`.
+        layer_attr: name or dotted path of the list of blocks.
+    """
+
+    def __init__(self, model: nn.Module, layer_attr: str = "layers") -> None:
+        self.model = model
+        self.path, self.layers = find_layers(model, layer_attr)
+
+    def __len__(self) -> int:
+        """L: the number of blocks."""
+        return len(self.layers)
+
+    def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None) -> Stream:
+        """Run the model on ids [B, T] and keep every block's output.
+
+        Args:
+            ids: token ids [B, T].
+            edits: for some blocks, what to put in place of their output: f([B, T, D]) -> [B, T, D].
+
+        Raises:
+            RuntimeError: if a block was not run exactly once, in which case no stream can be named.
+        """
+        seen: list[list[mx.array]] = [[] for _ in self.layers]
+        with _watched(self.layers, seen, edits or {}):
+            logits = self.model(ids)
+        if isinstance(logits, (tuple, list)):
+            logits = logits[0]
+        wrong = [i for i, outputs in enumerate(seen) if len(outputs) != 1]
+        if wrong:
+            raise RuntimeError(f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream.")
+        return Stream([outputs[0] for outputs in seen], logits)
+
+
+@contextlib.contextmanager
+def _watched(layers: Sequence[nn.Module], seen: list[list[mx.array]], edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Make every block append its output to its list in `seen` while the `with` block runs."""
+    originals = [type(layer) for layer in layers]
+    subclasses: dict[type, type] = {}
+    index = {id(layer): i for i, layer in enumerate(layers)}
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        i = index[id(self)]
+        output = originals[i].__call__(self, *args, **kwargs)
+        several = isinstance(output, (tuple, list))
+        hidden = output[0] if several else output
+        if i in edits:
+            hidden = edits[i](hidden)
+            output = type(output)([hidden, *output[1:]]) if several else hidden
+        seen[i].append(hidden)
+        return output
+
+    try:
+        for layer, original in zip(layers, originals, strict=True):
+            if original not in subclasses:
+                subclasses[original] = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+            layer.__class__ = subclasses[original]
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.__class__ = original
