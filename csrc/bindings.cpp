@@ -27,7 +27,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "matmul", &metalens::matmul, "x"_a, "w"_a, "transpose"_a = true, nb::kw_only(), "stream"_a = nb::none(),
       "x W^T (or x W) for a dense W, on the CPU.\n\n"
-      "x [..., I], w [O, I], each float32, float16 or bfloat16. Returns [..., O] in the promoted dtype; accumulates in float32. Differentiable in both.\n"
+      "x [..., I], w [O, I], each float32, float16 or bfloat16. Returns [..., O] in the promoted dtype; accumulates in float32. Differentiable in "
+      "both.\n"
       "With transpose=False, x is [..., O] and the result [..., I]. Raises ValueError for shapes or types that do not fit together.");
 
   m.def("num_threads", &metalens::cpu::num_threads, "Threads the kernels use: METALENS_NUM_THREADS, or the cores this process may run on.");

@@ -135,7 +135,7 @@ def paragraphs(path: Path) -> Iterator[tuple[bool, str]]:
 
 def reads_as_prose(text: str) -> bool:
     letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
-    return len(text) >= 60 and letters >= 0.88 * len(text) and text[-1] in ".!?:;\")" and text.count(" ") >= 8
+    return len(text) >= 60 and letters >= 0.88 * len(text) and text[-1] in '.!?:;")' and text.count(" ") >= 8
 
 
 def document(path: Path, seen: set[str]) -> str:

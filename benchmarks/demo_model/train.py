@@ -5,8 +5,9 @@
 (The two variables keep freed memory in the process: without them a third of the time goes to page faults.)
 
 A Llama of 8 blocks, width 256, 4 heads of 64 with 2 key/value heads, gated MLP of 704, tied embedding of 6000 byte-level BPE tokens. PyTorch on
-the CPU with bf16 autocast; Muon for the matrices inside the blocks, AdamW for the rest. For the last part of the run every matrix passes through MLX's
-4-bit affine quantisation (group 64) in the forward pass, with a straight-through gradient, so that the quantised model is the one that was trained.
+the CPU with bf16 autocast; Muon for the matrices inside the blocks, AdamW for the rest. For the last part of the run every matrix passes
+through MLX's 4-bit affine quantisation (group 64) in the forward pass, with a straight-through gradient, so that the quantised model is the one
+that was trained.
 
 The number of steps follows from --minutes and the speed measured over the first steps. Writes tokenizer.json, checkpoint.pt (atomically) and
 training.json (settings, losses) into WORKDIR.
@@ -157,7 +158,9 @@ def train_tokenizer(documents: list[dict], c: Config, path: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=c.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=c.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator((str(d["text"]) for d in documents), trainer)
     tokenizer.save(str(path))
     return tokenizer

@@ -33,7 +33,10 @@ std::vector<const KernelTable*> available() {
 
 std::string names(const std::vector<const KernelTable*>& tables) {
   std::string all;
-  for (const auto* table : tables) all += (all.empty() ? "" : " ") + std::string(table->name);
+  for (const auto* table : tables) {
+    if (!all.empty()) all += ' ';
+    all += table->name;
+  }
   return all;
 }
 
@@ -47,7 +50,7 @@ const KernelTable& choose() {
   throw std::runtime_error("METALENS_ISA=" + std::string(wanted) + " is not available here. Choose one of: " + names(tables) + ", or unset it.");
 }
 
-} // namespace
+}  // namespace
 
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
@@ -59,4 +62,4 @@ const char* available_isas() {
   return all.c_str();
 }
 
-} // namespace metalens::cpu
+}  // namespace metalens::cpu

@@ -19,10 +19,10 @@ constexpr int64_t element_size(Element e) {
 struct Matrix {
   int64_t rows;
   int64_t cols;
-  Element element; // of the values if dense, of scales and biases if quantised
-  int bits; // 0: dense
+  Element element;  // of the values if dense, of scales and biases if quantised
+  int bits;         // 0: dense
   int group_size;
-  const void* values; // dense values or packed codes
+  const void* values;  // dense values or packed codes
   const void* scales;
   const void* biases;
 };
@@ -59,4 +59,4 @@ const KernelTable& kernels();
 // Names of the instruction sets that this build holds and this CPU has, narrowest first, separated by spaces.
 const char* available_isas();
 
-} // namespace metalens::cpu
+}  // namespace metalens::cpu

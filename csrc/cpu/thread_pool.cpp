@@ -123,7 +123,7 @@ Pool& pool() {
   return *p;
 }
 
-} // namespace
+}  // namespace
 
 int num_threads() {
   static const int n = configured_threads();
@@ -138,4 +138,4 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& task) {
   }
 }
 
-} // namespace metalens::cpu
+}  // namespace metalens::cpu

@@ -14,4 +14,4 @@ int num_threads();
 // only oversubscribe the cores. A task must not call parallel_for. After fork() the child gets a pool of its own.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& task);
 
-} // namespace metalens::cpu
+}  // namespace metalens::cpu

@@ -38,10 +38,10 @@ mx::Stream cpu_stream(mx::StreamOrDevice s) {
 }
 
 // Build the node: flatten x's leading axes, make everything row-contiguous, restore the axes.
-mx::array
-build(const mx::array& x, std::vector<mx::array> weight, mx::Dtype type, int columns, bool transpose, int group_size, int bits, mx::Stream stream) {
+mx::array build(
+    const mx::array& x, std::vector<mx::array> weight, mx::Dtype type, int columns, bool transpose, int group_size, int bits, mx::Stream stream) {
   int rows = 1;
-  for (int i = 0; i + 1 < x.ndim(); ++i) rows *= x.shape(i);
+  for (size_t i = 0; i + 1 < x.ndim(); ++i) rows *= x.shape(int(i));
   auto flat = mx::reshape(x, {rows, x.shape(-1)}, stream);
   std::vector<mx::array> inputs{mx::contiguous(flat, false, stream)};
   for (auto& w : weight) inputs.push_back(mx::contiguous(w, false, stream));
@@ -102,7 +102,7 @@ void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, mx::arra
   if (out.dtype() != mx::float32) table.store(element_of(out.dtype()), c, out.data<void>(), m * n);
 }
 
-} // namespace
+}  // namespace
 
 mx::array quantized_matmul(
     const mx::array& x,
@@ -123,14 +123,16 @@ mx::array quantized_matmul(
   const int64_t inner = int64_t(w.shape(1)) * 32 / bits;
   const mx::Shape expected{w.shape(0), int(inner / group_size)};
   if (inner % group_size || int64_t(w.shape(1)) * 32 % bits || scales.shape() != expected || biases.shape() != expected) {
-    reject("w ", w.shape(), " with bits=", bits, " and group_size=", group_size, " needs scales and biases [O, I / group_size]; they are ",
-           scales.shape(), " and ", biases.shape(), ".");
+    reject(
+        "w ", w.shape(), " with bits=", bits, " and group_size=", group_size, " needs scales and biases [O, I / group_size]; they are ",
+        scales.shape(), " and ", biases.shape(), ".");
   }
   const int64_t reduced = transpose ? inner : w.shape(0);
   const int64_t columns = transpose ? w.shape(0) : inner;
   if (x.ndim() < 1 || x.shape(-1) != reduced) {
-    reject("x must have ", reduced, " elements along its last axis for a weight [", w.shape(0), ", ", inner, "], transpose=", transpose,
-           "; its shape is ", x.shape(), ".");
+    reject(
+        "x must have ", reduced, " elements along its last axis for a weight [", w.shape(0), ", ", inner, "], transpose=", transpose,
+        "; its shape is ", x.shape(), ".");
   }
   return build(x, {w, scales, biases}, x.dtype(), int(columns), transpose, group_size, bits, cpu_stream(s));
 }
@@ -153,20 +155,20 @@ void Linear::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   encoder.set_output_array(out);
   std::vector<mx::array> held;
   for (const auto& input : inputs) held.push_back(mx::array::unsafe_weak_copy(input));
-  encoder.dispatch([inputs = std::move(held), out = mx::array::unsafe_weak_copy(out), transpose = transpose_, group_size = group_size_,
-                    bits = bits_]() mutable {
-    const auto& weight = inputs[1];
-    cpu::Matrix w{};
-    w.rows = weight.shape(0);
-    w.cols = bits ? int64_t(weight.shape(1)) * 32 / bits : weight.shape(1);
-    w.element = element_of(bits ? inputs[2].dtype() : weight.dtype());
-    w.bits = bits;
-    w.group_size = group_size;
-    w.values = weight.data<void>();
-    w.scales = bits ? inputs[2].data<void>() : nullptr;
-    w.biases = bits ? inputs[3].data<void>() : nullptr;
-    evaluate(inputs[0], w, transpose, out);
-  });
+  encoder.dispatch(
+      [inputs = std::move(held), out = mx::array::unsafe_weak_copy(out), transpose = transpose_, group_size = group_size_, bits = bits_]() mutable {
+        const auto& weight = inputs[1];
+        cpu::Matrix w{};
+        w.rows = weight.shape(0);
+        w.cols = bits ? int64_t(weight.shape(1)) * 32 / bits : weight.shape(1);
+        w.element = element_of(bits ? inputs[2].dtype() : weight.dtype());
+        w.bits = bits;
+        w.group_size = group_size;
+        w.values = weight.data<void>();
+        w.scales = bits ? inputs[2].data<void>() : nullptr;
+        w.biases = bits ? inputs[3].data<void>() : nullptr;
+        evaluate(inputs[0], w, transpose, out);
+      });
 }
 
 void Linear::eval_gpu(const std::vector<mx::array>&, mx::array&) {
@@ -178,8 +180,7 @@ mx::array Linear::apply(const mx::array& x, const std::vector<mx::array>& inputs
                : matmul(x, inputs[1], transpose, stream());
 }
 
-std::vector<mx::array>
-Linear::jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) {
+std::vector<mx::array> Linear::jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) {
   std::optional<mx::array> sum;
   for (size_t i = 0; i < argnums.size(); ++i) {
     if (bits_ && argnums[i] != 0) reject("a quantised weight is frozen: only x can be differentiated.");
@@ -190,10 +191,7 @@ Linear::jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>&
 }
 
 std::vector<mx::array> Linear::vjp(
-    const std::vector<mx::array>& primals,
-    const std::vector<mx::array>& cotangents,
-    const std::vector<int>& argnums,
-    const std::vector<mx::array>&) {
+    const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums, const std::vector<mx::array>&) {
   std::vector<mx::array> grads;
   const auto& g = cotangents[0];
   for (int argnum : argnums) {
@@ -230,4 +228,4 @@ std::vector<mx::Shape> Linear::output_shapes(const std::vector<mx::array>& input
   return {{inputs[0].shape(0), columns}};
 }
 
-} // namespace metalens
+}  // namespace metalens

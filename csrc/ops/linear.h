@@ -30,13 +30,13 @@ mx::array matmul(const mx::array& x, const mx::array& w, bool transpose, mx::Str
 class Linear : public mx::UnaryPrimitive {
  public:
   Linear(mx::Stream stream, bool transpose, int group_size, int bits)
-      : mx::UnaryPrimitive(stream), transpose_(transpose), group_size_(group_size), bits_(bits) {}
+      : mx::UnaryPrimitive(stream), transpose_(transpose), group_size_(group_size), bits_(bits) {
+  }
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
 
-  std::vector<mx::array> jvp(
-      const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) override;
   std::vector<mx::array> vjp(
       const std::vector<mx::array>& primals,
       const std::vector<mx::array>& cotangents,
@@ -56,7 +56,7 @@ class Linear : public mx::UnaryPrimitive {
 
   bool transpose_;
   int group_size_;
-  int bits_; // 0: dense
+  int bits_;  // 0: dense
 };
 
-} // namespace metalens
+}  // namespace metalens

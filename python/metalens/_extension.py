@@ -9,6 +9,7 @@ import importlib
 import json
 import warnings
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -27,8 +28,9 @@ def find() -> tuple[ModuleType | None, str]:
     except (ValueError, KeyError):
         return None, f"{BUILD_INFO.name} is damaged"
     # Compared before loading: mlx's C++ ABI changes between patch releases, and loading beside another one may crash.
-    if built_for != mx.__version__:
-        return None, f"it was built for mlx {built_for}, and mlx {mx.__version__} is installed"
+    installed = version("mlx")
+    if built_for != installed:
+        return None, f"it was built for mlx {built_for}, and mlx {installed} is installed"
     try:
         extension = importlib.import_module("metalens._ext")
         # A wrong nanobind builds and imports, and fails at the first call that takes an array; an impossible METALENS_ISA fails here too.

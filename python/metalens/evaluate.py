@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from metalens.arrays import nested
 from metalens.lens import Lens, LogitLens
 from metalens.model import InterpretableModel
 from metalens.ops import LensStats, lens_stats
@@ -134,10 +135,12 @@ class _Sums:
         self.labels = 0
 
     def add(self, stats: LensStats) -> None:
-        assert stats.kl is not None and stats.nll is not None and stats.agrees is not None
+        assert stats.kl is not None
+        assert stats.nll is not None
+        assert stats.agrees is not None
         n = stats.kl.shape[1]
         for total, values in ((self.kl, stats.kl), (self.nll, stats.nll[:, :-1]), (self.agreements, stats.agrees.astype(mx.float32))):
-            for i, value in enumerate(mx.sum(values, axis=1).tolist()):
+            for i, value in enumerate(nested(mx.sum(values, axis=1))):
                 total[i] += value
         self.positions += n
         self.labels += n - 1

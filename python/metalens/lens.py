@@ -42,7 +42,7 @@ class TunedLens(nn.Module):
     """
 
     def __init__(self, num_layers: int, hidden_dim: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if num_layers < 1 or hidden_dim < 1:
             raise ValueError(f"A lens needs at least one layer and one dimension, not num_layers={num_layers}, hidden_dim={hidden_dim}.")
         self.num_layers = num_layers
@@ -88,12 +88,12 @@ class TunedLens(nn.Module):
         """
         weights, config = lens_files(path)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for i, translator in enumerate(self.translators):
             arrays[f"translators_{i}_weight"] = np.array(translator.weight.astype(mx.float32))
             arrays[f"translators_{i}_bias"] = np.array(translator.bias.astype(mx.float32))
         with atomic_write(weights) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, allow_pickle=False, **arrays)
         with atomic_write(config) as temporary:
             temporary.write_text(json.dumps({"num_layers": self.num_layers, "hidden_dim": self.hidden_dim}, indent=2) + "\n")
 

@@ -13,11 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.accelerate import weight_of
+from metalens.arrays import nested
 from metalens.files import require_writable
 from metalens.lens import Lens, LogitLens, TunedLens, lens_files
 from metalens.ops import Head, lens_stats
 from metalens.ops.lens_stats import top_k as largest
-from metalens.readout import Predictions, lens_rows, predictions, select_layers, select_position
+from metalens.readout import Predictions, Reading, lens_rows, predictions, select_layers, select_position
 from metalens.stream import Edit, Stream, StreamSource, follow
 from metalens.tokens import TokenInput, TokenizerMixin
 from metalens.trace import LayerProxy, Trace
@@ -156,7 +157,7 @@ class InterpretableModel(TokenizerMixin):
             ValueError: for empty text, ids outside the vocabulary, an unknown layer, a position or top_k out of range, and a model whose own logits
                 its norm and head do not reproduce.
         """
-        return self._read(text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+        return self._lens(text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
 
     def tuned_lens(
         self,
@@ -182,9 +183,41 @@ class InterpretableModel(TokenizerMixin):
         Raises:
             ValueError: as `logit_lens`, and if the lens was made for another model.
         """
-        return self._read(text, tuned_lens, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+        return self._lens(text, tuned_lens, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
 
-    def _read(
+    def read(
+        self,
+        text: TokenInput,
+        lens: Lens | None = None,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        final_norm: Norm | None = None,
+        skip_norm: bool = False,
+    ) -> Reading:
+        """Everything a lens says about a text: predictions, statistics, and the model's own answer beside them.
+
+        Arguments and errors as in `logit_lens`; lens None is the logit lens. At least one layer.
+        """
+        ids = self.ids(text)[:1]
+        chosen = select_layers(layers, len(self.source))
+        if not chosen:
+            raise ValueError("No layers were asked for. Pass layers=None for all of them.")
+        where = select_position(position, ids.shape[1])
+        lens = LogitLens() if lens is None else lens
+        self.check_lens(lens)
+        own_norm = final_norm is None and not skip_norm
+        unembed = self.checked_unembed if own_norm else self.unembed
+        norm = identity if skip_norm else final_norm or unembed.norm
+        hidden = [h[0, where] for h in self.source.capture(ids).hidden]
+        stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)
+        model = lens_stats(norm(hidden[-1])[None], unembed.head)
+        strings = self.token_strings(mx.concatenate([stats.top_ids.reshape(-1), model.top_ids.reshape(-1)]))
+        names = self.token_strings(ids[0, where])
+        tokens = [names[i] for i in nested(ids[0, where])]
+        return Reading(chosen, tokens, predictions(stats, chosen, strings), stats, model, [strings[i] for i in nested(model.top_ids[0, :, 0])])
+
+    def _lens(
         self,
         text: TokenInput,
         lens: Lens,
@@ -199,27 +232,15 @@ class InterpretableModel(TokenizerMixin):
         final_norm: Norm | None,
         skip_norm: bool,
     ) -> Predictions:
-        ids = self.ids(text)[:1]
-        chosen = select_layers(layers, len(self.source))
-        where = select_position(position, ids.shape[1])
-        self.check_lens(lens)
-        own_norm = final_norm is None and not skip_norm
-        unembed = self.checked_unembed if own_norm else self.unembed
-        norm = unembed.norm if own_norm else identity if skip_norm else final_norm
-        assert norm is not None
-        if not chosen:
+        if layers is not None and len(layers) == 0:
             return {}
-        hidden = [h[0, where] for h in self.source.capture(ids).hidden]
-        stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)
-        result = predictions(stats, chosen, self.token_strings(stats.top_ids))
+        reading = self.read(text, lens, top_k, layers, position, final_norm, skip_norm)
         if plot:
             from metalens.plotting import show_lens  # matplotlib takes a second to import
 
-            tokens = self.to_str_tokens(ids[0, where])
-            show_lens(
-                result, tokens, stats.max_probability, "max probability", max_display_tokens=max_display_tokens, figsize=figsize, cmap=cmap, font_family=font_family
-            )
-        return result
+            look = {"max_display_tokens": max_display_tokens, "figsize": figsize, "cmap": cmap, "font_family": font_family}
+            show_lens(reading.predictions, reading.tokens, reading.stats.max_probability, "probability of the top token", **look)
+        return reading.predictions
 
     def check_lens(self, lens: Lens) -> None:
         """Raise ValueError if a TunedLens does not fit this model; other callables are taken as they are."""
@@ -263,9 +284,9 @@ class InterpretableModel(TokenizerMixin):
             head = self.unembed.head if embedding_layer is None else _head_of(embedding_layer)
             stats = lens_stats(rows[None], head, top_k)
             ids, scores = stats.top_ids[0], stats.top_logits[0]
-        result: list[Any] = ids.tolist()
+        result = nested(ids)
         if return_scores:
-            result = [list(zip(i, z, strict=True)) for i, z in zip(result, scores.tolist(), strict=True)]
+            result = [list(zip(i, z, strict=True)) for i, z in zip(result, nested(scores), strict=True)]
         return result[0] if hidden_state.ndim == 1 else result
 
     def train_tuned_lens(

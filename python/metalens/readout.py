@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from metalens.arrays import nested
 from metalens.lens import Lens
 from metalens.ops import LensStats
 from metalens.unembed import Norm
 
 # {layer: [[(token id, score, token), ...] per position]}; score is the raw logit, best first.
 Predictions = dict[int, list[list[tuple[int, float, str]]]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text read through one lens.
+
+    Attributes:
+        layers: the blocks read, in the order asked for.
+        tokens: the text of each position read.
+        predictions: top-k of every layer and position.
+        stats: [len(layers), T] arrays.
+        model: what the model itself predicts, [1, T] arrays.
+        model_tokens: its most likely next token at each position.
+    """
+
+    layers: list[int]
+    tokens: list[str]
+    predictions: Predictions
+    stats: LensStats
+    model: LensStats
+    model_tokens: list[str]
 
 
 def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: Norm) -> mx.array:
@@ -45,7 +68,7 @@ def select_position(position: int | None, length: int) -> slice:
 
 def predictions(stats: LensStats, layers: Sequence[int], token_strings: dict[int, str]) -> Predictions:
     """The top-k of every layer and position, with the tokens' text looked up in `token_strings`."""
-    ids, logits = stats.top_ids.tolist(), stats.top_logits.tolist()
+    ids, logits = nested(stats.top_ids), nested(stats.top_logits)
     return {
         layer: [[(i, z, token_strings[i]) for i, z in zip(*position, strict=True)] for position in zip(ids[row], logits[row], strict=True)]
         for row, layer in enumerate(layers)

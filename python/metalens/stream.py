@@ -95,7 +95,9 @@ class StreamSource:
             logits = logits[0]
         wrong = [i for i, outputs in enumerate(seen) if len(outputs) != 1]
         if wrong:
-            raise RuntimeError(f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream.")
+            raise RuntimeError(
+                f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream."
+            )
         return Stream([outputs[0] for outputs in seen], logits)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-TokenInput = Union[str, Sequence[int], mx.array]
+from metalens.arrays import integer, nested
+
+TokenInput: TypeAlias = "str | Sequence[int] | mx.array"
 
 NO_TOKENIZER = "No tokenizer available. Pass a tokenizer to InterpretableModel or load a model that includes one."
 
@@ -16,7 +18,11 @@ class TokenizerMixin:
     """Encoding and decoding with `self.tokenizer`, and checked token ids."""
 
     tokenizer: Any
-    embedding_rows: int
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids the model knows."""
+        raise NotImplementedError
 
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -33,7 +39,7 @@ class TokenizerMixin:
 
     def decode(self, tokens: Sequence[int] | mx.array) -> str:
         """The text of ids."""
-        ids = tokens.reshape(-1).tolist() if isinstance(tokens, mx.array) else list(tokens)
+        ids = nested(tokens.reshape(-1)) if isinstance(tokens, mx.array) else list(tokens)
         return str(self._require_tokenizer().decode(ids))
 
     def token_to_str(self, token_id: int) -> str:
@@ -47,7 +53,7 @@ class TokenizerMixin:
             text: a string, ids, or an array of ids (of a batch, row 0).
             prepend_bos: put the tokenizer's beginning-of-sequence token first, if it has one.
         """
-        ids: list[int] = self.ids(text)[0].tolist()
+        ids = nested(self.ids(text)[0])
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if prepend_bos and bos is not None:
             ids = [bos, *ids]
@@ -55,7 +61,7 @@ class TokenizerMixin:
 
     def token_strings(self, ids: mx.array) -> dict[int, str]:
         """The text of each different id in an array; without a tokenizer, the id's digits."""
-        distinct = sorted({int(i) for i in ids.reshape(-1).tolist()})
+        distinct = sorted({int(i) for i in nested(ids.reshape(-1))})
         return {i: self.token_to_str(i) if self.tokenizer is not None else str(i) for i in distinct}
 
     @property
@@ -85,7 +91,7 @@ class TokenizerMixin:
             array = mx.array([row + [0] * (width - len(row)) for row in rows], dtype=mx.int32).reshape(len(rows), width)
         else:
             try:
-                array = mx.array(text)
+                array = mx.array(list(text))
             except (ValueError, TypeError) as error:
                 raise TypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.") from error
         if array.size == 0:
@@ -105,9 +111,10 @@ class TokenizerMixin:
             return ids
         if not mx.issubdtype(ids.dtype, mx.integer):
             raise TypeError(f"Token ids must be integers, got {ids.dtype}.")
-        low, high = mx.min(ids).item(), mx.max(ids).item()
+        low, high = integer(mx.min(ids)), integer(mx.max(ids))
         if low < 0 or high >= self.embedding_rows:
             raise ValueError(
-                f"Token id {low if low < 0 else high} is outside the model's vocabulary (0 to {self.embedding_rows - 1}). Is this the model's own tokenizer?"
+                f"Token id {low if low < 0 else high} is outside the model's vocabulary "
+                f"(0 to {self.embedding_rows - 1}). Is this the model's own tokenizer?"
             )
         return ids.astype(mx.int32)

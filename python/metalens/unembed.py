@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.accelerate import weight_of
+from metalens.arrays import number
 from metalens.ops import Head, head_logits
 from metalens.stream import StreamSource, follow
 
@@ -141,17 +142,18 @@ class Unembed:
         ids = mx.arange(min(8, self.vocab_size))[None]
         stream = source.capture(ids)
         ours, own = self(stream.hidden[-1]), stream.logits.astype(mx.float32)
+        where = f"the norm at {self.paths['norm']!r} and the head at {self.paths['head'] or self.paths['embedding']!r}"
         if ours.shape != own.shape:
-            raise ValueError(f"The head found at {self.paths['head'] or self.paths['embedding']!r} gives logits {ours.shape}, the model {own.shape}.{_ADVICE}")
-        if mx.any(mx.isnan(own)).item():
+            raise ValueError(f"With {where} the logits are {ours.shape}; the model's are {own.shape}.{_ADVICE}")
+        if number(mx.any(mx.isnan(own))):
             raise ValueError("The model's own logits are NaN on ordinary tokens: its weights are damaged. Load or convert the model again.")
         # 16-bit logits carry 8 bits; a missed norm or scale is off by far more than one part in 20.
-        difference = mx.max(mx.abs(ours - own)).item()
-        spread = mx.max(mx.abs(own - mx.mean(own, axis=-1, keepdims=True))).item()
+        difference = number(mx.max(mx.abs(ours - own)))
+        spread = number(mx.max(mx.abs(own - mx.mean(own, axis=-1, keepdims=True))))
         if not difference <= 0.05 * spread + 1e-4:
             raise ValueError(
-                f"Norm at {self.paths['norm']!r} and head at {self.paths['head'] or self.paths['embedding']!r} do not reproduce the model's logits: they differ by "
-                f"up to {difference:.3g}, where the logits spread over {spread:.3g}.{_ADVICE}"
+                f"The model's logits do not follow from its last block's output with {where}: they are off by up to {difference:.3g}, "
+                f"where the logits spread over {spread:.3g}.{_ADVICE}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import mlx.core as mx
 
@@ -44,7 +45,7 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
     Args:
         n: [L, N, D] rows after the final norm: L layers of N tokens, N >= 1.
         head: the unembedding.
-        k: how many of the most likely tokens to name, 1 <= k <= V. Which of several tokens with equal logits at the k-th place is named is unspecified.
+        k: how many of the most likely tokens to name, 1 <= k <= V. Of tokens with equal logits around the k-th place, any may be named.
         n_model: [N, D] the model's own rows; adds kl and agrees.
         labels: [N] token ids; adds nll and rank.
 
@@ -65,12 +66,11 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
         part = _chunk(n[:, chunk], head, k, None if n_model is None else n_model[chunk], None if labels is None else labels[chunk])
         mx.eval([value for value in vars(part).values() if value is not None])
         parts.append(part)
-    return LensStats(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(LensStats)})
+    return LensStats(*(_join([getattr(part, f.name) for part in parts]) for f in fields(LensStats)))
 
 
-def _join(values: list[mx.array | None]) -> mx.array | None:
-    present = [v for v in values if v is not None]
-    return mx.concatenate(present, axis=1) if present else None
+def _join(values: list[Any]) -> Any:
+    return None if values[0] is None else mx.concatenate(values, axis=1)
 
 
 def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:

@@ -53,7 +53,8 @@ def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
     extension = native()
     if w.scales is None:
         if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
-            return extension.matmul(x, w.values, transpose)
+            product: mx.array = extension.matmul(x, w.values, transpose)
+            return product
         return x @ (w.values.T if transpose else w.values)
     if extension is not None and _native_can(x, w):
         y: mx.array = extension.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits)

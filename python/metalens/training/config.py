@@ -41,7 +41,9 @@ class TrainingConfig:
         if not self.learning_rate > 0 or not self.gradient_clip > 0:
             raise ValueError(f"learning_rate and gradient_clip must be positive, got {self.learning_rate} and {self.gradient_clip}.")
         if self.tokens_per_step is not None and self.tokens_per_step < self.max_seq_len:
-            raise ValueError(f"tokens_per_step ({self.tokens_per_step}) must be at least max_seq_len ({self.max_seq_len}): steps are made of whole sequences.")
+            raise ValueError(
+                f"tokens_per_step ({self.tokens_per_step}) must be at least max_seq_len ({self.max_seq_len}): steps are made of whole sequences."
+            )
 
     @property
     def sequences_per_step(self) -> int:

@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
+from metalens.arrays import nested, number
 from metalens.lens import TunedLens
 from metalens.stream import StreamSource
 from metalens.training.config import TrainingConfig
@@ -77,7 +79,7 @@ def train(
                 scale = min(1.0, config.gradient_clip / (norm + 1e-6))
                 optimizer.learning_rate = config.learning_rate_at(step)
                 optimizer.update(lens, tree_map(lambda g, s=scale: g * s, gradient))
-                mx.eval(lens.parameters(), optimizer.state)
+                mx.eval(lens.state, optimizer.state)
             else:
                 warnings.warn(
                     f"Step {step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
@@ -105,10 +107,9 @@ def _accumulate(lens: TunedLens, source: StreamSource, unembed: Unembed, sequenc
         total = share if total is None else tree_map(mx.add, total, share)
         mx.eval(losses, total)
     assert total is not None
-    result: list[float] = losses.tolist()
-    return result, total
+    return nested(losses), total
 
 
 def gradient_norm(gradient: Gradient) -> float:
     """The Euclidean norm over all layers together."""
-    return math.sqrt(tree_reduce(lambda total, g: total + mx.sum(mx.square(g)).item(), gradient, 0.0))
+    return math.sqrt(math.fsum(number(mx.sum(mx.square(g))) for _, g in cast("list[tuple[str, mx.array]]", tree_flatten(gradient))))

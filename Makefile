@@ -1,0 +1,44 @@
+# Every target creates .venv, or reuses it, and installs what it needs. `make demo` and `make test` are all a newcomer has to know.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
+
+.PHONY: demo test bench lint format clean
+.DEFAULT_GOAL := demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The build's own requirements, from pyproject.toml; without build isolation the extension is built against the very mlx that it will run beside.
+$(VENV)/.requirements: pyproject.toml tools/requirements.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python tools/requirements.py build runtime test lint)
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --config-settings=cmake.define.METALENS_WERROR=ON .
+	touch $@
+
+demo: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/metalens demo --out demo_output
+
+test: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
+
+lint: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+clean:
+	rm -rf $(VENV) build demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Other libraries' names and files, on this library's code."""

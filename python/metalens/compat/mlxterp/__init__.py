@@ -1,0 +1,53 @@
+"""mlxterp's module names, so that its users' code runs unchanged:
+
+import sys, importlib
+sys.modules["mlxterp"] = importlib.import_module("metalens.compat.mlxterp")
+for name in ("tuned_lens", "core", "core.module_resolver"):
+    sys.modules[f"mlxterp.{name}"] = importlib.import_module(f"metalens.compat.mlxterp.{name}")
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from metalens import model as native
+from metalens.arrays import integer
+from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
+from metalens.lens import TunedLens
+from metalens.model import train_tuned_lens
+
+__all__ = ["InterpretableModel", "TunedLens", "train_tuned_lens"]
+
+
+class InterpretableModel(native.InterpretableModel):
+    """`metalens.InterpretableModel`, with the two habits of mlxterp that its users' code leans on: `_module_resolver`, and tokenizers whose ids run
+    past the vocabulary in training data (mlxterp reads whatever memory lies there; here they wrap around, with a warning)."""
+
+    @cached_property
+    def _module_resolver(self) -> ModuleResolver:
+        return ModuleResolver(self.model, **self._paths)
+
+    def training_ids(self, dataset: Sequence[Any]) -> mx.array:
+        """As the base class, but ids outside the vocabulary wrap around instead of raising."""
+        self._wrapping = True
+        try:
+            return super().training_ids(dataset)
+        finally:
+            self._wrapping = False
+
+    def check_ids(self, ids: mx.array) -> mx.array:
+        """As the base class, except inside `training_ids`."""
+        if getattr(self, "_wrapping", False) and ids.size and (integer(mx.min(ids)) < 0 or integer(mx.max(ids)) >= self.embedding_rows):
+            warnings.warn(
+                f"The tokenizer gives ids outside the model's vocabulary (0 to {self.embedding_rows - 1}); they are taken modulo its size. "
+                "Is this the model's own tokenizer?",
+                UserWarning,
+                stacklevel=4,
+            )
+            ids = ids % self.embedding_rows
+        return super().check_ids(ids)

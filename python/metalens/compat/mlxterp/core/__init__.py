@@ -1,0 +1,1 @@
+"""mlxterp.core."""

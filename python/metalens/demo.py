@@ -1,0 +1,41 @@
+"""The main job on the bundled model: train a lens, compare it with the logit lens on held-out text, read a prompt through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from metalens.evaluate import Evaluation, evaluate
+from metalens.lens import TunedLens
+from metalens.model import InterpretableModel
+from metalens.readout import Reading
+from metalens.training import TrainingConfig, train
+
+ASSETS = Path(str(files("metalens"))) / "assets"
+MODEL = ASSETS / "demo_model"
+TRAINING_TEXT = ASSETS / "lens_train.txt"
+HELD_OUT_TEXT = ASSETS / "heldout.txt"
+PROMPT = "The free software movement is based on the idea that users should have the"
+
+CONFIG = TrainingConfig(num_steps=120, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
+HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made."""
+
+    lens: TunedLens
+    evaluation: Evaluation
+    logit: Reading
+    tuned: Reading
+
+
+def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
+    """Train on the bundled text, evaluate on the held-out text, read the prompt."""
+    ids = model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")])
+    lens = train(model.source, model.checked_unembed, ids, CONFIG, show_progress=show_progress)
+    text = HELD_OUT_TEXT.read_text(encoding="utf-8")
+    evaluation = evaluate(model, text, lens, max_seq_len=CONFIG.max_seq_len, max_tokens=HELD_OUT_TOKENS, show_progress=show_progress)
+    return Demo(lens, evaluation, model.read(PROMPT, top_k=3), model.read(PROMPT, lens, top_k=3))
