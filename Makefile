@@ -13,7 +13,8 @@ $(BIN)/python:
 
 # The build's own requirements, from pyproject.toml; without build isolation the extension is built against the very mlx that it will run beside.
 $(VENV)/.requirements: pyproject.toml tools/requirements.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python tools/requirements.py build runtime test lint)
+	$(BIN)/python tools/requirements.py build runtime test lint > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
 	touch $@
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.requirements

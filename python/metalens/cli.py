@@ -103,10 +103,10 @@ def print_table(table: Any) -> None:
 
 def write_picture(reading: Reading, path: Path, title: str, colour: str) -> None:
     """The heat map of a reading, the model's own answer on top."""
-    values, of_model, name, cmap = {
-        "probability": (reading.stats.max_probability, reading.model.max_probability, "probability of the top token", "viridis"),
-        "entropy": (reading.stats.entropy, reading.model.entropy, "entropy (nats)", "viridis_r"),
-    }[colour]
+    if colour == "probability":
+        values, of_model, name = reading.stats.max_probability, reading.model.max_probability, "probability of the top token"
+    else:
+        values, of_model, name = reading.stats.entropy, reading.model.entropy, "entropy (nats)"
     figure = lens_figure(
         reading.predictions,
         reading.tokens,
@@ -115,7 +115,9 @@ def write_picture(reading: Reading, path: Path, title: str, colour: str) -> None
         title=title,
         model_row=(reading.model_tokens, nested(of_model[0])),
         max_display_tokens=24,
-        cmap=cmap,
+        # Bright is certain in both. Probabilities share one scale, so that two pictures compare.
+        cmap="viridis" if colour == "probability" else "viridis_r",
+        limits=(0.0, 1.0) if colour == "probability" else None,
     )
     save_figure(figure, path)
 

@@ -38,4 +38,4 @@ def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
     lens = train(model.source, model.checked_unembed, ids, CONFIG, show_progress=show_progress)
     text = HELD_OUT_TEXT.read_text(encoding="utf-8")
     evaluation = evaluate(model, text, lens, max_seq_len=CONFIG.max_seq_len, max_tokens=HELD_OUT_TOKENS, show_progress=show_progress)
-    return Demo(lens, evaluation, model.read(PROMPT, top_k=3), model.read(PROMPT, lens, top_k=3))
+    return Demo(lens, evaluation, model.read(PROMPT), model.read(PROMPT, lens))

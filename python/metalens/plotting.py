@@ -86,18 +86,20 @@ def lens_figure(
         figure = new_figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(grid, cmap=cmap, aspect="auto", origin="lower", vmin=limits and limits[0], vmax=limits and limits[1])
-        axes.set_xticks(range(len(columns)), [readable(token) for token in columns], rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            range(len(columns)), [readable(token) for token in columns], rotation=35, ha="right", rotation_mode="anchor", parse_math=False
+        )
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("token read")
         if model_row is not None:
             axes.axhline(len(names) - 1.5, color="white", linewidth=2.5)
         if title:
-            axes.set_title("\n".join(textwrap.wrap(title, 90)))
+            axes.set_title("\n".join(textwrap.wrap(title, 90)), parse_math=False)
         for y, row in enumerate(texts):
             for x, text in enumerate(row):
-                axes.text(
-                    x, y, readable(text), ha="center", va="center", fontsize=9, color=_ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
-                )
+                ink = _ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
+                # Tokens are text: a "$" in one opens no formula.
+                axes.text(x, y, readable(text), ha="center", va="center", fontsize=9, color=ink, parse_math=False)
         figure.colorbar(image, ax=axes, label=value_name, shrink=0.9)
     return figure
 

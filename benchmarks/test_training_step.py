@@ -1,0 +1,24 @@
+"""One training step of the demo model's lens (forward, loss, gradient), native kernels beside plain MLX. 64 tokens: plain MLX is slow on Linux CPUs."""
+
+import mlx.core as mx
+import pytest
+
+from metalens import InterpretableModel, TunedLens, accelerate, use_backend
+from metalens.demo import HELD_OUT_TEXT, MODEL
+from metalens.training import loss_and_gradient
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_training_step(benchmark, backend):
+    model = InterpretableModel(str(MODEL))
+    accelerate(model.model)  # with the reference backend these layers run plain MLX, as unaccelerated ones do
+    ids = model.ids(HELD_OUT_TEXT.read_text(encoding="utf-8")[:2000])[:, :64]
+    lens = TunedLens(len(model.source), model.unembed.hidden_dim)
+    benchmark.group = "training step, demo model, 64 tokens x 8 layers"
+
+    def step():
+        losses, gradient = loss_and_gradient(lens, model.source.capture(ids), model.unembed)
+        mx.eval(losses, gradient)
+
+    with use_backend(backend):
+        benchmark.pedantic(step, rounds=3, warmup_rounds=1)
