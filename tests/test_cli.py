@@ -144,6 +144,7 @@ def test_bad_input_gives_one_clear_line(run, arguments, message, tmp_path, monke
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 

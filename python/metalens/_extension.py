@@ -25,7 +25,7 @@ def find() -> tuple[ModuleType | None, str]:
         built_for = json.loads(BUILD_INFO.read_text())["mlx"]
     except FileNotFoundError:
         return None, "it was not built (no _build_info.json beside the package)"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return None, f"{BUILD_INFO.name} is damaged"
     # Compared before loading: mlx's C++ ABI changes between patch releases, and loading beside another one may crash.
     installed = version("mlx")

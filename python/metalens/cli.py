@@ -26,11 +26,12 @@ from metalens.evaluate import evaluate
 from metalens.files import atomic_write, require_writable
 from metalens.lens import TunedLens, lens_files
 from metalens.model import InterpretableModel
-from metalens.plotting import lens_figure, save_figure
+from metalens.plotting import lens_figure, picture_format, save_figure
 from metalens.readout import Reading
 from metalens.training import TrainingConfig, train
 
 BUNDLED = "demo"
+DEFAULT_LENGTH = "[default: 512, or the model's context if that is shorter]"
 
 notes = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -143,19 +144,20 @@ def main(verbose: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the lens goes: OUT.npz and OUT.json.")
 @click.option("--steps", default=250, show_default=True, type=click.IntRange(min=1), help="Optimiser steps.")
 @click.option("--tokens-per-step", type=click.IntRange(min=1), help="Rounded down to whole sequences.  [default: one sequence; the paper: 262144]")
-@click.option("--max-seq-len", default=512, show_default=True, type=click.IntRange(min=10), help="Tokens per sequence.")
+@click.option("--max-seq-len", type=click.IntRange(min=10), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
 @click.option("--lr", default=1.0, show_default=True, type=float, help="Learning rate at the first step; falls linearly to 0.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the order of the sequences.")
 @one_clear_error
 def train_command(
-    model: str, data: tuple[Path, ...], out: Path, steps: int, tokens_per_step: int | None, max_seq_len: int, lr: float, seed: int
+    model: str, data: tuple[Path, ...], out: Path, steps: int, tokens_per_step: int | None, max_seq_len: int | None, lr: float, seed: int
 ) -> None:
     """Train a tuned lens for MODEL."""
-    config = TrainingConfig(steps, max_seq_len, tokens_per_step, lr, seed=seed)
     for file in lens_files(out):
         require_writable(file)
     texts = [read_text(file) for file in data]
     loaded = load_model(model)
+    length = max_seq_len or min(loaded.default_sequence_length, tokens_per_step or sys.maxsize)
+    config = TrainingConfig(steps, length, tokens_per_step, lr, seed=seed)
     lens = train(loaded.source, loaded.checked_unembed, loaded.training_ids(texts), config, show_progress=True)
     lens.save(out)
     notes.print(f"Lens written to {lens_files(out)[0]} and {lens_files(out)[1].name}.", highlight=False)
@@ -166,10 +168,10 @@ def train_command(
 @click.option("--lens", "lens_path", required=True, type=click.Path(path_type=Path), help="As written by train: LENS.npz and LENS.json.")
 @click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Read only this many tokens.  [default: all]")
-@click.option("--max-seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens per sequence.")
+@click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @one_clear_error
-def eval_command(model: str, lens_path: Path, data: Path, tokens: int | None, max_seq_len: int, as_json: bool) -> None:
+def eval_command(model: str, lens_path: Path, data: Path, tokens: int | None, max_seq_len: int | None, as_json: bool) -> None:
     """Compare the tuned lens with the logit lens, layer by layer (nats per token; layer i is the output of block i)."""
     lens = TunedLens.load(lens_path)
     text = read_text(data)
@@ -208,6 +210,7 @@ def lens_command(
     """Show what every block of MODEL would predict after each token of PROMPT."""
     lens = None if lens_path is None else TunedLens.load(lens_path)
     if save is not None:
+        picture_format(save)
         require_writable(save)
     reading = load_model(model).read(prompt, lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"

@@ -14,7 +14,7 @@ from metalens.arrays import nested
 from metalens.lens import Lens, LogitLens
 from metalens.model import InterpretableModel
 from metalens.ops import LensStats, lens_stats
-from metalens.readout import lens_rows
+from metalens.readout import lens_rows, require_finite
 from metalens.tokens import TokenInput
 
 
@@ -66,7 +66,7 @@ def evaluate(
     text: TokenInput,
     lens: Lens | None = None,
     *,
-    max_seq_len: int = 512,
+    max_seq_len: int | None = None,
     max_tokens: int | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -78,13 +78,14 @@ def evaluate(
         model: the model.
         text: a string, ids, or an array of ids [T].
         lens: a TunedLens of this model, or any function (hidden, layer) -> hidden.
-        max_seq_len: tokens per sequence, at least 2.
+        max_seq_len: tokens per sequence, at least 2; None = 512, or the model's context if that is shorter.
         max_tokens: read only this many tokens from the start.
         show_progress: a progress bar on stderr.
 
     Raises:
         ValueError: for an empty text or one token, a lens of another model, or settings out of range.
     """
+    max_seq_len = model.default_sequence_length if max_seq_len is None else max_seq_len
     if max_seq_len < 2 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"max_seq_len and max_tokens must be at least 2, got {max_seq_len} and {max_tokens}: a prediction needs a next token.")
     ids = model.ids(text)[0][:max_tokens]
@@ -135,6 +136,7 @@ class _Sums:
         self.labels = 0
 
     def add(self, stats: LensStats) -> None:
+        require_finite(stats)
         assert stats.kl is not None
         assert stats.nll is not None
         assert stats.agrees is not None

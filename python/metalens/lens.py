@@ -109,19 +109,26 @@ class TunedLens(nn.Module):
         for file in (weights, config):
             if not file.is_file():
                 raise FileNotFoundError(f"No lens at {path}: {file} is missing. A lens is the pair {weights.name} and {config.name}.")
-        lens = cls(*_read_config(config))
+        num_layers, hidden_dim = _read_config(config)
         stored = _read_arrays(weights)
+        expected = {f"translators_{i}_{part}" for i in range(min(num_layers, len(stored) + 1)) for part in ("weight", "bias")}
+        for names, verb in ((expected - set(stored), "it holds no"), (set(stored) - expected, "it also holds")):
+            if names:
+                raise ValueError(f"{weights} is not a lens of {num_layers} layers, as {config.name} says: {verb} {', '.join(sorted(names)[:4])}.")
+        lens = cls(num_layers, hidden_dim)
         for i, translator in enumerate(lens.translators):
             for part, shape in (("weight", (lens.hidden_dim, lens.hidden_dim)), ("bias", (lens.hidden_dim,))):
                 name = f"translators_{i}_{part}"
-                if name not in stored:
-                    raise ValueError(f"{weights} is not a lens of {lens.num_layers} layers: it holds no {name}.")
                 array = stored[name]
-                if array.shape != shape:
-                    raise ValueError(f"{weights}: {name} has shape {array.shape}, and {config.name} says {shape}.")
+                if array.shape != shape or array.dtype.kind not in "fiu":
+                    raise ValueError(
+                        f"{weights}: {name} has shape {array.shape} and type {array.dtype}; {config.name} says numbers of shape {shape}."
+                    )
+                with np.errstate(over="ignore"):
+                    array = array.astype(np.float32)
                 if not np.isfinite(array).all():
                     raise ValueError(f"{weights}: {name} holds NaN or infinity. The lens was spoilt in training; train it again.")
-                setattr(translator, part, mx.array(array.astype(np.float32)))
+                setattr(translator, part, mx.array(array))
         return lens
 
 
@@ -146,5 +153,5 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is damaged or no .npz archive ({error}). Copy it again, or train the lens again.") from error

@@ -11,14 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from metalens.accelerate import weight_of
 from metalens.arrays import nested
 from metalens.files import require_writable
 from metalens.lens import Lens, LogitLens, TunedLens, lens_files
 from metalens.ops import Head, lens_stats
+from metalens.ops.lens_stats import logits_stats
 from metalens.ops.lens_stats import top_k as largest
-from metalens.readout import Predictions, Reading, lens_rows, predictions, select_layers, select_position
+from metalens.readout import Predictions, Reading, lens_rows, predictions, require_finite, select_layers, select_position
 from metalens.stream import Edit, Stream, StreamSource, follow
 from metalens.tokens import TokenInput, TokenizerMixin
 from metalens.trace import LayerProxy, Trace
@@ -82,6 +84,11 @@ class InterpretableModel(TokenizerMixin):
         """How many token ids the model knows: 0 <= id < embedding_rows."""
         embedding = follow(self.model, self.unembed.paths["embedding"]) if self.unembed.paths["embedding"] else None
         return int(embedding.weight.shape[0]) if embedding is not None else self.unembed.vocab_size
+
+    @property
+    def default_sequence_length(self) -> int:
+        """Tokens per sequence where nobody says: 512, or the context that the model was trained for if that is shorter."""
+        return min(512, int(getattr(getattr(self.model, "args", None), "max_position_embeddings", None) or 512))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped model."""
@@ -208,10 +215,12 @@ class InterpretableModel(TokenizerMixin):
         self.check_lens(lens)
         own_norm = final_norm is None and not skip_norm
         unembed = self.checked_unembed if own_norm else self.unembed
-        norm = identity if skip_norm else final_norm or unembed.norm
-        hidden = [h[0, where] for h in self.source.capture(ids).hidden]
+        norm = identity if skip_norm else unembed.norm if final_norm is None else final_norm
+        stream = self.source.capture(ids)
+        hidden = [h[0, where] for h in stream.hidden]
         stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)
-        model = lens_stats(norm(hidden[-1])[None], unembed.head)
+        model = logits_stats(stream.logits[:1, where].astype(mx.float32))
+        require_finite(stats)
         strings = self.token_strings(mx.concatenate([stats.top_ids.reshape(-1), model.top_ids.reshape(-1)]))
         names = self.token_strings(ids[0, where])
         tokens = [names[i] for i in nested(ids[0, where])]
@@ -322,9 +331,8 @@ class InterpretableModel(TokenizerMixin):
         if save_path is not None:
             for file in lens_files(save_path):
                 require_writable(file)
-        ids = self.training_ids(dataset)
         try:
-            unembed = self.checked_unembed
+            ids, unembed = self.training_ids(dataset), self.checked_unembed
         except AttributeError as error:
             raise ValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 
@@ -348,10 +356,10 @@ class InterpretableModel(TokenizerMixin):
         if len(dataset) == 0:
             raise ValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):
-            return self.check_ids(mx.concatenate([mx.array(entry).reshape(-1) for entry in dataset]))
+            return self.check_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
         if not any(entry.strip() for entry in dataset):
             raise ValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
-        return self.check_ids(mx.array(self.encode(" ".join(dataset)), dtype=mx.int32))
+        return self.check_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
 
     def load_tuned_lens(self, path: str | Path) -> TunedLens:
         """Read a lens from `<path>.npz` and `<path>.json`.

@@ -114,6 +114,19 @@ def _installed(names: Sequence[str]) -> list[str]:
     return [name for name in names if name in present] or ["sans-serif"]
 
 
+def picture_format(path: Path) -> str:
+    """The format that a picture's suffix names.
+
+    Raises:
+        ValueError: for a suffix that matplotlib does not write.
+    """
+    supported = Figure().canvas.get_supported_filetypes()
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in supported:
+        raise ValueError(f"Can't write a picture as {path.name!r}: the suffix must be one of {', '.join(sorted(supported))}.")
+    return kind
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a picture, whole or not at all; the format follows from the suffix.
 
@@ -122,10 +135,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         OSError: if the path can't be written.
     """
     path = Path(path)
-    supported = figure.canvas.get_supported_filetypes()
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in supported:
-        raise ValueError(f"Can't write a picture as {path.name!r}: the suffix must be one of {', '.join(sorted(supported))}.")
+    kind = picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=kind)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.arrays import nested
+from metalens.arrays import nested, number
 from metalens.lens import Lens
 from metalens.ops import LensStats
 from metalens.unembed import Norm
@@ -40,6 +40,14 @@ class Reading:
 def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: Norm) -> mx.array:
     """Translate and norm: [len(layers), T, D] from hidden[layer] [T, D], ready for the head."""
     return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+
+
+def require_finite(stats: LensStats) -> None:
+    """Raise ValueError if some row's logits are NaN: a weight that this input reached is damaged, or the lens's function is."""
+    if number(mx.any(mx.isnan(stats.lse))):
+        raise ValueError(
+            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights. Load, convert or train it again."
+        )
 
 
 def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -40,10 +40,15 @@ def find_layers(model: Any, layer_attr: str = "layers") -> tuple[str, Sequence[n
     for path in tried:
         found = follow(model, path)
         if isinstance(found, (list, tuple)) and len(found) > 0:
-            # mlx-lm's models offer `layers` as a property; the real place gives the names that other tools show.
-            inner = f"model.{path}"
-            return (inner if follow(model, inner) is found else path), found
+            # mlx-lm's models offer `layers` as a property; the real place, which is deeper, gives the names that other tools show.
+            places = [pattern.format(name) for name in dict.fromkeys([*names, *ALTERNATIVE_NAMES]) for pattern in LAYER_PATHS]
+            return max((place for place in places if _same(follow(model, place), found)), key=lambda place: place.count(".")), found
     raise AttributeError(f"Could not find layers attribute. Tried: {tried}. Specify the correct path with layer_attr parameter.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two lists hold the same modules; a property may build a new list each time."""
+    return isinstance(a, (list, tuple)) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)

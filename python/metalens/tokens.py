@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
-from metalens.arrays import integer, nested
+from metalens.arrays import nested
 
 TokenInput: TypeAlias = "str | Sequence[int] | mx.array"
 
@@ -82,39 +83,39 @@ class TokenizerMixin:
             TypeError: for anything else.
         """
         if isinstance(text, str):
-            array = mx.array(self.encode(text), dtype=mx.int32)
+            array = np.asarray(self.encode(text))
         elif isinstance(text, mx.array):
-            array = text
+            array = np.array(text) if text.dtype != mx.bfloat16 else np.array(text.astype(mx.float32))
         elif isinstance(text, Sequence) and len(text) > 0 and all(isinstance(t, str) for t in text):
             rows = [self.encode(str(t)) for t in text]
             width = max(map(len, rows))
-            array = mx.array([row + [0] * (width - len(row)) for row in rows], dtype=mx.int32).reshape(len(rows), width)
+            array = np.asarray([row + [0] * (width - len(row)) for row in rows])
         else:
             try:
-                array = mx.array(list(text))
-            except (ValueError, TypeError) as error:
-                raise TypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.") from error
+                array = np.asarray(text)
+            except (ValueError, TypeError):
+                array = np.asarray(None)
+            if array.ndim == 0 or array.dtype.kind in "US":
+                raise TypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
         if array.size == 0:
             raise ValueError("There are no tokens in the input. Pass text that is not empty, or at least one token id.")
         if array.ndim not in (1, 2):
             raise ValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
         return self.check_ids(array.reshape(-1, array.shape[-1]))
 
-    def check_ids(self, ids: mx.array) -> mx.array:
-        """The ids, if every one is a row of the embedding.
+    def check_ids(self, ids: np.ndarray) -> mx.array:
+        """The ids as MLX's int32, if every one is a row of the embedding.
 
         Raises:
             ValueError: naming the first id that is not; MLX itself would read other memory.
             TypeError: if they are not integers.
         """
-        if ids.size == 0:
-            return ids
-        if not mx.issubdtype(ids.dtype, mx.integer):
+        # Python integers beyond 64 bits come as objects.
+        if ids.size and ids.dtype.kind not in "iu" and not all(isinstance(i, int) for i in ids.flat):
             raise TypeError(f"Token ids must be integers, got {ids.dtype}.")
-        low, high = integer(mx.min(ids)), integer(mx.max(ids))
-        if low < 0 or high >= self.embedding_rows:
+        outside = [int(i) for i in (ids.min(), ids.max()) if not 0 <= i < self.embedding_rows] if ids.size else []
+        if outside:
             raise ValueError(
-                f"Token id {low if low < 0 else high} is outside the model's vocabulary "
-                f"(0 to {self.embedding_rows - 1}). Is this the model's own tokenizer?"
+                f"Token id {outside[0]} is outside the model's vocabulary (0 to {self.embedding_rows - 1}). Is this the model's own tokenizer?"
             )
-        return ids.astype(mx.int32)
+        return mx.array(ids.astype(np.int32))

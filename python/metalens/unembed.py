@@ -141,8 +141,12 @@ class Unembed:
         """
         ids = mx.arange(min(8, self.vocab_size))[None]
         stream = source.capture(ids)
-        ours, own = self(stream.hidden[-1]), stream.logits.astype(mx.float32)
+        own = stream.logits.astype(mx.float32)
         where = f"the norm at {self.paths['norm']!r} and the head at {self.paths['head'] or self.paths['embedding']!r}"
+        width = stream.hidden[-1].shape[-1]
+        if width != self.hidden_dim:
+            raise ValueError(f"The model's residual stream is {width} wide; {where} would need {self.hidden_dim}.{_ADVICE}")
+        ours = self(stream.hidden[-1])
         if ours.shape != own.shape:
             raise ValueError(f"With {where} the logits are {ours.shape}; the model's are {own.shape}.{_ADVICE}")
         if number(mx.any(mx.isnan(own))):

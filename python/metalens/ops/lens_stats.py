@@ -87,13 +87,16 @@ def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def _chunk(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None) -> LensStats:
-    z = head_logits(n, head)
+    return logits_stats(head_logits(n, head), k, None if n_model is None else head_logits(n_model, head), labels)
+
+
+def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
+    """The statistics of logits [L, N, V] float32 that are at hand already; `z_model` [N, V] are the model's own. Lazy."""
     log_q, q, lse = softmax(z)
     lse = lse[..., 0]
     kl = agrees = nll = rank = None
     top_ids, top_logits = top_k(z, k)
-    if n_model is not None:
-        z_model = head_logits(n_model, head)
+    if z_model is not None:
         log_p, p, _ = softmax(z_model)
         kl = kl_divergence(p, log_p, log_q)
         agrees = mx.argmax(z, axis=-1) == mx.argmax(z_model, axis=-1)

@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from metalens import model as native
-from metalens.arrays import integer
 from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
 from metalens.lens import TunedLens
 from metalens.model import train_tuned_lens
@@ -40,9 +40,9 @@ class InterpretableModel(native.InterpretableModel):
         finally:
             self._wrapping = False
 
-    def check_ids(self, ids: mx.array) -> mx.array:
+    def check_ids(self, ids: np.ndarray) -> mx.array:
         """As the base class, except inside `training_ids`."""
-        if getattr(self, "_wrapping", False) and ids.size and (integer(mx.min(ids)) < 0 or integer(mx.max(ids)) >= self.embedding_rows):
+        if getattr(self, "_wrapping", False) and ids.size and (ids.min() < 0 or ids.max() >= self.embedding_rows):
             warnings.warn(
                 f"The tokenizer gives ids outside the model's vocabulary (0 to {self.embedding_rows - 1}); they are taken modulo its size. "
                 "Is this the model's own tokenizer?",

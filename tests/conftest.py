@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The oracle's float64 products are small: on busy cores OpenBLAS's threads wait for each other ten times longer than they compute. Read by NumPy when
+# it is loaded, and by the processes that the tests start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import settings
+from mlx.utils import tree_map
+from mlx_lm.models import llama
+
+from metalens import InterpretableModel, use_backend
+
+# Reproducible, and without a time limit per example: a busy machine is not a failure.
+settings.register_profile("metalens", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("metalens")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu():
+    """The tests are about the CPU kernels and their reference, also where MLX would choose a GPU."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=["native", "reference"])
+def each_backend(request):
+    """Runs the test once with the extension's kernels and once in plain MLX."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def native():
+    with use_backend("native"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """A function that builds a tiny Llama with random weights, the same for the same arguments."""
+
+    def make(*, tied=False, bits=4, group_size=32, mode="affine", dtype=mx.float32, layers=3, hidden=64, vocab=131, context=None, seed=0):
+        args = llama.ModelArgs(
+            model_type="llama",
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=2 * hidden,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=vocab,
+            max_position_embeddings=context,
+            tie_word_embeddings=tied,
+        )
+        mx.random.seed(seed)
+        model = llama.Model(args)
+        # Larger than the usual initial values and with uneven norms, so that layers differ and a norm that was left out would show.
+        model.update(tree_map(lambda p: p * 2 if p.ndim == 2 else 1 + 0.3 * mx.random.normal(p.shape), model.parameters()))
+        model.set_dtype(dtype)
+        if bits is not None:
+            nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+        model.eval()
+        mx.eval(model.parameters())
+        return model
+
+    return make
+
+
+@pytest.fixture(params=["tied", "untied"])
+def quantised_model(request, make_llama):
+    """A 4-bit Llama of 3 layers, width 64 and 131 tokens."""
+    return InterpretableModel(make_llama(tied=request.param == "tied"))
+
+
+@pytest.fixture
+def tiny(make_llama):
+    """An untied 4-bit Llama of 3 layers, width 64 and 131 tokens."""
+    return InterpretableModel(make_llama())
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """A function that runs a script in a process of its own, which can import `oracle`, and returns what it printed."""
+
+    def run(script, **variables):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("METALENS_")}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent), **variables}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,149 @@
+import json
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import metalens
+import oracle
+from metalens import _extension, use_backend
+from metalens.ops import linear
+
+
+@pytest.fixture
+def fresh():
+    """Nothing found or warned about yet; what the test makes of it is forgotten afterwards."""
+    for cached in (_extension.find, _extension._warn_once):
+        cached.cache_clear()
+    yield
+    for cached in (_extension.find, _extension._warn_once):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def build_info(monkeypatch, tmp_path, fresh):
+    """A function that puts another text in place of _build_info.json."""
+
+    def write(text):
+        file = tmp_path / "_build_info.json"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        monkeypatch.setattr(_extension, "BUILD_INFO", file)
+
+    return write
+
+
+def warnings_of_two_calls(rng):
+    """Run two products on the default backend, check them, and return the messages of the warnings they gave."""
+    x, w = oracle.random_array(rng, 3, 128), oracle.random_weight(rng, 5, 128)
+    with warnings.catch_warnings(record=True) as caught, use_backend("auto"):
+        warnings.simplefilter("always")
+        results = [linear(x, w), linear(x, w, transpose=True)]
+    for y in results:
+        oracle.assert_product(y, x, w, epsilon=1e-5)  # plain MLX's sums are a little less exact
+    assert all(w.category is RuntimeWarning for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_the_installed_package_has_a_working_extension(rng, fresh):
+    extension, reason = _extension.find()
+    assert (extension is not None, reason) == (True, "")
+    assert extension is sys.modules["metalens._ext"]
+    assert extension.num_threads() >= 1
+    assert extension.isa() in extension.available_isas().split()
+    assert warnings_of_two_calls(rng) == []
+
+
+def test_built_for_another_mlx(rng, build_info):
+    build_info(json.dumps({"mlx": "0.0.1"}))
+    (message,) = warnings_of_two_calls(rng)
+    assert re.search(rf"built for mlx 0\.0\.1, and mlx {re.escape(mx.__version__)} is installed", message)
+    assert "Reinstall" in message
+
+
+def test_an_extension_for_another_mlx_is_not_even_loaded(monkeypatch, build_info):
+    # Loading it may crash the process, so the versions must be compared first.
+    build_info(json.dumps({"mlx": "0.0.1"}))
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert _extension.find()[0] is None
+
+
+def test_not_built(rng, monkeypatch, tmp_path, fresh):
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "none.json")
+    (message,) = warnings_of_two_calls(rng)
+    assert "not built" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", b"\xff\xfe", "[]", "null", "3", '"0.32.4"'])
+def test_damaged_build_information(rng, build_info, text):
+    build_info(text)
+    (message,) = warnings_of_two_calls(rng)
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN3mlx"), RuntimeError("no such instruction set")])
+def test_an_extension_that_does_not_load(rng, monkeypatch, fresh, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(_extension.importlib, "import_module", fail)
+    (message,) = warnings_of_two_calls(rng)
+    assert f"could not be loaded: {error}" in message
+
+
+def test_an_extension_that_does_not_know_mlx_arrays(rng, monkeypatch, fresh):
+    # As when nanobind's internals differ: it imports, and every call that takes an array is a TypeError.
+    class Foreign:
+        @staticmethod
+        def matmul(*args):
+            raise TypeError("incompatible function arguments")
+
+    monkeypatch.setattr(_extension.importlib, "import_module", lambda name: Foreign)
+    (message,) = warnings_of_two_calls(rng)
+    assert "incompatible function arguments" in message
+
+
+def test_loading_it_again_after_it_was_missing(monkeypatch, tmp_path, fresh):
+    # Found once, found for the process: the file is not read at every call.
+    assert _extension.load() is not None
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "none.json")
+    assert _extension.load() is not None
+
+
+TWO_PRODUCTS = """
+import warnings
+import mlx.core as mx, numpy as np, oracle
+from metalens.ops import linear
+rng = np.random.default_rng(0)
+x, w = oracle.random_array(rng, 3, 128), oracle.random_weight(rng, 5, 128)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for y in (linear(x, w), linear(x, w)):
+        oracle.assert_product(y, x, w, epsilon=1e-5)
+print(*(f"{w.category.__name__}: {w.message}" for w in caught), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("variable", "value"), [("METALENS_ISA", "sse9"), ("METALENS_NUM_THREADS", "abc"), ("METALENS_NUM_THREADS", "0")])
+def test_an_impossible_setting_falls_back_with_one_warning(run_python, variable, value):
+    (line,) = run_python(TWO_PRODUCTS, **{variable: value}).splitlines()
+    assert line.startswith("RuntimeWarning: metalens runs without its native extension")
+    assert f"{variable}={value}" in line
+
+
+def test_empty_settings_are_no_settings(run_python):
+    assert run_python(TWO_PRODUCTS, METALENS_ISA="", METALENS_NUM_THREADS="", METALENS_BACKEND="").strip() == ""
+
+
+def test_the_package_works_where_the_extension_is_missing(run_python, tmp_path):
+    # A copy of the package as plain Python: no _ext, no _build_info.json.
+    package = Path(metalens.__file__).parent
+    shutil.copytree(package, tmp_path / "metalens", ignore=shutil.ignore_patterns("_ext.*", "_build_info.json", "__pycache__"))
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{TWO_PRODUCTS}\nimport metalens\nassert metalens.__file__.startswith({str(tmp_path)!r})"
+    )
+    (line,) = run_python(script).splitlines()
+    assert "not built" in line

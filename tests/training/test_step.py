@@ -1,0 +1,166 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+import oracle
+from metalens import InterpretableModel, TunedLens
+from metalens.ops import Head
+from metalens.stream import Stream
+from metalens.training import loss_and_gradient
+from metalens.unembed import Unembed
+
+IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4, 77, 101, 9]])
+
+
+def random_lens(rng, num_layers=3, hidden_dim=64):
+    """A lens away from the identity, where no term of the gradient vanishes."""
+    lens = TunedLens(num_layers, hidden_dim)
+    for translator in lens.translators:
+        translator.weight = mx.eye(hidden_dim) + oracle.random_array(rng, hidden_dim, hidden_dim, scale=0.3 / hidden_dim**0.5)
+        translator.bias = oracle.random_array(rng, hidden_dim, scale=0.1)
+    return lens
+
+
+class Reference:
+    """The loss in float64, as a function of the lens's weights, which are arrays that may be changed."""
+
+    def __init__(self, lens, stream, unembed):
+        self.unembedding = oracle.Unembedding(unembed)
+        self.hidden = [oracle.wide(h).reshape(-1, lens.hidden_dim) for h in stream.hidden]
+        # What the model predicts starts from its own normed rows, in its own type.
+        n_model = oracle.wide(unembed.norm(stream.hidden[-1])).reshape(-1, lens.hidden_dim)
+        self.z_model = n_model @ self.unembedding.matrix_t
+        self.weights = [oracle.wide(t.weight) for t in lens.translators]
+        self.biases = [oracle.wide(t.bias) for t in lens.translators]
+
+    def loss(self, layer):
+        z = self.unembedding.translated(self.hidden[layer], self.weights[layer], self.biases[layer])
+        return oracle.kl(self.z_model, z).mean()
+
+    def losses(self):
+        return [self.loss(layer) for layer in range(len(self.hidden))]
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_losses_and_gradient_against_float64(rng, quantised_model):
+    lens, unembed = random_lens(rng), quantised_model.unembed
+    stream = quantised_model.source.capture(IDS)
+    losses, gradient = loss_and_gradient(lens, stream, unembed)
+    reference = Reference(lens, stream, unembed)
+    assert (losses.shape, losses.dtype) == ((3,), mx.float32)
+    np.testing.assert_allclose(oracle.wide(losses), reference.losses(), atol=1e-5)
+    assert min(reference.losses()) > 0.01  # none of them trivial
+
+    for layer in range(3):
+        ours = gradient["translators"][layer]
+        for name, values, indices in (
+            ("weight", reference.weights[layer], [tuple(rng.integers(0, 64, 2)) for _ in range(5)]),
+            ("bias", reference.biases[layer], [(i,) for i in rng.integers(0, 64, 3)]),
+        ):
+            for index in indices:
+                slope = oracle.central_difference(lambda layer=layer: reference.loss(layer) / 3, values, index)
+                assert float(oracle.wide(ours[name])[index]) == pytest.approx(slope, rel=1e-3, abs=1e-6), (layer, name, index)
+
+
+def test_the_model_s_side_is_its_own_prediction(rng, tiny):
+    # z_model above comes from the norm and head that were found; here from the logits that the model itself returned.
+    lens, stream = random_lens(rng), tiny.source.capture(IDS)
+    reference = Reference(lens, stream, tiny.unembed)
+    reference.z_model = oracle.wide(stream.logits)[0]
+    np.testing.assert_allclose(oracle.wide(loss_and_gradient(lens, stream, tiny.unembed)[0]), reference.losses(), atol=1e-5)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_against_one_big_graph_in_plain_mlx(rng, quantised_model):
+    lens, model = random_lens(rng), quantised_model
+    unembed, stream = model.unembed, model.source.capture(IDS)
+
+    def mean_loss(parameters):
+        def logits(rows):
+            w = unembed.head.weight
+            return mx.quantized_matmul(rows, w.values, w.scales, w.biases, True, w.group_size, w.bits)
+
+        total = 0.0
+        z_model = logits(unembed.norm(stream.hidden[-1]))
+        log_p = z_model - mx.logsumexp(z_model, axis=-1, keepdims=True)
+        for h, translator in zip(stream.hidden, parameters["translators"], strict=True):
+            z = logits(unembed.norm(h @ translator["weight"].T + translator["bias"]))
+            log_q = z - mx.logsumexp(z, axis=-1, keepdims=True)
+            total = total + mx.mean(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1))
+        return total / len(stream.hidden)
+
+    expected_loss, expected = mx.value_and_grad(mean_loss)(lens.parameters())
+    losses, gradient = loss_and_gradient(lens, stream, unembed)
+    assert mx.mean(losses).item() == pytest.approx(expected_loss.item(), abs=1e-5)
+    for ours, theirs in zip(gradient["translators"], expected["translators"], strict=True):
+        for name in ("weight", "bias"):
+            a, b = oracle.wide(ours[name]), oracle.wide(theirs[name])
+            assert np.abs(a - b).max() < 1e-5 * max(1.0, np.abs(b).max())
+            assert np.abs(a - b).max() < 1e-3 * np.abs(b).max()
+
+
+def test_the_gradient_has_the_lens_s_tree(rng, tiny):
+    lens = random_lens(rng)
+    _, gradient = loss_and_gradient(lens, tiny.source.capture(IDS), tiny.unembed)
+    assert gradient.keys() == lens.parameters().keys()
+    for ours, theirs in zip(gradient["translators"], lens.parameters()["translators"], strict=True):
+        assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+
+
+def test_the_last_layer_s_identity_is_perfect(tiny):
+    losses, gradient = loss_and_gradient(TunedLens(3, 64), tiny.source.capture(IDS), tiny.unembed)
+    assert abs(losses[-1].item()) < 1e-6
+    assert all(np.abs(oracle.wide(g)).max() < 1e-6 for g in gradient["translators"][-1].values())
+    assert min(losses[:-1].tolist()) > 0.01
+
+
+def test_a_batch_is_a_mean_over_all_its_tokens(rng, tiny):
+    lens, unembed = random_lens(rng), tiny.unembed
+    ids = mx.array(rng.integers(0, 131, (2, 9)))
+    stream = tiny.source.capture(ids)
+    losses, gradient = loss_and_gradient(lens, stream, unembed)
+    np.testing.assert_allclose(oracle.wide(losses), Reference(lens, stream, unembed).losses(), atol=1e-5)
+    singles = [loss_and_gradient(lens, tiny.source.capture(row[None]), unembed)[1]["translators"][1]["weight"] for row in ids]
+    np.testing.assert_allclose(oracle.wide(gradient["translators"][1]["weight"]), oracle.wide(sum(singles) / 2), atol=1e-6)
+
+
+@pytest.mark.usefixtures("each_backend")
+def test_bfloat16_streams_are_read_in_float32(rng, make_llama):
+    model = InterpretableModel(make_llama(dtype=mx.bfloat16))
+    lens, stream = random_lens(rng), model.source.capture(IDS)
+    assert stream.hidden[0].dtype == mx.bfloat16
+    losses, gradient = loss_and_gradient(lens, stream, model.unembed)
+    reference = Reference(lens, stream, model.unembed)
+    np.testing.assert_allclose(oracle.wide(losses), reference.losses(), atol=1e-5)
+    assert gradient["translators"][0]["weight"].dtype == mx.float32
+    slope = oracle.central_difference(lambda: reference.loss(1) / 3, reference.weights[1], (5, 9))
+    assert gradient["translators"][1]["weight"][5, 9].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+def test_the_lens_is_not_changed(rng, tiny):
+    lens = random_lens(rng)
+    before = [np.array(t.weight) for t in lens.translators]
+    loss_and_gradient(lens, tiny.source.capture(IDS), tiny.unembed)
+    assert all(np.array_equal(np.array(t.weight), b) for t, b in zip(lens.translators, before, strict=True))
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(rng):
+    # The logits of one layer are 10 MB here, those of eight in one graph 80 MB, several times over.
+    vocab, width, tokens = 20_000, 32, 128
+    unembed = Unembed(nn.RMSNorm(width), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False)
+
+    def peak(num_layers):
+        lens = random_lens(rng, num_layers, width)
+        stream = Stream([oracle.random_array(rng, 1, tokens, width) for _ in range(num_layers)], mx.zeros(()))
+        mx.eval(lens.parameters(), stream.hidden, unembed.norm.parameters())
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        loss_and_gradient(lens, stream, unembed)
+        return mx.get_peak_memory() - before
+
+    two, eight = peak(2), peak(8)
+    assert two > vocab * 4  # something was measured
+    assert eight < 1.5 * two
+    assert eight < 8 * tokens * vocab * 4  # less than all logits once
