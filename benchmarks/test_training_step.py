@@ -1,4 +1,7 @@
-"""One training step of the demo model's lens (forward, loss, gradient), native kernels beside plain MLX. 64 tokens: plain MLX is slow on Linux CPUs."""
+"""One training step of the demo model's lens (forward, loss, gradient), native kernels beside plain MLX.
+
+64 tokens, because plain MLX is slow on Linux CPUs.
+"""
 
 import mlx.core as mx
 import pytest

@@ -18,7 +18,7 @@ from metalens.arrays import nested
 from metalens.files import require_writable
 from metalens.lens import Lens, LogitLens, TunedLens, lens_files
 from metalens.ops import Head, lens_stats
-from metalens.ops.lens_stats import logits_stats
+from metalens.ops.lens_stats import check_top_k, logits_stats
 from metalens.ops.lens_stats import top_k as largest
 from metalens.readout import Predictions, Reading, lens_rows, predictions, require_finite, select_layers, select_position
 from metalens.stream import Edit, Stream, StreamSource, follow
@@ -164,7 +164,9 @@ class InterpretableModel(TokenizerMixin):
             ValueError: for empty text, ids outside the vocabulary, an unknown layer, a position or top_k out of range, and a model whose own logits
                 its norm and head do not reproduce.
         """
-        return self._lens(text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+        return self.tuned_lens(
+            text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm
+        )
 
     def tuned_lens(
         self,
@@ -190,7 +192,15 @@ class InterpretableModel(TokenizerMixin):
         Raises:
             ValueError: as `logit_lens`, and if the lens was made for another model.
         """
-        return self._lens(text, tuned_lens, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm)
+        if layers is not None and len(layers) == 0:
+            return {}
+        reading = self.read(text, tuned_lens, top_k, layers, position, final_norm, skip_norm)
+        if plot:
+            from metalens.plotting import show_lens  # matplotlib takes a second to import
+
+            look = {"max_display_tokens": max_display_tokens, "figsize": figsize, "cmap": cmap, "font_family": font_family}
+            show_lens(reading.predictions, reading.tokens, reading.stats.max_probability, "probability of the top token", **look)
+        return reading.predictions
 
     def read(
         self,
@@ -226,31 +236,6 @@ class InterpretableModel(TokenizerMixin):
         tokens = [names[i] for i in nested(ids[0, where])]
         return Reading(chosen, tokens, predictions(stats, chosen, strings), stats, model, [strings[i] for i in nested(model.top_ids[0, :, 0])])
 
-    def _lens(
-        self,
-        text: TokenInput,
-        lens: Lens,
-        top_k: int,
-        layers: Sequence[int] | None,
-        position: int | None,
-        plot: bool,
-        max_display_tokens: int,
-        figsize: tuple[float, float],
-        cmap: str,
-        font_family: str | None,
-        final_norm: Norm | None,
-        skip_norm: bool,
-    ) -> Predictions:
-        if layers is not None and len(layers) == 0:
-            return {}
-        reading = self.read(text, lens, top_k, layers, position, final_norm, skip_norm)
-        if plot:
-            from metalens.plotting import show_lens  # matplotlib takes a second to import
-
-            look = {"max_display_tokens": max_display_tokens, "figsize": figsize, "cmap": cmap, "font_family": font_family}
-            show_lens(reading.predictions, reading.tokens, reading.stats.max_probability, "probability of the top token", **look)
-        return reading.predictions
-
     def check_lens(self, lens: Lens) -> None:
         """Raise ValueError if a TunedLens does not fit this model; other callables are taken as they are."""
         if isinstance(lens, TunedLens):
@@ -285,10 +270,8 @@ class InterpretableModel(TokenizerMixin):
         rows = hidden_state.reshape(-1, hidden_state.shape[-1])
         if lm_head is not None:
             logits = lm_head(rows).astype(mx.float32)
-            k = min(max(top_k, 0), logits.shape[-1])
-            if k != top_k or k == 0:
-                raise ValueError(f"top_k must be from 1 to {logits.shape[-1]} (the vocabulary), not {top_k}.")
-            ids, scores = largest(logits, k)
+            check_top_k(top_k, logits.shape[-1])
+            ids, scores = largest(logits, top_k)
         else:
             head = self.unembed.head if embedding_layer is None else _head_of(embedding_layer)
             stats = lens_stats(rows[None], head, top_k)

@@ -53,8 +53,7 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
         ValueError: if k is out of range or the shapes do not fit together.
     """
     _, d = head.weight.shape
-    if not 1 <= k <= head.vocab_size:
-        raise ValueError(f"top_k must be from 1 to {head.vocab_size} (the vocabulary), not {k}.")
+    check_top_k(k, head.vocab_size)
     if n.ndim != 3 or n.shape[-1] != d or n.shape[1] == 0:
         raise ValueError(f"lens_stats needs n [L, N, {d}] with N >= 1, got {n.shape}.")
     if n_model is not None and n_model.shape != n.shape[1:]:
@@ -71,6 +70,12 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
 
 def _join(values: list[Any]) -> Any:
     return None if values[0] is None else mx.concatenate(values, axis=1)
+
+
+def check_top_k(k: int, vocab_size: int) -> None:
+    """Raise ValueError unless 1 <= k <= V."""
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"top_k must be from 1 to {vocab_size} (the vocabulary), not {k}.")
 
 
 def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:
