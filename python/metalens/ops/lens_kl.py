@@ -10,6 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalens.ops.chunks import token_chunks
+from metalens.ops.softmax import kl_divergence, softmax
 from metalens.ops.unembed import Head, head_logits, head_pullback
 
 
@@ -43,21 +44,6 @@ def lens_kl(n: mx.array, n_model: mx.array, head: Head) -> tuple[mx.array, mx.ar
     if not kls:
         return mx.zeros(n.shape[:2]), mx.zeros(n.shape)
     return mx.concatenate(kls, axis=1), mx.concatenate(gradients, axis=1)
-
-
-def softmax(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """(log-probabilities, probabilities, log-sum-exp [..., 1]) over the last axis, at the price of one exp: what MLX's CPU is slowest at."""
-    top = mx.max(z, axis=-1, keepdims=True)
-    shifted = z - top
-    e = mx.exp(shifted)
-    total = mx.sum(e, axis=-1, keepdims=True)
-    log_total = mx.log(total)
-    return shifted - log_total, e / total, top + log_total
-
-
-def kl_divergence(p: mx.array, log_p: mx.array, log_q: mx.array) -> mx.array:
-    """KL(p || q) in nats over the last axis; where p is 0 its term is 0, also where log_p is -inf."""
-    return mx.sum(mx.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
 
 
 def _chunk(n: mx.array, n_model: mx.array, head: Head) -> tuple[mx.array, mx.array]:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.ops.chunks import token_chunks
-from metalens.ops.lens_kl import kl_divergence, softmax
+from metalens.ops.softmax import entropy, kl_divergence, softmax
 from metalens.ops.unembed import Head, head_logits
 
 
@@ -98,7 +98,6 @@ def _chunk(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx
 def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
     """The statistics of logits [L, N, V] float32 that are at hand already; `z_model` [N, V] are the model's own. Lazy."""
     log_q, q, lse = softmax(z)
-    lse = lse[..., 0]
     kl = agrees = nll = rank = None
     top_ids, top_logits = top_k(z, k)
     if z_model is not None:
@@ -109,6 +108,4 @@ def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, label
         of_label = mx.take_along_axis(z, mx.broadcast_to(labels[None, :, None], (*z.shape[:2], 1)), axis=-1)
         nll = lse - of_label[..., 0]
         rank = 1 + mx.sum(z > of_label, axis=-1).astype(mx.int32)
-    # 0 * -inf at impossible tokens is 0 here, not NaN.
-    entropy = -mx.sum(mx.where(q > 0, q * log_q, 0.0), axis=-1)
-    return LensStats(lse, entropy, mx.exp(top_logits[..., 0] - lse), top_ids, top_logits, kl, agrees, nll, rank)
+    return LensStats(lse, entropy(q, log_q), mx.exp(top_logits[..., 0] - lse), top_ids, top_logits, kl, agrees, nll, rank)

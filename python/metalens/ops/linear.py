@@ -47,19 +47,21 @@ def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
         transpose: the orientation.
 
     Returns:
-        [..., O] or [..., I]. The native kernels accumulate in float32 and return x's dtype (dense: the promoted one); plain MLX returns its own
-        promoted dtype.
+        [..., O] or [..., I], in the promoted type of x and the weight's values or scales. The native kernels accumulate in float32.
     """
     extension = native()
+    product: mx.array
     if w.scales is None:
         if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
-            product: mx.array = extension.matmul(x, w.values, transpose)
+            product = extension.matmul(x, w.values, transpose)
             return product
         return x @ (w.values.T if transpose else w.values)
     if extension is not None and _native_can(x, w):
-        y: mx.array = extension.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
-        # Plain MLX promotes x with the scales; float32 activations beside 16-bit scales stay float32 in both.
-        return y.astype(mx.result_type(x, w.scales))
+        # Plain MLX computes in the promoted type of x and the scales, and returns it.
+        product = extension.quantized_matmul(x.astype(mx.result_type(x, w.scales)), w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
+        return product
+    if x.size == 0:  # mx.quantized_matmul divides by the number of rows
+        return mx.zeros((*x.shape[:-1], w.shape[0 if transpose else 1]), mx.result_type(x, w.scales) if w.mode == "affine" else x.dtype)
     return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits, w.mode)
 
 

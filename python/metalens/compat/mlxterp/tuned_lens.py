@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from metalens.lens import TunedLens
 from metalens.model import train_tuned_lens
-from metalens.ops.lens_kl import kl_divergence as kl_of_rows
+from metalens.ops.softmax import kl_divergence as kl_of_rows
 
 __all__ = ["TunedLens", "kl_divergence", "log_softmax", "train_tuned_lens"]
 
