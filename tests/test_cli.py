@@ -93,6 +93,13 @@ def test_eval_prints_a_table(lens, text, run):
     assert "mean" in result.stdout
 
 
+def test_eval_without_a_lens_reads_the_logit_lens_alone(text, run):
+    result = run("eval", "demo", "--data", text, "--tokens", 40, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert all(set(layer) == {"layer", "logit"} for layer in json.loads(result.stdout)["layers"])
+    assert "tuned" not in run("eval", "demo", "--data", text, "--tokens", 40).stdout
+
+
 def test_lens_prints_json_alone(run):
     result = run("lens", "demo", PROMPT, "--layers", "0,4", "--top-k", 2, "--json")
     assert result.exit_code == 0, result.stderr

@@ -115,12 +115,13 @@ def test_loading_it_again_after_it_was_missing(monkeypatch, tmp_path, fresh):
 
 TWO_PRODUCTS = """
 import warnings
-import mlx.core as mx, numpy as np, oracle
-from metalens.ops import linear
-rng = np.random.default_rng(0)
-x, w = oracle.random_array(rng, 3, 128), oracle.random_weight(rng, 5, 128)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
+    import metalens  # warns
+    import numpy as np, oracle
+    from metalens.ops import linear
+    rng = np.random.default_rng(0)
+    x, w = oracle.random_array(rng, 3, 128), oracle.random_weight(rng, 5, 128)
     for y in (linear(x, w), linear(x, w)):
         oracle.assert_product(y, x, w, epsilon=1e-5)
 print(*(f"{w.category.__name__}: {w.message}" for w in caught), sep="\\n")
@@ -132,6 +133,13 @@ def test_an_impossible_setting_falls_back_with_one_warning(run_python, variable,
     (line,) = run_python(TWO_PRODUCTS, **{variable: value}).splitlines()
     assert line.startswith("RuntimeWarning: metalens runs without its native extension")
     assert f"{variable}={value}" in line
+
+
+def test_a_warning_comes_at_import_and_only_where_it_matters(run_python):
+    script = TWO_PRODUCTS[: TWO_PRODUCTS.index("    import numpy")] + TWO_PRODUCTS[TWO_PRODUCTS.index("print(") :]
+    assert "METALENS_ISA=sse9" in run_python(script, METALENS_ISA="sse9")
+    assert run_python(script, METALENS_ISA="sse9", METALENS_BACKEND="reference").strip() == ""
+    assert run_python(script).strip() == ""
 
 
 def test_empty_settings_are_no_settings(run_python):

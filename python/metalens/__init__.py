@@ -6,10 +6,12 @@ from metalens.accelerate import Acceleration, accelerate
 from metalens.evaluate import Evaluation, evaluate
 from metalens.lens import LogitLens, TunedLens
 from metalens.model import InterpretableModel, train_tuned_lens
-from metalens.ops.backend import use_backend
+from metalens.ops.backend import use_backend, warn_if_slow
 from metalens.training import TrainingConfig
 
 __version__ = version("metalens")
+
+warn_if_slow()
 
 __all__ = [
     "Acceleration",

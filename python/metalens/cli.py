@@ -165,15 +165,15 @@ def train_command(
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--lens", "lens_path", required=True, type=click.Path(path_type=Path), help="As written by train: LENS.npz and LENS.json.")
+@click.option("--lens", "lens_path", type=click.Path(path_type=Path), help="As written by train.  [default: the logit lens alone]")
 @click.option("--data", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Read only this many tokens.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @one_clear_error
-def eval_command(model: str, lens_path: Path, data: Path, tokens: int | None, max_seq_len: int | None, as_json: bool) -> None:
+def eval_command(model: str, lens_path: Path | None, data: Path, tokens: int | None, max_seq_len: int | None, as_json: bool) -> None:
     """Compare the tuned lens with the logit lens, layer by layer (nats per token; layer i is the output of block i)."""
-    lens = TunedLens.load(lens_path)
+    lens = None if lens_path is None else TunedLens.load(lens_path)
     text = read_text(data)
     evaluation = evaluate(load_model(model), text, lens, max_seq_len=max_seq_len, max_tokens=tokens, show_progress=True)
     if as_json:

@@ -68,7 +68,7 @@ class StreamSource:
     """Captures residual streams of one model.
 
     For the length of one call each block's class is exchanged for a subclass that notes what the block returns, so the model's own code runs as it
-    is, with the attributes it looks up on its blocks, and nothing is left behind.
+    is, with the attributes it looks up on its blocks, and nothing is left behind. One thread at a time may use a model.
 
     Args:
         model: the language model, called as `model(ids)`.

@@ -46,6 +46,12 @@ def use_backend(name: Backend) -> Iterator[None]:
         _override.reset(token)
 
 
+def warn_if_slow() -> None:
+    """At import: one warning if the extension would be used here and can't be; none where plain MLX was asked for or a GPU is the default."""
+    if os.environ.get(VARIABLE, "auto") in ("", "auto") and mx.default_device().type == mx.DeviceType.cpu:
+        _extension.load()
+
+
 def native() -> ModuleType | None:
     """The extension if the next operation should use it, else None."""
     wanted = backend()
