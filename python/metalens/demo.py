@@ -16,7 +16,7 @@ ASSETS = Path(str(files("metalens"))) / "assets"
 MODEL = ASSETS / "demo_model"
 TRAINING_TEXT = ASSETS / "lens_train.txt"
 HELD_OUT_TEXT = ASSETS / "heldout.txt"
-PROMPT = "The free software movement is based on the idea that users should have the"
+PROMPT = "Click the button in the top right corner of the window to open the"
 
 CONFIG = TrainingConfig(num_steps=120, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
 HELD_OUT_TOKENS = 8192
