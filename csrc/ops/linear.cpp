@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
-#include "cpu/thread_pool.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
@@ -52,31 +52,6 @@ mx::array build(
   return mx::reshape(out, shape, stream);
 }
 
-// c [M, N] = a [M, K] B, where B [K, N] is W^T or W, packed panel by panel. A task is one panel of output columns, all of the reduction, and all rows
-// or, where there are too few panels to keep the threads busy, a part of them. Every sum runs in the same order whatever the number of threads.
-void gemm(const float* a, int64_t m, int64_t n, int64_t k, const cpu::Matrix& w, bool transpose, float* c) {
-  const auto& table = cpu::kernels();
-  const int64_t width = table.panel_width;
-  const int64_t panels = (n + width - 1) / width;
-  const int64_t wanted = 4 * cpu::num_threads();
-  const int64_t parts = std::clamp<int64_t>(wanted / std::max<int64_t>(panels, 1), 1, (m + 63) / 64);
-  const int64_t rows_per_part = (m + parts - 1) / parts;
-  const auto pack = transpose ? table.pack_rows : table.pack_columns;
-  cpu::parallel_for(panels * parts, [&](int64_t task) {
-    thread_local std::vector<float> panel;
-    panel.resize(cpu::kReductionBlock * width);
-    const int64_t column = task / parts * width;
-    const int64_t columns = std::min(width, n - column);
-    const int64_t row = task % parts * rows_per_part;
-    const int64_t rows = std::min(rows_per_part, m - row);
-    for (int64_t start = 0; start < k && rows > 0; start += cpu::kReductionBlock) {
-      const int64_t depth = std::min(cpu::kReductionBlock, k - start);
-      pack(w, column, columns, start, depth, panel.data());
-      table.multiply(a + row * k + start, k, rows, panel.data(), depth, c + row * n + column, n, columns, start > 0);
-    }
-  });
-}
-
 void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, mx::array& out) {
   const int64_t m = out.shape(0), n = out.shape(1), k = x.shape(1);
   if (m == 0 || n == 0) return;
@@ -97,8 +72,7 @@ void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, mx::arra
     wide_out.resize(m * n);
     c = wide_out.data();
   }
-  if (k == 0) std::fill(c, c + m * n, 0.0f);
-  gemm(a, m, n, k, w, transpose, c);
+  cpu::gemm(a, m, n, k, w, transpose, c);
   if (out.dtype() != mx::float32) table.store(element_of(out.dtype()), c, out.data<void>(), m * n);
 }
 

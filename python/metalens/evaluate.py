@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from metalens.arrays import nested
 from metalens.lens import Lens, LogitLens
 from metalens.model import InterpretableModel
 from metalens.ops import LensStats, lens_stats
+from metalens.progress import token_bar
 from metalens.readout import lens_rows, require_finite
 from metalens.tokens import TokenInput
 
@@ -97,7 +97,7 @@ def evaluate(
     unembed, num_layers = model.checked_unembed, len(model.source)
     sums = {name: _Sums(num_layers) for name in lenses}
     own = _Sums(1)
-    with tqdm(total=ids.size, unit="tok", unit_scale=True, desc="evaluating", disable=not show_progress) as bar:
+    with token_bar(int(ids.size), "evaluating", show_progress) as bar:
         for sequence in _sequences(ids, max_seq_len):
             hidden = [h[0] for h in model.source.capture(sequence[None]).hidden]
             n_model = unembed.norm(hidden[-1])

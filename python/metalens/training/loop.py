@@ -13,10 +13,10 @@ from typing import cast
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
-from tqdm import tqdm
 
 from metalens.arrays import nested, number
 from metalens.lens import TunedLens
+from metalens.progress import token_bar
 from metalens.stream import StreamSource
 from metalens.training.config import TrainingConfig
 from metalens.training.data import TokenSequences
@@ -71,7 +71,7 @@ def train(
     lens = TunedLens(len(source), unembed.hidden_dim)
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
     tokens_per_step = config.sequences_per_step * config.max_seq_len
-    with tqdm(total=config.num_steps * tokens_per_step, unit="tok", unit_scale=True, desc="training the lens", disable=not show_progress) as bar:
+    with token_bar(config.num_steps * tokens_per_step, "training the lens", show_progress) as bar:
         for step in range(config.num_steps):
             losses, gradient = _accumulate(lens, source, unembed, list(islice(sequences, config.sequences_per_step)))
             norm = gradient_norm(gradient)
@@ -88,8 +88,8 @@ def train(
                     stacklevel=2,
                 )
             loss = math.fsum(losses) / len(losses)
+            bar.set_postfix(step=f"{step + 1}/{config.num_steps}", KL=f"{loss:.3f}", refresh=False)
             bar.update(tokens_per_step)
-            bar.set_postfix(step=f"{step + 1}/{config.num_steps}", KL=f"{loss:.3f}")
             log.debug("step %d loss %.4f gradient norm %.4f", step, loss, norm)
             if callback is not None:
                 callback(Progress(step, loss, losses, (step + 1) * tokens_per_step))
