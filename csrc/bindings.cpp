@@ -17,7 +17,7 @@ NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");
 
   m.def(
-      "quantized_matmul", &metalens::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4,
+      "quantized_matmul", &metalens::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a, "group_size"_a = 64, "bits"_a = 4, "transpose"_a = true,
       nb::kw_only(), "stream"_a = nb::none(),
       "x W^T (or x W) for a frozen W in MLX's affine format, on the CPU.\n\n"
       "x [..., I] float32, float16 or bfloat16; w [O, I * bits / 32] uint32; scales, biases [O, I / group_size]. Returns [..., O] in x's dtype;\n"

@@ -83,9 +83,9 @@ mx::array quantized_matmul(
     const mx::array& w,
     const mx::array& scales,
     const mx::array& biases,
-    bool transpose,
     int group_size,
     int bits,
+    bool transpose,
     mx::StreamOrDevice s) {
   if (bits < 2 || bits > 8 || bits == 7) reject("bits must be 2, 3, 4, 5, 6 or 8, not ", bits, ".");
   if (group_size != 32 && group_size != 64 && group_size != 128) reject("group_size must be 32, 64 or 128, not ", group_size, ".");
@@ -150,7 +150,7 @@ void Linear::eval_gpu(const std::vector<mx::array>&, mx::array&) {
 }
 
 mx::array Linear::apply(const mx::array& x, const std::vector<mx::array>& inputs, bool transpose) {
-  return bits_ ? quantized_matmul(x, inputs[1], inputs[2], inputs[3], transpose, group_size_, bits_, stream())
+  return bits_ ? quantized_matmul(x, inputs[1], inputs[2], inputs[3], group_size_, bits_, transpose, stream())
                : matmul(x, inputs[1], transpose, stream());
 }
 

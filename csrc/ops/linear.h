@@ -18,9 +18,9 @@ mx::array quantized_matmul(
     const mx::array& w,
     const mx::array& scales,
     const mx::array& biases,
-    bool transpose,
     int group_size,
     int bits,
+    bool transpose,
     mx::StreamOrDevice s = {});
 
 // x W^T (transpose) or x W, for a dense W [O, I]. Accumulates in float32; the result has the promoted type. Differentiable in both.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import oracle
 from metalens import _ext, use_backend
-from metalens.ops import Weight, linear
+from metalens.ops import Weight, linear, quantized_matmul
 
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 BITS = [2, 3, 4, 5, 6, 8]
@@ -348,7 +348,7 @@ def test_streams(rng):
     w, x = oracle.random_weight(rng, 33, 128), oracle.random_array(rng, 5, 128)
     dense = oracle.random_array(rng, 33, 128)
     for stream in (None, mx.cpu, mx.new_stream(mx.cpu)):
-        oracle.assert_product(_ext.quantized_matmul(x, w.values, w.scales, w.biases, True, 32, 4, stream=stream), x, w)
+        oracle.assert_product(_ext.quantized_matmul(x, w.values, w.scales, w.biases, 32, 4, stream=stream), x, w)
         oracle.assert_product(_ext.matmul(x, dense, stream=stream), x, Weight(dense))
     with mx.stream(mx.new_stream(mx.cpu)):
         y = linear(x, w)
@@ -421,7 +421,7 @@ PRODUCTS = """
 import hashlib
 import mlx.core as mx, numpy as np, oracle
 from metalens import _ext, use_backend
-from metalens.ops import Weight, linear
+from metalens.ops import Weight, linear, quantized_matmul
 digest = hashlib.sha256()
 rng = np.random.default_rng(7)
 with use_backend("native"):
@@ -533,3 +533,13 @@ def test_a_quantised_weight_has_no_gradient(rng, argument):
         mx.eval(mx.grad(lambda part: mx.sum(function(part)))(parts[argument]))
     with pytest.raises(ValueError, match="frozen"):
         mx.eval(mx.jvp(function, [parts[argument]], [parts[argument]])[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_named_operation_takes_its_arguments_by_position(rng, backend):
+    w = oracle.random_weight(rng, 33, 128, bits=3, group_size=64)
+    x, g = oracle.random_array(rng, 5, 128), oracle.random_array(rng, 5, 33)
+    with use_backend(backend):
+        oracle.assert_product(quantized_matmul(x, w.values, w.scales, w.biases, 64, 3), x, w, epsilon=1e-5)
+        oracle.assert_product(quantized_matmul(g, w.values, w.scales, w.biases, 64, 3, False), g, w, False, epsilon=1e-5)
+    oracle.assert_product(_ext.quantized_matmul(x, w.values, w.scales, w.biases, 64, 3), x, w)

@@ -39,7 +39,7 @@ class Weight:
 
 
 def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
-    """X W^T, or x W with transpose=False.
+    """X W^T, or x W with transpose=False, for a dense or quantised W.
 
     Args:
         x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
@@ -49,30 +49,50 @@ def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
     Returns:
         [..., O] or [..., I], in the promoted type of x and the weight's values or scales. The native kernels accumulate in float32.
     """
+    if w.scales is not None:
+        return quantized_matmul(x, w.values, w.scales, w.biases, w.group_size, w.bits, transpose, w.mode)
     extension = native()
-    product: mx.array
-    if w.scales is None:
-        if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
-            product = extension.matmul(x, w.values, transpose)
-            return product
-        return x @ (w.values.T if transpose else w.values)
-    if extension is not None and _native_can(x, w):
-        # Plain MLX computes in the promoted type of x and the scales, and returns it.
-        product = extension.quantized_matmul(x.astype(mx.result_type(x, w.scales)), w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
+    if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
+        product: mx.array = extension.matmul(x, w.values, transpose)
         return product
+    return x @ (w.values.T if transpose else w.values)
+
+
+def quantized_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    group_size: int = 64,
+    bits: int = 4,
+    transpose: bool = True,
+    mode: str = "affine",
+) -> mx.array:
+    """X W^T, or x W with transpose=False, for a packed W: `mlx.core.quantized_matmul` on whichever backend is in use.
+
+    Args:
+        x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
+        w: [O, I * bits / 32] uint32.
+        scales: [O, I / group_size].
+        biases: like scales for mode 'affine', else None.
+        group_size, bits, mode: as in `mlx.core.quantize`. The native kernels take affine 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128; the rest is
+            plain MLX.
+        transpose: the orientation.
+
+    Returns:
+        [..., O] or [..., I], in the promoted type of x and (affine) the scales. The native kernels accumulate in float32.
+    """
+    # Plain MLX computes in the promoted type of x and affine scales, and returns it.
+    dtype = mx.result_type(x, scales) if mode == "affine" else x.dtype
+    if mode == "affine" and biases is not None and _native_can(x, scales, biases, group_size, bits):
+        extension = native()
+        if extension is not None:
+            product: mx.array = extension.quantized_matmul(x.astype(dtype), w, scales, biases, group_size, bits, transpose)
+            return product
     if x.size == 0:  # mx.quantized_matmul divides by the number of rows
-        return mx.zeros((*x.shape[:-1], w.shape[0 if transpose else 1]), mx.result_type(x, w.scales) if w.mode == "affine" else x.dtype)
-    return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits, w.mode)
+        return mx.zeros((*x.shape[:-1], w.shape[0] if transpose else w.shape[1] * 32 // bits), dtype)
+    return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode)
 
 
-def _native_can(x: mx.array, w: Weight) -> bool:
-    return (
-        w.mode == "affine"
-        and w.bits in NATIVE_BITS
-        and w.group_size in NATIVE_GROUPS
-        and x.dtype in FLOATS
-        and w.scales is not None
-        and w.biases is not None
-        and w.scales.dtype in FLOATS
-        and w.biases.dtype == w.scales.dtype
-    )
+def _native_can(x: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> bool:
+    return bits in NATIVE_BITS and group_size in NATIVE_GROUPS and x.dtype in FLOATS and scales.dtype in FLOATS and biases.dtype == scales.dtype
