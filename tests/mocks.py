@@ -11,6 +11,8 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models import llama
 
+from metalens import TunedLens
+
 VOCAB, DIM, LAYERS = 100, 32, 3
 
 
@@ -120,3 +122,22 @@ def float64_logits(model: MockModel, ids: np.ndarray) -> list[np.ndarray]:
         x = x + np.tanh(rms(block.norm, context) @ value(block.up.weight).T + value(block.up.bias)) @ value(block.down.weight).T
         logits.append(rms(model.norm, x) @ value(model.lm_head.weight).T + value(model.lm_head.bias))
     return logits
+
+
+def random_lens(seed=0):
+    lens = TunedLens(LAYERS, DIM)
+    rng = np.random.default_rng(seed)
+    for translator in lens.translators:
+        translator.weight = translator.weight + mx.array(rng.normal(0, 0.3, (DIM, DIM)).astype(np.float32))
+        translator.bias = mx.array(rng.normal(0, 0.3, DIM).astype(np.float32))
+    return lens
+
+
+def assert_close(found, expected, tolerance=1e-4):
+    """Equal predictions, up to rounding in the scores."""
+    assert list(found) == list(expected)
+    for layer, positions in expected.items():
+        assert len(found[layer]) == len(positions)
+        for a, b in zip(found[layer], positions, strict=True):
+            assert [(i, text) for i, _, text in a] == [(i, text) for i, _, text in b]
+            np.testing.assert_allclose([z for _, z, _ in a], [z for _, z, _ in b], rtol=tolerance, atol=tolerance)

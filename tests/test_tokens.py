@@ -148,7 +148,7 @@ def test_ids_that_are_not_integers(model, text):
         model.ids(text)
 
 
-@pytest.mark.parametrize("text", [None, {"a": 1}, object(), ["w1", 2], [[1, 2], [3]]], ids=repr)
+@pytest.mark.parametrize("text", [None, {"a": 1}, object(), ["w1", 2], [[1, 2], [3]]], ids=["none", "dict", "object", "mixed", "ragged"])
 def test_inputs_of_another_kind(model, text):
     with pytest.raises(TypeError, match="Expected text, a list of token ids or an array of them"):
         model.ids(text)

@@ -1,0 +1,36 @@
+import importlib
+import sys
+
+import pytest
+
+from mocks import MockModel, WordTokenizer
+
+SUBMODULES = ("tuned_lens", "core", "core.module_resolver")
+
+
+@pytest.fixture(autouse=True)
+def aliases(monkeypatch):
+    """Put the compatibility modules in mlxterp's place, as the package's documentation says."""
+    monkeypatch.setitem(sys.modules, "mlxterp", importlib.import_module("metalens.compat.mlxterp"))
+    for name in SUBMODULES:
+        monkeypatch.setitem(sys.modules, f"mlxterp.{name}", importlib.import_module(f"metalens.compat.mlxterp.{name}"))
+
+
+@pytest.fixture
+def mlxterp():
+    return importlib.import_module("mlxterp")
+
+
+@pytest.fixture
+def tuned_lens():
+    return importlib.import_module("mlxterp.tuned_lens")
+
+
+@pytest.fixture
+def resolver():
+    return importlib.import_module("mlxterp.core.module_resolver")
+
+
+@pytest.fixture
+def model(mlxterp):
+    return mlxterp.InterpretableModel(MockModel(), WordTokenizer())
