@@ -37,7 +37,6 @@ def saved_model(tmp_path_factory):
 def test_a_model_in_a_folder(saved_model, kind):
     folder, llama = saved_model
     model = InterpretableModel(kind(folder))
-    assert model.name == str(folder)
     assert model.encode(TEXT) == IDS
     assert model.token_to_str(4) == "w4"
     found = model.logit_lens(TEXT, top_k=3)

@@ -21,7 +21,7 @@ from metalens.ops import Head, lens_stats
 from metalens.ops.lens_stats import check_top_k, logits_stats
 from metalens.ops.lens_stats import top_k as largest
 from metalens.readout import Predictions, Reading, lens_rows, predictions, require_finite, select_layers, select_position
-from metalens.stream import Edit, Stream, StreamSource, follow
+from metalens.stream import Edit, Stream, StreamSource
 from metalens.tokens import TokenInput, TokenizerMixin
 from metalens.trace import LayerProxy, Trace
 from metalens.training import Progress, TrainingConfig, train
@@ -56,7 +56,6 @@ class InterpretableModel(TokenizerMixin):
         norm_path: str | None = None,
         lm_head_path: str | None = None,
     ) -> None:
-        self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
             model, loaded = _load(str(model))
             tokenizer = tokenizer if tokenizer is not None else loaded
@@ -79,11 +78,10 @@ class InterpretableModel(TokenizerMixin):
         self.unembed.check(self.source)
         return self.unembed
 
-    @cached_property
+    @property
     def embedding_rows(self) -> int:
         """How many token ids the model knows: 0 <= id < embedding_rows."""
-        embedding = follow(self.model, self.unembed.paths["embedding"]) if self.unembed.paths["embedding"] else None
-        return int(embedding.weight.shape[0]) if embedding is not None else self.unembed.vocab_size
+        return self.unembed.embedding_rows
 
     @property
     def default_sequence_length(self) -> int:

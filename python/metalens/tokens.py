@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -15,15 +16,15 @@ TokenInput: TypeAlias = "str | Sequence[int] | mx.array"
 NO_TOKENIZER = "No tokenizer available. Pass a tokenizer to InterpretableModel or load a model that includes one."
 
 
-class TokenizerMixin:
+class TokenizerMixin(ABC):
     """Encoding and decoding with `self.tokenizer`, and checked token ids."""
 
     tokenizer: Any
 
     @property
+    @abstractmethod
     def embedding_rows(self) -> int:
         """How many token ids the model knows."""
-        raise NotImplementedError
 
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -81,13 +81,15 @@ class Unembed:
         head: the unembedding's arrays.
         paths: where embedding, norm and head were found ("" for none).
         tied: whether the head is the embedding.
+        embedding_rows: token ids that the model knows, 0 <= id < embedding_rows; the head's rows if no embedding was found.
     """
 
-    def __init__(self, norm: Norm, head: Head, paths: dict[str, str], tied: bool) -> None:
+    def __init__(self, norm: Norm, head: Head, paths: dict[str, str], tied: bool, embedding_rows: int) -> None:
         self.norm = norm
         self.head = head
         self.paths = paths
         self.tied = tied
+        self.embedding_rows = embedding_rows
 
     @classmethod
     def from_model(
@@ -117,7 +119,8 @@ class Unembed:
         weight = weight_of(projection.module)
         found = Head(weight, projection.module.get("bias"), scale, softcap)
         paths = {name: place.path if place else "" for name, place in (("embedding", embedding), ("norm", norm), ("head", head))}
-        return cls(norm.module if norm else identity, found, paths, tied=head is None)
+        rows = weight_of(embedding.module).shape[0] if embedding and "weight" in embedding.module else found.vocab_size
+        return cls(norm.module if norm else identity, found, paths, head is None, rows)
 
     @property
     def hidden_dim(self) -> int:

@@ -148,7 +148,7 @@ def test_the_lens_is_not_changed(rng, tiny):
 def test_memory_does_not_grow_with_the_number_of_layers(rng):
     # The logits of one layer are 10 MB here, those of eight in one graph 80 MB, several times over.
     vocab, width, tokens = 20_000, 32, 128
-    unembed = Unembed(nn.RMSNorm(width), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False)
+    unembed = Unembed(nn.RMSNorm(width), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False, embedding_rows=vocab)
 
     def peak(num_layers):
         lens = random_lens(rng, num_layers, width)
