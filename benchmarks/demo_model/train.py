@@ -1,6 +1,6 @@
 """Train the demo model on the corpus that corpus.py made.
 
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 python train.py WORKDIR [--minutes 80] [--resume]
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 python train.py WORKDIR [--minutes 80]
 
 (The two variables keep freed memory in the process: without them a third of the time goes to page faults.)
 
@@ -199,7 +199,6 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt, with fresh optimisers and half the learning rates")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(args.seed)
@@ -218,17 +217,13 @@ def main() -> None:
     log.info("%d training tokens, %d in a weighted epoch, %.2f bytes/token held out", sum(map(len, ids)), epoch[:, 1:].numel(), bytes_per_token)
 
     model = Llama(c)
-    earlier: dict = {}
-    if args.resume:
-        model.load_state_dict(torch.load(args.workdir / "checkpoint.pt", map_location="cpu")["model"])
-        earlier = json.loads((args.workdir / "training.json").read_text())
     inside = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and not n.startswith("embed"))]
     optimisers = [
         torch.optim.Muon(inside, lr=4e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-    rates = [o.param_groups[0]["lr"] * (0.5 if args.resume else 1.0) for o in optimisers]
+    rates = [o.param_groups[0]["lr"] for o in optimisers]
     log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
 
     batch = BATCH_TOKENS // length
@@ -265,14 +260,13 @@ def main() -> None:
             os.replace(temporary, args.workdir / "checkpoint.pt")
     result = {
         "config": asdict(c),
-        "tokens_seen": step * BATCH_TOKENS + earlier.get("tokens_seen", 0),
+        "tokens_seen": step * BATCH_TOKENS,
         "seconds": time.time() - start,
         "held_out_nats_per_token": curve[-1]["held_out"],
         "held_out_bits_per_byte": curve[-1]["held_out"] / math.log(2) / bytes_per_token,
         "curve": curve,
         "seed": args.seed,
         "torch": torch.__version__,
-        "resumed_from": earlier or None,
     }
     (args.workdir / "training.json").write_text(json.dumps(result, indent=2))
 
