@@ -3,7 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from metalens.ops import Weight
+from metalens import TunedLens
+from metalens.ops import Head, Weight
 
 # What rounding the result to a type may cost, relative to the result; sums are in float32, so float32 is no better than 1e-6.
 EPSILON = {mx.float32: 1e-6, mx.float16: 5e-4, mx.bfloat16: 4e-3}
@@ -63,6 +64,30 @@ def random_weight(rng, outputs, inputs, bits=4, group_size=32, dtype=mx.float32,
 
 def random_array(rng, *shape, dtype=mx.float32, scale=1.0):
     return mx.array((rng.standard_normal(shape) * scale).astype(np.float32)).astype(dtype)
+
+
+# Every logit transform that a head may have, as arguments of make_head.
+HEADS = {
+    "linear": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.5},
+    "softcap": {"softcap": 4.0},
+    "all": {"bias": True, "scale": 2.0, "softcap": 6.0},
+}
+
+
+def make_head(rng, outputs, inputs, quantised=True, bias=False, **transform):
+    weight = random_weight(rng, outputs, inputs, scale=0.2) if quantised else Weight(random_array(rng, outputs, inputs, scale=0.2))
+    return Head(weight, random_array(rng, outputs) if bias else None, **transform)
+
+
+def random_lens(rng, num_layers=3, hidden_dim=64):
+    """A lens away from the identity, where no term of the gradient vanishes."""
+    lens = TunedLens(num_layers, hidden_dim)
+    for translator in lens.translators:
+        translator.weight = mx.eye(hidden_dim) + random_array(rng, hidden_dim, hidden_dim, scale=0.3 / hidden_dim**0.5)
+        translator.bias = random_array(rng, hidden_dim, scale=0.1)
+    return lens
 
 
 def rms_norm(h, weight, eps):

@@ -12,14 +12,6 @@ from metalens import InterpretableModel, TunedLens, evaluate
 LENGTH = 8
 
 
-def random_lens(rng, num_layers=3, hidden_dim=64):
-    lens = TunedLens(num_layers, hidden_dim)
-    for translator in lens.translators:
-        translator.weight = mx.eye(hidden_dim) + oracle.random_array(rng, hidden_dim, hidden_dim, scale=0.3 / hidden_dim**0.5)
-        translator.bias = oracle.random_array(rng, hidden_dim, scale=0.1)
-    return lens
-
-
 def random_ids(rng, tokens):
     return rng.integers(0, 131, tokens).tolist()
 
@@ -65,7 +57,7 @@ def assert_scores(ours, expected):
     ],
 )
 def test_numbers_against_float64(rng, quantised_model, tokens, cuts):
-    ids, lens = random_ids(rng, tokens), random_lens(rng)
+    ids, lens = random_ids(rng, tokens), oracle.random_lens(rng)
     result = evaluate(quantised_model, ids, lens, max_seq_len=LENGTH)
     sequences = [ids[end - cut : end] for cut, end in zip(cuts, np.cumsum(cuts), strict=True)]
     logit, tuned = (expected_scores(quantised_model, sequences, each) for each in (None, lens))
@@ -122,7 +114,7 @@ def test_16_bit_models(rng, make_llama, dtype):
 
 
 def test_any_function_may_be_a_lens(rng, tiny):
-    ids, lens = random_ids(rng, 20), random_lens(rng)
+    ids, lens = random_ids(rng, 20), oracle.random_lens(rng)
     assert evaluate(tiny, ids, lens.__call__) == evaluate(tiny, ids, lens)
 
 
@@ -153,7 +145,7 @@ def test_bits_per_byte_count_utf8_bytes(rng, make_llama):
 
 def test_the_dictionary_is_the_documented_one(rng, tiny):
     ids = random_ids(rng, 12)
-    result = evaluate(tiny, ids, random_lens(rng), max_seq_len=LENGTH)
+    result = evaluate(tiny, ids, oracle.random_lens(rng), max_seq_len=LENGTH)
     data = json.loads(json.dumps(result.to_dict()))
     assert data.keys() == {"tokens", "bytes_per_token", "model", "layers"}
     assert (data["tokens"], data["model"]) == (12, vars(result.model))

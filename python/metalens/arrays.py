@@ -12,11 +12,6 @@ def number(a: mx.array) -> float:
     return float(a.item())  # type: ignore[arg-type]
 
 
-def integer(a: mx.array) -> int:
-    """The one element of an array, as an int."""
-    return int(a.item())  # type: ignore[arg-type]
-
-
 def nested(a: mx.array) -> list[Any]:
     """The elements as nested lists; a list also for an array of one dimension."""
     return a.tolist()  # type: ignore[return-value]

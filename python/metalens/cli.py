@@ -52,7 +52,7 @@ def one_clear_error(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-class ListOption(click.Command):
+class SeveralFiles(click.Command):
     """A command whose --data takes several files in a row, as shells expand them: --data *.txt."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -136,7 +136,7 @@ def main(verbose: bool) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@main.command("train", cls=ListOption)
+@main.command("train", cls=SeveralFiles)
 @click.argument("model")
 @click.option(
     "--data", required=True, multiple=True, metavar="FILE...", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text."

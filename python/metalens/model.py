@@ -63,7 +63,6 @@ class InterpretableModel(TokenizerMixin):
         self.tokenizer = tokenizer
         self.source = StreamSource(model, layer_attr)
         self._paths = {"embedding_path": embedding_path, "norm_path": norm_path, "lm_head_path": lm_head_path}
-        self._layer_attr = layer_attr
         self._trace: Trace | None = None
         self.layers = [LayerProxy(self, i) for i in range(len(self.source))]
 
@@ -337,10 +336,14 @@ class InterpretableModel(TokenizerMixin):
         if len(dataset) == 0:
             raise ValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):
-            return self.check_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
+            return self.admit_training_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
         if not any(entry.strip() for entry in dataset):
             raise ValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
-        return self.check_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
+        return self.admit_training_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
+
+    def admit_training_ids(self, ids: np.ndarray) -> mx.array:
+        """Which ids training accepts: those of the vocabulary (ValueError for others)."""
+        return self.check_ids(ids)
 
     def load_tuned_lens(self, path: str | Path) -> TunedLens:
         """Read a lens from `<path>.npz` and `<path>.json`.

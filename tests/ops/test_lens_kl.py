@@ -7,19 +7,7 @@ from metalens.ops import Head, Weight, chunks, lens_kl
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
-HEADS = {
-    "linear": {},
-    "bias": {"bias": True},
-    "scale": {"scale": 0.5},
-    "softcap": {"softcap": 4.0},
-    "all": {"bias": True, "scale": 2.0, "softcap": 6.0},
-}
 V, D, L, N = 131, 64, 3, 5
-
-
-def make_head(rng, quantised=True, bias=False, **transform):
-    weight = oracle.random_weight(rng, V, D, scale=0.2) if quantised else Weight(oracle.random_array(rng, V, D, scale=0.2))
-    return Head(weight, oracle.random_array(rng, V) if bias else None, **transform)
 
 
 def make_rows(rng, tokens=N, width=D):
@@ -32,10 +20,10 @@ def expected_kl(n, n_model, head):
     return oracle.kl(oracle.head_logits(oracle.wide(n_model), head), oracle.head_logits(oracle.wide(n), head))
 
 
-@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("settings", oracle.HEADS.values(), ids=oracle.HEADS)
 @pytest.mark.parametrize("quantised", [True, False])
 def test_kl_and_gradient(rng, quantised, settings):
-    head, (n, n_model) = make_head(rng, quantised, **settings), make_rows(rng)
+    head, (n, n_model) = oracle.make_head(rng, V, D, quantised, **settings), make_rows(rng)
     kl, gradient = lens_kl(n, n_model, head)
     assert (kl.shape, kl.dtype, gradient.shape, gradient.dtype) == ((L, N), mx.float32, (L, N, D), mx.float32)
     np.testing.assert_allclose(oracle.wide(kl), expected_kl(n, n_model, head), atol=1e-5)
@@ -52,7 +40,7 @@ def test_kl_and_gradient(rng, quantised, settings):
 
 
 def test_gradient_against_automatic_differentiation(rng):
-    head, (n, n_model) = make_head(rng, bias=True, scale=2.0, softcap=6.0), make_rows(rng)
+    head, (n, n_model) = oracle.make_head(rng, V, D, bias=True, scale=2.0, softcap=6.0), make_rows(rng)
 
     def total(n):
         def logits(rows):
@@ -69,14 +57,14 @@ def test_gradient_against_automatic_differentiation(rng):
 
 def test_the_model_against_itself_is_zero(rng):
     _, n_model = make_rows(rng)
-    kl, gradient = lens_kl(mx.broadcast_to(n_model, (L, N, D)), n_model, make_head(rng, bias=True))
+    kl, gradient = lens_kl(mx.broadcast_to(n_model, (L, N, D)), n_model, oracle.make_head(rng, V, D, bias=True))
     assert np.abs(oracle.wide(kl)).max() < 1e-6
     assert np.abs(oracle.wide(gradient)).max() < 1e-6
 
 
 def test_gradient_of_a_nearly_perfect_lens(rng):
     # q - p is a thousandth of q: multiplied with U before the subtraction, rounding would be as large as the result.
-    head, n_model = make_head(rng, bias=True), make_rows(rng)[1]
+    head, n_model = oracle.make_head(rng, V, D, bias=True), make_rows(rng)[1]
     n = n_model[None] + oracle.random_array(rng, L, N, D, scale=1e-3)
     gradient = oracle.wide(lens_kl(n, n_model, head)[1])
     p, q = (oracle.softmax(oracle.head_logits(oracle.wide(a), head)) for a in (n_model, n))
@@ -86,7 +74,7 @@ def test_gradient_of_a_nearly_perfect_lens(rng):
 
 def test_tokens_that_the_head_rules_out(rng):
     # A bias of -inf (padding rows of the vocabulary): p and q are 0 there, and 0 * (-inf + inf) must not become NaN.
-    head, (n, n_model) = make_head(rng, bias=True), make_rows(rng)
+    head, (n, n_model) = oracle.make_head(rng, V, D, bias=True), make_rows(rng)
     head.bias[100:] = -float("inf")
     kl, gradient = lens_kl(n, n_model, head)
     w = head.weight
@@ -98,7 +86,7 @@ def test_tokens_that_the_head_rules_out(rng):
 def test_probabilities_that_underflow(rng):
     # Logits some hundreds apart: float32 probabilities of 0 in both, and a KL in the hundreds.
     n, n_model = make_rows(rng)
-    head = make_head(rng, bias=True, scale=50.0)
+    head = oracle.make_head(rng, V, D, bias=True, scale=50.0)
     kl, gradient = lens_kl(n, n_model, head)
     np.testing.assert_allclose(oracle.wide(kl), expected_kl(n, n_model, head), rtol=1e-4, atol=1e-3)
     assert np.isfinite(oracle.wide(gradient)).all()
@@ -106,7 +94,7 @@ def test_probabilities_that_underflow(rng):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_rows_of_16_bits_lose_nothing_more(rng, dtype):
-    head, (n, n_model) = make_head(rng), (a.astype(dtype) for a in make_rows(rng))
+    head, (n, n_model) = oracle.make_head(rng, V, D), (a.astype(dtype) for a in make_rows(rng))
     kl, gradient = lens_kl(n, n_model, head)
     assert kl.dtype == gradient.dtype == mx.float32
     np.testing.assert_allclose(oracle.wide(kl), expected_kl(n, n_model, head), atol=1e-5)
@@ -114,7 +102,7 @@ def test_rows_of_16_bits_lose_nothing_more(rng, dtype):
 
 @pytest.mark.parametrize("budget", [1, 4 * V * L, 4 * V * L * 2, 4 * V * L * N - 1])
 def test_chunks_change_nothing(rng, monkeypatch, budget):
-    head, (n, n_model) = make_head(rng, bias=True), make_rows(rng)
+    head, (n, n_model) = oracle.make_head(rng, V, D, bias=True), make_rows(rng)
     whole = lens_kl(n, n_model, head)
     monkeypatch.setitem(chunks.LOGITS_BYTES, mx.DeviceType.cpu, budget)
     assert len(list(chunks.token_chunks(N, L, V))) > 1
@@ -134,7 +122,7 @@ def test_chunks_cover_every_token_once_within_the_budget(monkeypatch, tokens, la
 
 
 def test_no_tokens(rng):
-    kl, gradient = lens_kl(mx.zeros((L, 0, D)), mx.zeros((0, D)), make_head(rng))
+    kl, gradient = lens_kl(mx.zeros((L, 0, D)), mx.zeros((0, D)), oracle.make_head(rng, V, D))
     assert (kl.shape, gradient.shape) == ((L, 0), (L, 0, D))
 
 
@@ -168,4 +156,4 @@ def test_a_vocabulary_of_one_token(rng):
 )
 def test_shapes_that_do_not_fit(rng, n, n_model):
     with pytest.raises(ValueError, match="lens_kl needs"):
-        lens_kl(mx.zeros(n), mx.zeros(n_model), make_head(rng))
+        lens_kl(mx.zeros(n), mx.zeros(n_model), oracle.make_head(rng, V, D))

@@ -10,18 +10,6 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 
 V, D, L, N = 131, 64, 3, 5
 INF = float("inf")
-HEADS = {
-    "linear": {},
-    "bias": {"bias": True},
-    "scale": {"scale": 0.5},
-    "softcap": {"softcap": 4.0},
-    "all": {"bias": True, "scale": 2.0, "softcap": 6.0},
-}
-
-
-def make_head(rng, quantised=True, bias=False, **transform):
-    weight = oracle.random_weight(rng, V, D, scale=0.2) if quantised else Weight(oracle.random_array(rng, V, D, scale=0.2))
-    return Head(weight, oracle.random_array(rng, V) if bias else None, **transform)
 
 
 def make_input(rng):
@@ -42,10 +30,10 @@ def constant_head(z):
     return mx.zeros((1, 2, 2)), Head(Weight(mx.zeros((len(z), 2))), mx.array(z))
 
 
-@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("settings", oracle.HEADS.values(), ids=oracle.HEADS)
 @pytest.mark.parametrize("quantised", [True, False])
 def test_every_statistic(rng, quantised, settings):
-    head, (n, n_model, labels) = make_head(rng, quantised, **settings), make_input(rng)
+    head, (n, n_model, labels) = oracle.make_head(rng, V, D, quantised, **settings), make_input(rng)
     stats = lens_stats(n, head, 4, n_model, labels)
     z, z_model = (oracle.head_logits(oracle.wide(a), head) for a in (n, n_model))
     log_q = oracle.log_softmax(z)
@@ -73,7 +61,7 @@ def test_every_statistic(rng, quantised, settings):
 
 
 def test_what_was_not_asked_for_is_none(rng):
-    head, (n, n_model, labels) = make_head(rng), make_input(rng)
+    head, (n, n_model, labels) = oracle.make_head(rng, V, D), make_input(rng)
     assert [getattr(lens_stats(n, head), name) for name in ("kl", "agrees", "nll", "rank")] == [None] * 4
     assert lens_stats(n, head, n_model=n_model).nll is None
     assert lens_stats(n, head, labels=labels).kl is None
@@ -81,7 +69,7 @@ def test_what_was_not_asked_for_is_none(rng):
 
 @pytest.mark.parametrize("k", [1, 2, 64, V - 1, V])
 def test_top_k_for_every_k(rng, k):
-    head, (n, _, _) = make_head(rng, bias=True), make_input(rng)
+    head, (n, _, _) = oracle.make_head(rng, V, D, bias=True), make_input(rng)
     stats = lens_stats(n, head, k)
     assert stats.top_ids.shape == stats.top_logits.shape == (L, N, k)
     z = oracle.head_logits(oracle.wide(n), head)
@@ -91,7 +79,7 @@ def test_top_k_for_every_k(rng, k):
 @pytest.mark.parametrize("k", [-1, 0, V + 1])
 def test_k_out_of_range(rng, k):
     with pytest.raises(ValueError, match=f"from 1 to {V}"):
-        lens_stats(make_input(rng)[0], make_head(rng), k)
+        lens_stats(make_input(rng)[0], oracle.make_head(rng, V, D), k)
 
 
 def test_equal_logits_are_ordered_by_id():
@@ -143,7 +131,7 @@ def test_a_certain_row():
 
 @pytest.mark.parametrize("budget", [1, 4 * V * L * 2, 4 * V * L * N - 1])
 def test_chunks_change_nothing(rng, monkeypatch, budget):
-    head, (n, n_model, labels) = make_head(rng, bias=True), make_input(rng)
+    head, (n, n_model, labels) = oracle.make_head(rng, V, D, bias=True), make_input(rng)
     whole = vars(lens_stats(n, head, 5, n_model, labels))
     monkeypatch.setitem(chunks.LOGITS_BYTES, mx.DeviceType.cpu, budget)
     assert len(list(chunks.token_chunks(N, L, V))) > 1
@@ -183,7 +171,7 @@ def test_sums_over_many_equal_tokens(top):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_rows_of_16_bits_give_statistics_of_32(rng, dtype):
-    head, n = make_head(rng), make_input(rng)[0].astype(dtype)
+    head, n = oracle.make_head(rng, V, D), make_input(rng)[0].astype(dtype)
     stats = lens_stats(n, head)
     assert stats.entropy.dtype == mx.float32
     np.testing.assert_allclose(oracle.wide(stats.entropy), oracle.entropy(oracle.head_logits(oracle.wide(n), head)), atol=1e-5)
@@ -203,7 +191,7 @@ def test_rows_of_16_bits_give_statistics_of_32(rng, dtype):
 )
 def test_shapes_that_do_not_fit(rng, change, message):
     with pytest.raises(ValueError, match=message):
-        lens_stats(**{"n": mx.zeros((L, N, D)), "head": make_head(rng)} | change)
+        lens_stats(**{"n": mx.zeros((L, N, D)), "head": oracle.make_head(rng, V, D)} | change)
 
 
 def test_statistics_are_evaluated(rng, monkeypatch):
@@ -211,5 +199,5 @@ def test_statistics_are_evaluated(rng, monkeypatch):
     evaluated = []
     monkeypatch.setattr(mx, "eval", lambda *args, kept=mx.eval: (evaluated.append(args), kept(*args))[1])
     monkeypatch.setitem(chunks.LOGITS_BYTES, mx.DeviceType.cpu, 1)
-    assert isinstance(lens_stats(make_input(rng)[0], make_head(rng)), LensStats)
+    assert isinstance(lens_stats(make_input(rng)[0], oracle.make_head(rng, V, D)), LensStats)
     assert len(evaluated) == N

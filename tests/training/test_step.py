@@ -13,15 +13,6 @@ from metalens.unembed import Unembed
 IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4, 77, 101, 9]])
 
 
-def random_lens(rng, num_layers=3, hidden_dim=64):
-    """A lens away from the identity, where no term of the gradient vanishes."""
-    lens = TunedLens(num_layers, hidden_dim)
-    for translator in lens.translators:
-        translator.weight = mx.eye(hidden_dim) + oracle.random_array(rng, hidden_dim, hidden_dim, scale=0.3 / hidden_dim**0.5)
-        translator.bias = oracle.random_array(rng, hidden_dim, scale=0.1)
-    return lens
-
-
 class Reference:
     """The loss in float64, as a function of the lens's weights, which are arrays that may be changed."""
 
@@ -44,7 +35,7 @@ class Reference:
 
 @pytest.mark.usefixtures("each_backend")
 def test_losses_and_gradient_against_float64(rng, quantised_model):
-    lens, unembed = random_lens(rng), quantised_model.unembed
+    lens, unembed = oracle.random_lens(rng), quantised_model.unembed
     stream = quantised_model.source.capture(IDS)
     losses, gradient = loss_and_gradient(lens, stream, unembed)
     reference = Reference(lens, stream, unembed)
@@ -65,7 +56,7 @@ def test_losses_and_gradient_against_float64(rng, quantised_model):
 
 def test_the_model_s_side_is_its_own_prediction(rng, tiny):
     # z_model above comes from the norm and head that were found; here from the logits that the model itself returned.
-    lens, stream = random_lens(rng), tiny.source.capture(IDS)
+    lens, stream = oracle.random_lens(rng), tiny.source.capture(IDS)
     reference = Reference(lens, stream, tiny.unembed)
     reference.z_model = oracle.wide(stream.logits)[0]
     np.testing.assert_allclose(oracle.wide(loss_and_gradient(lens, stream, tiny.unembed)[0]), reference.losses(), atol=1e-5)
@@ -73,7 +64,7 @@ def test_the_model_s_side_is_its_own_prediction(rng, tiny):
 
 @pytest.mark.usefixtures("each_backend")
 def test_against_one_big_graph_in_plain_mlx(rng, quantised_model):
-    lens, model = random_lens(rng), quantised_model
+    lens, model = oracle.random_lens(rng), quantised_model
     unembed, stream = model.unembed, model.source.capture(IDS)
 
     def mean_loss(parameters):
@@ -101,7 +92,7 @@ def test_against_one_big_graph_in_plain_mlx(rng, quantised_model):
 
 
 def test_the_gradient_has_the_lens_s_tree(rng, tiny):
-    lens = random_lens(rng)
+    lens = oracle.random_lens(rng)
     _, gradient = loss_and_gradient(lens, tiny.source.capture(IDS), tiny.unembed)
     assert gradient.keys() == lens.parameters().keys()
     for ours, theirs in zip(gradient["translators"], lens.parameters()["translators"], strict=True):
@@ -116,7 +107,7 @@ def test_the_last_layer_s_identity_is_perfect(tiny):
 
 
 def test_a_batch_is_a_mean_over_all_its_tokens(rng, tiny):
-    lens, unembed = random_lens(rng), tiny.unembed
+    lens, unembed = oracle.random_lens(rng), tiny.unembed
     ids = mx.array(rng.integers(0, 131, (2, 9)))
     stream = tiny.source.capture(ids)
     losses, gradient = loss_and_gradient(lens, stream, unembed)
@@ -128,7 +119,7 @@ def test_a_batch_is_a_mean_over_all_its_tokens(rng, tiny):
 @pytest.mark.usefixtures("each_backend")
 def test_bfloat16_streams_are_read_in_float32(rng, make_llama):
     model = InterpretableModel(make_llama(dtype=mx.bfloat16))
-    lens, stream = random_lens(rng), model.source.capture(IDS)
+    lens, stream = oracle.random_lens(rng), model.source.capture(IDS)
     assert stream.hidden[0].dtype == mx.bfloat16
     losses, gradient = loss_and_gradient(lens, stream, model.unembed)
     reference = Reference(lens, stream, model.unembed)
@@ -139,7 +130,7 @@ def test_bfloat16_streams_are_read_in_float32(rng, make_llama):
 
 
 def test_the_lens_is_not_changed(rng, tiny):
-    lens = random_lens(rng)
+    lens = oracle.random_lens(rng)
     before = [np.array(t.weight) for t in lens.translators]
     loss_and_gradient(lens, tiny.source.capture(IDS), tiny.unembed)
     assert all(np.array_equal(np.array(t.weight), b) for t, b in zip(lens.translators, before, strict=True))
@@ -151,7 +142,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(rng):
     unembed = Unembed(nn.RMSNorm(width), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False, embedding_rows=vocab)
 
     def peak(num_layers):
-        lens = random_lens(rng, num_layers, width)
+        lens = oracle.random_lens(rng, num_layers, width)
         stream = Stream([oracle.random_array(rng, 1, tokens, width) for _ in range(num_layers)], mx.zeros(()))
         mx.eval(lens.parameters(), stream.hidden, unembed.norm.parameters())
         mx.clear_cache()

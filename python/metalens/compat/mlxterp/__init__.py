@@ -9,9 +9,7 @@ for name in ("tuned_lens", "core", "core.module_resolver"):
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,22 +30,14 @@ class InterpretableModel(native.InterpretableModel):
     def _module_resolver(self) -> ModuleResolver:
         return ModuleResolver(self.model, **self._paths)
 
-    def training_ids(self, dataset: Sequence[Any]) -> mx.array:
-        """As the base class, but ids outside the vocabulary wrap around instead of raising."""
-        self._wrapping = True
-        try:
-            return super().training_ids(dataset)
-        finally:
-            self._wrapping = False
-
-    def check_ids(self, ids: np.ndarray) -> mx.array:
-        """As the base class, except inside `training_ids`."""
-        if getattr(self, "_wrapping", False) and ids.size and (ids.min() < 0 or ids.max() >= self.embedding_rows):
+    def admit_training_ids(self, ids: np.ndarray) -> mx.array:
+        """The ids, those outside the vocabulary wrapped around."""
+        if ids.size and (ids.min() < 0 or ids.max() >= self.embedding_rows):
             warnings.warn(
                 f"The tokenizer gives ids outside the model's vocabulary (0 to {self.embedding_rows - 1}); they are taken modulo its size. "
                 "Is this the model's own tokenizer?",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
             ids = ids % self.embedding_rows
-        return super().check_ids(ids)
+        return self.check_ids(ids)
