@@ -8,7 +8,13 @@
 
 namespace metalens::cpu {
 
+#if defined(__aarch64__)
+extern const KernelTable neon_kernels;
+constexpr const KernelTable& baseline = neon_kernels;
+#else
 extern const KernelTable portable_kernels;
+constexpr const KernelTable& baseline = portable_kernels;
+#endif
 #if defined(__x86_64__)
 extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
@@ -17,7 +23,7 @@ extern const KernelTable avx512_kernels;
 namespace {
 
 std::vector<const KernelTable*> available() {
-  std::vector<const KernelTable*> tables{&portable_kernels};
+  std::vector<const KernelTable*> tables{&baseline};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

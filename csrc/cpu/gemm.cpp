@@ -6,34 +6,59 @@
 #include "cpu/thread_pool.h"
 
 namespace metalens::cpu {
+namespace {
+
+// a W^T: a task is a strip of output columns, all of the reduction.
+void few_rows(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, float* c) {
+  const int64_t strip = std::clamp<int64_t>(n / (4 * num_threads()) / 64 * 64, 64, 1024);
+  parallel_for((n + strip - 1) / strip, [&](int64_t task) {
+    const int64_t first = task * strip;
+    kernels().few_rows(w, first, std::min(strip, n - first), a, k, m, c + first, n);
+  });
+}
+
+// a W: a task is a part of the reduction, so that W is read row by row as it lies in memory. The parts do not depend on the number of threads.
+void few_columns(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, float* c) {
+  constexpr int64_t kParts = 16, kSmallestPart = 128;
+  const int64_t part = std::max(kSmallestPart, (k + kParts - 1) / kParts);
+  const int64_t parts = (k + part - 1) / part;
+  const Buffer<float> sums(parts * m * n);
+  parallel_for(parts, [&](int64_t i) {
+    const int64_t first = i * part;
+    kernels().few_columns(w, first, std::min(part, k - first), a + first, k, m, sums.data() + i * m * n, n);
+  });
+  std::copy_n(sums.data(), m * n, c);
+  for (int64_t i = 1; i < parts; ++i) {
+    for (int64_t j = 0; j < m * n; ++j) c[j] += sums.data()[i * m * n + j];
+  }
+}
+
+}  // namespace
 
 // B [k, n], which is W^T or W, is packed panel by panel. A task is one panel of output columns, all of the reduction, and all rows or, where there
 // are too few panels to keep the threads busy, a share of them.
-void gemm(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, bool transpose, float* c) {
+void gemm(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, bool transpose, Precision precision, float* c) {
   if (m == 0 || n == 0) return;
   if (k == 0) {
     std::fill(c, c + m * n, 0.0f);
     return;
   }
-  const auto& table = kernels();
-  const int64_t width = table.panel_width;
+  if (m <= kFewRows) return transpose ? few_rows(a, m, n, k, w, c) : few_columns(a, m, n, k, w, c);
+  const auto& tiles = multiplier(precision);
+  const int64_t width = tiles.panel_width;
   const int64_t panels = (n + width - 1) / width;
-  const int64_t wanted = 4 * num_threads();
-  const int64_t shares = std::clamp<int64_t>(wanted / panels, 1, (m + 63) / 64);
-  const int64_t rows_per_share = (m + shares - 1) / shares;
-  const auto pack = transpose ? table.pack_rows : table.pack_columns;
+  const int64_t wanted = std::clamp<int64_t>(4 * num_threads() / panels, 1, (m + 63) / 64);
+  const int64_t rows_per_share = (m + wanted - 1) / wanted;
+  const int64_t shares = (m + rows_per_share - 1) / rows_per_share;
+  std::vector<Left> lefts;
+  for (int64_t share = 0; share < shares; ++share) lefts.emplace_back(tiles, std::min(rows_per_share, m - share * rows_per_share), k);
+  parallel_for(shares, [&](int64_t share) { lefts[share].pack(a + share * rows_per_share * k, k); });
   parallel_for(panels * shares, [&](int64_t task) {
-    thread_local std::vector<float> panel;
-    panel.resize(kReductionBlock * width);
+    const Buffer<std::byte> panel(tiles.panel_bytes);
     const int64_t column = task / shares * width;
     const int64_t columns = std::min(width, n - column);
-    const int64_t row = task % shares * rows_per_share;
-    const int64_t rows = std::min(rows_per_share, m - row);
-    for (int64_t start = 0; start < k && rows > 0; start += kReductionBlock) {
-      const int64_t depth = std::min(kReductionBlock, k - start);
-      pack(w, column, columns, start, depth, panel.data());
-      table.multiply(a + row * k + start, k, rows, panel.data(), depth, c + row * n + column, n, columns, start > 0);
-    }
+    const int64_t share = task % shares;
+    multiply_panel(tiles, lefts[share], w, transpose, column, columns, 0, panel.data(), c + share * rows_per_share * n + column, n, false);
   });
 }
 

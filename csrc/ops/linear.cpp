@@ -1,79 +1,46 @@
 #include "ops/linear.h"
 
-#include <algorithm>
 #include <memory>
-#include <sstream>
-#include <stdexcept>
-#include <vector>
 
 #include "cpu/gemm.h"
-#include "cpu/kernels.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
-#include "mlx/transforms.h"
 
 namespace metalens {
 namespace {
 
-template <typename... Parts>
-[[noreturn]] void reject(const Parts&... parts) {
-  std::ostringstream message;
-  message << "[metalens] ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-bool is_supported(mx::Dtype t) {
-  return t == mx::float32 || t == mx::float16 || t == mx::bfloat16;
-}
-
-cpu::Element element_of(mx::Dtype t) {
-  return t == mx::float16 ? cpu::Element::f16 : t == mx::bfloat16 ? cpu::Element::bf16 : cpu::Element::f32;
-}
-
-mx::Stream cpu_stream(mx::StreamOrDevice s) {
-  mx::Stream stream = std::holds_alternative<std::monostate>(s) ? mx::default_stream(mx::Device(mx::Device::cpu)) : mx::to_stream(s);
-  if (stream.device != mx::Device::cpu) reject("this operation runs on the CPU. Pass stream=mx.cpu, or none.");
-  return stream;
-}
-
 // Build the node: flatten x's leading axes, make everything row-contiguous, restore the axes.
-mx::array build(
-    const mx::array& x, std::vector<mx::array> weight, mx::Dtype type, int columns, bool transpose, int group_size, int bits, mx::Stream stream) {
+mx::array build(const mx::array& x, const Weight& weight, mx::Dtype dtype, bool transpose, cpu::Precision precision, mx::Stream stream) {
+  if (!is_float(x.dtype())) reject("x must be float32, float16 or bfloat16, not ", x.dtype(), ".");
+  if (!is_float(dtype)) reject("dtype must be float32, float16 or bfloat16, not ", dtype, ".");
+  const int64_t reduced = transpose ? weight.columns() : weight.rows();
+  const int64_t columns = transpose ? weight.rows() : weight.columns();
+  if (x.ndim() < 1 || x.shape(-1) != reduced) {
+    reject(
+        "x must have ", reduced, " elements along its last axis for a weight [", weight.rows(), ", ", weight.columns(), "], transpose=", transpose,
+        "; its shape is ", x.shape(), ".");
+  }
   int rows = 1;
   for (size_t i = 0; i + 1 < x.ndim(); ++i) rows *= x.shape(int(i));
-  auto flat = mx::reshape(x, {rows, x.shape(-1)}, stream);
-  std::vector<mx::array> inputs{mx::contiguous(flat, false, stream)};
-  for (auto& w : weight) inputs.push_back(mx::contiguous(w, false, stream));
-  auto primitive = std::make_shared<Linear>(stream, transpose, group_size, bits);
-  auto out = mx::array({rows, columns}, type, primitive, inputs);
+  auto inputs = weight.inputs(stream);
+  inputs.insert(inputs.begin(), mx::contiguous(mx::reshape(x, {rows, x.shape(-1)}, stream), false, stream));
+  auto primitive = std::make_shared<Linear>(stream, transpose, weight.spec, precision, dtype);
+  auto out = mx::array({rows, int(columns)}, dtype, primitive, inputs);
   auto shape = x.shape();
-  shape.back() = columns;
+  shape.back() = int(columns);
   return mx::reshape(out, shape, stream);
 }
 
-void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, mx::array& out) {
+void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, cpu::Precision precision, mx::array& out) {
   const int64_t m = out.shape(0), n = out.shape(1), k = x.shape(1);
   if (m == 0 || n == 0) return;
   const auto& table = cpu::kernels();
-  std::vector<float> wide_x, wide_out;
-  const float* a = nullptr;
-  if (x.dtype() == mx::float32) {
-    a = x.data<float>();
-  } else {
-    wide_x.resize(m * k);
-    table.load(element_of(x.dtype()), x.data<void>(), wide_x.data(), m * k);
-    a = wide_x.data();
-  }
-  float* c = nullptr;
-  if (out.dtype() == mx::float32) {
-    c = out.data<float>();
-  } else {
-    wide_out.resize(m * n);
-    c = wide_out.data();
-  }
-  cpu::gemm(a, m, n, k, w, transpose, c);
-  if (out.dtype() != mx::float32) table.store(element_of(out.dtype()), c, out.data<void>(), m * n);
+  const bool narrow_x = x.dtype() != mx::float32, narrow_out = out.dtype() != mx::float32;
+  const cpu::Buffer<float> wide_x(narrow_x ? m * k : 0), wide_out(narrow_out ? m * n : 0);
+  if (narrow_x) table.load(element_of(x.dtype()), x.data<void>(), wide_x.data(), m * k);
+  const float* a = narrow_x ? wide_x.data() : x.data<float>();
+  float* c = narrow_out ? wide_out.data() : out.data<float>();
+  cpu::gemm(a, m, n, k, w, transpose, precision, c);
+  if (narrow_out) table.store(element_of(out.dtype()), c, out.data<void>(), m * n);
 }
 
 }  // namespace
@@ -82,83 +49,39 @@ mx::array quantized_matmul(
     const mx::array& x,
     const mx::array& w,
     const mx::array& scales,
-    const mx::array& biases,
+    const std::optional<mx::array>& biases,
     int group_size,
     int bits,
     bool transpose,
+    const std::string& mode,
+    std::optional<mx::Dtype> dtype,
+    const std::string& precision,
     mx::StreamOrDevice s) {
-  if (bits < 2 || bits > 8 || bits == 7) reject("bits must be 2, 3, 4, 5, 6 or 8, not ", bits, ".");
-  if (group_size != 32 && group_size != 64 && group_size != 128) reject("group_size must be 32, 64 or 128, not ", group_size, ".");
-  if (!is_supported(x.dtype())) reject("x must be float32, float16 or bfloat16, not ", x.dtype(), ".");
-  if (w.dtype() != mx::uint32 || w.ndim() != 2) reject("w must be a uint32 array [O, I * bits / 32], not ", w.dtype(), " ", w.shape(), ".");
-  if (!is_supported(scales.dtype()) || scales.dtype() != biases.dtype()) {
-    reject("scales and biases must share one of float32, float16, bfloat16; they are ", scales.dtype(), " and ", biases.dtype(), ".");
-  }
-  const int64_t inner = int64_t(w.shape(1)) * 32 / bits;
-  const mx::Shape expected{w.shape(0), int(inner / group_size)};
-  if (inner % group_size || int64_t(w.shape(1)) * 32 % bits || scales.shape() != expected || biases.shape() != expected) {
-    reject(
-        "w ", w.shape(), " with bits=", bits, " and group_size=", group_size, " needs scales and biases [O, I / group_size]; they are ",
-        scales.shape(), " and ", biases.shape(), ".");
-  }
-  const int64_t reduced = transpose ? inner : w.shape(0);
-  const int64_t columns = transpose ? w.shape(0) : inner;
-  if (x.ndim() < 1 || x.shape(-1) != reduced) {
-    reject(
-        "x must have ", reduced, " elements along its last axis for a weight [", w.shape(0), ", ", inner, "], transpose=", transpose,
-        "; its shape is ", x.shape(), ".");
-  }
-  return build(x, {w, scales, biases}, x.dtype(), int(columns), transpose, group_size, bits, cpu_stream(s));
+  const auto weight = make_weight(w, scales, biases, group_size, bits, mode);
+  return build(x, weight, dtype.value_or(x.dtype()), transpose, precision_named(precision), cpu_stream(s));
 }
 
-mx::array matmul(const mx::array& x, const mx::array& w, bool transpose, mx::StreamOrDevice s) {
-  if (!is_supported(x.dtype()) || !is_supported(w.dtype())) {
-    reject("x and w must be float32, float16 or bfloat16, not ", x.dtype(), " and ", w.dtype(), ".");
-  }
-  if (w.ndim() != 2) reject("w must be a matrix, not ", w.shape(), ".");
-  if (x.ndim() < 1 || x.shape(-1) != w.shape(transpose ? 1 : 0)) {
-    reject("x ", x.shape(), " and w ", w.shape(), " do not match, transpose=", transpose, ".");
-  }
-  return build(x, {w}, mx::promote_types(x.dtype(), w.dtype()), w.shape(transpose ? 0 : 1), transpose, 0, 0, cpu_stream(s));
+mx::array matmul(
+    const mx::array& x, const mx::array& w, bool transpose, std::optional<mx::Dtype> dtype, const std::string& precision, mx::StreamOrDevice s) {
+  const auto weight = make_weight(w, {}, {}, 0, 0, "affine");
+  return build(x, weight, dtype.value_or(mx::promote_types(x.dtype(), w.dtype())), transpose, precision_named(precision), cpu_stream(s));
 }
 
-void Linear::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) encoder.set_input_array(input);
-  encoder.set_output_array(out);
-  std::vector<mx::array> held;
-  for (const auto& input : inputs) held.push_back(mx::array::unsafe_weak_copy(input));
-  encoder.dispatch(
-      [inputs = std::move(held), out = mx::array::unsafe_weak_copy(out), transpose = transpose_, group_size = group_size_, bits = bits_]() mutable {
-        const auto& weight = inputs[1];
-        cpu::Matrix w{};
-        w.rows = weight.shape(0);
-        w.cols = bits ? int64_t(weight.shape(1)) * 32 / bits : weight.shape(1);
-        w.element = element_of(bits ? inputs[2].dtype() : weight.dtype());
-        w.bits = bits;
-        w.group_size = group_size;
-        w.values = weight.data<void>();
-        w.scales = bits ? inputs[2].data<void>() : nullptr;
-        w.biases = bits ? inputs[3].data<void>() : nullptr;
-        evaluate(inputs[0], w, transpose, out);
-      });
+void Linear::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  dispatch(stream(), inputs, outputs, [transpose = transpose_, weight = weight_, precision = precision_](auto& in, auto& out) {
+    evaluate(in[0], weight.matrix(&in[1]), transpose, precision, out[0]);
+  });
 }
 
-void Linear::eval_gpu(const std::vector<mx::array>&, mx::array&) {
-  throw std::runtime_error("[metalens] this operation has no GPU implementation.");
-}
-
-mx::array Linear::apply(const mx::array& x, const std::vector<mx::array>& inputs, bool transpose) {
-  return bits_ ? quantized_matmul(x, inputs[1], inputs[2], inputs[3], group_size_, bits_, transpose, stream())
-               : matmul(x, inputs[1], transpose, stream());
+mx::array Linear::apply(const mx::array& x, const std::vector<mx::array>& inputs, bool transpose, mx::Dtype dtype) {
+  return build(x, {weight_, {inputs.begin() + 1, inputs.end()}}, dtype, transpose, precision_, stream());
 }
 
 std::vector<mx::array> Linear::jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) {
   std::optional<mx::array> sum;
   for (size_t i = 0; i < argnums.size(); ++i) {
-    if (bits_ && argnums[i] != 0) reject("a quantised weight is frozen: only x can be differentiated.");
-    auto term = argnums[i] == 0 ? apply(tangents[i], primals, transpose_) : matmul(primals[0], tangents[i], transpose_, stream());
+    if (!is_dense() && argnums[i] != 0) reject("a quantised weight is frozen: only x can be differentiated.");
+    auto term = argnums[i] == 0 ? apply(tangents[i], primals, transpose_, dtype_) : apply(primals[0], {primals[0], tangents[i]}, transpose_, dtype_);
     sum = sum ? mx::add(*sum, term, stream()) : term;
   }
   return {*sum};
@@ -170,15 +93,14 @@ std::vector<mx::array> Linear::vjp(
   const auto& g = cotangents[0];
   for (int argnum : argnums) {
     if (argnum == 0) {
-      grads.push_back(mx::astype(apply(g, primals, !transpose_), primals[0].dtype(), stream()));
-    } else if (bits_) {
+      grads.push_back(apply(g, primals, !transpose_, primals[0].dtype()));
+    } else if (!is_dense()) {
       reject("a quantised weight is frozen: only x can be differentiated.");
     } else {
       // y = x W^T: dW = g^T x;  y = x W: dW = x^T g
       const auto& left = transpose_ ? g : primals[0];
       const auto& right = transpose_ ? primals[0] : g;
-      auto dw = matmul(mx::transpose(left, stream()), right, false, stream());
-      grads.push_back(mx::astype(dw, primals[1].dtype(), stream()));
+      grads.push_back(apply(mx::transpose(left, stream()), {left, right}, false, primals[1].dtype()));
     }
   }
   return grads;
@@ -188,18 +110,17 @@ std::pair<std::vector<mx::array>, std::vector<int>> Linear::vmap(const std::vect
   for (size_t i = 1; i < axes.size(); ++i) {
     if (axes[i] >= 0) reject("vmap over the weight is not supported: map over x, or loop.");
   }
-  return {{apply(mx::moveaxis(inputs[0], axes[0], 0, stream()), inputs, transpose_)}, {0}};
+  return {{apply(mx::moveaxis(inputs[0], axes[0], 0, stream()), inputs, transpose_, dtype_)}, {0}};
 }
 
 bool Linear::is_equivalent(const mx::Primitive& other) const {
   const auto& o = static_cast<const Linear&>(other);
-  return transpose_ == o.transpose_ && group_size_ == o.group_size_ && bits_ == o.bits_;
+  return transpose_ == o.transpose_ && weight_ == o.weight_ && precision_ == o.precision_ && dtype_ == o.dtype_;
 }
 
 std::vector<mx::Shape> Linear::output_shapes(const std::vector<mx::array>& inputs) {
   const auto& w = inputs[1];
-  const int columns = transpose_ ? w.shape(0) : bits_ ? int(int64_t(w.shape(1)) * 32 / bits_) : w.shape(1);
-  return {{inputs[0].shape(0), columns}};
+  return {{inputs[0].shape(0), int(transpose_ ? w.shape(0) : weight_.columns(w))}};
 }
 
 }  // namespace metalens

@@ -6,7 +6,7 @@ from metalens.accelerate import Acceleration, accelerate
 from metalens.evaluate import Evaluation, evaluate
 from metalens.lens import LogitLens, TunedLens
 from metalens.model import InterpretableModel, train_tuned_lens
-from metalens.ops.backend import use_backend, warn_if_slow
+from metalens.ops.backend import use_backend, use_precision, warn_if_slow
 from metalens.training import TrainingConfig
 
 __version__ = version("metalens")
@@ -24,4 +24,5 @@ __all__ = [
     "evaluate",
     "train_tuned_lens",
     "use_backend",
+    "use_precision",
 ]

@@ -7,11 +7,14 @@ and `isinstance` stay as they are, and undoing it is exchanging the class back.
 
 from __future__ import annotations
 
-from types import TracebackType
+from functools import cache
+from types import FunctionType, TracebackType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from metalens.ops.attention import attention
 from metalens.ops.linear import Weight, linear
 
 
@@ -57,6 +60,32 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedEmbedding: _QuantizedEmbedding,
 }
 
+# The function that mlx-lm's models call for attention, by this name, from the module that defines them.
+ATTENTION = "scaled_dot_product_attention"
+
+
+@cache
+def _attentive(original: type[nn.Module]) -> type[nn.Module] | None:
+    """A subclass whose `__call__` is the original's code with our attention under the name of mlx-lm's; None if that code does not call it."""
+    call = original.__call__
+    if not isinstance(call, FunctionType) or ATTENTION not in call.__code__.co_names or ATTENTION not in call.__globals__:
+        return None
+    plain = call.__globals__[ATTENTION]
+    if getattr(plain, "is_native", False):
+        return None  # such a subclass already
+
+    def ours(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None) -> mx.array:
+        # A quantised cache hands over packed keys; a single query is bound by reading the keys once, which plain MLX does as fast.
+        if hasattr(cache, "bits") or queries.shape[2] == 1:
+            result: mx.array = plain(queries, keys, values, cache, scale, mask, sinks)
+            return result
+        return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+    ours.is_native = True  # type: ignore[attr-defined]
+    rebound = FunctionType(call.__code__, {**call.__globals__, ATTENTION: ours}, call.__name__, call.__defaults__, call.__closure__)
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    return type(original.__name__, (original,), {"__call__": rebound, "__module__": original.__module__})
+
 
 class Acceleration:
     """What `accelerate` did. `undo()` takes it back; so does leaving a `with` block."""
@@ -101,7 +130,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     for _, layer in model.named_modules():
         original = type(layer)
-        if original in SWAPS:
-            layer.__class__ = SWAPS[original]
+        swap = SWAPS.get(original) or _attentive(original)
+        if swap is not None:
+            layer.__class__ = swap
             swapped.append((layer, original))
     return Acceleration(swapped)

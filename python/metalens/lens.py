@@ -65,12 +65,20 @@ class TunedLens(nn.Module):
         Raises:
             ValueError: for a layer or a width that the lens does not have.
         """
+        translator = self.translator(layer_idx, h.shape[-1] if h.ndim else 0)
+        return linear(h.astype(mx.float32), Weight(translator.weight)) + translator.bias
+
+    def translator(self, layer_idx: int, width: int) -> nn.Linear:
+        """The translator of block `layer_idx`, for vectors of this width.
+
+        Raises:
+            ValueError: for a layer or a width that the lens does not have.
+        """
         if not 0 <= layer_idx < self.num_layers:
             raise ValueError(f"layer_idx {layer_idx} out of range [0, {self.num_layers})")
-        if h.shape[-1:] != (self.hidden_dim,):
-            raise ValueError(f"The lens translates vectors of width {self.hidden_dim}, not {h.shape}. It belongs to another model.")
-        translator = self.translators[layer_idx]
-        return linear(h.astype(mx.float32), Weight(translator.weight)) + translator.bias
+        if width != self.hidden_dim:
+            raise ValueError(f"The lens translates vectors of width {self.hidden_dim}, not {width}. It belongs to another model.")
+        return self.translators[layer_idx]
 
     def check_fits(self, num_layers: int, hidden_dim: int) -> None:
         """Raise ValueError unless the lens was made for a model of this many blocks and this width."""

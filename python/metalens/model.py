@@ -25,7 +25,7 @@ from metalens.stream import Edit, Stream, StreamSource
 from metalens.tokens import TokenInput, TokenizerMixin
 from metalens.trace import LayerProxy, Trace
 from metalens.training import Progress, TrainingConfig, train
-from metalens.unembed import Norm, Unembed, identity
+from metalens.unembed import NO_NORM, NormFunction, Unembed
 
 
 class InterpretableModel(TokenizerMixin):
@@ -138,7 +138,7 @@ class InterpretableModel(TokenizerMixin):
         figsize: tuple[float, float] = (16, 10),
         cmap: str = "viridis",
         font_family: str | None = None,
-        final_norm: Norm | None = None,
+        final_norm: NormFunction | None = None,
         skip_norm: bool = False,
     ) -> Predictions:
         """What each block's output would predict if it were the last: norm, head, top-k.
@@ -177,7 +177,7 @@ class InterpretableModel(TokenizerMixin):
         figsize: tuple[float, float] = (16, 10),
         cmap: str = "viridis",
         font_family: str | None = None,
-        final_norm: Norm | None = None,
+        final_norm: NormFunction | None = None,
         skip_norm: bool = False,
     ) -> Predictions:
         """`logit_lens`, with each block's output first translated by a lens.
@@ -206,7 +206,7 @@ class InterpretableModel(TokenizerMixin):
         top_k: int = 1,
         layers: Sequence[int] | None = None,
         position: int | None = None,
-        final_norm: Norm | None = None,
+        final_norm: NormFunction | None = None,
         skip_norm: bool = False,
     ) -> Reading:
         """Everything a lens says about a text: predictions, statistics, and the model's own answer beside them.
@@ -222,7 +222,7 @@ class InterpretableModel(TokenizerMixin):
         self.check_lens(lens)
         own_norm = final_norm is None and not skip_norm
         unembed = self.checked_unembed if own_norm else self.unembed
-        norm = identity if skip_norm else unembed.norm if final_norm is None else final_norm
+        norm = NO_NORM if skip_norm else unembed.norm if final_norm is None else final_norm
         stream = self.source.capture(ids)
         hidden = [h[0, where] for h in stream.hidden]
         stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metalens.arrays import nested, number
-from metalens.lens import Lens
-from metalens.ops import LensStats
-from metalens.unembed import Norm
+from metalens.lens import Lens, TunedLens
+from metalens.ops import LensStats, Norm, translate_norm
+from metalens.unembed import NormFunction
 
 # {layer: [[(token id, score, token), ...] per position]}; score is the raw logit, best first.
 Predictions = dict[int, list[list[tuple[int, float, str]]]]
@@ -37,8 +37,11 @@ class Reading:
     model_tokens: list[str]
 
 
-def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: Norm) -> mx.array:
+def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: NormFunction) -> mx.array:
     """Translate and norm: [len(layers), T, D] from hidden[layer] [T, D], ready for the head."""
+    if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may translate otherwise
+        translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
+        return mx.stack([translate_norm(hidden[layer], t.weight, t.bias, norm) for layer, t in zip(layers, translators, strict=True)])
     return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
 
 

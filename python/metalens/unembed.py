@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from metalens.accelerate import weight_of
 from metalens.arrays import number
-from metalens.ops import Head, head_logits
+from metalens.ops import Head, Norm, head_logits
 from metalens.stream import StreamSource, follow
 
 WRAPPERS = ("", "model.", "model.model.", "language_model.", "language_model.model.", "model.language_model.", "backbone.", "transformer.")
@@ -24,12 +24,19 @@ EMBEDDINGS = ("embed_tokens", "tok_embeddings", "wte", "embed_in", "embeddings",
 NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "embedding_norm", "final_norm")
 HEADS = ("lm_head", "embed_out", "output", "head")
 
-Norm = Callable[[mx.array], mx.array]
+NormFunction = Callable[[mx.array], mx.array]
+
+# The norm of a model without one, or of a lens told to skip it.
+NO_NORM = Norm(lambda h: h, "none")
 
 
-def identity(h: mx.array) -> mx.array:
-    """The norm of a model without one, or of a lens told to skip it."""
-    return h
+def norm_of(module: nn.Module) -> Norm:
+    """A module of the model as the operations take it. Exact types only: a subclass computes something of its own."""
+    if type(module) is nn.RMSNorm:
+        return Norm(module, "rms", module["weight"], None, module.eps)
+    if type(module) is nn.LayerNorm:
+        return Norm(module, "layer", module.get("weight"), module.get("bias"), module.eps)
+    return Norm(module)
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class Unembed:
         found = Head(weight, projection.module.get("bias"), scale, softcap)
         paths = {name: place.path if place else "" for name, place in (("embedding", embedding), ("norm", norm), ("head", head))}
         rows = weight_of(embedding.module).shape[0] if embedding and "weight" in embedding.module else found.vocab_size
-        return cls(norm.module if norm else identity, found, paths, head is None, rows)
+        return cls(norm_of(norm.module) if norm else NO_NORM, found, paths, head is None, rows)
 
     @property
     def hidden_dim(self) -> int:

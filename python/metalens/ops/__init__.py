@@ -3,10 +3,30 @@
 One file each: the contract, the plain-MLX reference, and the choice of backend.
 """
 
-from metalens.ops.backend import backend, use_backend
-from metalens.ops.lens_kl import lens_kl
+from metalens.ops.attention import attention
+from metalens.ops.backend import backend, precision, use_backend, use_precision
+from metalens.ops.lens_kl import LensTarget, lens_kl, lens_target
 from metalens.ops.lens_stats import LensStats, lens_stats
 from metalens.ops.linear import Weight, linear, quantized_matmul
+from metalens.ops.translate_norm import Norm, translate_norm
 from metalens.ops.unembed import Head, head_logits
 
-__all__ = ["Head", "LensStats", "Weight", "backend", "head_logits", "lens_kl", "lens_stats", "linear", "quantized_matmul", "use_backend"]
+__all__ = [
+    "Head",
+    "LensStats",
+    "LensTarget",
+    "Norm",
+    "Weight",
+    "attention",
+    "backend",
+    "head_logits",
+    "lens_kl",
+    "lens_stats",
+    "lens_target",
+    "linear",
+    "precision",
+    "quantized_matmul",
+    "translate_norm",
+    "use_backend",
+    "use_precision",
+]

@@ -1,49 +1,60 @@
-"""Which implementation an operation runs: plain MLX (`reference`) or the extension's CPU kernels (`native`)."""
+"""How an operation runs: plain MLX (`reference`) or the extension's CPU kernels (`native`), and how exact the kernels' operands are."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Literal
 
 import mlx.core as mx
 
 from metalens import _extension
+from metalens.ops.choice import Choice
 
 Backend = Literal["auto", "reference", "native"]
+Precision = Literal["float32", "bf16"]
+
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 VARIABLE = "METALENS_BACKEND"
 
-_override: ContextVar[Backend | None] = ContextVar("metalens_backend", default=None)
-
-
-def _checked(name: str, where: str) -> Backend:
-    for known in BACKENDS:
-        if name == known:
-            return known
-    raise ValueError(f"{where} names no backend: {name!r}. Choose one of {', '.join(BACKENDS)}.")
+_backend: Choice[Backend] = Choice("backend", BACKENDS, VARIABLE, "use_backend")
+_precision: Choice[Precision] = Choice("precision", PRECISIONS, "METALENS_PRECISION", "use_precision")
 
 
 def backend() -> Backend:
     """The backend asked for: by `use_backend`, else by METALENS_BACKEND, else 'auto'."""
-    return _override.get() or _checked(os.environ.get(VARIABLE) or "auto", f"The variable {VARIABLE}")
+    return _backend.get()
 
 
-@contextlib.contextmanager
-def use_backend(name: Backend) -> Iterator[None]:
+def use_backend(name: Backend) -> AbstractContextManager[None]:
     """Run the operations called inside the `with` block on this backend.
 
     'auto' takes the fastest that is available for the default device; 'native' raises RuntimeError where the extension can't be used.
     The choice is made when an operation is called, not when its result is evaluated.
+
+    Raises:
+        ValueError: on entering the block, for another name.
     """
-    token = _override.set(_checked(name, "use_backend()"))
-    try:
-        yield
-    finally:
-        _override.reset(token)
+    return _backend.use(name)
+
+
+def precision() -> Precision:
+    """The precision asked for: by `use_precision`, else by METALENS_PRECISION, else 'float32'."""
+    return _precision.get()
+
+
+def use_precision(name: Precision) -> AbstractContextManager[None]:
+    """Choose how exact the operands of the native kernels' products are inside the `with` block; sums are float32 in either.
+
+    'float32' takes operands as they are. 'bf16' lets them be rounded to bfloat16 (2^-9 relative) where the CPU multiplies that faster (AMX, AVX-512
+    BF16); elsewhere the two are the same. The reference backend ignores it.
+
+    Raises:
+        ValueError: on entering the block, for another name.
+    """
+    return _precision.use(name)
 
 
 def warn_if_slow() -> None:

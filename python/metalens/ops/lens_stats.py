@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.chunks import token_chunks
+from metalens.ops.backend import native, precision
+from metalens.ops.chunks import in_chunks
 from metalens.ops.softmax import entropy, kl_divergence, softmax
 from metalens.ops.unembed import Head, head_logits
 
@@ -40,36 +40,43 @@ class LensStats:
 
 
 def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
-    """Statistics of every row, evaluated; at most one chunk of logits exists at a time.
+    """Statistics of every row, without ever holding all logits. Lazy; not differentiable.
 
     Args:
         n: [L, N, D] rows after the final norm: L layers of N tokens, N >= 1.
         head: the unembedding.
-        k: how many of the most likely tokens to name, 1 <= k <= V. Of tokens with equal logits around the k-th place, any may be named.
+        k: how many of the most likely tokens to name, 1 <= k <= head.tokens. Of tokens with equal logits around the k-th place, any may be named.
         n_model: [N, D] the model's own rows; adds kl and agrees.
-        labels: [N] token ids; adds nll and rank.
+        labels: [N] token ids; adds nll and rank. A label that is no token has NaN and -1.
 
     Raises:
         ValueError: if k is out of range or the shapes do not fit together.
     """
     _, d = head.weight.shape
-    check_top_k(k, head.vocab_size)
+    check_top_k(k, head.tokens)
     if n.ndim != 3 or n.shape[-1] != d or n.shape[1] == 0:
         raise ValueError(f"lens_stats needs n [L, N, {d}] with N >= 1, got {n.shape}.")
     if n_model is not None and n_model.shape != n.shape[1:]:
         raise ValueError(f"n_model must be {n.shape[1:]} for n {n.shape}, got {n_model.shape}.")
-    if labels is not None and labels.shape != n.shape[1:2]:
-        raise ValueError(f"labels must be {n.shape[1:2]} for n {n.shape}, got {labels.shape}.")
-    parts: list[LensStats] = []
-    for chunk in token_chunks(n.shape[1], n.shape[0], head.vocab_size):
-        part = _chunk(n[:, chunk], head, k, None if n_model is None else n_model[chunk], None if labels is None else labels[chunk])
-        mx.eval([value for value in vars(part).values() if value is not None])
-        parts.append(part)
-    return LensStats(*(_join([getattr(part, f.name) for part in parts]) for f in fields(LensStats)))
+    if labels is not None and (labels.shape != n.shape[1:2] or not mx.issubdtype(labels.dtype, mx.integer)):
+        raise ValueError(f"labels must be {n.shape[1:2]} token ids for n {n.shape}, got {labels.dtype} {labels.shape}.")
+    extension = native()
+    native_head = None if extension is None else head.native(extension)
+    if extension is not None and native_head is not None:
+        results = extension.lens_stats(n, native_head, k, n_model, labels, precision())
+    else:
 
+        def chunk(n: mx.array, n_model: mx.array | None, labels: mx.array | None) -> list[mx.array]:
+            z_model = None if n_model is None else head_logits(n_model, head)
+            stats = logits_stats(head_logits(n, head), k, z_model, labels)
+            return [value for value in vars(stats).values() if value is not None]
 
-def _join(values: list[Any]) -> Any:
-    return None if values[0] is None else mx.concatenate(values, axis=1)
+        results = in_chunks(chunk, n, [n_model, labels], head.vocab_size)
+    given = iter(results)
+    stats = [next(given) for _ in range(5)]
+    of_model = [next(given) if n_model is not None else None for _ in range(2)]
+    of_labels = [next(given) if labels is not None else None for _ in range(2)]
+    return LensStats(*stats, *of_model, *of_labels)
 
 
 def check_top_k(k: int, vocab_size: int) -> None:
@@ -91,10 +98,6 @@ def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:
     return ids.astype(mx.int32), mx.take_along_axis(z, ids, axis=-1)
 
 
-def _chunk(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None) -> LensStats:
-    return logits_stats(head_logits(n, head), k, None if n_model is None else head_logits(n_model, head), labels)
-
-
 def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
     """The statistics of logits [L, N, V] float32 that are at hand already; `z_model` [N, V] are the model's own. Lazy."""
     log_q, q, lse = softmax(z)
@@ -105,7 +108,9 @@ def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, label
         kl = kl_divergence(p, log_p, log_q)
         agrees = mx.argmax(z, axis=-1) == mx.argmax(z_model, axis=-1)
     if labels is not None:
-        of_label = mx.take_along_axis(z, mx.broadcast_to(labels[None, :, None], (*z.shape[:2], 1)), axis=-1)
-        nll = lse - of_label[..., 0]
-        rank = 1 + mx.sum(z > of_label, axis=-1).astype(mx.int32)
+        known = (labels >= 0) & (labels < z.shape[-1])
+        ids = mx.where(known, labels, 0)[None, :, None]
+        of_label = mx.take_along_axis(z, mx.broadcast_to(ids, (*z.shape[:2], 1)), axis=-1)
+        nll = mx.where(known, lse - of_label[..., 0], mx.nan)
+        rank = mx.where(known, 1 + mx.sum(z > of_label, axis=-1), -1).astype(mx.int32)
     return LensStats(lse, entropy(q, log_q), mx.exp(top_logits[..., 0] - lse), top_ids, top_logits, kl, agrees, nll, rank)

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.backend import native
+from metalens.ops.backend import native, precision
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-NATIVE_BITS = (2, 3, 4, 5, 6, 8)
-NATIVE_GROUPS = (32, 64, 128)
+# {mode: (bits, group sizes)} that the native kernels read.
+NATIVE_FORMATS = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,26 @@ class Weight:
         return rows, columns if self.scales is None else columns * 32 // self.bits
 
 
-def linear(x: mx.array, w: Weight, transpose: bool = True) -> mx.array:
+def linear(x: mx.array, w: Weight, transpose: bool = True, dtype: mx.Dtype | None = None) -> mx.array:
     """X W^T, or x W with transpose=False, for a dense or quantised W.
 
     Args:
         x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
         w: the matrix [O, I].
         transpose: the orientation.
+        dtype: of the result; None = the promoted type of x and the weight's values or scales.
 
     Returns:
-        [..., O] or [..., I], in the promoted type of x and the weight's values or scales. The native kernels accumulate in float32.
+        [..., O] or [..., I]. The native kernels accumulate in float32 and round once.
     """
     if w.scales is not None:
-        return quantized_matmul(x, w.values, w.scales, w.biases, w.group_size, w.bits, transpose, w.mode)
+        return quantized_matmul(x, w.values, w.scales, w.biases, w.group_size, w.bits, transpose, w.mode, dtype)
     extension = native()
-    if extension is not None and x.dtype in FLOATS and w.values.dtype in FLOATS and w.values.ndim == 2:
-        product: mx.array = extension.matmul(x, w.values, transpose)
+    if extension is not None and native_reads(w) and x.dtype in FLOATS:
+        product: mx.array = extension.matmul(x, w.values, transpose, dtype, precision())
         return product
-    return x @ (w.values.T if transpose else w.values)
+    plain = x @ (w.values.T if transpose else w.values)
+    return plain if dtype is None else plain.astype(dtype)
 
 
 def quantized_matmul(
@@ -67,6 +74,7 @@ def quantized_matmul(
     bits: int = 4,
     transpose: bool = True,
     mode: str = "affine",
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """X W^T, or x W with transpose=False, for a packed W: `mlx.core.quantized_matmul` on whichever backend is in use.
 
@@ -75,24 +83,34 @@ def quantized_matmul(
         w: [O, I * bits / 32] uint32.
         scales: [O, I / group_size].
         biases: like scales for mode 'affine', else None.
-        group_size, bits, mode: as in `mlx.core.quantize`. The native kernels take affine 2, 3, 4, 5, 6, 8 bits in groups of 32, 64, 128; the rest is
-            plain MLX.
+        group_size, bits, mode: as in `mlx.core.quantize`. Plain MLX takes over for formats that the native kernels do not read.
         transpose: the orientation.
+        dtype: of the result; None = as plain MLX, the promoted type of x and (affine) the scales.
 
     Returns:
-        [..., O] or [..., I], in the promoted type of x and (affine) the scales. The native kernels accumulate in float32.
+        [..., O] or [..., I]. The native kernels accumulate in float32 and round once.
     """
-    # Plain MLX computes in the promoted type of x and affine scales, and returns it.
-    dtype = mx.result_type(x, scales) if mode == "affine" else x.dtype
-    if mode == "affine" and biases is not None and _native_can(x, scales, biases, group_size, bits):
+    computed = mx.result_type(x, scales) if mode == "affine" else x.dtype
+    dtype = dtype or computed
+    if x.dtype in FLOATS and native_reads(Weight(w, scales, biases, group_size, bits, mode)):
         extension = native()
         if extension is not None:
-            product: mx.array = extension.quantized_matmul(x.astype(dtype), w, scales, biases, group_size, bits, transpose)
+            product: mx.array = extension.quantized_matmul(
+                x.astype(computed), w, scales, biases, group_size, bits, transpose, mode, dtype, precision()
+            )
             return product
     if x.size == 0:  # mx.quantized_matmul divides by the number of rows
         return mx.zeros((*x.shape[:-1], w.shape[0] if transpose else w.shape[1] * 32 // bits), dtype)
-    return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode)
+    return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode).astype(dtype)
 
 
-def _native_can(x: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> bool:
-    return bits in NATIVE_BITS and group_size in NATIVE_GROUPS and x.dtype in FLOATS and scales.dtype in FLOATS and biases.dtype == scales.dtype
+def native_reads(w: Weight) -> bool:
+    """Whether the native kernels read this matrix's format."""
+    if w.scales is None:
+        return w.values.dtype in FLOATS and w.values.ndim == 2
+    bits, groups = NATIVE_FORMATS.get(w.mode, ((), ()))
+    if w.bits not in bits or w.group_size not in groups:
+        return False
+    if w.mode != "affine":
+        return True
+    return w.biases is not None and w.scales.dtype in FLOATS and w.biases.dtype == w.scales.dtype

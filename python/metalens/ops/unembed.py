@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
-from metalens.ops.linear import Weight, linear
+from metalens.ops.linear import Weight, linear, native_reads
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,35 @@ class Head:
         bias: u0 [V], or None.
         scale: s, multiplies the logits before the softcap.
         softcap: c of f(t) = c * tanh(t / c), or None for a linear head.
+        used_rows: how many rows of U stand for tokens; those beyond are padding, and their logits -inf. None = all.
     """
 
     weight: Weight
     bias: mx.array | None = None
     scale: float = 1.0
     softcap: float | None = None
+    used_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
         """V: rows of U, whatever the tokenizer says."""
         return self.weight.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Ids that can be predicted: 0 <= id < tokens."""
+        return self.vocab_size if self.used_rows is None else self.used_rows
+
+    def native(self, extension: ModuleType) -> Any:
+        """The same head for the extension, or None if its kernels do not read the weight's format.
+
+        Raises:
+            ValueError: if its parts do not fit together.
+        """
+        w = self.weight
+        if not native_reads(w):
+            return None
+        return extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, self.bias, self.scale, self.softcap or None, self.used_rows)
 
 
 def head_logits(n: mx.array, head: Head) -> mx.array:
@@ -50,13 +70,13 @@ def head_logits(n: mx.array, head: Head) -> mx.array:
         z = z * head.scale
     if head.softcap is not None:
         z = head.softcap * mx.tanh(z / head.softcap)
-    return z
+    return z if head.used_rows is None else mx.where(mx.arange(head.vocab_size) < head.used_rows, z, -mx.inf)
 
 
 def head_pullback(dz: mx.array, z: mx.array, head: Head) -> mx.array:
     """The gradient at the normed rows from that at the logits: [..., V] -> [..., D], float32. `z` are the logits of `head_logits`."""
     if head.softcap is not None:
-        dz = dz * (1 - mx.square(z / head.softcap))
+        dz = dz * mx.where(mx.isinf(z), 0.0, 1 - mx.square(z / head.softcap))  # the logits of padding are -inf
     if head.scale != 1.0:
         dz = dz * head.scale
     return linear(dz, head.weight, transpose=False).astype(mx.float32)

@@ -1,7 +1,7 @@
-"""The gradient of one step, in plain MLX written well: layer by layer, heads batched, memory flat in the number of layers.
+"""The gradient of one step: layer by layer, heads batched, memory flat in the number of layers.
 
-Each layer's loss touches only its own translator, so nothing needs a graph over all layers. The rows of all layers go through the head together, a
-bounded chunk of tokens at a time (ops.lens_kl), which returns dKL/dn; from there each layer is pulled back through its norm and its translator alone.
+Each layer's loss touches only its own translator, so nothing needs a graph over all layers. The rows of all layers go through the head together
+(ops.lens_kl), which returns dKL/dn; from there each layer is pulled back through its norm and its translator alone (ops.translate_norm).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.lens import TunedLens
-from metalens.ops import Weight, lens_kl, linear
+from metalens.ops import lens_kl, lens_target, translate_norm
 from metalens.readout import lens_rows
 from metalens.stream import Stream
 from metalens.unembed import Unembed
@@ -34,15 +34,15 @@ def loss_and_gradient(lens: TunedLens, stream: Stream, unembed: Unembed) -> tupl
     d, num_layers = lens.hidden_dim, lens.num_layers
     hidden = [mx.stop_gradient(h).reshape(-1, d).astype(mx.float32) for h in stream.hidden]
     tokens = hidden[0].shape[0]
-    n_model = unembed.norm(stream.hidden[-1].reshape(-1, d)).astype(mx.float32)
+    target = lens_target(unembed.norm(stream.hidden[-1].reshape(-1, d)), unembed.head)
     n = lens_rows(hidden, range(num_layers), lens, unembed.norm)
-    kl, dn = lens_kl(n, n_model, unembed.head)
+    kl, dn = lens_kl(n, target, unembed.head)
 
     gradients = []
     for layer in range(num_layers):
 
         def rows(weight: mx.array, bias: mx.array, h: mx.array = hidden[layer]) -> mx.array:
-            return unembed.norm(linear(h, Weight(weight)) + bias)
+            return translate_norm(h, weight, bias, unembed.norm)
 
         translator = lens.translators[layer]
         _, (dw, db) = mx.vjp(rows, [translator.weight, translator.bias], [dn[layer] / (tokens * num_layers)])

@@ -2,4 +2,4 @@
 #define METALENS_ISA_NAME "avx2"
 #define METALENS_VECTOR 8
 #define METALENS_ROWS 6
-#include "cpu/gemm_kernels.inc"
+#include "cpu/isa/kernels.inc"

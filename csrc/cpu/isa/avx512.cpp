@@ -2,4 +2,4 @@
 #define METALENS_ISA_NAME "avx512"
 #define METALENS_VECTOR 16
 #define METALENS_ROWS 12
-#include "cpu/gemm_kernels.inc"
+#include "cpu/isa/kernels.inc"

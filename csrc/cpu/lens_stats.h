@@ -1,0 +1,36 @@
+// What rows of logits say, without the logits ever being stored: one pass over the vocabulary.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/product.h"
+
+namespace metalens::cpu {
+
+// Rows of `layers` layers for `tokens` tokens. A row is NaN in every float where its logits are.
+struct LensStatsInput {
+  int64_t layers;
+  int64_t tokens;
+  const float* n;         // [layers, tokens, D], after the final norm
+  const float* n_model;   // [tokens, D] the model's own, or null
+  const int32_t* labels;  // [tokens] ids, or null
+  int64_t k;              // 1 <= k <= vocab
+};
+
+// All [layers, tokens]; top_* [layers, tokens, k] by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank labels; else null.
+struct LensStatsOutput {
+  float* lse;
+  float* entropy;
+  float* max_probability;
+  int32_t* top_ids;
+  float* top_logits;
+  float* kl;
+  bool* agrees;
+  float* nll;
+  int32_t* rank;
+};
+
+// A label outside the vocabulary has NaN for its nll and -1 for its rank.
+void lens_stats(const Head& head, const LensStatsInput& in, Precision precision, const LensStatsOutput& out);
+
+}  // namespace metalens::cpu

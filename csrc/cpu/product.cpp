@@ -1,0 +1,105 @@
+#include "cpu/product.h"
+
+#include <algorithm>
+
+#include "cpu/thread_pool.h"
+
+namespace metalens::cpu {
+
+const Multiplier& multiplier(Precision precision) {
+  const auto& table = kernels();
+  return precision == Precision::bf16 && table.bf16 ? *table.bf16 : table.float32;
+}
+
+Left::Left(const Multiplier& multiplier, int64_t rows, int64_t depth)
+    : multiplier_(&multiplier),
+      rows_(rows),
+      depth_(depth),
+      block_bytes_((multiplier.left_bytes(rows, std::min(depth, kReductionBlock)) + 63) / 64 * 64),
+      data_((depth + kReductionBlock - 1) / kReductionBlock * block_bytes_) {
+}
+
+void Left::pack(const float* a, int64_t lda) {
+  for (int64_t start = 0; start < depth_; start += kReductionBlock) {
+    multiplier_->pack_left(a + start, lda, rows_, std::min(kReductionBlock, depth_ - start), block(start));
+  }
+}
+
+void multiply_panel(
+    const Multiplier& multiplier,
+    const Left& left,
+    const Matrix& w,
+    bool transpose,
+    int64_t column,
+    int64_t width,
+    int64_t first,
+    void* panel,
+    float* c,
+    int64_t ldc,
+    bool accumulate) {
+  const auto pack = transpose ? multiplier.pack_rows : multiplier.pack_columns;
+  for (int64_t start = 0; start < left.depth(); start += kReductionBlock) {
+    const int64_t depth = std::min(kReductionBlock, left.depth() - start);
+    pack(w, column, width, first + start, depth, panel);
+    multiplier.multiply(left.block(start), left.rows(), panel, depth, c, ldc, width, accumulate || start > 0);
+  }
+}
+
+BlockProduct::BlockProduct(const Matrix& keys, const Matrix& values, Precision precision)
+    : keys_(keys), values_(values), multiplier_(multiplier(precision)), left_(multiplier_, 0, 0), weights_(multiplier_, 0, 0), panel_(multiplier_.panel_bytes) {
+}
+
+void BlockProduct::set_rows(const float* x, int64_t rows) {
+  x_ = x;
+  rows_ = rows;
+  if (rows <= kFewRows) return;
+  left_ = Left(multiplier_, rows, keys_.cols);
+  left_.pack(x, keys_.cols);
+}
+
+void BlockProduct::forward(int64_t first, int64_t width, float* z) {
+  if (rows_ <= kFewRows) {
+    kernels().few_rows(keys_, first, width, x_, keys_.cols, rows_, z, kVocabularyBlock);
+    return;
+  }
+  for (int64_t j = 0; j < width; j += multiplier_.panel_width) {
+    const int64_t columns = std::min<int64_t>(multiplier_.panel_width, width - j);
+    multiply_panel(multiplier_, left_, keys_, true, first + j, columns, 0, panel_.data(), z + j, kVocabularyBlock, false);
+  }
+}
+
+float BlockProduct::forward_one(const float* row, int64_t key) const {
+  float z = 0;
+  if (rows_ <= kFewRows) {
+    kernels().few_rows(keys_, key, 1, row, keys_.cols, 1, &z, 1);
+  } else {
+    Left one(multiplier_, 1, keys_.cols);
+    one.pack(row, keys_.cols);
+    multiply_panel(multiplier_, one, keys_, true, key, 1, 0, panel_.data(), &z, 1, false);
+  }
+  return z;
+}
+
+void BlockProduct::backward(const float* z, int64_t rows, int64_t first, int64_t width, float* sums) {
+  const int64_t d = values_.cols;
+  if (weights_.rows() != rows || weights_.depth() != width) weights_ = Left(multiplier_, rows, width);
+  weights_.pack(z, kVocabularyBlock);
+  for (int64_t column = 0; column < d; column += multiplier_.panel_width) {
+    const int64_t columns = std::min<int64_t>(multiplier_.panel_width, d - column);
+    multiply_panel(multiplier_, weights_, values_, false, column, columns, first, panel_.data(), sums + column, d, true);
+  }
+}
+
+VocabularyRange vocabulary_share(int64_t vocab, int64_t share, int64_t shares) {
+  const int64_t blocks = (vocab + kVocabularyBlock - 1) / kVocabularyBlock;
+  return {blocks * share / shares * kVocabularyBlock, std::min(vocab, blocks * (share + 1) / shares * kVocabularyBlock)};
+}
+
+int64_t vocabulary_shares(int64_t vocab, int64_t tasks) {
+  const int64_t blocks = (vocab + kVocabularyBlock - 1) / kVocabularyBlock;
+  const int64_t wanted = 4 * num_threads();
+  if (num_threads() == 1 || tasks >= wanted || tasks == 0) return 1;
+  return std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(blocks, 1));
+}
+
+}  // namespace metalens::cpu

@@ -1,0 +1,47 @@
+#include "cpu/translate_norm.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/thread_pool.h"
+
+namespace metalens::cpu {
+namespace {
+
+// Calls f(row) for all rows, in runs long enough to be worth a thread's while.
+template <typename F>
+void for_rows(int64_t rows, int64_t d, const F& f) {
+  const int64_t run = std::max<int64_t>(1, 65536 / std::max<int64_t>(d, 1));
+  parallel_for((rows + run - 1) / run, [&](int64_t i) {
+    for (int64_t r = i * run; r < std::min(rows, (i + 1) * run); ++r) f(r);
+  });
+}
+
+}  // namespace
+
+void translate_norm(const float* h, int64_t rows, const Matrix& w, const float* b, const Norm& norm, Precision precision, float* y, float* n) {
+  const int64_t d = w.rows;
+  gemm(h, rows, d, w.cols, w, true, precision, y);
+  for_rows(rows, d, [&](int64_t r) {
+    if (b) kernels().transform(y + r * d, b, d, 1, 0);
+    if (norm.enabled) {
+      kernels().normalize(y + r * d, norm.gain, norm.bias, d, norm.eps, norm.center, n + r * d);
+    } else {
+      std::copy_n(y + r * d, d, n + r * d);
+    }
+  });
+}
+
+void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, float* dy) {
+  for_rows(rows, d, [&](int64_t r) {
+    if (!norm.enabled) {
+      std::copy_n(dn + r * d, d, dy + r * d);
+      return;
+    }
+    const RowMoments moments = kernels().normalize(y + r * d, nullptr, nullptr, d, norm.eps, norm.center, dy + r * d);
+    kernels().normalize_backward(y + r * d, norm.gain, dn + r * d, d, moments, norm.center, dy + r * d);
+  });
+}
+
+}  // namespace metalens::cpu

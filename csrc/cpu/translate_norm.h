@@ -1,0 +1,25 @@
+// A translator and the final norm in one: n = norm(h W^T + b).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/product.h"
+
+namespace metalens::cpu {
+
+// RMSNorm, or LayerNorm with `center`; none at all without `enabled`.
+struct Norm {
+  bool enabled;
+  bool center;
+  float eps;
+  const float* gain;  // [D], or null
+  const float* bias;  // [D], or null
+};
+
+// h [rows, D]; W [D, D] dense; b [D], or null. y and n [rows, D].
+void translate_norm(const float* h, int64_t rows, const Matrix& w, const float* b, const Norm& norm, Precision precision, float* y, float* n);
+
+// dy [rows, D] from dn, with the moments of the rows y taken anew.
+void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, float* dy);
+
+}  // namespace metalens::cpu

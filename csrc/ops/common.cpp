@@ -1,0 +1,23 @@
+#include "ops/common.h"
+
+#include "mlx/ops.h"
+
+namespace metalens {
+
+mx::Stream cpu_stream(mx::StreamOrDevice s) {
+  mx::Stream stream = std::holds_alternative<std::monostate>(s) ? mx::default_stream(mx::Device(mx::Device::cpu)) : mx::to_stream(s);
+  if (stream.device != mx::Device::cpu) reject("this operation runs on the CPU. Pass stream=mx.cpu, or none.");
+  return stream;
+}
+
+cpu::Precision precision_named(const std::string& name) {
+  if (name == "float32") return cpu::Precision::float32;
+  if (name == "bf16") return cpu::Precision::bf16;
+  reject("precision must be 'float32' or 'bf16', not '", name, "'.");
+}
+
+mx::array as_rows(const mx::array& x, mx::Stream stream) {
+  return mx::contiguous(mx::astype(x, mx::float32, stream), false, stream);
+}
+
+}  // namespace metalens

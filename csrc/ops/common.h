@@ -1,0 +1,72 @@
+// What every operation here needs: errors, element types, streams.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/product.h"
+#include "mlx/array.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace metalens {
+
+namespace mx = mlx::core;
+
+// Ends an operation with a ValueError in Python.
+template <typename... Parts>
+[[noreturn]] void reject(const Parts&... parts) {
+  std::ostringstream message;
+  message << "[metalens] ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline bool is_float(mx::Dtype t) {
+  return t == mx::float32 || t == mx::float16 || t == mx::bfloat16;
+}
+
+inline cpu::Element element_of(mx::Dtype t) {
+  return t == mx::float16 ? cpu::Element::f16 : t == mx::bfloat16 ? cpu::Element::bf16 : cpu::Element::f32;
+}
+
+// The CPU stream to run on; rejects a stream of another device.
+mx::Stream cpu_stream(mx::StreamOrDevice s);
+
+// Rejects names other than float32 and bf16.
+cpu::Precision precision_named(const std::string& name);
+
+// x as a row-contiguous float32 array.
+mx::array as_rows(const mx::array& x, mx::Stream stream);
+
+// Allocate the outputs and run f(inputs, outputs) on the stream's thread, with both kept alive until it is done.
+template <typename F>
+void dispatch(mx::Stream stream, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, F f) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  std::vector<mx::array> in, out;
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+    in.push_back(mx::array::unsafe_weak_copy(input));
+  }
+  for (auto& output : outputs) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+    encoder.set_output_array(output);
+    out.push_back(mx::array::unsafe_weak_copy(output));
+  }
+  encoder.dispatch([in = std::move(in), out = std::move(out), f = std::move(f)]() mutable { f(in, out); });
+}
+
+// A primitive that runs on the CPU alone.
+class CpuPrimitive : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error("[metalens] this operation has no GPU implementation.");
+  }
+};
+
+}  // namespace metalens

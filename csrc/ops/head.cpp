@@ -1,0 +1,332 @@
+#include "ops/head.h"
+
+#include <memory>
+
+#include "cpu/lens_kl.h"
+#include "cpu/lens_stats.h"
+#include "mlx/ops.h"
+
+namespace metalens {
+namespace {
+
+// A primitive over rows and a head: inputs are `rows` arrays of rows and labels, then the head's.
+class HeadPrimitive : public CpuPrimitive {
+ public:
+  HeadPrimitive(mx::Stream stream, HeadSpec head, cpu::Precision precision, int rows)
+      : CpuPrimitive(stream), head_(head), precision_(precision), rows_(rows) {
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const HeadPrimitive&>(other);
+    return head_ == o.head_ && precision_ == o.precision_ && rows_ == o.rows_;
+  }
+
+ protected:
+  // vmap over n alone: a mapped axis is only more layers.
+  std::vector<mx::array> as_layers(const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+    for (size_t i = 1; i < axes.size(); ++i) {
+      if (axes[i] >= 0) reject("vmap is supported over n alone, not over the model's rows, labels or the head.");
+    }
+    auto mapped = inputs;
+    const auto moved = mx::moveaxis(inputs[0], axes[0], 0, stream());
+    mapped[0] = mx::contiguous(mx::flatten(moved, 0, 1, stream()), false, stream());
+    return mapped;
+  }
+
+  // The outputs of a call with more layers, [B * L, ...], as [B, L, ...].
+  std::pair<std::vector<mx::array>, std::vector<int>> from_layers(const std::vector<mx::array>& outputs, int layers) {
+    std::vector<mx::array> split;
+    for (const auto& output : outputs) split.push_back(mx::unflatten(output, 0, {-1, layers}, stream()));
+    return {split, std::vector<int>(split.size(), 0)};
+  }
+
+  HeadSpec head_;
+  cpu::Precision precision_;
+  int rows_;
+};
+
+int layers_of_mapped(const mx::array& n, int axis) {
+  return n.shape(axis == 0 ? 1 : 0);
+}
+
+class LensStats : public HeadPrimitive {
+ public:
+  LensStats(mx::Stream stream, HeadSpec head, cpu::Precision precision, int k, bool with_model, bool with_labels)
+      : HeadPrimitive(stream, head, precision, 1 + with_model + with_labels), k_(k), with_model_(with_model), with_labels_(with_labels) {
+  }
+
+  std::vector<mx::Dtype> dtypes() const {
+    std::vector<mx::Dtype> types{mx::float32, mx::float32, mx::float32, mx::int32, mx::float32};
+    if (with_model_) types.insert(types.end(), {mx::float32, mx::bool_});
+    if (with_labels_) types.insert(types.end(), {mx::float32, mx::int32});
+    return types;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    const int layers = inputs[0].shape(0), tokens = inputs[0].shape(1);
+    std::vector<mx::Shape> shapes(dtypes().size(), {layers, tokens});
+    shapes[3] = shapes[4] = {layers, tokens, k_};
+    return shapes;
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, rows = rows_, k = k_, with_model = with_model_](auto& in, auto& out) {
+      const bool with_labels = rows == 2 + int(with_model);
+      cpu::LensStatsInput input{};
+      input.layers = in[0].shape(0);
+      input.tokens = in[0].shape(1);
+      input.n = in[0].template data<float>();
+      input.n_model = with_model ? in[1].template data<float>() : nullptr;
+      input.labels = with_labels ? in[rows - 1].template data<int32_t>() : nullptr;
+      input.k = k;
+      cpu::LensStatsOutput output{};
+      output.lse = out[0].template data<float>();
+      output.entropy = out[1].template data<float>();
+      output.max_probability = out[2].template data<float>();
+      output.top_ids = out[3].template data<int32_t>();
+      output.top_logits = out[4].template data<float>();
+      if (with_model) {
+        output.kl = out[5].template data<float>();
+        output.agrees = out[6].template data<bool>();
+      }
+      if (with_labels) {
+        output.nll = out[out.size() - 2].template data<float>();
+        output.rank = out[out.size() - 1].template data<int32_t>();
+      }
+      cpu::lens_stats(head.head(&in[rows]), input, precision, output);
+    });
+  }
+
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    const auto mapped = as_layers(inputs, axes);
+    auto self = std::make_shared<LensStats>(stream(), head_, precision_, k_, with_model_, with_labels_);
+    return from_layers(mx::array::make_arrays(self->output_shapes(mapped), dtypes(), self, mapped), layers_of_mapped(inputs[0], axes[0]));
+  }
+
+  const char* name() const override {
+    return "metalens::LensStats";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const LensStats&>(other);
+    return HeadPrimitive::is_equivalent(other) && k_ == o.k_ && with_model_ == o.with_model_ && with_labels_ == o.with_labels_;
+  }
+
+ private:
+  int k_;
+  bool with_model_, with_labels_;
+};
+
+class LensTarget : public HeadPrimitive {
+ public:
+  LensTarget(mx::Stream stream, HeadSpec head, cpu::Precision precision, bool with_mean)
+      : HeadPrimitive(stream, head, precision, 1), with_mean_(with_mean) {
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    const int tokens = inputs[0].shape(0);
+    std::vector<mx::Shape> shapes{{tokens}, {tokens}};
+    if (with_mean_) shapes.push_back(inputs[0].shape());
+    return shapes;
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_](auto& in, auto& out) {
+      float* mean = out.size() > 2 ? out[2].template data<float>() : nullptr;
+      cpu::lens_target(
+          head.head(&in[1]), in[0].template data<float>(), in[0].shape(0), precision,
+          {out[0].template data<float>(), out[1].template data<float>(), mean});
+    });
+  }
+
+  const char* name() const override {
+    return "metalens::LensTarget";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return HeadPrimitive::is_equivalent(other) && with_mean_ == static_cast<const LensTarget&>(other).with_mean_;
+  }
+
+ private:
+  bool with_mean_;
+};
+
+// Inputs: n, n_model, lse, mean if the head is linear, the head. Outputs: kl and, with_gradient, dn.
+class LensKL : public HeadPrimitive {
+ public:
+  LensKL(mx::Stream stream, HeadSpec head, cpu::Precision precision, bool with_gradient)
+      : HeadPrimitive(stream, head, precision, head.softcap ? 3 : 4), with_gradient_(with_gradient) {
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    std::vector<mx::Shape> shapes{{inputs[0].shape(0), inputs[0].shape(1)}};
+    if (with_gradient_) shapes.push_back(inputs[0].shape());
+    return shapes;
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, rows = rows_](auto& in, auto& out) {
+      cpu::LensKLInput input{};
+      input.layers = in[0].shape(0);
+      input.tokens = in[0].shape(1);
+      input.n = in[0].template data<float>();
+      input.n_model = in[1].template data<float>();
+      input.lse = in[2].template data<float>();
+      input.mean = rows == 4 ? in[3].template data<float>() : nullptr;
+      float* dn = out.size() > 1 ? out[1].template data<float>() : nullptr;
+      cpu::lens_kl(head.head(&in[rows]), input, precision, out[0].template data<float>(), dn);
+    });
+  }
+
+  // The gradient was formed in the forward pass: the way back is one multiplication.
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>&,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override {
+    require_only_n(argnums);
+    return {mx::multiply(mx::expand_dims(cotangents[0], -1, stream()), outputs[1], stream())};
+  }
+
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) override {
+    require_only_n(argnums);
+    auto self = std::make_shared<LensKL>(stream(), head_, precision_, true);
+    const auto outputs = mx::array::make_arrays(self->output_shapes(primals), {mx::float32, mx::float32}, self, primals);
+    return {mx::sum(mx::multiply(tangents[0], outputs[1], stream()), -1, false, stream()), mx::zeros_like(outputs[1], stream())};
+  }
+
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
+    const auto mapped = as_layers(inputs, axes);
+    auto self = std::make_shared<LensKL>(stream(), head_, precision_, with_gradient_);
+    const std::vector<mx::Dtype> types(with_gradient_ ? 2 : 1, mx::float32);
+    return from_layers(mx::array::make_arrays(self->output_shapes(mapped), types, self, mapped), layers_of_mapped(inputs[0], axes[0]));
+  }
+
+  const char* name() const override {
+    return "metalens::LensKL";
+  }
+
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return HeadPrimitive::is_equivalent(other) && with_gradient_ == static_cast<const LensKL&>(other).with_gradient_;
+  }
+
+ private:
+  void require_only_n(const std::vector<int>& argnums) const {
+    for (int argnum : argnums) {
+      if (argnum != 0) reject("lens_kl is differentiable in n alone: the model, its rows and its head are frozen. Use mx.stop_gradient on them.");
+    }
+    if (!with_gradient_) reject("this lens_kl was asked for no gradient.");
+  }
+
+  bool with_gradient_;
+};
+
+mx::array rows_of(const mx::array& x, const char* name, const mx::Shape& expected, mx::Stream stream) {
+  if (!is_float(x.dtype())) reject(name, " must be float32, float16 or bfloat16, not ", x.dtype(), ".");
+  if (x.shape() != expected) reject(name, " must be ", expected, ", not ", x.shape(), ".");
+  return as_rows(x, stream);
+}
+
+mx::array lens_rows(const mx::array& n, const Head& head, mx::Stream stream) {
+  if (n.ndim() != 3 || n.shape(-1) != head.width()) reject("n must be [layers, tokens, ", head.width(), "], not ", n.shape(), ".");
+  return rows_of(n, "n", n.shape(), stream);
+}
+
+}  // namespace
+
+cpu::Head HeadSpec::head(const mx::array* first) const {
+  cpu::Head h{};
+  h.u = weight.matrix(first);
+  h.bias = has_bias ? first[weight.arrays()].data<float>() : nullptr;
+  h.scale = scale;
+  h.softcap = softcap;
+  h.vocab = vocab;
+  return h;
+}
+
+Head::Head(
+    const mx::array& values,
+    const std::optional<mx::array>& scales,
+    const std::optional<mx::array>& biases,
+    int group_size,
+    int bits,
+    const std::string& mode,
+    const std::optional<mx::array>& bias,
+    float scale,
+    std::optional<float> softcap,
+    std::optional<int> vocab)
+    : weight_(make_weight(values, scales, biases, group_size, bits, mode)), bias_(bias) {
+  const int rows = int(weight_.rows());
+  spec_ = {weight_.spec, bias.has_value(), scale, softcap.value_or(0.0f), vocab.value_or(rows)};
+  if (rows == 0 || weight_.columns() == 0) reject("a head needs at least one row and one column; its weight is [", rows, ", ", width(), "].");
+  if (spec_.vocab < 1 || spec_.vocab > rows) reject("vocab must be from 1 to the head's ", rows, " rows, not ", spec_.vocab, ".");
+  if (bias && (bias->shape() != mx::Shape{rows} || !is_float(bias->dtype()))) {
+    reject("the head's bias must be ", mx::Shape{rows}, " floats, not ", bias->dtype(), " ", bias->shape(), ".");
+  }
+  if (softcap && !(*softcap > 0)) reject("softcap must be positive, not ", *softcap, ".");
+}
+
+std::vector<mx::array> Head::inputs(std::vector<mx::array> rows, mx::Stream stream) const {
+  for (const auto& a : weight_.inputs(stream)) rows.push_back(a);
+  if (bias_) rows.push_back(as_rows(*bias_, stream));
+  return rows;
+}
+
+std::vector<mx::array> lens_stats(
+    const mx::array& n,
+    const Head& head,
+    int k,
+    const std::optional<mx::array>& n_model,
+    const std::optional<mx::array>& labels,
+    const std::string& precision,
+    mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (k < 1 || k > head.spec().vocab) reject("k must be from 1 to ", head.spec().vocab, " (the vocabulary), not ", k, ".");
+  std::vector<mx::array> rows{lens_rows(n, head, stream)};
+  if (n_model) rows.push_back(rows_of(*n_model, "n_model", {n.shape(1), n.shape(2)}, stream));
+  if (labels) {
+    if (labels->shape() != mx::Shape{n.shape(1)} || !mx::issubdtype(labels->dtype(), mx::integer)) {
+      reject("labels must be ", mx::Shape{n.shape(1)}, " token ids, not ", labels->dtype(), " ", labels->shape(), ".");
+    }
+    rows.push_back(mx::contiguous(mx::astype(*labels, mx::int32, stream), false, stream));
+  }
+  auto primitive = std::make_shared<LensStats>(stream, head.spec(), precision_named(precision), k, n_model.has_value(), labels.has_value());
+  const auto inputs = head.inputs(rows, stream);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), primitive->dtypes(), primitive, inputs);
+}
+
+std::vector<mx::array> lens_target(const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (n_model.ndim() != 2) reject("n_model must be [tokens, ", head.width(), "], not ", n_model.shape(), ".");
+  const auto rows = rows_of(n_model, "n_model", {n_model.shape(0), int(head.width())}, stream);
+  auto primitive = std::make_shared<LensTarget>(stream, head.spec(), precision_named(precision), with_mean && head.spec().softcap == 0);
+  const auto inputs = head.inputs({rows}, stream);
+  const auto shapes = primitive->output_shapes(inputs);
+  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), primitive, inputs);
+}
+
+std::vector<mx::array> lens_kl(
+    const mx::array& n,
+    const Head& head,
+    const mx::array& n_model,
+    const mx::array& lse,
+    const std::optional<mx::array>& mean,
+    bool with_gradient,
+    const std::string& precision,
+    mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  std::vector<mx::array> rows{lens_rows(n, head, stream)};
+  const mx::Shape of_model{n.shape(1), n.shape(2)};
+  rows.push_back(rows_of(n_model, "n_model", of_model, stream));
+  rows.push_back(rows_of(lse, "lse", {n.shape(1)}, stream));
+  if (head.spec().softcap == 0) {
+    if (!mean) reject("a linear head needs the mean of lens_target.");
+    rows.push_back(rows_of(*mean, "mean", of_model, stream));
+  }
+  auto primitive = std::make_shared<LensKL>(stream, head.spec(), precision_named(precision), with_gradient);
+  const auto inputs = head.inputs(rows, stream);
+  const auto shapes = primitive->output_shapes(inputs);
+  return mx::array::make_arrays(shapes, std::vector<mx::Dtype>(shapes.size(), mx::float32), primitive, inputs);
+}
+
+}  // namespace metalens

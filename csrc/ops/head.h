@@ -1,0 +1,80 @@
+// The operations on rows that go through a model's unembedding. None of them ever holds [rows, V] logits.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/weight.h"
+
+namespace metalens {
+
+// What a primitive keeps of a head; its arrays are among the inputs: the weight's, then the bias.
+struct HeadSpec {
+  WeightSpec weight;
+  bool has_bias = false;
+  float scale = 1;
+  float softcap = 0;  // 0: none
+  int vocab = 0;
+
+  bool operator==(const HeadSpec&) const = default;
+  cpu::Head head(const mx::array* first) const;
+};
+
+// The unembedding of a model: logits softcap(scale * (U n + bias)) of the first `vocab` rows of U. Checked when made.
+class Head {
+ public:
+  Head(
+      const mx::array& values,
+      const std::optional<mx::array>& scales,
+      const std::optional<mx::array>& biases,
+      int group_size,
+      int bits,
+      const std::string& mode,
+      const std::optional<mx::array>& bias,
+      float scale,
+      std::optional<float> softcap,
+      std::optional<int> vocab);
+
+  const HeadSpec& spec() const {
+    return spec_;
+  }
+  int64_t width() const {
+    return weight_.columns();
+  }
+  // The rows given, then the head's arrays.
+  std::vector<mx::array> inputs(std::vector<mx::array> rows, mx::Stream stream) const;
+
+ private:
+  Weight weight_;
+  std::optional<mx::array> bias_;
+  HeadSpec spec_;
+};
+
+// {lse, entropy, max_probability [L, N], top_ids [L, N, k] int32, top_logits [L, N, k]}, then {kl, agrees} if n_model is given, then {nll, rank} if
+// labels are. n [L, N, D], n_model [N, D], labels [N] int32.
+std::vector<mx::array> lens_stats(
+    const mx::array& n,
+    const Head& head,
+    int k,
+    const std::optional<mx::array>& n_model,
+    const std::optional<mx::array>& labels,
+    const std::string& precision,
+    mx::StreamOrDevice s = {});
+
+// {lse [N], entropy [N], mean [N, D]} of the model's rows n_model [N, D]; without a mean for a softcapped head, or if none is wanted.
+std::vector<mx::array> lens_target(const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s = {});
+
+// {KL(model || lens) [L, N], its gradient at n [L, N, D]}; the KL is differentiable in n, by one multiplication with the saved gradient. Without
+// `with_gradient` the KL alone, not differentiable. lse and mean are lens_target's; mean is none for a softcapped head.
+std::vector<mx::array> lens_kl(
+    const mx::array& n,
+    const Head& head,
+    const mx::array& n_model,
+    const mx::array& lse,
+    const std::optional<mx::array>& mean,
+    bool with_gradient,
+    const std::string& precision,
+    mx::StreamOrDevice s = {});
+
+}  // namespace metalens

@@ -1,0 +1,149 @@
+#include "ops/translate_norm.h"
+
+#include <memory>
+
+#include "cpu/translate_norm.h"
+#include "mlx/ops.h"
+#include "ops/linear.h"
+
+namespace metalens {
+namespace {
+
+// The norm without its arrays, which are zero to two of the inputs: gain, then bias.
+struct NormSpec {
+  bool enabled, center;
+  float eps;
+  bool has_gain, has_bias;
+
+  bool operator==(const NormSpec&) const = default;
+
+  cpu::Norm norm(const mx::array* first) const {
+    return {enabled, center, eps, has_gain ? first->data<float>() : nullptr, has_bias ? first[has_gain].data<float>() : nullptr};
+  }
+};
+
+// dy from y and dn. Inputs: y, dn [N, D], the norm's arrays.
+class NormBackward : public CpuPrimitive {
+ public:
+  NormBackward(mx::Stream stream, NormSpec norm) : CpuPrimitive(stream), norm_(norm) {
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [spec = norm_](auto& in, auto& out) {
+      const auto norm = spec.norm(in.data() + 2);
+      cpu::norm_backward(
+          in[0].template data<float>(), in[1].template data<float>(), in[0].shape(0), in[0].shape(1), norm, out[0].template data<float>());
+    });
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape()};
+  }
+  const char* name() const override {
+    return "metalens::NormBackward";
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    return norm_ == static_cast<const NormBackward&>(other).norm_;
+  }
+
+ private:
+  NormSpec norm_;
+};
+
+// Inputs: h [N, D], w, b if there is one, the norm's arrays. Outputs: n and, for the way back, y.
+class TranslateNorm : public CpuPrimitive {
+ public:
+  TranslateNorm(mx::Stream stream, NormSpec norm, bool has_b, cpu::Precision precision)
+      : CpuPrimitive(stream), norm_(norm), has_b_(has_b), precision_(precision) {
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [spec = norm_, has_b = has_b_, precision = precision_](auto& in, auto& out) {
+      const float* b = has_b ? in[2].template data<float>() : nullptr;
+      cpu::translate_norm(
+          in[0].template data<float>(), in[0].shape(0), WeightSpec{}.matrix(&in[1]), b, spec.norm(in.data() + 2 + has_b), precision,
+          out[1].template data<float>(), out[0].template data<float>());
+    });
+  }
+
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override {
+    std::vector<mx::array> inputs{outputs[1], mx::contiguous(cotangents[0], false, stream())};
+    inputs.insert(inputs.end(), primals.begin() + 2 + has_b_, primals.end());
+    const auto dy = mx::array(outputs[1].shape(), mx::float32, std::make_shared<NormBackward>(stream(), norm_), inputs);
+    const std::string precision = precision_ == cpu::Precision::bf16 ? "bf16" : "float32";
+    std::vector<mx::array> grads;
+    for (int argnum : argnums) {
+      if (argnum == 0) {
+        grads.push_back(matmul(dy, primals[1], false, mx::float32, precision, stream()));
+      } else if (argnum == 1) {
+        grads.push_back(matmul(mx::transpose(dy, stream()), primals[0], false, mx::float32, precision, stream()));
+      } else if (argnum == 2 && has_b_) {
+        grads.push_back(mx::sum(dy, 0, false, stream()));
+      } else {
+        reject("translate_norm is differentiable in h, w and b: the norm is frozen. Use mx.stop_gradient on it.");
+      }
+    }
+    return grads;
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    return {inputs[0].shape(), inputs[0].shape()};
+  }
+  const char* name() const override {
+    return "metalens::TranslateNorm";
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const TranslateNorm&>(other);
+    return norm_ == o.norm_ && has_b_ == o.has_b_ && precision_ == o.precision_;
+  }
+
+ private:
+  NormSpec norm_;
+  bool has_b_;
+  cpu::Precision precision_;
+};
+
+void check_vector(const std::optional<mx::array>& v, const char* name, int d) {
+  if (v && (v->shape() != mx::Shape{d} || !is_float(v->dtype()))) {
+    reject(name, " must be ", mx::Shape{d}, " floats, not ", v->dtype(), " ", v->shape(), ".");
+  }
+}
+
+}  // namespace
+
+mx::array translate_norm(
+    const mx::array& h,
+    const mx::array& w,
+    const std::optional<mx::array>& b,
+    const std::string& norm,
+    const std::optional<mx::array>& gain,
+    const std::optional<mx::array>& norm_bias,
+    float eps,
+    const std::string& precision,
+    mx::StreamOrDevice s) {
+  const auto stream = cpu_stream(s);
+  if (norm != "rms" && norm != "layer" && norm != "none") reject("norm must be 'rms', 'layer' or 'none', not '", norm, "'.");
+  if (h.ndim() < 1 || !is_float(h.dtype())) reject("h must be [..., D] floats, not ", h.dtype(), " ", h.shape(), ".");
+  const int d = h.shape(-1);
+  if (w.shape() != mx::Shape{d, d} || !is_float(w.dtype())) reject("w must be ", mx::Shape{d, d}, " floats, not ", w.dtype(), " ", w.shape(), ".");
+  if (d == 0) reject("h must have at least one column.");
+  check_vector(b, "b", d);
+  check_vector(gain, "the norm's weight", d);
+  check_vector(norm_bias, "the norm's bias", d);
+  const bool enabled = norm != "none";
+  if (!enabled && (gain || norm_bias)) reject("norm 'none' has no weight and no bias.");
+  const NormSpec spec{enabled, norm == "layer", eps, gain.has_value(), norm_bias.has_value()};
+  std::vector<mx::array> inputs{as_rows(mx::reshape(h, {int(h.size() / d), d}, stream), stream), as_rows(w, stream)};
+  for (const auto& v : {b, gain, norm_bias}) {
+    if (v) inputs.push_back(as_rows(*v, stream));
+  }
+  auto primitive = std::make_shared<TranslateNorm>(stream, spec, b.has_value(), precision_named(precision));
+  const auto outputs = mx::array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32}, primitive, inputs);
+  return mx::reshape(outputs[0], h.shape(), stream);
+}
+
+}  // namespace metalens

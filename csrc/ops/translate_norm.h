@@ -1,0 +1,25 @@
+// n = norm(h W^T + b): what a translator adds before the head, and its gradient.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/common.h"
+
+namespace metalens {
+
+// h [..., D], w [D, D], b [D] or none; norm is "rms", "layer" or "none", with gain and bias [D] or none. Returns [..., D] float32. Differentiable in h, w
+// and b; the norm is frozen.
+mx::array translate_norm(
+    const mx::array& h,
+    const mx::array& w,
+    const std::optional<mx::array>& b,
+    const std::string& norm,
+    const std::optional<mx::array>& gain,
+    const std::optional<mx::array>& norm_bias,
+    float eps,
+    const std::string& precision,
+    mx::StreamOrDevice s = {});
+
+}  // namespace metalens

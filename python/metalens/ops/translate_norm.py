@@ -1,0 +1,55 @@
+"""translate_norm: a translator and the model's final norm in one, n = norm(W h + b)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from metalens.ops.backend import native, precision
+from metalens.ops.linear import FLOATS, Weight, linear
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The final norm of a model, frozen: a callable on [..., D].
+
+    Attributes:
+        function: the norm as the model runs it.
+        kind: what it computes, if that is something the kernels know; None = only `function` knows.
+        weight, bias: [D] or None.
+        eps: added to the mean square ('rms') or the variance ('layer').
+    """
+
+    function: Callable[[mx.array], mx.array]
+    kind: Literal["rms", "layer", "none"] | None = None
+    weight: mx.array | None = None
+    bias: mx.array | None = None
+    eps: float = 0.0
+
+    def __call__(self, h: mx.array) -> mx.array:
+        """The normed rows."""
+        return self.function(h)
+
+
+def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) -> mx.array:
+    """Norm(W h + b) of every row. Lazy; differentiable in h, W and b, the norm's own parameters are frozen.
+
+    Args:
+        h: [..., D], any float type; widened to float32.
+        weight: W [D, D].
+        bias: b [D].
+        norm: the norm; one of unknown kind is run as it is.
+
+    Returns:
+        [..., D], float32 unless the norm's function says otherwise.
+    """
+    h = h.astype(mx.float32)
+    extension = native()
+    if extension is not None and norm.kind is not None and {weight.dtype, bias.dtype} <= set(FLOATS):
+        frozen = [None if p is None else mx.stop_gradient(p) for p in (norm.weight, norm.bias)]
+        n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, *frozen, norm.eps, precision())
+        return n
+    return norm(linear(h, Weight(weight)) + bias)
