@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
+#include "ops/activation.h"
 #include "ops/attention.h"
 #include "ops/head.h"
 #include "ops/linear.h"
@@ -71,6 +72,10 @@ NB_MODULE(_ext, m) {
       nb::kw_only(), "stream"_a = nb::none(),
       "softmax(scale q k^T + mask) v [B, H, T, E] in q's type, for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] and mask [T, S]; with `causal`, query i\n"
       "sees the keys up to i + S - T. Not differentiable.");
+
+  m.def(
+      "swiglu", &metalens::swiglu, "gate"_a, "x"_a, nb::kw_only(), "stream"_a = nb::none(),
+      "silu(gate) * x for arrays of one shape and one float type, computed in float32. Not differentiable.");
 
   m.def("num_threads", &metalens::cpu::num_threads, "Threads the kernels use: METALENS_NUM_THREADS, or the cores this process may run on.");
   m.def("isa", [] { return metalens::cpu::kernels().name; }, "The instruction set in use: METALENS_ISA, or the widest available.");

@@ -4,6 +4,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace metalens::cpu {
@@ -18,9 +24,34 @@ constexpr const KernelTable& baseline = portable_kernels;
 #if defined(__x86_64__)
 extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
+extern const KernelTable avx512bf16_kernels;
+extern const KernelTable amx_kernels;
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+
+// Whether the CPU has AMX with bfloat16 and the system lets this process use it, which Linux does for those that ask. Threads started later may, too.
+bool amx_permitted() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kOsxsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kOsxsave)) return false;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
+  // The system keeps the tiles' configuration (bit 17) and data (18) when it switches tasks.
+  constexpr unsigned kTileStates = 3u << 17;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kTileStates) != kTileStates) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, which older systems lack
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables{&baseline};
@@ -31,6 +62,11 @@ std::vector<const KernelTable*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       tables.push_back(&avx512_kernels);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        tables.push_back(&avx512bf16_kernels);
+        static const bool amx = amx_permitted();
+        if (amx) tables.push_back(&amx_kernels);
+      }
     }
   }
 #endif

@@ -117,6 +117,9 @@ struct KernelTable {
   // g = p (exp(d - shift) - 1) in place of d, and its sums. `slope`, if given, multiplies g afterwards.
   void (*delta_add)(float* d, const float* lp, const float* p, const float* slope, int64_t n, float shift, DeltaSums& sums);
 
+  // out = gate / (1 + exp(-gate)) * x; out may be either.
+  void (*swiglu)(const float* gate, const float* x, int64_t n, float* out);
+
   // n = gain * y / rms(y) + bias, with `center` of y - mean(y): RMSNorm and LayerNorm. gain and bias may be null.
   RowMoments (*normalize)(const float* y, const float* gain, const float* bias, int64_t d, float eps, bool center, float* n);
   // The gradient at y from that at n; dy may be dn.

@@ -1,4 +1,4 @@
-"""accelerate(model): run a model's linear layers and tied heads on the native CPU kernels.
+"""accelerate(model): run a model's linear layers, tied heads, attention and gated activations on the native CPU kernels.
 
 MLX's CPU matmul on Linux links a reference BLAS and runs at about 1 GFLOP/s, hundreds of times below what the processor can do; a lens run would
 spend nearly all its time there. A layer is switched by exchanging its class for a subclass with another `__call__`: parameters, names, training mode
@@ -7,15 +7,20 @@ and `isinstance` stay as they are, and undoing it is exchanging the class back.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from types import FunctionType, TracebackType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu as mlx_lm_swiglu
+from mlx_lm.models.base import scaled_dot_product_attention
 
+from metalens.ops.activation import swiglu
 from metalens.ops.attention import attention
 from metalens.ops.linear import Weight, linear
+
+Function = Callable[..., Any]
 
 
 def weight_of(layer: nn.Module) -> Weight:
@@ -60,31 +65,40 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.QuantizedEmbedding: _QuantizedEmbedding,
 }
 
-# The function that mlx-lm's models call for attention, by this name, from the module that defines them.
-ATTENTION = "scaled_dot_product_attention"
 
+def _attention_like(plain: Function) -> Function:
+    """Our attention with the signature of mlx-lm's."""
 
-@cache
-def _attentive(original: type[nn.Module]) -> type[nn.Module] | None:
-    """A subclass whose `__call__` is the original's code with our attention under the name of mlx-lm's; None if that code does not call it."""
-    call = original.__call__
-    if not isinstance(call, FunctionType) or ATTENTION not in call.__code__.co_names or ATTENTION not in call.__globals__:
-        return None
-    plain = call.__globals__[ATTENTION]
-    if getattr(plain, "is_native", False):
-        return None  # such a subclass already
-
-    def ours(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None) -> mx.array:
+    def ours(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None) -> Any:
         # A quantised cache hands over packed keys; a single query is bound by reading the keys once, which plain MLX does as fast.
         if hasattr(cache, "bits") or queries.shape[2] == 1:
-            result: mx.array = plain(queries, keys, values, cache, scale, mask, sinks)
-            return result
+            return plain(queries, keys, values, cache, scale, mask, sinks)
         return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
-    ours.is_native = True  # type: ignore[attr-defined]
-    rebound = FunctionType(call.__code__, {**call.__globals__, ATTENTION: ours}, call.__name__, call.__defaults__, call.__closure__)
-    rebound.__kwdefaults__ = call.__kwdefaults__
-    return type(original.__name__, (original,), {"__call__": rebound, "__module__": original.__module__})
+    return ours
+
+
+# {name in the module that defines a layer: (mlx-lm's function, ours)}: what their layers call between the products, and is slow on CPUs.
+REBOUND: dict[str, tuple[Function, Function]] = {
+    "scaled_dot_product_attention": (scaled_dot_product_attention, _attention_like(scaled_dot_product_attention)),
+    "swiglu": (mlx_lm_swiglu, swiglu),
+}
+
+
+def _rebound(original: type[nn.Module]) -> type[nn.Module] | None:
+    """A subclass whose `__call__` is the original's own code with our functions under the names of mlx-lm's; None if that code calls none of them.
+
+    Nothing global is patched, so other models and threads go on as before.
+    """
+    call = original.__call__
+    if not isinstance(call, FunctionType):
+        return None
+    names = {name: ours for name, (plain, ours) in REBOUND.items() if name in call.__code__.co_names and call.__globals__.get(name) is plain}
+    if not names:
+        return None
+    ours = FunctionType(call.__code__, {**call.__globals__, **names}, call.__name__, call.__defaults__, call.__closure__)
+    ours.__kwdefaults__ = call.__kwdefaults__
+    return type(original.__name__, (original,), {"__call__": ours, "__module__": original.__module__})
 
 
 class Acceleration:
@@ -111,7 +125,7 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Switch the model's linear layers and tied-embedding heads to metalens's operations, in place.
+    """Switch the model's linear layers, tied-embedding heads, attention and gated activations to metalens's operations, in place.
 
     On the CPU these run the native kernels; on a GPU, with METALENS_BACKEND=reference or without the extension they are plain MLX, as before.
     Outputs equal the original's within rounding (the native kernels accumulate in float32).
@@ -128,9 +142,12 @@ def accelerate(model: nn.Module) -> Acceleration:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate() needs an mlx.nn.Module, not {type(model).__name__}. For an InterpretableModel pass its .model.")
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    swaps: dict[type[nn.Module], type[nn.Module] | None] = dict(SWAPS)
     for _, layer in model.named_modules():
         original = type(layer)
-        swap = SWAPS.get(original) or _attentive(original)
+        if original not in swaps:
+            swaps[original] = _rebound(original)
+        swap = swaps[original]
         if swap is not None:
             layer.__class__ = swap
             swapped.append((layer, original))

@@ -3,6 +3,7 @@
 One file each: the contract, the plain-MLX reference, and the choice of backend.
 """
 
+from metalens.ops.activation import swiglu
 from metalens.ops.attention import attention
 from metalens.ops.backend import backend, precision, use_backend, use_precision
 from metalens.ops.lens_kl import LensTarget, lens_kl, lens_target
@@ -26,6 +27,7 @@ __all__ = [
     "linear",
     "precision",
     "quantized_matmul",
+    "swiglu",
     "translate_norm",
     "use_backend",
     "use_precision",

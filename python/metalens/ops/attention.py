@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import mlx.core as mx
 
 from metalens.ops.backend import native, precision
+from metalens.ops.gradient import with_gradient_of
 from metalens.ops.linear import FLOATS
 
 
@@ -18,7 +17,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str 
         k: [B, G, S, D] keys; H is a multiple of G.
         v: [B, G, S, E] values.
         scale: of the products.
-        mask: None, "causal" (query i sees the keys up to i + S - T), or an array that broadcasts to [B, H, T, S]: booleans (may see), or numbers to add.
+        mask: None, "causal" (query i sees the keys up to i + S - T), or an array that broadcasts to [B, H, T, S]: booleans (may see), or numbers
+            to add.
         sinks: [H] or None; plain MLX.
 
     Returns:
@@ -34,15 +34,11 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str 
     causal = isinstance(mask, str)
     added = _added(mask, q.shape[2], k.shape[2]) if isinstance(mask, mx.array) else None
 
-    @mx.custom_function
-    def product(q: mx.array, k: mx.array, v: mx.array) -> Any:
-        return extension.attention(q, k, v, scale, causal, added, precision())
+    def fast(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        result: mx.array = extension.attention(q, k, v, scale, causal, added, precision())
+        return result
 
-    @product.vjp
-    def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        return tuple(mx.vjp(plain, list(primals), [cotangent])[1])
-
-    return cast("mx.array", product(q, k, v))
+    return with_gradient_of(plain, fast)(q, k, v)
 
 
 def _same_for_all(mask: str | mx.array | None) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 # One float32 [rows, V] block of logits; the reference holds up to eight such blocks at its peak. On the CPU a block must be small enough for the
-# allocator to reuse and the cache to hold: page faults on fresh blocks of 64 MB made elementwise operations ten times slower than on 8 MB. A GPU wants
-# enough rows to fill it.
+# allocator to reuse and the cache to hold: page faults on fresh blocks of 64 MB made elementwise operations ten times slower than on 8 MB. A GPU
+# wants enough rows to fill it.
 LOGITS_BYTES = {mx.DeviceType.cpu: 8 * 2**20, mx.DeviceType.gpu: 128 * 2**20}
 
 
