@@ -27,7 +27,8 @@ NB_MODULE(_ext, m) {
       "transpose"_a = true, "mode"_a = "affine", "dtype"_a = nb::none(), "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
       "x W^T (or x W) for a frozen quantised W, on the CPU.\n\n"
       "x [..., I] float32, float16 or bfloat16; w [O, I * bits / 32] uint32; scales and (affine) biases [O, I / group_size], as mlx.core.quantize\n"
-      "gives them. Returns [..., O] in dtype, by default x's; sums are float32. affine: bits 2, 3, 4, 5, 6, 8, group_size 32, 64, 128; mxfp4, mxfp8,\n"
+      "gives them. Returns [..., O] in dtype, by default x's; sums are float32. affine: bits 2, 3, 4, 5, 6, 8, group_size 32, 64, 128; mxfp4, "
+      "mxfp8,\n"
       "nvfp4. precision 'bf16' lets operands be rounded to bfloat16 where that is faster. Differentiable in x. With transpose=False, x is [..., O]\n"
       "and the result [..., I]. Raises ValueError for shapes or types that do not fit together.");
 
@@ -39,7 +40,8 @@ NB_MODULE(_ext, m) {
       "Differentiable in both. With transpose=False, x is [..., O] and the result [..., I]. Raises ValueError for shapes or types that do not fit.");
 
   nb::class_<metalens::Head>(
-      m, "Head", "The unembedding of a model: logits softcap(scale * (U n + bias)) of the first `vocab` rows of U. Raises ValueError if parts misfit.")
+      m, "Head",
+      "The unembedding of a model: logits softcap(scale * (U n + bias)) of the first `vocab` rows of U. Raises ValueError if parts misfit.")
       .def(
           nb::init<
               const mlx::core::array&, const std::optional<mlx::core::array>&, const std::optional<mlx::core::array>&, int, int, const std::string&,
@@ -58,19 +60,20 @@ NB_MODULE(_ext, m) {
       "stream"_a = nb::none(), "[lse [N], entropy [N]] and, for a linear head, the mean row [N, D] of U under the model's probabilities.");
 
   m.def(
-      "lens_kl", &metalens::lens_kl, "n"_a, "head"_a, "n_model"_a, "lse"_a, "mean"_a = nb::none(), "with_gradient"_a = true, "precision"_a = "float32",
-      nb::kw_only(), "stream"_a = nb::none(),
+      "lens_kl", &metalens::lens_kl, "n"_a, "head"_a, "n_model"_a, "lse"_a, "mean"_a = nb::none(), "with_gradient"_a = true,
+      "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
       "[KL(model || lens) [L, N]] and its gradient [L, N, D] at n [L, N, D]; lse and mean are lens_target's of n_model [N, D]. Differentiable in n.");
 
   m.def(
-      "translate_norm", &metalens::translate_norm, "h"_a, "w"_a, "b"_a = nb::none(), "norm"_a = "rms", "gain"_a = nb::none(), "norm_bias"_a = nb::none(),
-      "eps"_a = 1e-5f, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
+      "translate_norm", &metalens::translate_norm, "h"_a, "w"_a, "b"_a = nb::none(), "norm"_a = "rms", "gain"_a = nb::none(),
+      "norm_bias"_a = nb::none(), "eps"_a = 1e-5f, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
       "norm(h W^T + b) [..., D] float32; norm 'rms', 'layer' or 'none'. Differentiable in h, w and b.");
 
   m.def(
       "attention", &metalens::attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a = false, "mask"_a = nb::none(), "precision"_a = "float32",
       nb::kw_only(), "stream"_a = nb::none(),
-      "softmax(scale q k^T + mask) v [B, H, T, E] in q's type, for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] and mask [T, S]; with `causal`, query i\n"
+      "softmax(scale q k^T + mask) v [B, H, T, E] in q's type, for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] and mask [T, S]; with `causal`, "
+      "query i\n"
       "sees the keys up to i + S - T. Not differentiable.");
 
   m.def(

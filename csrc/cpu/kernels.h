@@ -1,7 +1,7 @@
 // The CPU kernels' contract: what every instruction set implements, and how one is chosen at run time.
 //
-// One source (isa/*.inc) is compiled once per instruction set, each in a translation unit with its own flags. A unit exports nothing but its table, and
-// includes no header with inline code of ours or of the standard library, so the linker can never pick a wide copy of a shared function.
+// One source (isa/*.inc) is compiled once per instruction set, each in a translation unit with its own flags. A unit exports nothing but its table,
+// and includes no header with inline code of ours or of the standard library, so the linker can never pick a wide copy of a shared function.
 #pragma once
 
 #include <cstdint>

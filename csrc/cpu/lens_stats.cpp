@@ -24,8 +24,8 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-// The k largest logits of a row, in a heap with the least of them in front. A block without a logit above that one, which is nearly every block, costs
-// one comparison of vectors.
+// The k largest logits of a row, in a heap with the least of them in front. A block without a logit above that one, which is nearly every block,
+// costs one comparison of vectors.
 class TopK {
  public:
   explicit TopK(int64_t k) : k_(k) {

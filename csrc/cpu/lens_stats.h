@@ -17,7 +17,8 @@ struct LensStatsInput {
   int64_t k;              // 1 <= k <= vocab
 };
 
-// All [layers, tokens]; top_* [layers, tokens, k] by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank labels; else null.
+// All [layers, tokens]; top_* [layers, tokens, k] by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank labels; else
+// null.
 struct LensStatsOutput {
   float* lse;
   float* entropy;

@@ -46,7 +46,12 @@ void multiply_panel(
 }
 
 BlockProduct::BlockProduct(const Matrix& keys, const Matrix& values, Precision precision)
-    : keys_(keys), values_(values), multiplier_(multiplier(precision)), left_(multiplier_, 0, 0), weights_(multiplier_, 0, 0), panel_(multiplier_.panel_bytes) {
+    : keys_(keys),
+      values_(values),
+      multiplier_(multiplier(precision)),
+      left_(multiplier_, 0, 0),
+      weights_(multiplier_, 0, 0),
+      panel_(multiplier_.panel_bytes) {
 }
 
 void BlockProduct::set_rows(const float* x, int64_t rows) {

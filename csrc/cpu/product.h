@@ -90,8 +90,8 @@ constexpr int64_t kVocabularyBlock = kReductionBlock;
 // Rows of a task: every weight of U that is unpacked serves all of them.
 constexpr int64_t kRowBlock = 256;
 
-// The two products of a softmax over the rows of a matrix, one block of them at a time: rows times `keys`^T gives logits, weights times `values` gives
-// sums. For a head both matrices are U; for attention they are what their names say.
+// The two products of a softmax over the rows of a matrix, one block of them at a time: rows times `keys`^T gives logits, weights times `values`
+// gives sums. For a head both matrices are U; for attention they are what their names say.
 class BlockProduct {
  public:
   BlockProduct(const Matrix& keys, const Matrix& values, Precision precision);

@@ -69,16 +69,20 @@ mx::array attention(
   const auto stream = cpu_stream(s);
   if (!is_float(q.dtype()) || !is_float(k.dtype()) || !is_float(v.dtype())) reject("q, k and v must be float32, float16 or bfloat16.");
   const bool fits = q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4 && q.shape(0) == k.shape(0) && q.shape(3) == k.shape(3) &&
-      k.shape(0) == v.shape(0) && k.shape(1) == v.shape(1) && k.shape(2) == v.shape(2) && k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0;
+                    k.shape(0) == v.shape(0) && k.shape(1) == v.shape(1) && k.shape(2) == v.shape(2) && k.shape(1) > 0 &&
+                    q.shape(1) % k.shape(1) == 0;
   if (!fits) {
     reject(
-        "attention needs q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E], H a multiple of G; got ", q.shape(), ", ", k.shape(), " and ", v.shape(), ".");
+        "attention needs q [B, H, T, D], k [B, G, S, D] and v [B, G, S, E], H a multiple of G; got ", q.shape(), ", ", k.shape(), " and ", v.shape(),
+        ".");
   }
-  if (causal && q.shape(2) > k.shape(2)) reject("causal attention needs at least as many keys as queries; got ", k.shape(2), " and ", q.shape(2), ".");
+  if (causal && q.shape(2) > k.shape(2))
+    reject("causal attention needs at least as many keys as queries; got ", k.shape(2), " and ", q.shape(2), ".");
   std::vector<mx::array> inputs{as_rows(q, stream), as_rows(k, stream), as_rows(v, stream)};
   if (mask) {
     const mx::Shape expected{q.shape(2), k.shape(2)};
-    if (mask->shape() != expected || !is_float(mask->dtype())) reject("mask must be ", expected, " floats, not ", mask->dtype(), " ", mask->shape(), ".");
+    if (mask->shape() != expected || !is_float(mask->dtype()))
+      reject("mask must be ", expected, " floats, not ", mask->dtype(), " ", mask->shape(), ".");
     inputs.push_back(as_rows(*mask, stream));
   }
   auto primitive = std::make_shared<Attention>(stream, scale, causal, precision_named(precision));

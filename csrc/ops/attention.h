@@ -8,8 +8,8 @@
 
 namespace metalens {
 
-// q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] floats, H a multiple of G; mask [T, S] added to the scaled products, or causal. Returns [B, H, T, E] in q's
-// type. Not differentiable.
+// q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] floats, H a multiple of G; mask [T, S] added to the scaled products, or causal. Returns [B, H, T, E]
+// in q's type. Not differentiable.
 mx::array attention(
     const mx::array& q,
     const mx::array& k,

@@ -188,7 +188,8 @@ class LensKL : public HeadPrimitive {
     return {mx::multiply(mx::expand_dims(cotangents[0], -1, stream()), outputs[1], stream())};
   }
 
-  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) override {
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) override {
     require_only_n(argnums);
     auto self = std::make_shared<LensKL>(stream(), head_, precision_, true);
     const auto outputs = mx::array::make_arrays(self->output_shapes(primals), {mx::float32, mx::float32}, self, primals);

@@ -63,7 +63,8 @@ std::vector<mx::array> lens_stats(
     mx::StreamOrDevice s = {});
 
 // {lse [N], entropy [N], mean [N, D]} of the model's rows n_model [N, D]; without a mean for a softcapped head, or if none is wanted.
-std::vector<mx::array> lens_target(const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s = {});
+std::vector<mx::array> lens_target(
+    const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s = {});
 
 // {KL(model || lens) [L, N], its gradient at n [L, N, D]}; the KL is differentiable in n, by one multiplication with the saved gradient. Without
 // `with_gradient` the KL alone, not differentiable. lse and mean are lens_target's; mean is none for a softcapped head.

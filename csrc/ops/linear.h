@@ -10,8 +10,8 @@
 
 namespace metalens {
 
-// x W^T (transpose) or x W for a quantised W. x is [..., I] or, not transposed, [..., O], in float32, float16 or bfloat16. The result has `dtype`, x's if
-// none. Sums are float32. Differentiable in x; the weight is frozen.
+// x W^T (transpose) or x W for a quantised W. x is [..., I] or, not transposed, [..., O], in float32, float16 or bfloat16. The result has `dtype`,
+// x's if none. Sums are float32. Differentiable in x; the weight is frozen.
 mx::array quantized_matmul(
     const mx::array& x,
     const mx::array& w,
@@ -27,12 +27,7 @@ mx::array quantized_matmul(
 
 // x W^T (transpose) or x W, for a dense W [O, I]. Sums are float32; the result has `dtype`, or else the promoted type. Differentiable in both.
 mx::array matmul(
-    const mx::array& x,
-    const mx::array& w,
-    bool transpose,
-    std::optional<mx::Dtype> dtype,
-    const std::string& precision,
-    mx::StreamOrDevice s = {});
+    const mx::array& x, const mx::array& w, bool transpose, std::optional<mx::Dtype> dtype, const std::string& precision, mx::StreamOrDevice s = {});
 
 // The one primitive behind both. Inputs: x [M, K] row-contiguous, then the weight's arrays.
 class Linear : public CpuPrimitive {

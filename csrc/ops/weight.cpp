@@ -76,8 +76,9 @@ Weight make_weight(
   const mx::Shape expected{values.shape(0), int(inner / group_size)};
   if (inner % group_size || int64_t(values.shape(1)) * 32 % bits || scales->shape() != expected || (affine && biases->shape() != expected)) {
     reject(
-        "w ", values.shape(), " with bits=", bits, " and group_size=", group_size, " needs scales", affine ? " and biases" : "", " [O, I / group_size] = ",
-        expected, "; the scales are ", scales->shape(), affine ? " and the biases " : "", affine ? biases->shape() : mx::Shape{}, ".");
+        "w ", values.shape(), " with bits=", bits, " and group_size=", group_size, " needs scales", affine ? " and biases" : "",
+        " [O, I / group_size] = ", expected, "; the scales are ", scales->shape(), affine ? " and the biases " : "",
+        affine ? biases->shape() : mx::Shape{}, ".");
   }
   std::vector<mx::array> arrays{values, *scales};
   if (affine) arrays.push_back(*biases);

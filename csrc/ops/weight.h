@@ -42,8 +42,8 @@ struct Weight {
   std::vector<mx::array> inputs(mx::Stream stream) const;
 };
 
-// values [O, I] floats and no scales; or, as mlx.core.quantize gives them for `mode`, values [O, I * bits / 32] uint32, scales [O, I / group_size] and,
-// affine only, biases. Rejects what does not fit together.
+// values [O, I] floats and no scales; or, as mlx.core.quantize gives them for `mode`, values [O, I * bits / 32] uint32, scales [O, I / group_size]
+// and, affine only, biases. Rejects what does not fit together.
 Weight make_weight(
     const mx::array& values,
     const std::optional<mx::array>& scales,
