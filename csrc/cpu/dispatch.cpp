@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -32,6 +34,13 @@ namespace {
 
 #if defined(__x86_64__)
 
+// Not every compiler knows this one by name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kF16c = 1u << 29;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c);
+}
+
 // Whether the CPU has AMX with bfloat16 and the system lets this process use it, which Linux does for those that ask. Threads started later may, too.
 bool amx_permitted() {
 #if defined(__linux__)
@@ -57,7 +66,7 @@ std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables{&baseline};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     tables.push_back(&avx2_kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {

@@ -3,9 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 
+#include "cpu/buffer.h"
 #include "cpu/kernels.h"
 
 namespace metalens::cpu {
@@ -17,23 +16,6 @@ enum class Precision : int {
 };
 
 const Multiplier& multiplier(Precision precision);
-
-// Memory for kernels: aligned to a cache line, not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size = 0)
-      : data_(size ? static_cast<T*>(::operator new[](size * sizeof(T), kAlignment)) : nullptr, [](T* p) { ::operator delete[](p, kAlignment); }) {
-  }
-
-  T* data() const {
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  std::unique_ptr<T[], void (*)(T*)> data_;
-};
 
 // The rows [rows, depth] on the left of a product, packed once for every panel that they meet.
 class Left {
