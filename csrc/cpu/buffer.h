@@ -7,8 +7,8 @@
 
 namespace metalens::cpu {
 
-// At least this many bytes. What is given back is kept by the thread, up to a few megabytes: fresh pages would be cleared by the system one fault at a
-// time, which cost a twelfth of an operation on a small model.
+// At least this many bytes. What is given back is kept by the thread, up to a few megabytes: fresh pages would be cleared by the system one fault at
+// a time, which cost a twelfth of an operation on a small model.
 std::byte* take_memory(std::size_t bytes);
 void give_memory(std::byte* memory, std::size_t bytes);
 

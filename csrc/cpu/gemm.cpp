@@ -58,7 +58,8 @@ void gemm(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, bool
     const int64_t column = task / shares * width;
     const int64_t columns = std::min(width, n - column);
     const int64_t share = task % shares;
-    multiply_panel(tiles, lefts[share], w, transpose, column, columns, 0, panel.data(), c + share * rows_per_share * n + column, n, false);
+    const Product product{lefts[share], c + share * rows_per_share * n + column, n, false};
+    multiply_panel(tiles, {&product, 1}, w, transpose, column, columns, 0, panel.data());
   });
 }
 

@@ -44,7 +44,7 @@ class Task {
       for (int64_t i = 0; i < d; ++i) x_.data()[r * d + i] = lens[i] - model[r % tokens * d + i];
     }
     std::copy_n(model, tokens * d, x_.data() + rows_ * d);
-    product_.set_rows(x_.data(), rows_ + tokens);
+    product_.set_rows(x_.data(), rows_ + tokens, tokens);
     if (pass.gradient) {
       gradient_ = Buffer<float>(rows_ * d);
       std::fill_n(gradient_.data(), rows_ * d, 0.0f);

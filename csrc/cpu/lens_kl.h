@@ -8,6 +8,8 @@
 // with A = sum g U and the model's mean row m = sum p U, dKL/dn = scale (A + (1 - S) m) / S. For a linear head c = scale m . (n - n*) is at most
 // KL below lse - lse*, and no second pass is needed. A softcap bends each logit by its own slope, which m does not know: there a first pass finds
 // lse, so that S = 1 and m drops out.
+//
+// With 16-bit operands the model's rows are multiplied in two parts (lp enters every row, and all layers share it), the differences in one.
 #pragma once
 
 #include <cstdint>

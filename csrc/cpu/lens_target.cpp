@@ -21,7 +21,7 @@ class Task {
         softmax_(block.tokens, kEmptySoftmax),
         logits_(block.tokens * kVocabularyBlock),
         mean_(with_mean ? block.tokens * head.u.cols : 0) {
-    product_.set_rows(n_model + block.first * head.u.cols, block.tokens);
+    product_.set_rows(n_model + block.first * head.u.cols, block.tokens, block.tokens);
     if (with_mean) std::fill_n(mean_.data(), block.tokens * head.u.cols, 0.0f);
   }
 

@@ -27,21 +27,21 @@ void Left::pack(const float* a, int64_t lda) {
 
 void multiply_panel(
     const Multiplier& multiplier,
-    const Left& left,
+    std::span<const Product> products,
     const Matrix& w,
     bool transpose,
     int64_t column,
     int64_t width,
     int64_t first,
-    void* panel,
-    float* c,
-    int64_t ldc,
-    bool accumulate) {
+    void* panel) {
   const auto pack = transpose ? multiplier.pack_rows : multiplier.pack_columns;
-  for (int64_t start = 0; start < left.depth(); start += kReductionBlock) {
-    const int64_t depth = std::min(kReductionBlock, left.depth() - start);
+  const int64_t reduction = products[0].left.depth();
+  for (int64_t start = 0; start < reduction; start += kReductionBlock) {
+    const int64_t depth = std::min(kReductionBlock, reduction - start);
     pack(w, column, width, first + start, depth, panel);
-    multiplier.multiply(left.block(start), left.rows(), panel, depth, c, ldc, width, accumulate || start > 0);
+    for (const Product& p : products) {
+      multiplier.multiply(p.left.block(start), p.left.rows(), panel, depth, p.c, p.ldc, width, p.accumulate || start > 0);
+    }
   }
 }
 
@@ -50,16 +50,27 @@ BlockProduct::BlockProduct(const Matrix& keys, const Matrix& values, Precision p
       values_(values),
       multiplier_(multiplier(precision)),
       left_(multiplier_, 0, 0),
+      rest_(multiplier_, 0, 0),
       weights_(multiplier_, 0, 0),
       panel_(multiplier_.panel_bytes) {
 }
 
-void BlockProduct::set_rows(const float* x, int64_t rows) {
+void BlockProduct::set_rows(const float* x, int64_t rows, int64_t exact) {
+  const int64_t d = keys_.cols;
   x_ = x;
   rows_ = rows;
   if (rows <= kFewRows) return;
-  left_ = Left(multiplier_, rows, keys_.cols);
-  left_.pack(x, keys_.cols);
+  left_ = Left(multiplier_, rows, d);
+  left_.pack(x, d);
+  if (exact == 0 || &multiplier_ != kernels().bf16) return;
+  const Buffer<uint16_t> rounded(exact * d);
+  const Buffer<float> rest(exact * d);
+  const float* from = x + (rows - exact) * d;
+  kernels().store(Element::bf16, from, rounded.data(), exact * d);
+  kernels().load(Element::bf16, rounded.data(), rest.data(), exact * d);
+  for (int64_t i = 0; i < exact * d; ++i) rest.data()[i] = from[i] - rest.data()[i];
+  rest_ = Left(multiplier_, exact, d);
+  rest_.pack(rest.data(), d);
 }
 
 void BlockProduct::forward(int64_t first, int64_t width, float* z) {
@@ -69,7 +80,9 @@ void BlockProduct::forward(int64_t first, int64_t width, float* z) {
   }
   for (int64_t j = 0; j < width; j += multiplier_.panel_width) {
     const int64_t columns = std::min<int64_t>(multiplier_.panel_width, width - j);
-    multiply_panel(multiplier_, left_, keys_, true, first + j, columns, 0, panel_.data(), z + j, kVocabularyBlock, false);
+    const Product products[] = {
+        {left_, z + j, kVocabularyBlock, false}, {rest_, z + (rows_ - rest_.rows()) * kVocabularyBlock + j, kVocabularyBlock, true}};
+    multiply_panel(multiplier_, {products, rest_.rows() ? 2u : 1u}, keys_, true, first + j, columns, 0, panel_.data());
   }
 }
 
@@ -80,7 +93,8 @@ float BlockProduct::forward_one(const float* row, int64_t key) const {
   } else {
     Left one(multiplier_, 1, keys_.cols);
     one.pack(row, keys_.cols);
-    multiply_panel(multiplier_, one, keys_, true, key, 1, 0, panel_.data(), &z, 1, false);
+    const Product product{one, &z, 1, false};
+    multiply_panel(multiplier_, {&product, 1}, keys_, true, key, 1, 0, panel_.data());
   }
   return z;
 }
@@ -91,7 +105,8 @@ void BlockProduct::backward(const float* z, int64_t rows, int64_t first, int64_t
   weights_.pack(z, kVocabularyBlock);
   for (int64_t column = 0; column < d; column += multiplier_.panel_width) {
     const int64_t columns = std::min<int64_t>(multiplier_.panel_width, d - column);
-    multiply_panel(multiplier_, weights_, values_, false, column, columns, first, panel_.data(), sums + column, d, true);
+    const Product product{weights_, sums + column, d, true};
+    multiply_panel(multiplier_, {&product, 1}, values_, false, column, columns, first, panel_.data());
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
@@ -42,20 +43,25 @@ class Left {
   Buffer<std::byte> data_;
 };
 
-// c[:, 0:width] = left W^T (transpose) or left W, for the output columns [column, column + width) of at most one panel; added to c if `accumulate`.
-// `panel` is scratch of multiplier.panel_bytes. The reduction starts at row `first` of W when not transposed.
+// c[:, 0:width] = left W^T or left W, added to c if `accumulate`; ldc is c's row stride.
+struct Product {
+  const Left& left;
+  float* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
+// Products of one depth with the same panel: the output columns [column, column + width), at most a panel's, of left W^T (transpose) or left W. The
+// reduction starts at row `first` of W when not transposed, else at its first column. `panel` is scratch of multiplier.panel_bytes.
 void multiply_panel(
     const Multiplier& multiplier,
-    const Left& left,
+    std::span<const Product> products,
     const Matrix& w,
     bool transpose,
     int64_t column,
     int64_t width,
     int64_t first,
-    void* panel,
-    float* c,
-    int64_t ldc,
-    bool accumulate);
+    void* panel);
 
 // The unembedding of a model, frozen: logits softcap(scale * (U n + bias)) for the first `vocab` rows of U; rows beyond are padding, never predicted.
 struct Head {
@@ -78,8 +84,9 @@ class BlockProduct {
  public:
   BlockProduct(const Matrix& keys, const Matrix& values, Precision precision);
 
-  // x [rows, D], row stride D = keys.cols; must stay as it is for few rows, which are not packed.
-  void set_rows(const float* x, int64_t rows);
+  // x [rows, D], row stride D = keys.cols; must stay as it is for few rows, which are not packed. The last `exact` rows are multiplied as if they
+  // were float32 also where operands are 16 bits wide: in two parts.
+  void set_rows(const float* x, int64_t rows, int64_t exact = 0);
 
   // z[r, j] = row r . keys[first + j], for j < width <= kVocabularyBlock; row stride kVocabularyBlock.
   void forward(int64_t first, int64_t width, float* z);
@@ -96,7 +103,7 @@ class BlockProduct {
   const Multiplier& multiplier_;
   const float* x_ = nullptr;
   int64_t rows_ = 0;
-  Left left_, weights_;
+  Left left_, rest_, weights_;
   Buffer<std::byte> panel_;
 };
 
