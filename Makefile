@@ -27,8 +27,17 @@ demo: $(VENV)/.requirements $(VENV)/.installed
 test: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.requirements $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
+# PyTorch, which the benchmarks compare with; without it its columns stay empty.
+$(VENV)/.peers: pyproject.toml | $(VENV)/.requirements
+	$(BIN)/python tools/requirements.py bench > $(VENV)/peers.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/peers.txt && touch $@ || echo "PyTorch can't be installed here."
+
+# `make bench` renews benchmarks/results/latest.json and docs/benchmarks.*; `make bench QUICK=1` runs the small shapes only and writes into build/quick.
+BENCH_OUT := $(if $(QUICK),build/quick,.)
+bench: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
+	mkdir -p build
+	METALENS_BENCH_QUICK=$(QUICK) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m benchmarks.report build/benchmarks.json --out $(BENCH_OUT)
 
 lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff check .

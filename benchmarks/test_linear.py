@@ -1,35 +1,63 @@
-"""The native products beside plain MLX on the CPU, at shapes small enough for MLX's reference BLAS on Linux.
+"""quantized_matmul with a 4-bit W: a layer's product on many rows, and on the one row of a decoding step."""
 
-make bench. Compare medians within a group of one run; machines drift, so a lone time says little.
-"""
-
-import mlx.core as mx
 import pytest
+from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16, TORCH_INT4
+from benchmarks.operations import linear
+from benchmarks.peaks import READ
+from benchmarks.suite import Suite, Work
 
-from metalens.ops import Weight, linear, use_backend
+from metalens import _extension
 
-SHAPES = [(128, 256, 704), (64, 256, 6000), (1, 256, 6000)]  # rows, inputs, outputs: the demo model's MLP and its head
+MANY, ONE, ONE_BACKWARD = (f"quantized_matmul, 4-bit: {rest}" for rest in ("x W^T, many rows", "x W^T, one row", "x W, one row"))
+ISAS = "quantized_matmul, 4-bit: instruction sets"
+SMALL = [(128, 256, 704), (1, 256, 6000)]  # rows, inputs, outputs
+LARGE = [(512, 320, 1280), (128, 1024, 1024), (512, 1024, 3072), (128, 2048, 2048), (1, 1024, 3072), (1, 2048, 2048)]
+PEERS = [TORCH, TORCH_BF16, TORCH_INT4]
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("transpose", [True, False], ids=["forward", "backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_quantized_matmul(benchmark, shape, transpose, backend):
+def label(shape: tuple[int, int, int]) -> str:
     rows, inputs, outputs = shape
-    values, scales, biases = mx.quantize(mx.random.normal((outputs, inputs)), 64, 4)
-    weight = Weight(values, scales, biases, 64, 4)
-    x = mx.random.normal((rows, inputs if transpose else outputs))
-    mx.eval(values, scales, biases, x)
-    benchmark.group = f"4-bit {'x W^T' if transpose else 'x W'}, {rows} rows, W [{outputs}, {inputs}]"
-    benchmark.extra_info["flop"] = 2 * rows * inputs * outputs
-    with use_backend(backend):
-        benchmark.pedantic(lambda: mx.eval(linear(x, weight, transpose)), rounds=7, warmup_rounds=1)
+    return f"{rows} row{'s' if rows > 1 else ''}, W [{outputs}, {inputs}]"
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_matmul(benchmark, backend):
-    x, w = mx.random.normal((128, 256)), mx.random.normal((256, 256))
-    mx.eval(x, w)
-    benchmark.group = "dense x W^T, 128 rows, W [256, 256]: a translator"
-    with use_backend(backend):
-        benchmark.pedantic(lambda: mx.eval(linear(x, Weight(w))), rounds=7, warmup_rounds=1)
+def measure(suite: Suite, shape: tuple[int, int, int], names: list[str], title: str | None = None, transpose: bool = True, **settings) -> None:
+    rows, inputs, outputs = shape
+    if title is None:
+        title = MANY if rows > 1 else ONE if transpose else ONE_BACKWARD
+    packed = outputs * inputs * (0.5 + 4 / 64)  # codes, and a scale and a bias of 16 bits per 64 of them
+    peak = suite.peaks.bf16 if names[0] == OURS_BF16 else None
+    work = Work(packed, "B/s", READ) if rows == 1 else Work(2.0 * rows * inputs * outputs, **({"peak": peak} if peak else {}))
+    arguments = {"rows": rows, "inputs": inputs, "outputs": outputs, "transpose": transpose}
+    suite.measure(linear, arguments, names, label(shape), work, title=title, budget=5, **settings)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=label)
+def test_small(suite, shape):
+    measure(suite, shape, [OURS, *PEERS, PLAIN])
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=label)
+def test_large(full_only, suite, shape):
+    plain = [PLAIN] if shape[0] == 1 else []  # MLX's products of many rows are slow on Linux CPUs
+    measure(suite, shape, [OURS, *PEERS, *plain], memory_of=[OURS, TORCH] if shape[0] == 512 else [])
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 6000), (1, 1024, 3072), (1, 2048, 2048)], ids=label)
+def test_one_row_backward(suite, shape):
+    """The gradient's direction: x [1, outputs] times W."""
+    measure(suite, shape, [OURS, TORCH, TORCH_BF16, PLAIN], transpose=False)
+
+
+@pytest.mark.parametrize("shape", [s for s in SMALL + LARGE if s[0] > 1], ids=label)
+def test_bf16(suite, shape):
+    measure(suite, shape, [OURS_BF16, OURS, TORCH_BF16])
+
+
+@pytest.mark.parametrize("shape", [(128, 256, 704), (128, 1024, 1024), (1, 2048, 2048)], ids=label)
+def test_instruction_sets(suite, shape):
+    """The widest instruction set that this CPU has, beside the narrower ones, each in a process of its own."""
+    extension, reason = _extension.find()
+    if extension is None:
+        pytest.skip(reason)
+    narrower = [isa for isa in extension.available_isas().split() if isa != extension.isa()]
+    measure(suite, shape, [OURS], title=f"{ISAS} beside {extension.isa()}", isas=narrower)

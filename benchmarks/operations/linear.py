@@ -1,0 +1,49 @@
+"""x W^T (or x W) with a 4-bit W."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from benchmarks.competitor import TORCH_BF16, TORCH_INT4, Competitor, LeftOutError, mlx_competitor, tensor, torch_competitor, torch_module
+from benchmarks.operations.lens import dense, random_weight
+
+from metalens.ops import Weight, quantized_matmul
+
+
+def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True) -> Competitor:
+    """W [outputs, inputs]; x [rows, inputs], or [rows, outputs] with transpose=False."""
+    rng = np.random.default_rng(0)
+    w = random_weight(rng, outputs, inputs, inputs**-0.5)
+    x = mx.array(rng.standard_normal((rows, inputs if transpose else outputs)).astype(np.float32))
+    mx.eval(x)
+    if name == TORCH_INT4:
+        return _torch_int4(x, w, transpose)
+    if name.startswith("PyTorch"):
+        torch = torch_module()
+        dtype = torch.bfloat16 if name == TORCH_BF16 else torch.float32
+        matrix, rows_in = tensor(dense(w)).to(dtype), tensor(x).to(dtype)
+        return torch_competitor(rows, lambda count: [rows_in[:count] @ (matrix.T if transpose else matrix)])
+    return mlx_competitor(
+        name, rows, lambda count: [quantized_matmul(x[:count], w.values, w.scales, w.biases, w.group_size, w.bits, transpose=transpose)]
+    )
+
+
+def _torch_int4(x: mx.array, w: Weight, transpose: bool) -> Competitor:
+    """PyTorch's own kernel for 4-bit weights, which stores w = (code - 8) scale + zero with the groups along the columns as MLX does."""
+    torch = torch_module()
+    if not transpose:
+        raise LeftOutError("PyTorch's int4 kernel multiplies with W^T only.")
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        raise LeftOutError("This PyTorch has no int4 kernel for CPUs.")
+    outputs, inputs = w.shape
+    ones = mx.ones((outputs, inputs // w.group_size))
+    codes = tensor(mx.dequantize(w.values, ones, mx.zeros_like(ones), w.group_size, w.bits)).to(torch.int32)
+    assert w.scales is not None
+    assert w.biases is not None
+    scales, biases = tensor(w.scales), tensor(w.biases)
+    scales_and_zeros = torch.stack([scales.T, (biases + 8 * scales).T], dim=-1).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    rows_in = tensor(x)
+    return torch_competitor(
+        x.shape[0], lambda count: [torch.ops.aten._weight_int4pack_mm_for_cpu(rows_in[:count], packed, w.group_size, scales_and_zeros)]
+    )

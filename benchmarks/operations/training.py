@@ -1,0 +1,103 @@
+"""Whole pipelines on the demo model, in tokens per second: training with the capture of the streams, the capture alone, and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from benchmarks.competitor import TORCH_BF16, Competitor, mlx_competitor, torch_competitor, torch_module
+from benchmarks.torch_lens import TorchModel
+from benchmarks.torch_lens import train as torch_train
+
+from metalens import InterpretableModel, TunedLens, accelerate, evaluate
+from metalens.arrays import number
+from metalens.demo import CONFIG, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+from metalens.training import TokenSequences, TrainingConfig, train
+
+
+@cache
+def demo_model() -> InterpretableModel:
+    """As `metalens demo` runs it. On the reference backend its layers are plain MLX."""
+    model = InterpretableModel(str(MODEL))
+    accelerate(model.model)
+    return model
+
+
+@cache
+def training_ids() -> mx.array:
+    return demo_model().training_ids([TRAINING_TEXT.read_text(encoding="utf-8")])
+
+
+def config(steps: int, sequences: int) -> TrainingConfig:
+    """The demo's, shortened: `steps` steps of `sequences` sequences."""
+    return replace(CONFIG, num_steps=steps, tokens_per_step=sequences * CONFIG.max_seq_len)
+
+
+def make(name: str, operation: str, **sizes: int) -> Competitor:
+    """A competitor in 'train', 'capture' or 'evaluate'."""
+    return {"train": make_training, "capture": make_capture, "evaluate": make_evaluation}[operation](name, **sizes)
+
+
+def make_training(name: str, steps: int, sequences: int) -> Competitor:
+    """[what was added to every W, every b]. A unit is a sequence; a part of the run is one step of so many of them.
+
+    All layers in one array each: the last layer's share is rounding errors alone, which no two implementations have in common.
+    """
+    whole = config(steps, sequences)
+    model, ids = demo_model(), training_ids()
+
+    def settings(units: int) -> TrainingConfig:
+        return whole if units == steps * sequences else config(1, units)
+
+    if name.startswith("PyTorch"):
+        chosen = islice(TokenSequences(ids, whole.max_seq_len, whole.seed), steps * sequences)
+        torch_model, batches = TorchModel(model.model), [np.array(sequence).astype(np.int64) for sequence in chosen]
+        return torch_competitor(steps * sequences, lambda units: torch_train(torch_model, batches, settings(units), name == TORCH_BF16))
+
+    def compute(units: int) -> list[mx.array]:
+        lens = train(model.source, model.checked_unembed, ids, settings(units))
+        return [mx.stack([t.weight - mx.eye(lens.hidden_dim) for t in lens.translators]), mx.stack([t.bias for t in lens.translators])]
+
+    return mlx_competitor(name, steps * sequences, compute)
+
+
+def make_capture(name: str, tokens: int) -> Competitor:
+    """[every block's output]."""
+    model, ids = demo_model(), training_ids()[None]
+    if not name.startswith("PyTorch"):
+        return mlx_competitor(name, tokens, lambda units: model.source.capture(ids[:, :units]).hidden)
+    torch = torch_module()
+    torch_model, torch_ids = TorchModel(model.model), torch.from_numpy(np.array(ids[:, :tokens]).astype(np.int64))
+
+    def compute(units: int) -> list[Any]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == TORCH_BF16):
+            return torch_model.hidden(torch_ids[:, :units])
+
+    return torch_competitor(tokens, compute)
+
+
+def make_evaluation(name: str, tokens: int) -> Competitor:
+    """[KL of the logit lens and of a tuned lens per layer, and their cross-entropies]; the tuned lens is a fresh one."""
+    model = demo_model()
+    lens = TunedLens(len(model.source), model.unembed.hidden_dim)
+    ids = model.ids(HELD_OUT_TEXT.read_text(encoding="utf-8"))[0]
+
+    def compute(units: int) -> list[mx.array]:
+        scores = evaluate(model, ids[: max(2, units)], lens, max_seq_len=CONFIG.max_seq_len)
+        return [mx.array([getattr(layer, field) for layer in each]) for each in (scores.logit, scores.tuned or []) for field in ("kl", "ce")]
+
+    return mlx_competitor(name, tokens, compute)
+
+
+def largest_logit_difference(tokens: int = 128) -> float:
+    """Between the demo model in MLX and in PyTorch, on training text."""
+    model, ids = demo_model(), training_ids()[None, :tokens]
+    torch = torch_module()
+    torch_model = TorchModel(model.model)
+    with torch.no_grad():
+        theirs = torch_model.unembed(torch_model.hidden(torch.from_numpy(np.array(ids).astype(np.int64)))[-1])
+    return number(mx.max(mx.abs(model.model(ids).astype(mx.float32) - mx.array(theirs.numpy()))))

@@ -1,0 +1,49 @@
+"""lens_kl as a whole, with its target and its gradient, on a 4-bit head: what a training step does at the unembedding."""
+
+import pytest
+from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16
+from benchmarks.operations import lens
+from benchmarks.operations.lens import Shape
+from benchmarks.suite import Suite, Work
+
+TITLE = "lens_kl: KL to the model and its gradient, 8 layers"
+SMALL = [Shape(256, 6000, 64), Shape(320, 6007, 64)]
+LARGE = [Shape(320, 6007, 256), Shape(1024, 32000, 64), Shape(1024, 32000, 256), Shape(2048, 128256, 64)]
+HUGE = Shape(2048, 128256, 256)
+
+
+def label(shape: Shape) -> str:
+    return f"D {shape.width}, V {shape.vocab}, {shape.rows} rows"
+
+
+def measure(suite: Suite, shape: Shape, ours: str, peers: list[str], **settings) -> None:
+    peak = suite.peaks.bf16 if ours == OURS_BF16 else None
+    work = Work(shape.kl_flop, peak=peak) if peak else Work(shape.kl_flop)
+    suite.measure(lens, {"operation": "kl"} | shape.to_dict(), [ours, *peers], label(shape), work, title=TITLE, **settings)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=label)
+def test_small(suite, shape):
+    measure(suite, shape, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16])
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=label)
+def test_large(full_only, suite, shape):
+    measure(suite, shape, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], budget=20)
+
+
+def test_memory_of_the_largest(full_only, suite):
+    """One round: this case is here for its memory."""
+    measure(suite, HUGE, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], limit=60, least_rounds=1, most_rounds=1)
+
+
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=label)
+def test_bf16(request, suite, shape):
+    if shape in LARGE:
+        request.getfixturevalue("full_only")
+    measure(suite, shape, OURS_BF16, [OURS, TORCH_BF16], memory_of=[OURS_BF16])
+
+
+def test_beside_plain_mlx(suite):
+    """Few rows, because MLX's matrix products are slow on Linux CPUs."""
+    measure(suite, Shape(256, 6000, 8), OURS, [PLAIN], memory_of=[OURS, PLAIN])

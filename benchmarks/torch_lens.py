@@ -1,0 +1,104 @@
+"""Lens training in plain PyTorch, as upstream's tuned-lens does it: one layer after another, each with its own logits, loss and way back.
+
+The model is the demo model with its weights dequantised. What upstream's loop does is kept: per sequence a forward pass without gradient, the model's
+log-probabilities once, then per layer translator, norm, all logits, KL and `backward`; per step one clipped SGD step with Nesterov momentum and a
+linearly falling rate. So that the two trained lenses can be compared, settings are metalens's where the two differ: the loss is the mean over layers
+(upstream: the sum), there is no weight decay, and translator i reads the output of block i (upstream: its input). None of this changes the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from benchmarks.competitor import tensor, torch_module
+from benchmarks.operations.lens import dense
+
+from metalens.accelerate import weight_of
+from metalens.training import TrainingConfig
+
+
+class TorchModel:
+    """The demo model (a Llama with a tied embedding) in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.args = model.args
+        self.embedding = _matrix(model.model.embed_tokens)
+        self.norm = tensor(model.model.norm.weight)
+        self.blocks = [
+            {name: _matrix(getattr(block.self_attn, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            | {name: _matrix(getattr(block.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")}
+            | {"attention_norm": tensor(block.input_layernorm.weight), "mlp_norm": tensor(block.post_attention_layernorm.weight)}
+            for block in model.model.layers
+        ]
+        torch = torch_module()
+        half = self.args.head_dim // 2
+        frequencies = self.args.rope_theta ** -(torch.arange(half) / half)
+        angles = torch.outer(torch.arange(self.args.max_position_embeddings), frequencies)
+        self.cos, self.sin = angles.cos(), angles.sin()
+
+    def normed(self, h: Any, gain: Any) -> Any:
+        return torch_module().nn.functional.rms_norm(h, (h.shape[-1],), gain, self.args.rms_norm_eps)
+
+    def unembed(self, h: Any) -> Any:
+        """Logits [..., V]."""
+        return torch_module().nn.functional.linear(self.normed(h, self.norm), self.embedding)
+
+    def hidden(self, ids: Any) -> list[Any]:
+        """Every block's output [B, T, D] for ids [B, T]."""
+        functional = torch_module().nn.functional
+        h, outputs = functional.embedding(ids, self.embedding), []
+        for block in self.blocks:
+            n = self.normed(h, block["attention_norm"])
+            q, k, v = (self._heads(functional.linear(n, block[name])) for name in ("q_proj", "k_proj", "v_proj"))
+            a = functional.scaled_dot_product_attention(self._rotated(q), self._rotated(k), v, is_causal=True, enable_gqa=True)
+            h = h + functional.linear(a.transpose(1, 2).flatten(2), block["o_proj"])
+            n = self.normed(h, block["mlp_norm"])
+            gated = functional.silu(functional.linear(n, block["gate_proj"])) * functional.linear(n, block["up_proj"])
+            h = h + functional.linear(gated, block["down_proj"])
+            outputs.append(h)
+        return outputs
+
+    def _heads(self, x: Any) -> Any:
+        return x.unflatten(-1, (-1, self.args.head_dim)).transpose(1, 2)
+
+    def _rotated(self, x: Any) -> Any:
+        a, b = x.chunk(2, -1)
+        cos, sin = (angles[: x.shape[-2]].to(x.dtype) for angles in (self.cos, self.sin))
+        return torch_module().cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _matrix(layer: nn.Module) -> Any:
+    """The dequantised weight of an MLX layer."""
+    return tensor(dense(weight_of(layer)))
+
+
+def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:
+    """The translators' weights W - I [L, D, D] and biases [L, D] after `config.num_steps` steps on the given sequences [1, T].
+
+    bf16 runs model and lens under autocast, as upstream does.
+    """
+    torch = torch_module()
+    layers, width = len(model.blocks), model.embedding.shape[1]
+    translators = [torch.nn.Linear(width, width) for _ in range(layers)]
+    parameters = [p for translator in translators for p in translator.parameters()]
+    for p in parameters:
+        torch.nn.init.zeros_(p)  # of the residual form h + W h + b
+    optimizer = torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.num_steps)
+    for step in range(config.num_steps):
+        for ids in sequences[step * config.sequences_per_step : (step + 1) * config.sequences_per_step]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with torch.no_grad():
+                    hidden = model.hidden(torch.from_numpy(ids))
+                    log_p = model.unembed(hidden[-1]).float().log_softmax(-1)
+                for translator, h in zip(translators, hidden, strict=True):
+                    log_q = model.unembed(h + translator(h)).float().log_softmax(-1)
+                    loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+                    (loss / (layers * config.sequences_per_step)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return [torch.stack([t.weight for t in translators]), torch.stack([t.bias for t in translators])]
