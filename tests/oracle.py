@@ -16,7 +16,7 @@ def wide(a):
 
 
 def codes(w):
-    """The integers [O, I] that a quantised weight packs: its values with scale 1 and bias 0, exact in float32."""
+    """The integers [O, I] that an affine weight packs: its values with scale 1 and bias 0, exact in float32."""
     ones = mx.ones(w.scales.shape)
     return wide(mx.dequantize(w.values, ones, mx.zeros(w.scales.shape), w.group_size, w.bits))
 
@@ -25,6 +25,9 @@ def matrix_and_magnitude(w):
     """W [O, I], dequantised without a rounding; and |scale| * code + |bias|, what its rounding errors are relative to, also where the two cancel."""
     if w.scales is None:
         return wide(w.values), np.abs(wide(w.values))
+    if w.mode != "affine":  # few bits times a power of two, or times few bits: exact in float32
+        values = wide(mx.dequantize(w.values, w.scales, None, w.group_size, w.bits, w.mode, dtype=mx.float32))
+        return values, np.abs(values)
     c, scales, biases = codes(w), np.repeat(wide(w.scales), w.group_size, axis=1), np.repeat(wide(w.biases), w.group_size, axis=1)
     return scales * c + biases, np.abs(scales) * c + np.abs(biases)
 
@@ -54,12 +57,35 @@ def assert_product(y, x, w, transpose=True, epsilon=None):
     assert not excess.size or excess.max() <= 0, f"off by {excess.max():.3g} more than allowed"
 
 
+def assert_product_of_mlx(y, x, w, transpose, dtype):
+    """`y` is the product as well as plain MLX computes it in `dtype`: it may add in that type, so that errors grow as a random walk does."""
+    expected, size = wide(x) @ (matrix(w).T if transpose else matrix(w)), np.abs(wide(x)) @ (np.abs(matrix(w)).T if transpose else np.abs(matrix(w)))
+    assert (np.abs(wide(y) - expected) <= 4 * EPSILON[dtype] * x.shape[-1] ** 0.5 * size + 1e-5).all()  # 1e-5: what float16 holds of small scales
+
+
 def random_weight(rng, outputs, inputs, bits=4, group_size=32, dtype=mx.float32, scale=1.0):
     """A quantised weight of every possible code, with scales and biases of both signs."""
     values = rng.integers(0, 2**32, (outputs, inputs * bits // 32), dtype=np.uint32)
     shape = (outputs, inputs // group_size)
     scales, biases = (mx.array(rng.standard_normal(shape) * size).astype(dtype) for size in (scale / 2**bits, scale))
     return Weight(mx.array(values), scales, biases, group_size, bits)
+
+
+# {mode: (bits, group size)} of the formats that share one 8-bit float per group.
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+def random_float_weight(rng, outputs, inputs, mode):
+    """A weight of every finite code of a FLOAT_MODES format, with scales of many exponents (and, nvfp4, of both signs); float16 holds it."""
+    bits, group_size = FLOAT_MODES[mode]
+    values = rng.integers(0, 256, (outputs, inputs * bits // 8), dtype=np.uint8)
+    scales = rng.integers(114, 120 if mode == "mxfp8" else 130, (outputs, inputs // group_size), dtype=np.uint8)
+    if mode == "mxfp8":
+        values[values % 128 == 127] = 0  # NaN
+    if mode == "nvfp4":
+        scales = rng.integers(0, 256, scales.shape, dtype=np.uint8)
+        scales[scales % 128 >= 96] = 56  # NaN, and what is beyond 16
+    return Weight(mx.array(values.view(np.uint32)), mx.array(scales), None, group_size, bits, mode)
 
 
 def random_array(rng, *shape, dtype=mx.float32, scale=1.0):
@@ -73,11 +99,17 @@ HEADS = {
     "scale": {"scale": 0.5},
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "scale": 2.0, "softcap": 6.0},
+    "negative scale": {"bias": True, "scale": -0.75},
+    "padding": {"bias": True, "padding": 17},
+    "padding and softcap": {"scale": 1.5, "softcap": 5.0, "padding": 17},
 }
 
 
-def make_head(rng, outputs, inputs, quantised=True, bias=False, **transform):
+def make_head(rng, outputs, inputs, quantised=True, bias=False, padding=0, **transform):
+    """A head with so many rows; the last `padding` of them stand for no token."""
     weight = random_weight(rng, outputs, inputs, scale=0.2) if quantised else Weight(random_array(rng, outputs, inputs, scale=0.2))
+    if padding:
+        transform["used_rows"] = outputs - padding
     return Head(weight, random_array(rng, outputs) if bias else None, **transform)
 
 
@@ -109,21 +141,54 @@ def entropy(z):
     return -np.sum(p * np.where(p > 0, log_p, 0), axis=-1)
 
 
-def kl(z_model, z_lens):
-    """KL(softmax(z_model) || softmax(z_lens)) in nats; impossible tokens of the model add nothing."""
+def kl_and_difference(z_model, z_lens):
+    """KL(softmax(z_model) || softmax(z_lens)) in nats and q - p, both with small relative errors also where the two are nearly the same.
+
+    A token that the model rules out adds nothing; one that the lens alone rules out makes the KL infinite.
+    """
     log_p, log_q = log_softmax(z_model), log_softmax(z_lens)
-    p = np.exp(log_p)
+    p, q = np.exp(log_p), np.exp(log_q)
     possible = p > 0
-    return np.sum(p * (np.where(possible, log_p, 0) - np.where(possible, log_q, 0)), axis=-1)
+    with np.errstate(over="ignore"):
+        t = np.where(possible, log_q, 0) - np.where(possible, log_p, 0)
+        near = np.abs(t) < 1
+        rise = np.where(near, np.expm1(np.where(near, t, 0)), 0)
+        difference = np.where(near & possible, p * rise, q - p)
+        # sum(q - p) is 0: added, it makes every term positive.
+        bend = np.where(near, p * (rise - np.where(near, t, 0)), q - p - np.where(possible, p * t, 0))
+    return np.sum(np.where(possible, bend, q), axis=-1), difference
+
+
+def kl(z_model, z_lens):
+    """KL(softmax(z_model) || softmax(z_lens)) in nats."""
+    return kl_and_difference(z_model, z_lens)[0]
 
 
 def head_logits(n, head):
-    """softcap(scale * (U n + u0)) of normed rows n (float64 NumPy)."""
+    """softcap(scale * (U n + u0)) of normed rows n (float64 NumPy); -inf for padding."""
     z = n @ matrix(head.weight).T
     if head.bias is not None:
         z = z + wide(head.bias)
     z = z * head.scale
-    return z if head.softcap is None else head.softcap * np.tanh(z / head.softcap)
+    if head.softcap is not None:
+        z = head.softcap * np.tanh(z / head.softcap)
+    z[..., head.tokens :] = -np.inf
+    return z
+
+
+def lens_kl(n, n_model, head):
+    """KL(model || lens) [L, N] of rows (MLX arrays), and its gradient at n [L, N, D]."""
+    z_model, z = (head_logits(wide(a), head) for a in (n_model, n))
+    value, difference = kl_and_difference(z_model, z)
+    if head.softcap is not None:
+        difference = difference * (1 - (np.where(np.isinf(z), 0, z) / head.softcap) ** 2)
+    return value, head.scale * difference @ matrix(head.weight)
+
+
+def row_errors(ours, expected):
+    """|ours - expected| / |expected| of every row [..., D], by Euclidean length; rows that should be 0 have the length itself."""
+    size = np.linalg.norm(expected, axis=-1)
+    return np.linalg.norm(wide(ours) - expected, axis=-1) / np.where(size > 0, size, 1)
 
 
 class Unembedding:

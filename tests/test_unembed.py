@@ -8,7 +8,7 @@ import pytest
 
 from metalens import InterpretableModel
 from metalens.stream import StreamSource
-from metalens.unembed import Unembed, identity
+from metalens.unembed import NO_NORM, Unembed
 from mocks import DIM, VOCAB, MockModel, WordTokenizer, randomise, tiny_llama
 
 IDS = mx.array([[3, 1, 4, 1, 5, 9, 2]])
@@ -303,7 +303,7 @@ def test_no_final_norm():
     model = Headless()
     with pytest.warns(UserWarning, match=r"Could not find the final norm; decoding without it\. Tried paths: .*'model\.norm'.*norm_path"):
         unembed = Unembed.from_model(model, lm_head_path="projection")
-    assert unembed.norm is identity
+    assert unembed.norm is NO_NORM
     assert unembed.paths["norm"] == ""
     assert_reproduces(model, unembed, StreamSource(model).capture(IDS))
 

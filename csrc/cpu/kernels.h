@@ -70,6 +70,7 @@ struct SoftmaxSums {
 // Sums of g = e - p over the vocabulary, where e = exp(lp + d - shift) and p = exp(lp): see lens_kl.h.
 struct DeltaSums {
   double excess;     // of g
+  double linear;     // of p (d - shift)
   double curvature;  // of g - p (d - shift), every term of which is positive
   float top;         // the largest lp + d - shift where d - shift is so large that e may overflow; else -inf
 };
@@ -110,9 +111,9 @@ struct KernelTable {
   // The model's own row: lp = z - lse, p = exp(lp); z is replaced by lp.
   void (*log_probabilities)(float* z, float lse, int64_t n, float* p);
 
-  // d, the difference of the heads' products, becomes the difference of the logits: scale * d for a linear head. With a softcap, `z_model` holds
-  // the model's logits, and `slope` receives the derivative of the softcap at the lens's logit.
-  void (*delta_transform)(float* d, const float* z_model, int64_t n, float scale, float softcap, float* slope);
+  // d, the difference of the heads' products, becomes the difference of the logits: scale * d for a linear head. With a softcap, `model` holds the
+  // model's logits before it, and `slope` receives the derivative of the softcap at the lens's logit.
+  void (*delta_transform)(float* d, const float* model, int64_t n, float scale, float softcap, float* slope);
 
   // g = p (exp(d - shift) - 1) in place of d, and its sums. `slope`, if given, multiplies g afterwards.
   void (*delta_add)(float* d, const float* lp, const float* p, const float* slope, int64_t n, float shift, DeltaSums& sums);

@@ -15,7 +15,12 @@ namespace {
 // One pass is the rule, two with a softcap; the others find the scale of rows that overflowed. More would mean a row that is not finite.
 constexpr int kMaxPasses = 5;
 
-constexpr DeltaSums kEmptyDelta{0, 0, -std::numeric_limits<float>::infinity()};
+constexpr DeltaSums kEmptyDelta{0, 0, 0, -std::numeric_limits<float>::infinity()};
+
+// Of two equal expressions, the one that does not cancel: near the model the terms are tiny and all positive, far from it S is large.
+double divergence(const DeltaSums& s) {
+  return s.excess < 0.5 ? s.curvature + (std::log1p(s.excess) - s.excess) : std::log1p(s.excess) - s.linear;
+}
 
 // What a pass over the vocabulary needs to know of a block's rows, and what it may change for another pass.
 struct Pass {
@@ -60,8 +65,9 @@ class Task {
       for (int64_t t = 0; t < tokens; ++t) {
         float* model = logits(rows_ + t);
         float* p = p_.data() + t * kVocabularyBlock;
-        table.transform(model, head_.bias ? head_.bias + first : nullptr, width, head_.scale, head_.softcap);
+        table.transform(model, head_.bias ? head_.bias + first : nullptr, width, head_.scale, 0);
         for (int64_t r = t; r < rows_; r += tokens) table.delta_transform(logits(r), model, width, head_.scale, head_.softcap, slope(r));
+        table.transform(model, nullptr, width, 1, head_.softcap);
         table.log_probabilities(model, in_.lse[pass_.block.first + t], width, p);
         for (int64_t r = t; r < rows_; r += tokens) table.delta_add(logits(r), model, p, slope(r), width, pass_.shift[r], sums_[r]);
       }
@@ -72,6 +78,7 @@ class Task {
   void merge(const Task& other) {
     for (int64_t r = 0; r < rows_; ++r) {
       sums_[r].excess += other.sums_[r].excess;
+      sums_[r].linear += other.sums_[r].linear;
       sums_[r].curvature += other.sums_[r].curvature;
       sums_[r].top = std::max(sums_[r].top, other.sums_[r].top);
     }
@@ -88,7 +95,7 @@ class Task {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t t = pass_.block.first + r % tokens, at = r / tokens * in_.tokens + t;
       const double excess = sums_[r].excess;
-      kl[at] = float(sums_[r].curvature + (std::log1p(excess) - excess));
+      kl[at] = float(divergence(sums_[r]));
       if (!dn) continue;
       const float of_sum = float(head_.scale / (1 + excess)), of_mean = float(-head_.scale * excess / (1 + excess));
       const float* sum = gradient_.data() + r * d;
@@ -142,8 +149,8 @@ bool prepare_next(Pass& pass, const std::vector<DeltaSums>& sums, bool exact, bo
     if (overflows(sums[r])) {
       pass.shift[r] += sums[r].top;
       settled = false;
-    } else if (exact && 1 + sums[r].excess <= 1e-3 && std::isfinite(sums[r].curvature)) {
-      pass.shift[r] += float(sums[r].excess - sums[r].curvature);  // S is lost in rounding: go back to Jensen's bound, where S is at least 1
+    } else if (exact && 1 + sums[r].excess <= 0.1 && std::isfinite(sums[r].linear)) {
+      pass.shift[r] += float(sums[r].linear);  // S is lost in rounding: go back to Jensen's bound, where S is at least 1
       settled = false;
     }
   }

@@ -4,7 +4,7 @@
 // log-probability and d the difference, computed from n - n*: its error is relative to the difference, so it is as exact where the lens is nearly
 // right as elsewhere. With any shift c near lse - lse*, e = exp(lp + d - c), p = exp(lp) and g = e - p:
 //   S = sum e = 1 + sum g      KL = log S - sum p (d - c)      dKL/dz = q - p = (g + (1 - S) p) / S
-// where KL is summed as (g - p (d - c)), all of one sign, plus log S - (S - 1), so that a tiny KL has small errors too. Hence
+// where a small KL is summed as g - p (d - c), all of one sign, plus log S - (S - 1), so that its errors are small too. Hence
 // with A = sum g U and the model's mean row m = sum p U, dKL/dn = scale (A + (1 - S) m) / S. For a linear head c = scale m . (n - n*) is at most
 // KL below lse - lse*, and no second pass is needed. A softcap bends each logit by its own slope, which m does not know: there a first pass finds
 // lse, so that S = 1 and m drops out.

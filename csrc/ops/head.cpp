@@ -289,7 +289,11 @@ std::vector<mx::array> lens_stats(
     if (labels->shape() != mx::Shape{n.shape(1)} || !mx::issubdtype(labels->dtype(), mx::integer)) {
       reject("labels must be ", mx::Shape{n.shape(1)}, " token ids, not ", labels->dtype(), " ", labels->shape(), ".");
     }
-    rows.push_back(mx::contiguous(mx::astype(*labels, mx::int32, stream), false, stream));
+    // Compared in 64 bits: an id that 32 would wrap is no token either.
+    const auto ids = mx::astype(*labels, mx::int64, stream);
+    const auto known =
+        mx::logical_and(mx::greater_equal(ids, mx::array(int64_t(0)), stream), mx::less(ids, mx::array(int64_t(head.spec().vocab)), stream), stream);
+    rows.push_back(mx::contiguous(mx::astype(mx::where(known, ids, mx::array(int64_t(-1)), stream), mx::int32, stream), false, stream));
   }
   auto primitive = std::make_shared<LensStats>(stream, head.spec(), precision_named(precision), k, n_model.has_value(), labels.has_value());
   const auto inputs = head.inputs(rows, stream);

@@ -1,131 +1,71 @@
-// gemm on buffers of exactly the size it may touch, against a double-precision product: built with sanitizers by test_sanitizers.py. Exits 1 and says
-// which case on a wrong value; the sanitizers end it on a wrong access or a race.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <thread>
-#include <vector>
-
+// gemm, for every format of a frozen matrix, both orientations and row counts on both sides of kFewRows, against products in double precision.
+#include "check.h"
 #include "cpu/gemm.h"
-#include "cpu/thread_pool.h"
 
-using namespace metalens::cpu;
+using namespace check;
 
 namespace {
 
-uint32_t state = 1;
-
-uint32_t next_random() {
-  return state = state * 1664525u + 1013904223u;
-}
-
-float uniform() {
-  return float(next_random() >> 8) / float(1 << 24) - 0.5f;
-}
-
-struct Case {
-  int64_t rows, outputs, inputs;
-  int bits, group;
-  bool transpose;
-};
-
-// A matrix [outputs, inputs] in exactly sized buffers, and its values.
-struct Weight {
-  std::vector<uint8_t> codes;
-  std::vector<float> scales, biases;
-  std::vector<double> values;
-
-  explicit Weight(const Case& c) : values(c.outputs * c.inputs) {
-    if (!c.bits) {
-      codes.resize(values.size() * sizeof(float));
-      for (size_t i = 0; i < values.size(); ++i) {
-        const float v = uniform();
-        values[i] = v;
-        std::memcpy(codes.data() + i * sizeof(float), &v, sizeof(float));
-      }
-      return;
-    }
-    codes.resize(values.size() * c.bits / 8);
-    for (size_t i = 0; i < values.size() / c.group; ++i) {
-      scales.push_back(uniform());
-      biases.push_back(uniform());
-    }
-    for (size_t i = 0; i < values.size(); ++i) {
-      const uint32_t code = next_random() >> (32 - c.bits);
-      for (int bit = 0; bit < c.bits; ++bit) {
-        const size_t at = i * c.bits + bit;
-        codes[at / 8] |= uint8_t((code >> bit & 1) << at % 8);
-      }
-      values[i] = double(scales[i / c.group]) * code + biases[i / c.group];
-    }
-  }
-};
-
-bool check(const Case& c) {
-  const Weight weight(c);
-  const Matrix w{c.outputs, c.inputs, Element::f32, c.bits, c.group, weight.codes.data(), weight.scales.data(), weight.biases.data()};
-  const int64_t k = c.transpose ? c.inputs : c.outputs, n = c.transpose ? c.outputs : c.inputs;
-  std::vector<float> a(c.rows * k), out(c.rows * n, 1e30f);
-  for (auto& v : a) v = uniform();
-  gemm(a.data(), c.rows, n, k, w, c.transpose, out.data());
-  for (int64_t m = 0; m < c.rows; ++m) {
+// a W^T with W [outputs, inputs], or a W.
+void check_product(int64_t rows, int64_t outputs, int64_t inputs, Storage storage, bool transpose, Precision precision) {
+  begin(
+      "gemm rows %ld outputs %ld inputs %ld format %d bits %d group %d element %d transpose %d precision %d", long(rows), long(outputs), long(inputs),
+      int(storage.format), storage.bits, storage.group, int(storage.element), int(transpose), int(precision));
+  const Frozen weight(outputs, inputs, storage);
+  const int64_t k = transpose ? inputs : outputs, n = transpose ? outputs : inputs;
+  const std::vector<float> a = normals(rows * k, 1);
+  std::vector<float> c(rows * n, kNaN);
+  gemm(a.data(), rows, n, k, weight.matrix(), transpose, precision, c.data());
+  for (int64_t m = 0; m < rows; ++m) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = 0, size = 0;
       for (int64_t i = 0; i < k; ++i) {
-        const double term = a[m * k + i] * (c.transpose ? weight.values[j * k + i] : weight.values[i * n + j]);
-        sum += term;
-        size += std::abs(term);
+        sum += a[m * k + i] * (transpose ? weight.at(j, i) : weight.at(i, j));
+        size += std::abs(a[m * k + i]) * (transpose ? weight.size_at(j, i) : weight.size_at(i, j));
       }
-      if (!(std::abs(out[m * n + j] - sum) <= 2e-5 * size + 1e-6)) {
-        std::printf(
-            "rows %ld outputs %ld inputs %ld bits %d transpose %d: at (%ld, %ld) %g instead of %g\n", long(c.rows), long(c.outputs), long(c.inputs),
-            c.bits, int(c.transpose), long(m), long(j), out[m * n + j], sum);
-        return false;
-      }
+      near("c", m * n + j, c[m * n + j], sum, unit(precision) * size);
     }
   }
-  return true;
+}
+
+void check_both_ways(int64_t rows, int64_t outputs, int64_t inputs, Storage storage) {
+  for (Precision precision : precisions()) {
+    for (bool transpose : {false, true}) check_product(rows, outputs, inputs, storage, transpose, precision);
+  }
 }
 
 }  // namespace
 
 int main() {
-  bool right = true;
-  for (int bits : {0, 2, 3, 4, 5, 6, 8}) {
-    for (int64_t rows : {1, 5, 13, 130}) {
-      for (int64_t outputs : {1, 33, 67}) {
-        for (int64_t inputs : {64, 320}) {
-          for (bool transpose : {false, true}) right = check({rows, outputs, inputs, bits, 32, transpose}) && right;
-        }
-      }
-    }
-  }
-  for (int64_t odd : {1, 7, 261}) right = check({3, odd, odd, 0, 0, true}) && check({3, odd, odd, 0, 0, false}) && right;
+  std::vector<Storage> storages{
+      kDense, {Format::mxfp4, 4, 32, Element::f32}, {Format::mxfp8, 8, 32, Element::f32}, {Format::nvfp4, 4, 16, Element::f32}};
+  for (int bits : {2, 3, 4, 5, 6, 8}) storages.push_back({Format::affine, bits, bits == 5 ? 128 : bits == 6 ? 64 : 32, Element::f32});
+  storages.push_back({Format::affine, 4, 64, Element::f16});
+  storages.push_back({Format::affine, 8, 32, Element::bf16});
+  storages.push_back({Format::dense, 0, 0, Element::f16});
+  storages.push_back({Format::dense, 0, 0, Element::bf16});
 
-  // Several streams of MLX call at once; they take turns on one pool.
-  std::vector<int> turns(4);
-  std::vector<std::thread> callers;
-  for (int& count : turns) {
-    callers.emplace_back([&count] {
-      for (int i = 0; i < 50; ++i) {
-        std::vector<int> done(17);
-        parallel_for(17, [&](int64_t task) { done[task] += 1; });
-        count += std::count(done.begin(), done.end(), 1) == 17;
-      }
-    });
+  // Every number of rows that a tile or the path for few rows treats in its own way; outputs and inputs within a panel, and beyond one block.
+  for (const Storage& storage : storages) {
+    for (int64_t rows : {1, 2, 3, 4, 5, 13}) check_both_ways(rows, 33, 128, storage);
+    for (int64_t rows : {3, 26}) check_both_ways(rows, 67, 384, storage);
+    check_both_ways(7, 261, 128, storage);
+    check_both_ways(1, 1, 128, storage);
   }
-  for (auto& caller : callers) caller.join();
-  right = right && std::count(turns.begin(), turns.end(), 50) == 4;
-
-  // An exception in a task reaches the caller, and the pool works on.
-  bool caught = false;
-  try {
-    parallel_for(8, [](int64_t task) {
-      if (task == 5) throw 5;
-    });
-  } catch (int) {
-    caught = true;
+  // Rows in several shares, and the reduction of few rows in several parts.
+  check_both_ways(130, 9, 64, {Format::affine, 4, 32, Element::f32});
+  check_both_ways(2, 700, 64, {Format::affine, 4, 32, Element::f32});
+  for (int64_t odd : {1, 7, 261}) {
+    check_both_ways(3, odd, odd, kDense);
+    check_both_ways(9, odd, odd, kDense);
   }
-  return right && caught ? 0 : 1;
+  // Nothing to add up, or nowhere to put it.
+  std::vector<float> c(6, kNaN);
+  const Frozen weight(3, 1, kDense);
+  const Matrix empty{3, 0, Element::f32, Format::dense, 0, 0, nullptr, nullptr, nullptr};
+  begin("gemm of an empty sum");
+  gemm(nullptr, 2, 3, 0, empty, true, Precision::float32, c.data());
+  for (int i = 0; i < 6; ++i) equal("c", i, c[i], 0);
+  gemm(nullptr, 0, 3, 1, weight.matrix(), true, Precision::float32, nullptr);
+  return result();
 }

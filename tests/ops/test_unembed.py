@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import oracle
+from metalens import _ext
 from metalens.ops import Head, Weight, head_logits
 from metalens.ops.unembed import head_pullback
 
@@ -61,3 +62,47 @@ def test_vocabulary_beyond_16_bits(rng):
     head = Head(oracle.random_weight(rng, 66001, 32, scale=0.3), oracle.random_array(rng, 66001))
     n = oracle.random_array(rng, 2, 32)
     np.testing.assert_allclose(oracle.wide(head_logits(n, head)), oracle.head_logits(oracle.wide(n), head), atol=2e-5)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_padding_rows_have_logits_of_minus_infinity_and_no_gradient(rng, quantised, transform):
+    head = make_head(rng, quantised, True, **transform, used_rows=100)
+    whole = Head(head.weight, head.bias, head.scale, head.softcap)
+    assert (head.vocab_size, head.tokens, whole.tokens) == (131, 100, 131)
+    n, dz = oracle.random_array(rng, 3, 64), oracle.random_array(rng, 3, 131)
+    z, of_whole = head_logits(n, head), head_logits(n, whole)
+    assert mx.array_equal(z[:, :100], of_whole[:, :100])
+    assert np.isneginf(oracle.wide(z[:, 100:])).all()
+    dz = mx.where(mx.arange(131) < 100, dz, 0)  # a token that is impossible has no probability to change
+    np.testing.assert_allclose(oracle.wide(head_pullback(dz, z, head)), oracle.wide(head_pullback(dz, of_whole, whole)), atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [1, 131])
+def test_any_number_of_used_rows(rng, used):
+    head = Head(oracle.random_weight(rng, 131, 64), used_rows=used)
+    assert head.tokens == used
+    assert np.isfinite(oracle.wide(head_logits(oracle.random_array(rng, 2, 64), head))).sum() == 2 * used
+
+
+@pytest.mark.parametrize("used", [-1, 0, 132])
+def test_numbers_of_used_rows_that_the_head_does_not_have(rng, used):
+    with pytest.raises(ValueError, match=f"used_rows must be from 1 to the head's 131 rows, got {used}"):
+        Head(oracle.random_weight(rng, 131, 64), used_rows=used).native(_ext)
+
+
+@pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
+def test_heads_of_the_8_bit_scaled_formats(rng, mode):
+    head = Head(oracle.random_float_weight(rng, 131, 64, mode), oracle.random_array(rng, 131))
+    n, dz = oracle.random_array(rng, 7, 64), oracle.random_array(rng, 7, 131)
+    size = np.abs(oracle.matrix(head.weight)).max()
+    z = head_logits(n, head)
+    np.testing.assert_allclose(oracle.wide(z), oracle.head_logits(oracle.wide(n), head), atol=1e-4 * size)
+    np.testing.assert_allclose(oracle.wide(head_pullback(dz, z, head)), oracle.wide(dz) @ oracle.matrix(head.weight), atol=1e-4 * size)
+
+
+def test_formats_that_the_kernels_do_not_read_have_no_native_head(rng):
+    w = oracle.random_weight(rng, 131, 64)
+    assert Head(w).native(_ext) is not None
+    assert Head(Weight(w.values, w.scales, w.biases.astype(mx.float16), 32, 4)).native(_ext) is None
+    assert Head(Weight(mx.zeros((3, 4), dtype=mx.int32))).native(_ext) is None

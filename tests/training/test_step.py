@@ -8,7 +8,7 @@ from metalens import InterpretableModel, TunedLens
 from metalens.ops import Head
 from metalens.stream import Stream
 from metalens.training import loss_and_gradient
-from metalens.unembed import Unembed
+from metalens.unembed import Unembed, norm_of
 
 IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4, 77, 101, 9]])
 
@@ -136,15 +136,15 @@ def test_the_lens_is_not_changed(rng, tiny):
     assert all(np.array_equal(np.array(t.weight), b) for t, b in zip(lens.translators, before, strict=True))
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(rng):
-    # The logits of one layer are 10 MB here, those of eight in one graph 80 MB, several times over.
+def test_memory_does_not_grow_with_the_number_of_layers(rng, each_backend):
+    # The logits of one layer are 10 MB here, those of eight in one graph 80 MB, several times over; its rows are 16 kB.
     vocab, width, tokens = 20_000, 32, 128
-    unembed = Unembed(nn.RMSNorm(width), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False, embedding_rows=vocab)
+    unembed = Unembed(norm_of(nn.RMSNorm(width)), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False, embedding_rows=vocab)
 
     def peak(num_layers):
         lens = oracle.random_lens(rng, num_layers, width)
         stream = Stream([oracle.random_array(rng, 1, tokens, width) for _ in range(num_layers)], mx.zeros(()))
-        mx.eval(lens.parameters(), stream.hidden, unembed.norm.parameters())
+        mx.eval(lens.parameters(), stream.hidden, unembed.norm.weight)
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -153,5 +153,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(rng):
 
     two, eight = peak(2), peak(8)
     assert two > vocab * 4  # something was measured
-    assert eight < 1.5 * two
-    assert eight < 8 * tokens * vocab * 4  # less than all logits once
+    logits = tokens * vocab * 4
+    if each_backend == "native":
+        assert eight < logits / 10  # not even one block's worth of them
+    assert eight < max(1.5 * two, logits / 10)

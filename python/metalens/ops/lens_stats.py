@@ -60,6 +60,8 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
         raise ValueError(f"n_model must be {n.shape[1:]} for n {n.shape}, got {n_model.shape}.")
     if labels is not None and (labels.shape != n.shape[1:2] or not mx.issubdtype(labels.dtype, mx.integer)):
         raise ValueError(f"labels must be {n.shape[1:2]} token ids for n {n.shape}, got {labels.dtype} {labels.shape}.")
+    if n.shape[0] == 0:
+        return _no_layers(n.shape[1], k, n_model is not None, labels is not None)
     extension = native()
     native_head = None if extension is None else head.native(extension)
     if extension is not None and native_head is not None:
@@ -68,7 +70,7 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
 
         def chunk(n: mx.array, n_model: mx.array | None, labels: mx.array | None) -> list[mx.array]:
             z_model = None if n_model is None else head_logits(n_model, head)
-            stats = logits_stats(head_logits(n, head), k, z_model, labels)
+            stats = logits_stats(head_logits(n, head), k, z_model, labels, head.tokens)
             return [value for value in vars(stats).values() if value is not None]
 
         results = in_chunks(chunk, n, [n_model, labels], head.vocab_size)
@@ -77,6 +79,16 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
     of_model = [next(given) if n_model is not None else None for _ in range(2)]
     of_labels = [next(given) if labels is not None else None for _ in range(2)]
     return LensStats(*stats, *of_model, *of_labels)
+
+
+def _no_layers(tokens: int, k: int, with_model: bool, with_labels: bool) -> LensStats:
+    def empty(dtype: mx.Dtype = mx.float32) -> mx.array:
+        return mx.zeros((0, tokens), dtype)
+
+    top_ids, top_logits = mx.zeros((0, tokens, k), mx.int32), mx.zeros((0, tokens, k))
+    of_model = (empty(), empty(mx.bool_)) if with_model else (None, None)
+    of_labels = (empty(), empty(mx.int32)) if with_labels else (None, None)
+    return LensStats(empty(), empty(), empty(), top_ids, top_logits, *of_model, *of_labels)
 
 
 def check_top_k(k: int, vocab_size: int) -> None:
@@ -98,18 +110,24 @@ def top_k(z: mx.array, k: int) -> tuple[mx.array, mx.array]:
     return ids.astype(mx.int32), mx.take_along_axis(z, ids, axis=-1)
 
 
-def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, labels: mx.array | None = None) -> LensStats:
-    """The statistics of logits [L, N, V] float32 that are at hand already; `z_model` [N, V] are the model's own. Lazy."""
+def logits_stats(z: mx.array, k: int = 1, z_model: mx.array | None = None, labels: mx.array | None = None, tokens: int | None = None) -> LensStats:
+    """The statistics of logits [L, N, V] float32 that are at hand already. Lazy.
+
+    `z_model` [N, V] are the model's own; ids from `tokens` on are padding.
+    """
     log_q, q, lse = softmax(z)
     kl = agrees = nll = rank = None
     top_ids, top_logits = top_k(z, k)
+    lost = mx.isnan(lse)[..., None]  # nothing can be named: the ids are only valid ones
+    top_ids, top_logits = mx.where(lost, mx.arange(k, dtype=mx.int32), top_ids), mx.where(lost, mx.nan, top_logits)
     if z_model is not None:
         log_p, p, _ = softmax(z_model)
         kl = kl_divergence(p, log_p, log_q)
         agrees = mx.argmax(z, axis=-1) == mx.argmax(z_model, axis=-1)
     if labels is not None:
-        known = (labels >= 0) & (labels < z.shape[-1])
-        ids = mx.where(known, labels, 0)[None, :, None]
+        wide = labels.astype(mx.int64)
+        known = (wide >= 0) & (wide < (z.shape[-1] if tokens is None else tokens))
+        ids = mx.where(known, wide, 0)[None, :, None]
         of_label = mx.take_along_axis(z, mx.broadcast_to(ids, (*z.shape[:2], 1)), axis=-1)
         nll = mx.where(known, lse - of_label[..., 0], mx.nan)
         rank = mx.where(known, 1 + mx.sum(z > of_label, axis=-1), -1).astype(mx.int32)

@@ -33,9 +33,9 @@ def softmax(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 def kl_divergence(p: mx.array, log_p: mx.array, log_q: mx.array) -> mx.array:
     """KL(p || q) in nats over the last axis; where p is 0 its term is 0, also where log_p is -inf."""
-    return row_sum(mx.where(p > 0, p * (log_p - log_q), 0.0))
+    return row_sum(mx.where(p == 0, 0.0, p * (log_p - log_q)))
 
 
 def entropy(p: mx.array, log_p: mx.array) -> mx.array:
     """Entropy in nats over the last axis; where p is 0 its term is 0."""
-    return -row_sum(mx.where(p > 0, p * log_p, 0.0))
+    return -row_sum(mx.where(p == 0, 0.0, p * log_p))

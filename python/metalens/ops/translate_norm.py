@@ -48,8 +48,13 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) ->
     """
     h = h.astype(mx.float32)
     extension = native()
+    gain, shift = (None if p is None else mx.stop_gradient(p) for p in (norm.weight, norm.bias))
     if extension is not None and norm.kind is not None and {weight.dtype, bias.dtype} <= set(FLOATS):
-        frozen = [None if p is None else mx.stop_gradient(p) for p in (norm.weight, norm.bias)]
-        n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, *frozen, norm.eps, precision())
+        n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, gain, shift, norm.eps, precision())
         return n
-    return norm(linear(h, Weight(weight)) + bias)
+    y = linear(h, Weight(weight)) + bias
+    if norm.kind == "rms":
+        return mx.fast.rms_norm(y, gain, norm.eps)
+    if norm.kind == "layer":
+        return mx.fast.layer_norm(y, gain, shift, norm.eps)
+    return norm(y)

@@ -29,6 +29,12 @@ class Head:
     softcap: float | None = None
     used_rows: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive, or None for a linear head; got {self.softcap}.")
+        if self.used_rows is not None and not 1 <= self.used_rows <= self.vocab_size:
+            raise ValueError(f"used_rows must be from 1 to the head's {self.vocab_size} rows, got {self.used_rows}.")
+
     @property
     def vocab_size(self) -> int:
         """V: rows of U, whatever the tokenizer says."""
@@ -48,7 +54,7 @@ class Head:
         w = self.weight
         if not native_reads(w):
             return None
-        return extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, self.bias, self.scale, self.softcap or None, self.used_rows)
+        return extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, self.bias, self.scale, self.softcap, self.used_rows)
 
 
 def head_logits(n: mx.array, head: Head) -> mx.array:

@@ -1,0 +1,33 @@
+"""The kernels for 64-bit Arm, compiled for it here and run under an emulator: wrong values. Linux's tools; CI installs them."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from csrc import build
+
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+CHECKS = ["gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no aarch64-linux-gnu-g++ on the path (package g++-aarch64-linux-gnu)"),
+    pytest.mark.skipif(EMULATOR is None, reason="no qemu-aarch64 on the path (package qemu-user)"),
+]
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    # Optimised as a release is: it is the vector code of the compiler for that machine that nothing else here sees.
+    flags = [*build.release_flags(), "-static"]
+    isas = list(build.units("aarch64"))
+    return build.build(tmp_path_factory.mktemp("neon"), CHECKS, machine="aarch64", flags=flags, isas=isas, compiler=COMPILER)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("isa", build.units("aarch64"))
+def test_kernels_are_right_on_arm(checks, check, isa):
+    environment = {**os.environ, "METALENS_ISA": isa, "METALENS_NUM_THREADS": "2"}
+    done = subprocess.run([EMULATOR, "-cpu", "max", checks[check]], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
