@@ -123,19 +123,22 @@ void check_tanh() {
   }
 }
 
-// A difference of logits through a softcap: exact relative to the step, however small, except beside a model at the softcap.
+// A difference of logits through a softcap: exact relative to the step where that is small, however far the model is beyond the softcap.
 void check_delta_transform() {
   begin("delta_transform");
   const float softcap = 30, scale = 0.5f;
-  for (float model : {0.0f, -3.0f, 20.0f, 29.0f}) {
+  for (float model : {0.0f, -3.0f, 20.0f, 90.0f, -300.0f, 1000.0f}) {
     const std::vector<float> steps = sweep(100);
     std::vector<float> d = steps, slope(d.size(), kNaN);
     const std::vector<float> z(d.size(), model);
     kernels().delta_transform(d.data(), z.data(), int64_t(d.size()), scale, softcap, slope.data());
     for (size_t i = 0; i < d.size(); ++i) {
-      const double a = model / softcap, b = std::tanh(double(scale) * steps[i] / softcap), change = b * (1 - a * a) / (1 + a * b);
-      near("change", int64_t(i), d[i], softcap * change, 4e-6 * softcap * std::abs(change) / (1 - a * a) + 100 * kSmallest);
-      near("slope", int64_t(i), slope[i], 1 - (a + change) * (a + change), 2e-6);
+      const double before = double(model) / softcap, step = double(scale) * steps[i] / softcap;
+      const double change = std::sinh(step) / (std::cosh(before) * std::cosh(before + step)), bent = 1 / std::cosh(before + step);
+      // A subtraction of two tanh is all that a large step needs; the slope's error is that of its exponent.
+      const double error = std::abs(step) < 0.49 ? 1e-5 * std::abs(change) : 1e-6;
+      near("change", int64_t(i), d[i], softcap * change, softcap * error + 100 * kSmallest);
+      near("slope", int64_t(i), slope[i], bent * bent, 2e-6);
     }
   }
 }
