@@ -25,6 +25,9 @@ from metalens.unembed import Unembed
 
 log = logging.getLogger(__name__)
 
+# Short sequences go through the model together, up to so many tokens: enough rows for the kernels to pay, and less memory than one long sequence.
+PASS_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -97,14 +100,17 @@ def train(
 
 
 def _accumulate(lens: TunedLens, source: StreamSource, unembed: Unembed, sequences: list[mx.array]) -> tuple[list[float], Gradient]:
-    """Mean losses and gradient over the sequences of one step, one sequence in memory at a time."""
+    """Mean losses and gradient over the sequences of one step, a pass's worth of them in memory at a time."""
     total: Gradient | None = None
     losses = mx.zeros((lens.num_layers,))
-    for sequence in sequences:
-        loss, gradient = loss_and_gradient(lens, source.capture(sequence), unembed)
-        losses = losses + loss / len(sequences)
-        share = tree_map(lambda g: g / len(sequences), gradient)
-        total = share if total is None else tree_map(mx.add, total, share)
+    together = max(1, PASS_TOKENS // sequences[0].size)
+    for start in range(0, len(sequences), together):
+        batch = mx.concatenate(sequences[start : start + together])
+        share = batch.shape[0] / len(sequences)
+        loss, gradient = loss_and_gradient(lens, source.capture(batch), unembed)
+        losses = losses + loss * share
+        scaled = tree_map(lambda g, s=share: g * s, gradient)
+        total = scaled if total is None else tree_map(mx.add, total, scaled)
         mx.eval(losses, total)
     assert total is not None
     return nested(losses), total
