@@ -82,5 +82,8 @@ NB_MODULE(_ext, m) {
 
   m.def("num_threads", &metalens::cpu::num_threads, "Threads the kernels use: METALENS_NUM_THREADS, or the cores this process may run on.");
   m.def("isa", [] { return metalens::cpu::kernels().name; }, "The instruction set in use: METALENS_ISA, or the widest available.");
+  m.def(
+      "multiplies_bf16", [] { return metalens::cpu::kernels().bf16 != nullptr; },
+      "Whether the instruction set in use multiplies 16-bit operands faster; if not, precision 'bf16' computes as 'float32' does.");
   m.def("available_isas", &metalens::cpu::available_isas, "The instruction sets this build and this CPU share, separated by spaces.");
 }

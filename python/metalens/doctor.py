@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from metalens import _extension
 from metalens.arrays import number
-from metalens.ops import Weight, backend, linear, use_backend
+from metalens.ops import Weight, backend, linear, precision, use_backend
 
 
 def examine() -> dict[str, Any]:
@@ -36,6 +36,8 @@ def examine() -> dict[str, Any]:
     else:
         facts["instruction set"] = extension.isa()
         facts["instruction sets available"] = extension.available_isas().split()
+        facts["precision asked for"] = precision()
+        facts["16-bit operands"] = "multiplied faster" if extension.multiplies_bf16() else "computed as float32: the instruction set has none"
         facts["threads"] = extension.num_threads()
         error, speedup = _compare()
         facts["native against plain MLX, largest difference"] = f"{error:.1e}"

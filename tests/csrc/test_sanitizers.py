@@ -10,7 +10,7 @@ from csrc import build
 from metalens import _ext
 
 ISAS = _ext.available_isas().split()
-CHECKS = ["gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
+CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
 # One thread has nobody to race with, and the table's functions are called by one.
 CHECKS_WITH_THREADS = [check for check in CHECKS if check != "kernels_check"]
 

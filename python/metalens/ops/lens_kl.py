@@ -13,10 +13,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.backend import native, precision
+from metalens.ops.backend import precision
 from metalens.ops.chunks import in_chunks
 from metalens.ops.softmax import entropy, kl_divergence, softmax
-from metalens.ops.unembed import Head, head_logits, head_pullback
+from metalens.ops.unembed import Head, head_logits, head_pullback, native_head
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,9 @@ def lens_target(n_model: mx.array, head: Head) -> LensTarget:
     if n_model.ndim != 2 or n_model.shape[1] != d:
         raise ValueError(f"lens_target needs n_model [N, {d}], got {n_model.shape}.")
     n_model = mx.stop_gradient(n_model).astype(mx.float32)
-    extension = native()
-    native_head = None if extension is None else head.native(extension)
-    if extension is not None and native_head is not None:
-        lse, of_model, *mean = extension.lens_target(n_model, native_head, True, precision())
+    if (found := native_head(head)) is not None:
+        extension, kernel_head = found
+        lse, of_model, *mean = extension.lens_target(n_model, kernel_head, True, precision())
         return LensTarget(n_model, lse, of_model, mean[0] if mean else None)
 
     def chunk(n: mx.array) -> Sequence[mx.array]:
@@ -85,13 +84,12 @@ def lens_kl(n: mx.array, target: LensTarget, head: Head) -> tuple[mx.array, mx.a
         raise ValueError(f"lens_kl needs n [L, N, {d}] and a target of n_model [N, {d}]; got {n.shape} and {target.n.shape}.")
     if n.size == 0:
         return mx.zeros(n.shape[:2]), mx.zeros(n.shape)
-    extension = native()
-    native_head = None if extension is None else head.native(extension)
-    if extension is not None and native_head is not None:
+    if (found := native_head(head)) is not None:
+        extension, kernel_head = found
         mean = target.mean
         if mean is None and head.softcap is None:  # a target that the reference made
             mean = lens_target(target.n, head).mean
-        kl, dn = extension.lens_kl(n, native_head, target.n, target.lse, mean, True, precision())
+        kl, dn = extension.lens_kl(n, kernel_head, target.n, target.lse, mean, True, precision())
     else:
         kl, dn = _reference(n.astype(mx.float32), target, head)
     return kl, mx.stop_gradient(dn)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.backend import native, precision
+from metalens.ops.backend import precision
 from metalens.ops.chunks import in_chunks
 from metalens.ops.softmax import entropy, kl_divergence, softmax
-from metalens.ops.unembed import Head, head_logits
+from metalens.ops.unembed import Head, head_logits, native_head
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,9 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
         raise ValueError(f"labels must be {n.shape[1:2]} token ids for n {n.shape}, got {labels.dtype} {labels.shape}.")
     if n.shape[0] == 0:
         return _no_layers(n.shape[1], k, n_model is not None, labels is not None)
-    extension = native()
-    native_head = None if extension is None else head.native(extension)
-    if extension is not None and native_head is not None:
-        results = extension.lens_stats(n, native_head, k, n_model, labels, precision())
+    if (found := native_head(head)) is not None:
+        extension, kernel_head = found
+        results = extension.lens_stats(n, kernel_head, k, n_model, labels, precision())
     else:
 
         def chunk(n: mx.array, n_model: mx.array | None, labels: mx.array | None) -> list[mx.array]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalens.ops.backend import native
 from metalens.ops.linear import Weight, linear, native_reads
 
 
@@ -45,16 +46,18 @@ class Head:
         """Ids that can be predicted: 0 <= id < tokens."""
         return self.vocab_size if self.used_rows is None else self.used_rows
 
-    def native(self, extension: ModuleType) -> Any:
-        """The same head for the extension, or None if its kernels do not read the weight's format.
 
-        Raises:
-            ValueError: if its parts do not fit together.
-        """
-        w = self.weight
-        if not native_reads(w):
-            return None
-        return extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, self.bias, self.scale, self.softcap, self.used_rows)
+def native_head(head: Head) -> tuple[ModuleType, Any] | None:
+    """The extension and the same head as its kernels take it; None where plain MLX must do, because of the backend or the weight's format.
+
+    Raises:
+        ValueError: if the head's parts do not fit together.
+    """
+    w, extension = head.weight, native()
+    if extension is None or not native_reads(w):
+        return None
+    made = extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, head.bias, head.scale, head.softcap, head.used_rows)
+    return extension, made
 
 
 def head_logits(n: mx.array, head: Head) -> mx.array:
