@@ -65,9 +65,9 @@ NB_MODULE(_ext, m) {
       "[KL(model || lens) [L, N]] and its gradient [L, N, D] at n [L, N, D]; lse and mean are lens_target's of n_model [N, D]. Differentiable in n.");
 
   m.def(
-      "translate_norm", &metalens::translate_norm, "h"_a, "w"_a, "b"_a = nb::none(), "norm"_a = "rms", "gain"_a = nb::none(),
+      "translate_norm", &metalens::translate_norm, "h"_a, "w"_a = nb::none(), "b"_a = nb::none(), "norm"_a = "rms", "gain"_a = nb::none(),
       "norm_bias"_a = nb::none(), "eps"_a = 1e-5f, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
-      "norm(h W^T + b) [..., D] float32; norm 'rms', 'layer' or 'none'. Differentiable in h, w and b.");
+      "norm(h W^T + b) [..., D] float32, W the identity if none; norm 'rms', 'layer' or 'none'. Differentiable in h, w and b.");
 
   m.def(
       "attention", &metalens::attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a = false, "mask"_a = nb::none(), "precision"_a = "float32",

@@ -20,9 +20,13 @@ void for_rows(int64_t rows, int64_t d, const F& f) {
 
 }  // namespace
 
-void translate_norm(const float* h, int64_t rows, const Matrix& w, const float* b, const Norm& norm, Precision precision, float* y, float* n) {
-  const int64_t d = w.rows;
-  gemm(h, rows, d, w.cols, w, true, precision, y);
+void translate_norm(
+    const float* h, int64_t rows, int64_t d, const Matrix* w, const float* b, const Norm& norm, Precision precision, float* y, float* n) {
+  if (w) {
+    gemm(h, rows, d, d, *w, true, precision, y);
+  } else {
+    std::copy_n(h, rows * d, y);
+  }
   for_rows(rows, d, [&](int64_t r) {
     if (b) kernels().transform(y + r * d, b, d, 1, 0);
     if (norm.enabled) {

@@ -16,8 +16,9 @@ struct Norm {
   const float* bias;  // [D], or null
 };
 
-// h [rows, D]; W [D, D] dense; b [D], or null. y and n [rows, D].
-void translate_norm(const float* h, int64_t rows, const Matrix& w, const float* b, const Norm& norm, Precision precision, float* y, float* n);
+// h [rows, D]; W [D, D] dense, or null for the identity; b [D], or null. y and n [rows, D].
+void translate_norm(
+    const float* h, int64_t rows, int64_t d, const Matrix* w, const float* b, const Norm& norm, Precision precision, float* y, float* n);
 
 // dy [rows, D] from dn, with the moments of the rows y taken anew.
 void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, float* dy);

@@ -50,18 +50,19 @@ class NormBackward : public CpuPrimitive {
   NormSpec norm_;
 };
 
-// Inputs: h [N, D], w, b if there is one, the norm's arrays. Outputs: n and, for the way back, y.
+// Inputs: h [N, D], w and b if there are any, the norm's arrays. Outputs: n and, for the way back, y.
 class TranslateNorm : public CpuPrimitive {
  public:
-  TranslateNorm(mx::Stream stream, NormSpec norm, bool has_b, cpu::Precision precision)
-      : CpuPrimitive(stream), norm_(norm), has_b_(has_b), precision_(precision) {
+  TranslateNorm(mx::Stream stream, NormSpec norm, bool has_w, bool has_b, cpu::Precision precision)
+      : CpuPrimitive(stream), norm_(norm), has_w_(has_w), has_b_(has_b), precision_(precision) {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch(stream(), inputs, outputs, [spec = norm_, has_b = has_b_, precision = precision_](auto& in, auto& out) {
-      const float* b = has_b ? in[2].template data<float>() : nullptr;
+    dispatch(stream(), inputs, outputs, [spec = norm_, has_w = has_w_, has_b = has_b_, precision = precision_](auto& in, auto& out) {
+      const cpu::Matrix w = has_w ? WeightSpec{}.matrix(&in[1]) : cpu::Matrix{};
+      const float* b = has_b ? in[1 + has_w].template data<float>() : nullptr;
       cpu::translate_norm(
-          in[0].template data<float>(), in[0].shape(0), WeightSpec{}.matrix(&in[1]), b, spec.norm(in.data() + 2 + has_b), precision,
+          in[0].template data<float>(), in[0].shape(0), in[0].shape(1), has_w ? &w : nullptr, b, spec.norm(in.data() + 1 + has_w + has_b), precision,
           out[1].template data<float>(), out[0].template data<float>());
     });
   }
@@ -72,16 +73,16 @@ class TranslateNorm : public CpuPrimitive {
       const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override {
     std::vector<mx::array> inputs{outputs[1], mx::contiguous(cotangents[0], false, stream())};
-    inputs.insert(inputs.end(), primals.begin() + 2 + has_b_, primals.end());
+    inputs.insert(inputs.end(), primals.begin() + 1 + has_w_ + has_b_, primals.end());
     const auto dy = mx::array(outputs[1].shape(), mx::float32, std::make_shared<NormBackward>(stream(), norm_), inputs);
     const std::string precision = precision_ == cpu::Precision::bf16 ? "bf16" : "float32";
     std::vector<mx::array> grads;
     for (int argnum : argnums) {
       if (argnum == 0) {
-        grads.push_back(matmul(dy, primals[1], false, mx::float32, precision, stream()));
-      } else if (argnum == 1) {
+        grads.push_back(has_w_ ? matmul(dy, primals[1], false, mx::float32, precision, stream()) : dy);
+      } else if (argnum == 1 && has_w_) {
         grads.push_back(matmul(mx::transpose(dy, stream()), primals[0], false, mx::float32, precision, stream()));
-      } else if (argnum == 2 && has_b_) {
+      } else if (argnum == 1 + has_w_ && has_b_) {
         grads.push_back(mx::sum(dy, 0, false, stream()));
       } else {
         reject("translate_norm is differentiable in h, w and b: the norm is frozen. Use mx.stop_gradient on it.");
@@ -98,12 +99,12 @@ class TranslateNorm : public CpuPrimitive {
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const TranslateNorm&>(other);
-    return norm_ == o.norm_ && has_b_ == o.has_b_ && precision_ == o.precision_;
+    return norm_ == o.norm_ && has_w_ == o.has_w_ && has_b_ == o.has_b_ && precision_ == o.precision_;
   }
 
  private:
   NormSpec norm_;
-  bool has_b_;
+  bool has_w_, has_b_;
   cpu::Precision precision_;
 };
 
@@ -117,7 +118,7 @@ void check_vector(const std::optional<mx::array>& v, const char* name, int d) {
 
 mx::array translate_norm(
     const mx::array& h,
-    const mx::array& w,
+    const std::optional<mx::array>& w,
     const std::optional<mx::array>& b,
     const std::string& norm,
     const std::optional<mx::array>& gain,
@@ -129,7 +130,9 @@ mx::array translate_norm(
   if (norm != "rms" && norm != "layer" && norm != "none") reject("norm must be 'rms', 'layer' or 'none', not '", norm, "'.");
   if (h.ndim() < 1 || !is_float(h.dtype())) reject("h must be [..., D] floats, not ", h.dtype(), " ", h.shape(), ".");
   const int d = h.shape(-1);
-  if (w.shape() != mx::Shape{d, d} || !is_float(w.dtype())) reject("w must be ", mx::Shape{d, d}, " floats, not ", w.dtype(), " ", w.shape(), ".");
+  if (w && (w->shape() != mx::Shape{d, d} || !is_float(w->dtype()))) {
+    reject("w must be ", mx::Shape{d, d}, " floats, not ", w->dtype(), " ", w->shape(), ".");
+  }
   if (d == 0) reject("h must have at least one column.");
   check_vector(b, "b", d);
   check_vector(gain, "the norm's weight", d);
@@ -137,11 +140,11 @@ mx::array translate_norm(
   const bool enabled = norm != "none";
   if (!enabled && (gain || norm_bias)) reject("norm 'none' has no weight and no bias.");
   const NormSpec spec{enabled, norm == "layer", eps, gain.has_value(), norm_bias.has_value()};
-  std::vector<mx::array> inputs{as_rows(mx::reshape(h, {int(h.size() / d), d}, stream), stream), as_rows(w, stream)};
-  for (const auto& v : {b, gain, norm_bias}) {
+  std::vector<mx::array> inputs{as_rows(mx::reshape(h, {int(h.size() / d), d}, stream), stream)};
+  for (const auto& v : {w, b, gain, norm_bias}) {
     if (v) inputs.push_back(as_rows(*v, stream));
   }
-  auto primitive = std::make_shared<TranslateNorm>(stream, spec, b.has_value(), precision_named(precision));
+  auto primitive = std::make_shared<TranslateNorm>(stream, spec, w.has_value(), b.has_value(), precision_named(precision));
   const auto outputs = mx::array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32}, primitive, inputs);
   return mx::reshape(outputs[0], h.shape(), stream);
 }

@@ -9,11 +9,11 @@
 
 namespace metalens {
 
-// h [..., D], w [D, D], b [D] or none; norm is "rms", "layer" or "none", with gain and bias [D] or none. Returns [..., D] float32. Differentiable in
-// h, w and b; the norm is frozen.
+// h [..., D], w [D, D] or none for the identity, b [D] or none; norm is "rms", "layer" or "none", with gain and bias [D] or none. Returns [..., D]
+// float32. Differentiable in h, w and b; the norm is frozen.
 mx::array translate_norm(
     const mx::array& h,
-    const mx::array& w,
+    const std::optional<mx::array>& w,
     const std::optional<mx::array>& b,
     const std::string& norm,
     const std::optional<mx::array>& gain,

@@ -53,7 +53,8 @@ void check_norm(
   std::vector<float> h = normals(rows * d, 1), y(rows * d, kNaN), n(rows * d, kNaN);
   if (broken >= 0) h[broken * d + d / 2] = kNaN;
   const Norm norm{enabled, center, 1e-3f, with_gain ? gain.data() : nullptr, with_bias ? bias.data() : nullptr};
-  translate_norm(h.data(), rows, w.matrix(), with_b ? b.data() : nullptr, norm, precision, y.data(), n.data());
+  const Matrix matrix = w.matrix();
+  translate_norm(h.data(), rows, d, &matrix, with_b ? b.data() : nullptr, norm, precision, y.data(), n.data());
   for (int64_t r = 0; r < rows; ++r) {
     std::vector<double> exact(d);
     for (int64_t j = 0; j < d; ++j) {

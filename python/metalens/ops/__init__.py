@@ -9,7 +9,7 @@ from metalens.ops.backend import backend, precision, use_backend, use_precision
 from metalens.ops.lens_kl import LensTarget, lens_kl, lens_target
 from metalens.ops.lens_stats import LensStats, lens_stats
 from metalens.ops.linear import Weight, linear, quantized_matmul
-from metalens.ops.translate_norm import Norm, translate_norm
+from metalens.ops.translate_norm import Norm, normed, translate_norm
 from metalens.ops.unembed import Head, head_logits
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "lens_stats",
     "lens_target",
     "linear",
+    "normed",
     "precision",
     "quantized_matmul",
     "swiglu",

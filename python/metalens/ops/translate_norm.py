@@ -48,13 +48,35 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) ->
     """
     h = h.astype(mx.float32)
     extension = native()
-    gain, shift = (None if p is None else mx.stop_gradient(p) for p in (norm.weight, norm.bias))
     if extension is not None and norm.kind is not None and {weight.dtype, bias.dtype} <= set(FLOATS):
-        n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, gain, shift, norm.eps, precision())
+        n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, *_frozen(norm), norm.eps, precision())
         return n
-    y = linear(h, Weight(weight)) + bias
+    return _plain(linear(h, Weight(weight)) + bias, norm)
+
+
+def normed(h: mx.array, norm: Norm) -> mx.array:
+    """The rows norm(h) in float32, to the last bit what `translate_norm` gives for W = I and b = 0.
+
+    A lens's last translator is perfect as the identity. Were the model's own row rounded otherwise, its gradient would not be exactly zero, and steps
+    that are too long for so sharp a minimum would carry it away.
+    """
+    h = h.astype(mx.float32)
+    extension = native()
+    if extension is not None and norm.kind is not None:
+        n: mx.array = extension.translate_norm(h, None, None, norm.kind, *_frozen(norm), norm.eps, precision())
+        return n
+    return _plain(h, norm)
+
+
+def _frozen(norm: Norm) -> tuple[mx.array | None, mx.array | None]:
+    gain, bias = (None if p is None else mx.stop_gradient(p) for p in (norm.weight, norm.bias))
+    return gain, bias
+
+
+def _plain(y: mx.array, norm: Norm) -> mx.array:
+    gain, bias = _frozen(norm)
     if norm.kind == "rms":
         return mx.fast.rms_norm(y, gain, norm.eps)
     if norm.kind == "layer":
-        return mx.fast.layer_norm(y, gain, shift, norm.eps)
+        return mx.fast.layer_norm(y, gain, bias, norm.eps)
     return norm(y)

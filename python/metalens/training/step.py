@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.lens import TunedLens
-from metalens.ops import lens_kl, lens_target, translate_norm
+from metalens.ops import lens_kl, lens_target, normed, translate_norm
 from metalens.readout import lens_rows
 from metalens.stream import Stream
 from metalens.unembed import Unembed
@@ -34,7 +34,7 @@ def loss_and_gradient(lens: TunedLens, stream: Stream, unembed: Unembed) -> tupl
     d, num_layers = lens.hidden_dim, lens.num_layers
     hidden = [mx.stop_gradient(h).reshape(-1, d).astype(mx.float32) for h in stream.hidden]
     tokens = hidden[0].shape[0]
-    target = lens_target(unembed.norm(stream.hidden[-1].reshape(-1, d)), unembed.head)
+    target = lens_target(normed(hidden[-1], unembed.norm), unembed.head)
     n = lens_rows(hidden, range(num_layers), lens, unembed.norm)
     kl, dn = lens_kl(n, target, unembed.head)
 
