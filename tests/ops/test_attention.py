@@ -49,7 +49,9 @@ def test_values(rng, each_backend, shape, dtype, masked):
     }[masked]
     y = attention(q, k, v, scale=0.3, mask=mask)
     assert y.dtype == dtype
-    np.testing.assert_allclose(oracle.wide(y), expected(q, k, v, 0.3, to_add), atol=2 * EPSILON[dtype] if masked == "numbers" else EPSILON[dtype])
+    # Plain MLX rounds between its operations in 16 bits; numbers of a mask are rounded too.
+    loose = (3 if each_backend == "reference" else 1) * (2 if masked == "numbers" else 1)
+    np.testing.assert_allclose(oracle.wide(y), expected(q, k, v, 0.3, to_add), atol=loose * EPSILON[dtype])
 
 
 def test_masks_of_each_head_and_sinks_are_left_to_plain_mlx(rng, native):
