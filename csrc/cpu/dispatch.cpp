@@ -11,6 +11,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "cpu/kernels.h"
 
@@ -18,6 +24,7 @@ namespace metalens::cpu {
 
 #if defined(__aarch64__)
 extern const KernelTable neon_kernels;
+extern const KernelTable neonbf16_kernels;
 constexpr const KernelTable& baseline = neon_kernels;
 #else
 extern const KernelTable portable_kernels;
@@ -31,6 +38,23 @@ extern const KernelTable amx_kernels;
 #endif
 
 namespace {
+
+#if defined(__aarch64__)
+
+bool has_bf16_dot() {
+#if defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof(present);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, nullptr, 0) == 0 && present;
+#elif defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16 of <asm/hwcap.h>, which older systems lack
+  return getauxval(AT_HWCAP2) & kBf16;
+#else
+  return false;
+#endif
+}
+
+#endif
 
 #if defined(__x86_64__)
 
@@ -64,6 +88,9 @@ bool amx_permitted() {
 
 std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables{&baseline};
+#if defined(__aarch64__)
+  if (has_bf16_dot()) tables.push_back(&neonbf16_kernels);
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {

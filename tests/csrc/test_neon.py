@@ -31,3 +31,13 @@ def test_kernels_are_right_on_arm(checks, check, isa):
     environment = {**os.environ, "METALENS_ISA": isa, "METALENS_NUM_THREADS": "2"}
     done = subprocess.run([EMULATOR, "-cpu", "max", checks[check]], env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
+
+
+def test_a_kl_of_16_bit_operands_is_as_exact_as_promised(tmp_path):
+    source, options = build.units("aarch64")["neonbf16"]
+    sources = [build.HERE / "bf16_accuracy_check.cpp", source]
+    sources += [build.ROOT / f"csrc/cpu/{name}.cpp" for name in ("buffer", "product", "lens_kl", "lens_target", "thread_pool")]
+    flags = [*build.release_flags(), *options, "-static", "-DMETALENS_CHECKED_TABLE=neonbf16_kernels", f"-I{build.ROOT / 'csrc'}", f"-I{build.HERE}"]
+    subprocess.run([COMPILER, "-std=c++20", "-Wno-psabi", *flags, *sources, "-o", tmp_path / "check"], check=True)
+    done = subprocess.run([EMULATOR, "-cpu", "max", tmp_path / "check"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
