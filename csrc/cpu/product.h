@@ -107,11 +107,13 @@ class BlockProduct {
   Buffer<std::byte> panel_;
 };
 
-// Ids [first, first + count) of share number `share` out of `shares`, in whole blocks.
+// Ids [first, last).
 struct VocabularyRange {
   int64_t first;
   int64_t last;
 };
+
+// Share number `share` out of `shares`, in whole blocks.
 VocabularyRange vocabulary_share(int64_t vocab, int64_t share, int64_t shares);
 
 // Into how many shares the vocabulary is split so that `tasks` row blocks keep all threads busy.
