@@ -16,6 +16,7 @@ from types import ModuleType
 import mlx.core as mx
 
 BUILD_INFO = Path(__file__).parent / "_build_info.json"
+LIBRARY_INDEX = Path(__file__).parent / "metalens_kernels.json"
 
 
 @cache
@@ -40,6 +41,15 @@ def find() -> tuple[ModuleType | None, str]:
     except (ImportError, TypeError, RuntimeError) as error:
         return None, f"it could not be loaded: {error}"
     return extension, ""
+
+
+@cache
+def library_kernels() -> frozenset[str]:
+    """The Metal kernels in the metallib that the build made; none where there was no Metal compiler or there is no GPU."""
+    extension, _ = find()
+    if extension is None or not extension.metal_library():
+        return frozenset()
+    return frozenset(json.loads(LIBRARY_INDEX.read_text()))
 
 
 def load() -> ModuleType | None:

@@ -18,7 +18,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from metalens.ops.activation import swiglu
 from metalens.ops.attention import attention
-from metalens.ops.linear import Weight, linear
+from metalens.ops.linear import linear
+from metalens.weight import Weight
 
 Function = Callable[..., Any]
 

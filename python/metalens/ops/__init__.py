@@ -8,9 +8,10 @@ from metalens.ops.attention import attention
 from metalens.ops.backend import backend, precision, use_backend, use_precision
 from metalens.ops.lens_kl import LensTarget, lens_kl, lens_target
 from metalens.ops.lens_stats import LensStats, lens_stats
-from metalens.ops.linear import Weight, linear, quantized_matmul
+from metalens.ops.linear import linear, quantized_matmul
 from metalens.ops.translate_norm import Norm, normed, translate_norm
 from metalens.ops.unembed import Head, head_logits
+from metalens.weight import Weight
 
 __all__ = [
     "Head",

@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from metalens.ops.backend import native
 from metalens.ops.gradient import with_gradient_of
-from metalens.ops.linear import FLOATS
+from metalens.weight import FLOATS
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:

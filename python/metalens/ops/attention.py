@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from metalens.ops.backend import native, precision
 from metalens.ops.gradient import with_gradient_of
-from metalens.ops.linear import FLOATS
+from metalens.weight import FLOATS
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | mx.array | None = None, sinks: mx.array | None = None) -> mx.array:

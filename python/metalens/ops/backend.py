@@ -1,4 +1,4 @@
-"""How an operation runs: plain MLX (`reference`) or the extension's CPU kernels (`native`), and how exact the kernels' operands are."""
+"""How an operation runs: plain MLX (`reference`), the extension's CPU kernels (`native`) or the GPU's (`metal`), and how exact their operands are."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Literal
 import mlx.core as mx
 
 from metalens import _extension
+from metalens.metal import kernel
 from metalens.ops.choice import Choice
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "metal"]
 Precision = Literal["float32", "bf16"]
 
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native")
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "metal")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 VARIABLE = "METALENS_BACKEND"
 
@@ -31,7 +32,8 @@ def backend() -> Backend:
 def use_backend(name: Backend) -> AbstractContextManager[None]:
     """Run the operations called inside the `with` block on this backend.
 
-    'auto' takes the fastest that is available for the default device; 'native' raises RuntimeError where the extension can't be used.
+    'auto' takes the fastest that is available for the default device; 'native' raises RuntimeError where the extension can't be used, 'metal' where
+    there is no Metal GPU. Operations without a Metal kernel run in plain MLX there, which has its own.
     The choice is made when an operation is called, not when its result is evaluated.
 
     Raises:
@@ -49,7 +51,7 @@ def use_precision(name: Precision) -> AbstractContextManager[None]:
     """Choose how exact the operands of the native kernels' products are inside the `with` block; sums are float32 in either.
 
     'float32' takes operands as they are. 'bf16' lets them be rounded to bfloat16 (2^-9 relative) where the CPU multiplies that faster (AMX, AVX-512
-    BF16); elsewhere the two are the same. The reference backend ignores it.
+    BF16), and to float16 on a GPU, which is finer; elsewhere the two are the same. The reference backend ignores it.
 
     Raises:
         ValueError: on entering the block, for another name.
@@ -66,7 +68,7 @@ def warn_if_slow() -> None:
 def native() -> ModuleType | None:
     """The extension if the next operation should use it, else None."""
     wanted = backend()
-    if wanted == "reference":
+    if wanted in ("reference", "metal"):
         return None
     if wanted == "native":
         extension, reason = _extension.find()
@@ -76,3 +78,12 @@ def native() -> ModuleType | None:
     if mx.default_device().type != mx.DeviceType.cpu:
         return None
     return _extension.load()
+
+
+def metal() -> bool:
+    """Whether the next operation should use the Metal kernels."""
+    wanted = backend()
+    available = mx.metal.is_available() or kernel.factory is not None
+    if wanted == "metal" and not available:
+        raise RuntimeError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")
+    return wanted == "metal" or (wanted == "auto" and available and mx.default_device().type == mx.DeviceType.gpu)

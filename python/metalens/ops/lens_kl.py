@@ -7,16 +7,18 @@ multiplication: dKL/dz = q - p, subtracted before it is multiplied with U, becau
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.backend import precision
+from metalens.metal import kl as on_metal
+from metalens.ops.backend import metal, precision
 from metalens.ops.chunks import in_chunks
 from metalens.ops.softmax import entropy, kl_divergence, softmax
 from metalens.ops.unembed import Head, head_logits, head_pullback, native_head
+from metalens.weight import native_reads
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def lens_target(n_model: mx.array, head: Head) -> LensTarget:
     if n_model.ndim != 2 or n_model.shape[1] != d:
         raise ValueError(f"lens_target needs n_model [N, {d}], got {n_model.shape}.")
     n_model = mx.stop_gradient(n_model).astype(mx.float32)
+    if n_model.size and native_reads(head.weight) and metal():
+        return LensTarget(n_model, *on_metal.lens_target(n_model, head, precision() == "bf16"))
     if (found := native_head(head)) is not None:
         extension, kernel_head = found
         lse, of_model, *mean = extension.lens_target(n_model, kernel_head, True, precision())
@@ -84,7 +88,9 @@ def lens_kl(n: mx.array, target: LensTarget, head: Head) -> tuple[mx.array, mx.a
         raise ValueError(f"lens_kl needs n [L, N, {d}] and a target of n_model [N, {d}]; got {n.shape} and {target.n.shape}.")
     if n.size == 0:
         return mx.zeros(n.shape[:2]), mx.zeros(n.shape)
-    if (found := native_head(head)) is not None:
+    if native_reads(head.weight) and metal():
+        kl, dn = _with_gradient(n, lambda n: on_metal.lens_kl(n, target.n, target.lse, head, precision() == "bf16"))
+    elif (found := native_head(head)) is not None:
         extension, kernel_head = found
         mean = target.mean
         if mean is None and head.softcap is None:  # a target that the reference made
@@ -102,9 +108,15 @@ def _reference(n: mx.array, target: LensTarget, head: Head) -> Sequence[mx.array
         log_p, p, _ = softmax(head_logits(n_model, head))
         return kl_divergence(p, log_p, log_q), head_pullback(q - p, z, head)
 
+    return _with_gradient(n, lambda n: in_chunks(chunk, n, [target.n], head.vocab_size))
+
+
+def _with_gradient(n: mx.array, function: Callable[[mx.array], Sequence[mx.array]]) -> Sequence[mx.array]:
+    """function(n) = (kl, dkl/dn), as something whose first result is differentiable in n by the second."""
+
     @mx.custom_function
     def with_gradient(n: mx.array) -> Sequence[mx.array]:
-        return in_chunks(chunk, n, [target.n], head.vocab_size)
+        return function(n)
 
     @with_gradient.vjp
     def _(_: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.backend import precision
+from metalens.metal import stats as on_metal
+from metalens.ops.backend import metal, precision
 from metalens.ops.chunks import in_chunks
 from metalens.ops.softmax import entropy, kl_divergence, softmax
 from metalens.ops.unembed import Head, head_logits, native_head
+from metalens.weight import native_reads
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def lens_stats(n: mx.array, head: Head, k: int = 1, n_model: mx.array | None = N
         raise ValueError(f"labels must be {n.shape[1:2]} token ids for n {n.shape}, got {labels.dtype} {labels.shape}.")
     if n.shape[0] == 0:
         return _no_layers(n.shape[1], k, n_model is not None, labels is not None)
-    if (found := native_head(head)) is not None:
+    if k <= on_metal.LARGEST_K and native_reads(head.weight) and metal():
+        results = on_metal.lens_stats(n, head, k, n_model, labels, precision() == "bf16")
+    elif (found := native_head(head)) is not None:
         extension, kernel_head = found
         results = extension.lens_stats(n, kernel_head, k, n_model, labels, precision())
     else:

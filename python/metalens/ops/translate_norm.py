@@ -8,8 +8,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from metalens.ops.backend import native, precision
-from metalens.ops.linear import FLOATS, Weight, linear
+from metalens.metal import translate as on_metal
+from metalens.ops.backend import metal, native, precision
+from metalens.ops.linear import linear
+from metalens.weight import FLOATS, Weight
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) ->
         [..., D], float32 unless the norm's function says otherwise.
     """
     h = h.astype(mx.float32)
+    if norm.kind is not None and h.size and {weight.dtype, bias.dtype} <= set(FLOATS) and metal():
+        return on_metal.translate_norm(h, weight, bias, norm, lambda y: _plain(y, norm))
     extension = native()
     if extension is not None and norm.kind is not None and {weight.dtype, bias.dtype} <= set(FLOATS):
         n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, *_frozen(norm), norm.eps, precision())

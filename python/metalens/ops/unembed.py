@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.ops.backend import native
-from metalens.ops.linear import Weight, linear, native_reads
+from metalens.ops.linear import linear
+from metalens.weight import Weight, native_reads
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+// lens_pullback: dn = scale * (q - p) U, the second product of training, leaving out tiles in which every |q - p| is negligible.
+//
+//                   32 columns
+//        g    +-----+           +----------+        A threadgroup takes BM rows and BN columns of D past a share of the vocabulary, 32 ids at a time.
+//             | BM  |     ids   |    U     |  BN    U is read as it lies, [ids, columns]: no transposition. Several shares give several sums, which are
+//             +-----+           +----------+        added in order by the caller.
+//
+// What is left out adds less than `negligible` times sum |q - p| times the largest |U|: with 2^-24, less than float32's own rounding of the sum. The map
+// of lens_softmax_grad says for every row and 32 ids how large |q - p| is; all simdgroups read the same entries and so decide alike.
+#pragma once
+
+#include "tile.h"
+
+namespace metalens {
+
+struct PullbackProblem {
+  int rows;   // N
+  int width;  // V: of g's rows and the map's
+  int vocab;  // ids below it are tokens
+  int columns;  // D
+  int share;    // ids per split, a multiple of 32
+  float negligible;  // of the row's sum |q - p|, for all that is left out; negative: leave out nothing
+  float scale;       // the head's, divided by the magnifier of g
+};
+
+// Whether some row of the block has something to add for these 32 ids.
+METAL_FUNC bool matters(
+    const device PullbackProblem& problem, const device float* largest, const device float* mass, int first_row, int rows, int base, uint lane) {
+  const int map_columns = (problem.width + MAP_WIDTH - 1) / MAP_WIDTH;
+  bool any = false;
+  for (int i = int(lane); i < rows; i += LANES) {
+    const int row = first_row + i;
+    if (row < problem.rows) {
+      const float most = largest[long(row) * map_columns + base / MAP_WIDTH];
+      any = any || !(most * float(problem.vocab) <= problem.negligible * mass[row]);  // also where a row is NaN
+    }
+  }
+  return simd_any(any);
+}
+
+template <typename G, typename Format, typename Tiles>
+METAL_FUNC void lens_pullback(
+    const device G* g,            // [N, V]
+    const device float* largest,  // [N, ceil(V / 32)]
+    const device float* mass,     // [N]
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    const device int* problem_words,
+    device float* dn,  // [splits, N, D]
+    threadgroup float* shared,
+    uint3 group,
+    uint simd,
+    uint lane) {
+  using Operand = typename Tiles::Operand;
+  static_assert(Tiles::BK == MAP_WIDTH, "a step takes the ids of one entry of the map");
+  constexpr int pitch_u = Tiles::BN + 16 / int(sizeof(Operand));
+  static_assert((Tiles::BM * Tiles::PITCH + Tiles::BK * pitch_u) * int(sizeof(Operand)) / 4 <= Tiles::FLOATS, "the operands fit");
+  const device PullbackProblem& problem = *reinterpret_cast<const device PullbackProblem*>(problem_words);
+  threadgroup Operand* gs = reinterpret_cast<threadgroup Operand*>(shared);
+  threadgroup Operand* us = gs + Tiles::BM * Tiles::PITCH;
+  const int me = int(simd) * LANES + int(lane);
+  const int first_row = int(group.x) * Tiles::BM;
+  const int first_column = int(group.y) * Tiles::BN;
+
+  Accumulators<Tiles> acc;
+  clear(acc);
+  float unit[UNIT];
+  const int begin = int(group.z) * problem.share;
+  const int end = min(begin + problem.share, problem.vocab);
+  for (int base = begin; base < end; base += Tiles::BK) {
+    if (!matters(problem, largest, mass, first_row, Tiles::BM, base, lane)) {
+      continue;  // in all simdgroups
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the last operands have been read
+    for (int u = me; u < Tiles::BM * Tiles::BK / UNIT; u += THREADS) {
+      const int i = u / (Tiles::BK / UNIT);
+      const int k = u % (Tiles::BK / UNIT) * UNIT;
+      const device G* from = first_row + i < problem.rows ? g + long(first_row + i) * problem.width : nullptr;
+      load_row_unit(from, base + k, end, unit);
+      store_unit(unit, gs + i * Tiles::PITCH + k);
+    }
+    for (int u = me; u < Tiles::BK * Tiles::BN / UNIT; u += THREADS) {
+      const int k = u / (Tiles::BN / UNIT);
+      const int column = first_column + u % (Tiles::BN / UNIT) * UNIT;
+      load_weight_unit<Format>(values, scales, biases, base + k < end ? base + k : -1, column, problem.columns, unit);
+      store_unit(unit, us + k * pitch_u + u % (Tiles::BN / UNIT) * UNIT);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    multiply<Tiles, false, pitch_u>(acc, gs, us, simd);
+  }
+
+  put_tile(acc, shared, simd);
+  for (int at = me; at < Tiles::BM * Tiles::BN; at += THREADS) {
+    const int i = at / Tiles::BN;
+    const int column = first_column + at % Tiles::BN;
+    if (first_row + i < problem.rows && column < problem.columns) {
+      dn[(long(group.z) * problem.rows + first_row + i) * problem.columns + column] = shared[i * Tiles::PITCH_Z + at % Tiles::BN] * problem.scale;
+    }
+  }
+}
+
+}  // namespace metalens

@@ -1,0 +1,171 @@
+// lens_softmax_grad: from a chunk of logits to q - p, with the KL divergence, the log-sum-exp and the entropy of every row.
+//
+// The delta form (design of csrc/cpu/lens_kl.h): for a linear head the chunk holds the differences d = z - z* themselves, which a matrix product of
+// n - n* gives with errors relative to the difference. With a softcap it holds products of n, and d is what remains of two capped logits. With the
+// model's log-probability lp = z* - lse*, p = exp(lp) and any shift c,
+//   S = sum exp(lp + d - c) - 1      KL = log(1 + S) + c - sum p d      q - p = (p (exp(d - c) - 1) - S p) / (1 + S)
+// and for c = sum p d the terms of S are p (exp(t) - 1 - t), t = d - c: none is negative, so a small KL is as exact as a large one.
+// Where d is far above its mean somewhere, exp(d - c) would overflow; there c is taken larger.
+//
+// A threadgroup of 256 threads for each row, three passes: the mean and the largest of d; S and the entropy; q - p. The gradient may overwrite the chunk:
+// each thread reads an element before it writes it. Beside it goes a map: the largest |q - p| of every 32 ids, and their sum over the row, by which
+// lens_pullback leaves out tiles that would not change the gradient.
+#pragma once
+
+#include "head.h"
+
+namespace metalens {
+
+constexpr constant int GRAD_SIMDS = 8;
+constexpr constant int GRAD_THREADS = GRAD_SIMDS * LANES;
+
+struct SoftmaxGradProblem {
+  int rows;    // of the chunk
+  int tokens;  // row r belongs to token r mod tokens
+  int width;   // V: logits of a row, padding included
+  int vocab;   // ids below it are tokens
+  int is_delta;
+  float softcap;    // 0: none
+  float magnifier;  // of the gradient: a power of two that keeps it within a half's range
+};
+
+// The sum over the threadgroup, in a fixed order; every thread has it. `slots` is a float for each simdgroup.
+METAL_FUNC float threadgroup_sum(float mine, threadgroup float* slots, uint simd, uint lane) {
+  const float of_simd = simd_sum(mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // the slots' last values have been read
+  if (lane == 0) {
+    slots[simd] = of_simd;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float sum = 0.0f;
+  for (int i = 0; i < GRAD_SIMDS; ++i) {
+    sum += slots[i];
+  }
+  return sum;
+}
+
+METAL_FUNC float threadgroup_max(float mine, threadgroup float* slots, uint simd, uint lane) {
+  const float of_simd = simd_max(mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (lane == 0) {
+    slots[simd] = of_simd;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float largest = slots[0];
+  for (int i = 1; i < GRAD_SIMDS; ++i) {
+    largest = max(largest, slots[i]);
+  }
+  return largest;
+}
+
+// One token of one row.
+struct Compared {
+  float log_p;
+  float p;
+  float d;      // z - z*
+  float slope;  // of the lens's softcap
+};
+
+METAL_FUNC Compared compare(const device SoftmaxGradProblem& problem, float chunk, float of_model, float lse_model) {
+  Compared one;
+  const float z_model = softcapped(of_model, problem.softcap);
+  const float z = softcapped(chunk, problem.softcap);
+  one.log_p = z_model - lse_model;
+  one.p = precise::exp(one.log_p);
+  one.d = problem.is_delta != 0 ? chunk : z - z_model;
+  one.slope = problem.is_delta != 0 ? 1.0f : softcap_slope(z, problem.softcap);
+  if (one.log_p == -INFINITY && one.d != one.d) {
+    one.d = 0.0f;  // ruled out in both: -inf - -inf
+  }
+  return one;
+}
+
+// p exp(t) - p; where p underflows but q does not, exp(t) alone would overflow.
+METAL_FUNC float raised(Compared one, float t) {
+  return abs(t) < 1.0f ? one.p * exp_minus_one(t) : precise::exp(one.log_p + t) - one.p;
+}
+
+template <typename G>
+METAL_FUNC void lens_softmax_grad(
+    const device float* chunk,      // [rows, V]
+    const device float* model,      // [tokens, V] products of n*, without softcap
+    const device float* lse_model,  // [tokens]
+    const device int* problem_words,
+    device G* gradient,     // [rows, V] magnifier * (q - p) * slope; may be the chunk itself
+    device float* largest,  // [rows, ceil(V / 32)] max |q - p| of 32 ids
+    device float* mass,     // [rows] sum |q - p|
+    device float* kl,       // [rows]
+    device float* lse,      // [rows]
+    device float* entropy,  // [rows]
+    threadgroup float* slots,
+    uint3 group,
+    uint simd,
+    uint lane) {
+  const device SoftmaxGradProblem& problem = *reinterpret_cast<const device SoftmaxGradProblem*>(problem_words);
+  const int row = int(group.x);
+  const long first = long(row) * problem.width;
+  const long first_of_model = long(row % problem.tokens) * problem.width;
+  const float lse_of_model = lse_model[row % problem.tokens];
+  const int me = int(simd) * LANES + int(lane);
+
+  float total = 0.0f, weighted = 0.0f, highest = -INFINITY;
+  for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
+    const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+    total += one.p;
+    weighted += one.p > 0.0f ? one.p * one.d : 0.0f;
+    highest = max(highest, one.log_p + one.d);
+    if (isnan(one.d) || isnan(one.p)) {
+      weighted = NAN;
+    }
+  }
+  total = threadgroup_sum(total, slots, simd, lane);
+  const float mean = threadgroup_sum(weighted, slots, simd, lane) / total;
+  highest = threadgroup_max(highest, slots, simd, lane);
+  const float shift = max(mean, highest - 60.0f);
+
+  float beyond = 0.0f, of_q = 0.0f;
+  for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
+    const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+    const float t = one.d - shift;
+    if (one.log_p == -INFINITY && one.d == 0.0f) {
+      continue;
+    }
+    const float raise = raised(one, t);
+    beyond += abs(t) < 1.0f ? one.p * exp_beyond_linear(t) : one.p > 0.0f ? raise - one.p * t : raise;
+    const float e = raise + one.p;
+    of_q += e > 0.0f ? e * (one.log_p + t) : 0.0f;
+  }
+  // The linear parts that were left out add up to sum p (d - shift), which is zero unless the shift was raised.
+  const float s = threadgroup_sum(beyond, slots, simd, lane) + (mean - shift);
+  const float of_row = threadgroup_sum(of_q, slots, simd, lane);
+  const float log_total = log_one_plus(s);
+
+  float sum = 0.0f;
+  for (int base = int(simd) * LANES; base < problem.width; base += GRAD_THREADS) {
+    const int v = base + int(lane);
+    float g = 0.0f;
+    if (v < problem.vocab) {
+      const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+      const bool nowhere = one.log_p == -INFINITY && one.d == 0.0f;
+      g = nowhere ? 0.0f : (raised(one, one.d - shift) - s * one.p) / (1.0f + s) * one.slope;
+      g = isnan(mean) ? mean : g;
+    }
+    if (v < problem.width) {
+      gradient[first + v] = G(g * problem.magnifier);
+    }
+    sum += abs(g);
+    const float most = simd_max(isnan(g) ? INFINITY : abs(g));
+    if (lane == 0) {
+      largest[long(row) * ((problem.width + MAP_WIDTH - 1) / MAP_WIDTH) + base / MAP_WIDTH] = most;
+    }
+  }
+  sum = threadgroup_sum(sum, slots, simd, lane);
+  if (me == 0) {
+    mass[row] = sum;
+    kl[row] = shift - mean + log_total;
+    lse[row] = lse_of_model + shift + log_total;
+    entropy[row] = log_total - of_row / (1.0f + s);
+  }
+}
+
+}  // namespace metalens

@@ -1,0 +1,104 @@
+// Adds up what the shares of the vocabulary left of each row, in a fixed order, and states the results. A simdgroup for each lens row.
+#pragma once
+
+#include "stats_rows.h"
+
+namespace metalens {
+
+// The best of all splits in a row's list. Lists are sorted: the first entry that is not taken ends its list.
+METAL_FUNC TopList merged_top(
+    const device StatsProblem& problem, const device float* top_logits, const device int* top_ids, long row_of_split, int k, uint lane) {
+  const long pitch = long(problem.blocks) * problem.block_rows;  // rows of a split
+  TopList list = empty_list();
+  for (int first = 0; first < problem.splits; first += LANES) {
+    const int split = first + int(lane);
+    bool open = split < problem.splits;
+    for (int place = 0; place < k; ++place) {
+      const long entry = (split * pitch + row_of_split) * problem.k + place;
+      const float logit = open ? top_logits[entry] : -INFINITY;
+      const int id = open ? top_ids[entry] : NO_ID;
+      const float last = simd_shuffle(list.logit, ushort(k - 1));
+      const int last_id = simd_shuffle(list.id, ushort(k - 1));
+      open = open && id != NO_ID && precedes(logit, id, last, last_id);
+      if (!simd_any(open)) {
+        break;
+      }
+      offer(list, logit, open ? id : NO_ID, k, lane);
+    }
+  }
+  return list;
+}
+
+METAL_FUNC void lens_stats_merge(
+    const device float* states,      // [splits, blocks, block_rows, FIELDS]
+    const device int* above,         // [splits, blocks, block_rows]
+    const device float* top_logits,  // [splits, blocks, block_rows, k]
+    const device int* top_ids,       // [splits, blocks, block_rows, k]
+    const device int* labels,        // [label_tokens]
+    const device int* problem_words,
+    device float* out_lse,  // [L, N], as all that have no other shape
+    device float* out_entropy,
+    device float* out_max_probability,
+    device int* out_top_ids,       // [L, N, k]
+    device float* out_top_logits,  // [L, N, k]
+    device float* out_kl,
+    device bool* out_agrees,
+    device float* out_nll,
+    device int* out_rank,
+    uint3 group,
+    uint simd,
+    uint lane) {
+  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const int out = int(group.x) * SIMDS + int(simd);
+  if (out >= problem.layers * problem.tokens) {
+    return;  // the whole simdgroup; there are no barriers
+  }
+  const int layer = out / problem.tokens;
+  const int token = out % problem.tokens;
+  const int stride = problem.layers_per_block + problem.with_model;
+  const int chunks = (problem.layers + problem.layers_per_block - 1) / problem.layers_per_block;
+  const int tokens_per_block = problem.block_rows / stride;
+  const int block = token / tokens_per_block * chunks + layer / problem.layers_per_block;
+  const long model_row = long(block) * problem.block_rows + token % tokens_per_block * stride;
+  const long row = model_row + problem.with_model + layer % problem.layers_per_block;
+  const long pitch = long(problem.blocks) * problem.block_rows;
+
+  RowState state = no_state();
+  for (int split = int(lane); split < problem.splits; split += LANES) {
+    const long at = split * pitch + row;
+    const RowState of_split = read_state(states + at * FIELDS, above[at]);
+    state.lens = merged(state.lens, of_split.lens);
+    state.model = merged(state.model, of_split.model);
+    state.label_logit = of_split.label_logit;  // the same in all splits
+    state.above += of_split.above;
+  }
+  state.lens = simd_merged(state.lens);
+  state.model = simd_merged(state.model);
+  state.above = simd_sum(state.above);
+  const TopList top = merged_top(problem, top_logits, top_ids, row, problem.k, lane);
+
+  const float total = lse(state.lens);
+  if (int(lane) < problem.k) {
+    // Of a row with NaN nothing can be named; the ids are at least some token's.
+    out_top_ids[long(out) * problem.k + lane] = isnan(total) ? int(lane) : top.id;
+    out_top_logits[long(out) * problem.k + lane] = isnan(total) ? NAN : top.logit;
+  }
+  const int best_of_model = problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, model_row, 1, lane).id, 0) : NO_ID;
+  if (lane == 0) {
+    out_lse[out] = total;
+    out_entropy[out] = entropy(state.lens);
+    out_max_probability[out] = isnan(total) ? NAN : precise::exp(top.logit - total);
+    if (problem.with_model != 0) {
+      out_kl[out] = kl_divergence(state.model, state.lens);
+      out_agrees[out] = top.id == best_of_model && top.id != NO_ID;
+    }
+    if (problem.label_tokens != 0) {
+      const int label = labels[token % problem.label_tokens];
+      const bool known = label >= 0 && label < problem.vocab;
+      out_nll[out] = known ? total - state.label_logit : NAN;
+      out_rank[out] = known ? 1 + state.above : -1;
+    }
+  }
+}
+
+}  // namespace metalens

@@ -1,0 +1,51 @@
+// linear: y = scale * (x W^T + bias), accumulated in float32 and rounded once: the logits of a chunk, and the translators.
+#pragma once
+
+#include "tile.h"
+
+namespace metalens {
+
+struct LinearProblem {
+  int rows;     // N
+  int depth;    // D
+  int columns;  // V: rows of W
+  int with_bias;
+  float scale;
+};
+
+template <typename T, typename Format, typename Tiles, typename Out>
+METAL_FUNC void linear(
+    const device T* x,  // [N, D]
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    const device float* bias,  // [V], if there is one
+    const device int* problem_words,
+    device Out* y,  // [N, V]
+    threadgroup float* shared,
+    uint3 group,
+    uint simd,
+    uint lane) {
+  const device LinearProblem& problem = *reinterpret_cast<const device LinearProblem*>(problem_words);
+  PlainRows<T> rows;
+  rows.x = x;
+  rows.first = int(group.x) * Tiles::BM;
+  rows.count = problem.rows;
+  rows.depth = problem.depth;
+  PlainColumns columns;
+  columns.first = int(group.y) * Tiles::BN;
+  columns.count = problem.columns;
+  tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
+
+  for (int at = int(simd) * LANES + int(lane); at < Tiles::BM * Tiles::BN; at += THREADS) {
+    const int i = at / Tiles::BN;
+    const int column = columns.first + at % Tiles::BN;
+    if (rows.first + i < problem.rows && column < problem.columns) {
+      const float product = shared[i * Tiles::PITCH_Z + at % Tiles::BN];
+      const float biased = problem.with_bias != 0 ? product + bias[column] : product;
+      y[long(rows.first + i) * problem.columns + column] = Out(biased * problem.scale);
+    }
+  }
+}
+
+}  // namespace metalens

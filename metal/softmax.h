@@ -1,0 +1,139 @@
+// The running softmax of a row, and the comparison of two: what is kept of logits that are never written.
+//
+// Sums are relative to the largest logit so far and are scaled down when a larger one comes. A sum is started at the smallest finite number instead of
+// -inf: exp(-inf - -inf) would be NaN.
+#pragma once
+
+#include "common.h"
+
+namespace metalens {
+
+constexpr constant float LOWEST = -3.402823466e38f;
+
+// lse = top + log(sum); entropy = log(sum) - weighted / sum.
+struct RunningSoftmax {
+  float top;       // largest logit
+  float sum;       // of exp(z - top)
+  float weighted;  // sum of exp(z - top) (z - top)
+};
+
+// KL(p || q) of a row with logits z against one with logits z*, d = z - z*: log(sum q) - mean of d under p.
+struct RunningComparison {
+  float top;    // largest z*
+  float sum;    // of exp(z* - top)
+  float mean;   // sum of exp(z* - top) d
+  float raise;  // sum of exp(z - top) - exp(z* - top), which is small where the rows agree
+};
+
+METAL_FUNC RunningSoftmax no_softmax() {
+  RunningSoftmax none;
+  none.top = LOWEST;
+  none.sum = 0.0f;
+  none.weighted = 0.0f;
+  return none;
+}
+
+METAL_FUNC RunningComparison no_comparison() {
+  RunningComparison none;
+  none.top = LOWEST;
+  none.sum = 0.0f;
+  none.mean = 0.0f;
+  none.raise = 0.0f;
+  return none;
+}
+
+// The softmax of one logit that is at most `top`.
+METAL_FUNC RunningSoftmax softmax_of(float z, float top) {
+  RunningSoftmax one;
+  one.top = top;
+  one.sum = precise::exp(z - top);
+  one.weighted = one.sum > 0.0f ? one.sum * (z - top) : 0.0f;  // exp(-inf) times -inf is nothing
+  if (isnan(z)) {
+    one.sum = z;
+  }
+  return one;
+}
+
+METAL_FUNC RunningComparison comparison_of(float z, float z_model, float top) {
+  RunningComparison one;
+  one.top = top;
+  one.sum = precise::exp(z_model - top);
+  const float d = z - z_model;
+  // A token that the model rules out adds nothing to the mean; to the sum of the lens it adds all that it has.
+  one.mean = one.sum > 0.0f ? one.sum * d : 0.0f;
+  one.raise = abs(d) < 1.0f ? one.sum * exp_minus_one(d) : precise::exp(z - top) - one.sum;
+  if (isnan(z) || isnan(z_model)) {
+    one.mean = NAN;
+  }
+  return one;
+}
+
+METAL_FUNC RunningSoftmax merged(RunningSoftmax a, RunningSoftmax b) {
+  RunningSoftmax both;
+  both.top = max(a.top, b.top);
+  const float of_a = precise::exp(a.top - both.top);
+  const float of_b = precise::exp(b.top - both.top);
+  both.sum = a.sum * of_a + b.sum * of_b;
+  const float shifted_a = of_a > 0.0f ? of_a * (a.weighted + a.sum * (a.top - both.top)) : 0.0f;
+  const float shifted_b = of_b > 0.0f ? of_b * (b.weighted + b.sum * (b.top - both.top)) : 0.0f;
+  both.weighted = shifted_a + shifted_b;
+  return both;
+}
+
+METAL_FUNC RunningComparison merged(RunningComparison a, RunningComparison b) {
+  RunningComparison both;
+  both.top = max(a.top, b.top);
+  const float of_a = precise::exp(a.top - both.top);
+  const float of_b = precise::exp(b.top - both.top);
+  both.sum = a.sum * of_a + b.sum * of_b;
+  both.mean = a.mean * of_a + b.mean * of_b;
+  both.raise = a.raise * of_a + b.raise * of_b;
+  return both;
+}
+
+// Over the lanes whose numbers differ in the bits from `first` to below `last`, in a fixed order: each of them has the result.
+template <ushort first = 1, ushort last = LANES>
+METAL_FUNC RunningSoftmax simd_merged(RunningSoftmax mine) {
+  RunningSoftmax all = mine;
+  METALENS_UNROLL
+  for (ushort step = first; step < last; step *= 2) {
+    RunningSoftmax other;
+    other.top = simd_shuffle_xor(all.top, step);
+    other.sum = simd_shuffle_xor(all.sum, step);
+    other.weighted = simd_shuffle_xor(all.weighted, step);
+    all = merged(all, other);
+  }
+  return all;
+}
+
+template <ushort first = 1, ushort last = LANES>
+METAL_FUNC RunningComparison simd_merged(RunningComparison mine) {
+  RunningComparison all = mine;
+  METALENS_UNROLL
+  for (ushort step = first; step < last; step *= 2) {
+    RunningComparison other;
+    other.top = simd_shuffle_xor(all.top, step);
+    other.sum = simd_shuffle_xor(all.sum, step);
+    other.mean = simd_shuffle_xor(all.mean, step);
+    other.raise = simd_shuffle_xor(all.raise, step);
+    all = merged(all, other);
+  }
+  return all;
+}
+
+METAL_FUNC float lse(RunningSoftmax row) {
+  return row.sum == 0.0f ? NAN : row.top + precise::log(row.sum);
+}
+
+METAL_FUNC float entropy(RunningSoftmax row) {
+  return row.sum == 0.0f ? NAN : precise::log(row.sum) - row.weighted / row.sum;
+}
+
+// Where the rows nearly agree both terms are small, and so is their rounding. Where they do not, `raise` may have overflowed on the way.
+METAL_FUNC float kl_divergence(RunningComparison row, RunningSoftmax lens) {
+  const float mean = row.mean / row.sum;
+  const float difference = lse(lens) - (row.top + precise::log(row.sum));
+  return abs(difference) < 1.0f && isfinite(row.raise) ? log_one_plus(row.raise / row.sum) - mean : difference - mean;
+}
+
+}  // namespace metalens

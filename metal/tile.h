@@ -1,0 +1,212 @@
+// The tile product that the kernels are built on: Z [BM, BN] = X [BM, D] W [BN, D]^T, in the threadgroup's memory.
+//
+//                     BK
+//            W  +-----------+        128 threads read BM rows of X and BN rows of W, BK columns at a time, widen or dequantise them to Operand, and
+//               |    BN     |        put them side by side in threadgroup memory. Each of the 4 simdgroups then multiplies all BM rows with its own
+//               +-----------+        BN / 4 rows of W, in 8 x 8 matrices that accumulate in float32. At the end Z takes the operands' place in
+//   X +-----+   +-----------+        memory, where any thread may read any logit.
+//     | BM  |   |     Z     |
+//     +-----+   +-----------+        All simdgroups along W, none along X: BM can be any multiple of 8, and for each matrix of W a simdgroup loads,
+//       BK                           BM / 8 products follow.
+#pragma once
+
+#include "weight.h"
+
+namespace metalens {
+
+template <int BM_, int BN_, int BK_, typename Operand_>
+struct Tile {
+  using Operand = Operand_;
+  static constexpr constant int BM = BM_;
+  static constexpr constant int BN = BN_;
+  static constexpr constant int BK = BK_;
+  // 16 bytes more than a row needs, so that a column's elements lie in different banks.
+  static constexpr constant int PITCH = BK + 16 / int(sizeof(Operand));
+  static constexpr constant int PITCH_Z = BN + 4;
+  // Matrices per simdgroup.
+  static constexpr constant int ROWS = BM / 8;
+  static constexpr constant int COLUMNS = BN / (8 * SIMDS);
+  // Floats of threadgroup memory: the operands, or Z in their place.
+  static constexpr constant int OPERANDS = (BM + BN) * PITCH * int(sizeof(Operand)) / 4;
+  static constexpr constant int FLOATS = OPERANDS > BM * PITCH_Z ? OPERANDS : BM * PITCH_Z;
+  static_assert(BM % 8 == 0 && BN % (8 * SIMDS) == 0 && BK % UNIT == 0, "tiles are made of 8 x 8 matrices, a whole number for each simdgroup");
+};
+
+// A unit of a row of X, as floats; zeros for no row and beyond its end.
+template <typename T>
+METAL_FUNC void load_row_unit(const device T* row, int column, int columns, thread float* unit) {
+  METALENS_UNROLL
+  for (int i = 0; i < UNIT; ++i) {
+    unit[i] = row != nullptr && column + i < columns ? float(row[column + i]) : 0.0f;
+  }
+}
+
+template <typename Operand>
+METAL_FUNC void store_unit(thread const float* unit, threadgroup Operand* to) {
+  METALENS_UNROLL
+  for (int i = 0; i < UNIT; ++i) {
+    to[i] = Operand(unit[i]);
+  }
+}
+
+// A unit of a row of W, as floats; zeros for no row and beyond its end.
+template <typename Format>
+METAL_FUNC void load_weight_unit(
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    int row,
+    int column,
+    int columns,
+    thread float* unit) {
+  if (row >= 0 && column < columns) {
+    Format::load(values, scales, biases, row, column, columns, unit);
+  } else {
+    METALENS_UNROLL
+    for (int i = 0; i < UNIT; ++i) {
+      unit[i] = 0.0f;
+    }
+  }
+}
+
+// What one simdgroup adds up of a tile: all BM rows by its BN / 4 columns.
+template <typename T>
+struct Accumulators {
+  simdgroup_matrix<float, 8, 8> at[T::ROWS][T::COLUMNS];
+};
+
+template <typename T>
+METAL_FUNC void clear(thread Accumulators<T>& acc) {
+  METALENS_UNROLL
+  for (int i = 0; i < T::ROWS; ++i) {
+    METALENS_UNROLL
+    for (int j = 0; j < T::COLUMNS; ++j) {
+      acc.at[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+  }
+}
+
+// acc += A [BM, BK] B [BK, BN], where B lies in memory as it is, or transposed as [BN, BK].
+template <typename T, bool transposed, int pitch_b>
+METAL_FUNC void
+multiply(thread Accumulators<T>& acc, const threadgroup typename T::Operand* a, const threadgroup typename T::Operand* b, uint simd) {
+  METALENS_UNROLL
+  for (int k = 0; k < T::BK; k += 8) {
+    simdgroup_matrix<typename T::Operand, 8, 8> columns[T::COLUMNS];
+    METALENS_UNROLL
+    for (int j = 0; j < T::COLUMNS; ++j) {
+      const int column = (int(simd) * T::COLUMNS + j) * 8;
+      simdgroup_load(columns[j], transposed ? b + column * pitch_b + k : b + k * pitch_b + column, pitch_b, ulong2(0), transposed);
+    }
+    METALENS_UNROLL
+    for (int i = 0; i < T::ROWS; ++i) {
+      simdgroup_matrix<typename T::Operand, 8, 8> rows;
+      simdgroup_load(rows, a + i * 8 * T::PITCH + k, T::PITCH);
+      METALENS_UNROLL
+      for (int j = 0; j < T::COLUMNS; ++j) {
+        simdgroup_multiply_accumulate(acc.at[i][j], rows, columns[j], acc.at[i][j]);
+      }
+    }
+  }
+}
+
+// Puts Z [BM, BN] in the operands' place, once all have been read; then any thread may read it.
+template <typename T>
+METAL_FUNC void put_tile(thread Accumulators<T>& acc, threadgroup float* shared, uint simd) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  METALENS_UNROLL
+  for (int i = 0; i < T::ROWS; ++i) {
+    METALENS_UNROLL
+    for (int j = 0; j < T::COLUMNS; ++j) {
+      simdgroup_store(acc.at[i][j], shared + i * 8 * T::PITCH_Z + (int(simd) * T::COLUMNS + j) * 8, T::PITCH_Z);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// Z = X W^T, in `shared`. `rows` and `columns` say what the tile's rows and columns are:
+//   row(rows, i): the i-th row of X, or nullptr;   id(columns, j): the j-th row of W, or -1.
+template <typename T, typename Format, typename Rows, typename Columns>
+METAL_FUNC void tile_product(
+    Rows rows,
+    Columns columns,
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    int depth,
+    threadgroup float* shared,
+    uint simd,
+    uint lane) {
+  constexpr int units = T::BK / UNIT;  // of a row
+  constexpr int x_share = ceil_div(T::BM * units, THREADS);
+  constexpr int w_share = ceil_div(T::BN * units, THREADS);
+  threadgroup typename T::Operand* xs = reinterpret_cast<threadgroup typename T::Operand*>(shared);
+  threadgroup typename T::Operand* ws = xs + T::BM * T::PITCH;
+  const int me = int(simd) * LANES + int(lane);
+
+  const device typename Rows::Element* my_rows[x_share];
+  int my_ids[w_share];
+  METALENS_UNROLL
+  for (int s = 0; s < x_share; ++s) {
+    const int i = (me + s * THREADS) / units;
+    my_rows[s] = i < T::BM ? row(rows, i) : nullptr;
+  }
+  METALENS_UNROLL
+  for (int s = 0; s < w_share; ++s) {
+    const int j = (me + s * THREADS) / units;
+    my_ids[s] = j < T::BN ? id(columns, j) : -1;
+  }
+
+  Accumulators<T> acc;
+  clear(acc);
+  float unit[UNIT];
+  for (int k = 0; k < depth; k += T::BK) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's Z, or the last operands, have been read
+    METALENS_UNROLL
+    for (int s = 0; s < x_share; ++s) {
+      const int u = me + s * THREADS;
+      if (u < T::BM * units) {
+        load_row_unit(my_rows[s], k + u % units * UNIT, depth, unit);
+        store_unit(unit, xs + u / units * T::PITCH + u % units * UNIT);
+      }
+    }
+    METALENS_UNROLL
+    for (int s = 0; s < w_share; ++s) {
+      const int u = me + s * THREADS;
+      if (u < T::BN * units) {
+        load_weight_unit<Format>(values, scales, biases, my_ids[s], k + u % units * UNIT, depth, unit);
+        store_unit(unit, ws + u / units * T::PITCH + u % units * UNIT);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    multiply<T, true, T::PITCH>(acc, xs, ws, simd);
+  }
+  put_tile(acc, shared, simd);
+}
+
+// BM rows of one matrix, from `first` on.
+template <typename T>
+struct PlainRows {
+  using Element = T;
+  const device T* x;  // [count, depth]
+  int first;
+  int count;
+  int depth;
+};
+
+template <typename T>
+METAL_FUNC const device T* row(thread const PlainRows<T>& rows, int i) {
+  return rows.first + i < rows.count ? rows.x + long(rows.first + i) * rows.depth : nullptr;
+}
+
+// Consecutive rows of W, from `first` on.
+struct PlainColumns {
+  int first;
+  int count;
+};
+
+METAL_FUNC int id(thread const PlainColumns& columns, int j) {
+  return columns.first + j < columns.count ? columns.first + j : -1;
+}
+
+}  // namespace metalens
