@@ -55,12 +55,7 @@ METAL_FUNC void lens_stats_merge(
   }
   const int layer = out / problem.tokens;
   const int token = out % problem.tokens;
-  const int stride = problem.layers_per_block + problem.with_model;
-  const int chunks = (problem.layers + problem.layers_per_block - 1) / problem.layers_per_block;
-  const int tokens_per_block = problem.block_rows / stride;
-  const int block = token / tokens_per_block * chunks + layer / problem.layers_per_block;
-  const long model_row = long(block) * problem.block_rows + token % tokens_per_block * stride;
-  const long row = model_row + problem.with_model + layer % problem.layers_per_block;
+  const long row = slot_of(problem, token, problem.with_model + layer);
   const long pitch = long(problem.blocks) * problem.block_rows;
 
   RowState state = no_state();
@@ -83,7 +78,7 @@ METAL_FUNC void lens_stats_merge(
     out_top_ids[long(out) * problem.k + lane] = isnan(total) ? int(lane) : top.id;
     out_top_logits[long(out) * problem.k + lane] = isnan(total) ? NAN : top.logit;
   }
-  const int best_of_model = problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, model_row, 1, lane).id, 0) : NO_ID;
+  const int best_of_model = problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, slot_of(problem, token, 0), 1, lane).id, 0) : NO_ID;
   if (lane == 0) {
     out_lse[out] = total;
     out_entropy[out] = entropy(state.lens);

@@ -1,9 +1,13 @@
 // What the kernels behind lens_stats share: which rows a threadgroup takes, and what is kept of each.
 //
-// With a model, the model's own row of a token lies in the same block as the lens rows that are compared with it, so that one dequantised tile of U
-// serves them all and any head is compared exactly, softcap or not:
+// Rows come in a stream: of each token first the model's own row, if there is one, then its lens rows. Blocks cut the stream into pieces. The model's row
+// must lie in the same block as the lens rows that are compared with it: one dequantised tile of U then serves them all, and any head is compared exactly,
+// softcap or not. So where a cut goes through a token, the model's row is repeated at the start of the next block:
 //
-//   block = | n* t0 | lens rows of t0: layers l .. l + layers_per_block | n* t1 | lens rows of t1 | ...
+//   stream   n*0 n00 n10 n20 | n*1 n01 n11 n21 | n*2 ...            three layers; n21 is layer 2 of token 1
+//   blocks   [ n*0 | n*0 n00 n10 n20 n*1 n01 n11 ]  [ n*1 | n21 n*2 ... ]      eight slots, the first of them reserved for a repeated row
+//
+// A block of B rows thus has room for B - 1 rows of the stream, or for B if there is only one block and nothing to repeat.
 #pragma once
 
 #include "head.h"
@@ -13,12 +17,12 @@
 namespace metalens {
 
 struct StatsProblem {
-  int layers;            // L
-  int tokens;            // N; without a model all L N rows count as tokens of one layer
-  int depth;             // D
-  int vocab;             // ids below it are tokens
-  int layers_per_block;  // lens rows of one token in a block
-  int share;             // ids per split: a whole number of tiles (of steps, for few rows)
+  int layers;  // L
+  int tokens;  // N; without a model all L N rows count as tokens of one layer
+  int depth;   // D
+  int vocab;   // ids below it are tokens
+  int reserved;  // slots at the start of a block for a repeated row of the model: 0 or 1
+  int share;     // ids per split: a whole number of tiles (of steps, for few rows)
   int k;
   int with_model;
   int label_tokens;  // token t has label t mod label_tokens; 0: there are no labels
@@ -33,25 +37,35 @@ struct StatsProblem {
 // What a split leaves behind of one row.
 constexpr constant int FIELDS = 8;
 
-// Where a slot of a block lies.
+// A row's place: in the stream, and in its block.
 struct Slot {
   int token;
-  int layer;   // -1: the model's own row
-  int model;   // the slot of the model's row
+  int layer;  // -1: the model's own row
+  int model;  // the slot of the model's row, if there is a model
   bool used;
 };
 
 METAL_FUNC Slot slot_at(const device StatsProblem& problem, int block, int i) {
-  const int stride = problem.layers_per_block + problem.with_model;
-  const int chunks = (problem.layers + problem.layers_per_block - 1) / problem.layers_per_block;
-  const int tokens_per_block = problem.block_rows / stride;
+  const int of_token = problem.layers + problem.with_model;
+  const int first = block * (problem.block_rows - problem.reserved);  // of the block, in the stream
+  const int place = first + max(i - problem.reserved, 0);
   Slot slot;
-  slot.token = block / chunks * tokens_per_block + i / stride;
-  slot.model = i / stride * stride;
-  const bool is_model = problem.with_model != 0 && i == slot.model;
-  slot.layer = is_model ? -1 : block % chunks * problem.layers_per_block + i % stride - problem.with_model;
-  slot.used = i / stride < tokens_per_block && slot.token < problem.tokens && slot.layer < problem.layers;
+  slot.token = place / of_token;
+  slot.layer = place % of_token - problem.with_model;
+  slot.model = max(i - place % of_token, 0);
+  slot.used = slot.token < problem.tokens;
+  if (i < problem.reserved) {
+    slot.layer = -1;
+    slot.model = i;
+  }
   return slot;
+}
+
+// Where a row of the stream lies among the slots of all blocks.
+METAL_FUNC long slot_of(const device StatsProblem& problem, int token, int of_token) {
+  const int place = token * (problem.layers + problem.with_model) + of_token;
+  const int room = problem.block_rows - problem.reserved;
+  return long(place / room) * problem.block_rows + problem.reserved + place % room;
 }
 
 METAL_FUNC int label_at(const device StatsProblem& problem, const device int* labels, Slot slot) {

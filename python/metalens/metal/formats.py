@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -11,34 +12,38 @@ from metalens.weight import NATIVE_FORMATS, Weight
 ELEMENTS = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
 
+@dataclass(frozen=True)
 class Format:
     """The Metal type that reads a weight.
 
     Attributes:
+        mode: 'dense', or as in `mlx.core.quantize`.
+        bits, group_size: 0 when dense.
         type: as it stands in a template's arguments.
         label: fit for a name.
         values, scales, biases: the elements of its three arrays.
     """
 
-    def __init__(self, mode: str, bits: int, group_size: int, dtype: mx.Dtype | None) -> None:
-        if mode == "dense":
-            assert dtype is not None
-            element = ELEMENTS[dtype]
-            self.type, self.label = f"metalens::Dense<{element}>", f"dense_{element}"
-            self.values = self.scales = self.biases = element
-        elif mode == "affine":
-            assert dtype is not None
-            element = ELEMENTS[dtype]
-            self.type, self.label = f"metalens::Affine<{bits}, {group_size}, {element}>", f"affine_b{bits}_g{group_size}_{element}"
-            self.values, self.scales, self.biases = "uint", element, element
-        else:
-            self.type, self.label = f"metalens::{mode.upper()}", mode
-            self.values, self.scales, self.biases = "uint", "uchar", "uchar"
+    mode: str
+    bits: int
+    group_size: int
+    type: str
+    label: str
+    values: str
+    scales: str
+    biases: str
 
 
 @cache
 def _made(mode: str, bits: int, group_size: int, dtype: mx.Dtype | None) -> Format:
-    return Format(mode, bits, group_size, dtype)
+    if mode in ("dense", "affine"):
+        assert dtype is not None
+        element = ELEMENTS[dtype]
+        if mode == "dense":
+            return Format(mode, 0, 0, f"metalens::Dense<{element}>", f"dense_{element}", element, element, element)
+        label = f"affine_b{bits}_g{group_size}_{element}"
+        return Format(mode, bits, group_size, f"metalens::Affine<{bits}, {group_size}, {element}>", label, "uint", element, element)
+    return Format(mode, bits, group_size, f"metalens::{mode.upper()}", mode, "uint", "uchar", "uchar")
 
 
 def format_of(w: Weight) -> Format:

@@ -86,7 +86,7 @@ def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, lab
                 "tokens": problem_tokens,
                 "depth": depth,
                 "vocab": head.tokens,
-                "layers_per_block": blocks.layers,
+                "reserved": blocks.reserved,
                 "share": share,
                 "k": k,
                 "with_model": int(with_model),

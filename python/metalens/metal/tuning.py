@@ -110,35 +110,30 @@ class Blocks:
     """How lens rows are dealt to threadgroups (metal/stats_rows.h).
 
     Attributes:
-        rows: of a block, the model's included.
-        layers: lens rows of one token in a block.
+        rows: slots of a block.
+        reserved: of them, for a repeated row of the model.
         count: blocks.
         few: whether the kernel without tiles takes them.
     """
 
     rows: int
-    layers: int
+    reserved: int
     count: int
     few: bool
 
 
 @cache
 def blocks(layers: int, tokens: int, with_model: bool, family: Family) -> Blocks:
-    """The division of layers x tokens rows that multiplies and reads least. A model's row is repeated in every block that compares with it."""
-    model = int(with_model)
-    if tokens * (layers + model) <= FEW_ROWS:
-        rows = next(r for r in (1, 2, 4, 8) if r >= tokens * (layers + model))
-        return Blocks(rows, layers, 1, True)
-    best: tuple[float, Blocks] | None = None
-    for rows in range(8, family.largest_block + 1, 8):
-        for per_block in range(1, min(layers, rows - model) + 1):
-            tokens_per_block = rows // (per_block + model)
-            count = -(-layers // per_block) * -(-tokens // tokens_per_block)
-            cost = count * (rows + family.rows_per_reading)
-            if best is None or cost < best[0]:
-                best = cost, Blocks(rows, per_block, count, False)
-    assert best is not None
-    return best[1]
+    """The division of layers x tokens rows, and of the model's, that multiplies and reads least."""
+    stream = tokens * (layers + int(with_model))
+    if stream <= FEW_ROWS:
+        return Blocks(next(r for r in (1, 2, 4, 8) if r >= stream), 0, 1, True)
+
+    def division(rows: int) -> Blocks:
+        reserved = int(with_model and stream > rows)
+        return Blocks(rows, reserved, -(-stream // (rows - reserved)), False)
+
+    return min(map(division, range(8, family.largest_block + 1, 8)), key=lambda b: b.count * (b.rows + family.rows_per_reading))
 
 
 def plain_block(rows: int, family: Family) -> int:

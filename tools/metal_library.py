@@ -1,0 +1,33 @@
+"""Writes the .metal files of the ahead-of-time library, and the list of kernels in them: what CMake compiles where there is a Metal compiler."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "python" / "metalens"
+
+
+def main() -> None:
+    """Into the folder --out: one file per format of weights, and kernels.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    out: Path = parser.parse_args().out
+    # A build has mlx, but not what the package itself imports: its modules are loaded without running its __init__.
+    bare = types.ModuleType("metalens")
+    bare.__path__ = [str(PACKAGE)]
+    sys.modules["metalens"] = bare
+    from metalens.metal import library
+
+    out.mkdir(parents=True, exist_ok=True)
+    units = library.translation_units()
+    for name, kernels in units.items():
+        (out / f"{name}.metal").write_text(library.text(kernels))
+    (out / "kernels.json").write_text(json.dumps([k.name for kernels in units.values() for k in kernels], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
