@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
+SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
 .PHONY: demo test bench lint format clean
 .DEFAULT_GOAL := demo

@@ -2,11 +2,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
+#include "metal/launcher.h"
 #include "ops/activation.h"
 #include "ops/attention.h"
 #include "ops/head.h"
@@ -17,7 +19,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 NB_MODULE(_ext, m) {
-  m.doc() = "Native CPU operations of metalens. Use them through metalens.ops, which falls back to plain MLX where they cannot run.";
+  m.doc() = "Native operations of metalens. Use them through metalens.ops, which falls back to plain MLX where they cannot run.";
 
   // Typed through mlx's own bindings, which must be loaded first.
   nb::module_::import_("mlx.core");
@@ -79,6 +81,26 @@ NB_MODULE(_ext, m) {
   m.def(
       "swiglu", &metalens::swiglu, "gate"_a, "x"_a, nb::kw_only(), "stream"_a = nb::none(),
       "silu(gate) * x for arrays of one shape and one float type, computed in float32. Not differentiable.");
+
+  m.def(
+      "metal_library", &metalens::metal_library,
+      "The path of the Metal kernels compiled ahead of time; '' where this build or this machine has none.");
+
+  m.def(
+      "launch_metal",
+      [](const std::string& kernel, const std::vector<mlx::core::array>& inputs, const std::vector<std::vector<int>>& shapes,
+         const std::vector<mlx::core::Dtype>& dtypes, const std::tuple<int, int, int>& grid, const std::tuple<int, int, int>& threadgroup,
+         const std::vector<int>& reuse, mlx::core::StreamOrDevice stream) {
+        // MLX's own type of a shape has a caster in MLX alone.
+        std::vector<mlx::core::Shape> outputs;
+        for (const auto& shape : shapes) outputs.emplace_back(shape.begin(), shape.end());
+        return metalens::launch_metal(kernel, inputs, outputs, dtypes, grid, threadgroup, reuse, stream);
+      },
+      "kernel"_a, "inputs"_a, "shapes"_a, "dtypes"_a, "grid"_a, "threadgroup"_a, "reuse"_a, nb::kw_only(), "stream"_a = nb::none(),
+      "The outputs, of `shapes` and `dtypes`, of a kernel of metal_library(), on the GPU.\n\n"
+      "Its buffers are the inputs, row-contiguous and in order, then the outputs, as mlx.core.fast.metal_kernel lays them out; grid counts threads.\n"
+      "Output i may be written over input reuse[i], -1 for none, if nothing else needs it. Not differentiable. Raises ValueError for parts that\n"
+      "fit neither together nor the GPU, RuntimeError without a library or if it lacks the kernel.");
 
   m.def("num_threads", &metalens::cpu::num_threads, "Threads the kernels use: METALENS_NUM_THREADS, or the cores this process may run on.");
   m.def("isa", [] { return metalens::cpu::kernels().name; }, "The instruction set in use: METALENS_ISA, or the widest available.");

@@ -1,0 +1,48 @@
+"""The C++ compiler of the macOS check: `zig c++` for Apple silicon, given what CMake gives Apple's clang and ld. Linking is strict.
+
+Called as `cxx.py ZIG TOOLCHAIN ARGUMENTS...`, by the wrapper that check.py writes into the folder TOOLCHAIN.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+TARGET = "aarch64-macos.14.0"
+
+# Flags of Apple's tools that zig's do not have and a check does not miss, by how they begin, and how many arguments they are.
+_DROPPED = {"-arch": 2, "-framework": 2, "-flto": 1, "-mmacosx-version-min": 1, "-Wl,-x": 1, "-Wl,-S": 1, "-Wl,-search_paths_first": 1}
+# zig takes features of a machine as those of a named one.
+_RENAMED = {"-bundle": "-shared", "-march=armv8.2-a+bf16": "-mcpu=apple_m2"}
+# What lets a link pass with a name that no library has. An extension names the symbols of Python so, in a list; here these have a library.
+_LENIENT = ("-undefined", "dynamic_lookup", "-Wl,-undefined,dynamic_lookup", "-Wl,-undefined,suppress", "-Wl,-flat_namespace", "-Wl,-U,")
+
+
+def translate(arguments: Sequence[str], toolchain: str) -> list[str]:
+    """The arguments of `zig c++` for those of Apple's clang++.
+
+    Raises:
+        ValueError: an argument would let a link pass although a symbol is missing.
+    """
+    translated, i = [], 0
+    while i < len(arguments):
+        argument = arguments[i]
+        if argument.startswith(_LENIENT):
+            raise ValueError(f"{argument} would hide a symbol that is missing, which is what this check is for")
+        dropped = next((count for flag, count in _DROPPED.items() if argument == flag or (count == 1 and argument.startswith(flag))), 0)
+        # nanobind's list of Python's symbols, for which libpython.tbd stands here
+        if dropped or (argument.startswith("-Wl,@") and argument.endswith(".sym")):
+            i += max(dropped, 1)
+            continue
+        translated.append(_RENAMED.get(argument, argument))
+        i += 1
+    links = not {"-c", "-E", "-S", "-M", "-MM"} & set(arguments)
+    return [
+        *("-target", TARGET, "-isystem", f"{toolchain}/include"),
+        *translated,
+        *((f"-L{toolchain}/lib", "-lobjc", "-lpython") if links and "-shared" in translated else ()),
+    ]
+
+
+if __name__ == "__main__":
+    zig, folder, *rest = sys.argv[1:]
+    os.execv(zig, [zig, "c++", *translate(rest, folder)])

@@ -1,0 +1,4 @@
+// What metal-cpp's headers name of Apple's IOSurface. Not an Apple header.
+#pragma once
+
+typedef struct __IOSurface* IOSurfaceRef;
