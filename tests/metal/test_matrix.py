@@ -1,0 +1,27 @@
+"""Every cell of the matrix, in emulation with all checks: races, bounds, divergence, uninitialised memory, limits; values against float64."""
+
+import pytest
+
+import metal_cells as cells
+import mslcpu
+from metal_emulation import emulated, needs_clang
+
+pytestmark = needs_clang
+
+
+@pytest.mark.parametrize("cell", cells.cells(), ids=str)
+def test_cell(cell):
+    with emulated(), mslcpu.recording() as reports:
+        errors = cells.run(cell)
+    assert reports, "no Metal kernel ran"
+    assert any(cell.kernel.split("_norm")[0].replace("translate", "linear") in report.name for report in reports) or cell.kernel == "lens_kl"
+    cells.RESULTS[cell] = errors
+    assert errors.good, f"off by {errors.ours:.2e}, plain MLX by {errors.plain:.2e}"
+
+
+def test_the_matrix_holds_every_kernel_format_and_type():
+    found = cells.cells()
+    assert len(found) == len(set(map(str, found))) > 600
+    assert {c.kernel for c in found} == {"lens_stats", "lens_stats_few", "linear", "lens_kl", "translate_norm_rms", "translate_norm_layer"}
+    assert len({(c.mode, c.bits, c.group_size) for c in found if c.kernel == "lens_stats"}) == 18 + 3 + 1
+    assert {c.dtype for c in found} == set(cells.TYPES)

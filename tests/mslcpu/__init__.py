@@ -1,0 +1,24 @@
+"""mslcpu runs unchanged Metal compute kernels on a Linux CPU and finds what is wrong with them. See README.md."""
+
+from .errors import MslError
+from .kernel import MetalKernel, compile_library, metal_kernel, prebuild
+from .mutate import count_barriers, without_barrier
+from .options import SCHEDULES, Options, Report, Traffic, options, recording
+from .toolchain import unavailable
+
+__all__ = [
+    "SCHEDULES",
+    "MetalKernel",
+    "MslError",
+    "Options",
+    "Report",
+    "Traffic",
+    "compile_library",
+    "count_barriers",
+    "metal_kernel",
+    "options",
+    "prebuild",
+    "recording",
+    "unavailable",
+    "without_barrier",
+]

@@ -1,0 +1,19 @@
+// Last: Metal's keywords in terms of OpenCL's, and OpenCL's keywords out of the way of kernels that use them as names.
+#pragma once
+
+#define device __global
+#define threadgroup __local
+#define thread __private
+#define constant const __constant
+#define kernel
+
+#define local msl_name_local
+#define global msl_name_global
+#define generic msl_name_generic
+#define pipe msl_name_pipe
+#define read_only msl_name_read_only
+#define write_only msl_name_write_only
+#define read_write msl_name_read_write
+#define vec_step msl_name_vec_step
+
+#define static_cast msl_convert

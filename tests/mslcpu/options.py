@@ -1,0 +1,103 @@
+"""How launches run, and what is recorded of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+SCHEDULES = ("forward", "reverse", "random", "lockstep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """See :func:`options`."""
+
+    checked: bool = True
+    schedule: str = "forward"
+    seed: int = 0
+    strict: bool = True
+    timeout: float = 60.0
+    numpy_outputs: bool = False
+    stack_bytes: int = 256 * 1024
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes that a launch moved to and from one buffer; unique ones count once however often they were accessed."""
+
+    read: int = 0
+    written: int = 0
+    unique_read: int = 0
+    unique_written: int = 0
+
+
+@dataclasses.dataclass
+class Report:
+    """What one launch did. Traffic is counted in checked launches only."""
+
+    name: str
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    buffers: dict[str, Traffic]
+    threadgroup_bytes: int
+    threadgroup_read: int
+    threadgroup_written: int
+    matrix_ops: int
+    barriers: int
+    simd_ops: int
+    atomics: int
+    threads: int
+    threadgroups: int
+    seconds: float
+
+
+_options = [Options()]
+_recordings: list[list[Report]] = []
+
+
+def current() -> Options:
+    return _options[-1]
+
+
+@contextlib.contextmanager
+def options(**changes: object) -> Iterator[Options]:
+    """Changes how kernels run within the block.
+
+    Args:
+        **changes: any of
+
+            - ``checked`` (default True): find races, out-of-bounds accesses and so on, and count traffic. Without, kernels run at -O2.
+            - ``schedule``: the order of threadgroups, simdgroups and lanes: "forward", "reverse", "random" or "lockstep" (simdgroups take turns
+              at every collective).
+            - ``seed``: of the random schedule.
+            - ``strict``: threads that return before a barrier that others reach, and simd collectives that only part of a simdgroup reaches,
+              are errors.
+            - ``timeout``: seconds a launch may take; 0 for no limit.
+            - ``numpy_outputs``: return numpy arrays (bfloat16 as uint16) over the kernel's own memory instead of copying into mx.arrays.
+            - ``stack_bytes``: thread memory of each thread.
+    """
+    merged = dataclasses.replace(current(), **changes)  # type: ignore[arg-type]
+    if merged.schedule not in SCHEDULES:
+        raise ValueError(f"schedule {merged.schedule!r} is none of {', '.join(SCHEDULES)}")
+    _options.append(merged)
+    try:
+        yield merged
+    finally:
+        _options.pop()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Report]]:
+    """Yields a list to which each launch within the block appends its Report."""
+    reports: list[Report] = []
+    _recordings.append(reports)
+    try:
+        yield reports
+    finally:
+        _recordings.remove(reports)
+
+
+def record(report: Report) -> None:
+    for reports in _recordings:
+        reports.append(report)

@@ -1,0 +1,69 @@
+// What the runtime shares with Python (launch.py) and with compiled kernels (include/msl/runtime.h). Change all three together.
+#pragma once
+#include <cstdint>
+
+namespace mslcpu {
+
+struct Extent {
+  uint32_t x, y, z, unused;
+};
+
+// Everything a thread can ask about itself; a kernel's entry function receives a pointer to it.
+struct alignas(16) ThreadContext {
+  void** buffers;
+  void** threadgroup_buffers;
+  Extent position_in_grid;
+  Extent position_in_threadgroup;
+  Extent threadgroup_position;
+  Extent threadgroups;
+  Extent grid;
+  Extent threadgroup_size;           // of this threadgroup: smaller at the grid's edge
+  Extent dispatch_threadgroup_size;  // as asked for
+  uint32_t index_in_threadgroup;
+  uint32_t lane;
+  uint32_t simdgroup;
+  uint32_t simdgroups;
+  uint32_t dispatch_simdgroups;
+  uint32_t unused;
+};
+
+enum BufferFlags : uint32_t {
+  kWritable = 1,
+  kInitialised = 2,  // an output that starts from init_value: reading it before writing is allowed
+};
+
+struct Buffer {
+  uint8_t* data;    // where the kernel's pointer points
+  uint64_t before;  // valid bytes before data (arrays with negative strides)
+  uint64_t bytes;   // valid bytes from data on
+  uint32_t flags;
+  uint32_t itemsize;
+  uint64_t read, written, unique_read, unique_written;  // bytes, counted in checked builds
+};
+
+enum class Schedule : uint32_t { kForward = 0, kReverse = 1, kRandom = 2, kLockstep = 3 };
+
+struct Launch {
+  void (*entry)(ThreadContext*);
+  Buffer* buffers;
+  const uint32_t* threadgroup_buffer_bytes;
+  uint32_t buffer_count;
+  uint32_t threadgroup_buffer_count;
+  uint32_t grid[3];
+  uint32_t threadgroup[3];
+  uint32_t checked;
+  Schedule schedule;
+  uint32_t strict;
+  uint32_t stack_bytes;
+  uint64_t seed;
+  double timeout;  // seconds; 0: none
+  // Results.
+  uint64_t barriers, simd_ops, matrix_ops, atomics, switches, threads, threadgroups;
+  uint64_t threadgroup_read, threadgroup_written;
+  uint32_t threadgroup_bytes;
+  uint32_t failed;
+  uint64_t fault_offset;  // of the faulty instruction in the kernel's library; 0: unknown
+  char message[1024];
+};
+
+}  // namespace mslcpu

@@ -1,0 +1,122 @@
+// What kernels call: barriers, simdgroup collectives, the matrix product, atomics, threadgroup variables.
+#include <cstring>
+
+#include "state.h"
+
+#define MSLCPU_PC __builtin_return_address(0)
+
+namespace mslcpu {
+
+namespace {
+
+void wait_in_collective(uint32_t kind, uint32_t line, const void* pc) {
+  Fiber* self = runtime.current;
+  Simdgroup& simdgroup = runtime.simdgroups[self->context.simdgroup];
+  if (simdgroup.arrived == 0) {
+    simdgroup.uniform = true;
+  } else if (simdgroup.uniform) {
+    // All that wait so far are alike, so one of them stands for the rest.
+    for (uint32_t i = 0; i < simdgroup.lanes; i++) {
+      const Fiber& other = runtime.fibers[simdgroup.first + i];
+      if (other.state != State::kCollective) continue;
+      simdgroup.uniform = other.kind == kind && other.line == line;
+      break;
+    }
+  }
+  simdgroup.arrived++;
+  self->kind = kind;
+  self->line = line;
+  self->pc = pc;
+  self->state = State::kCollective;
+  yield_fiber();
+}
+
+}  // namespace
+
+}  // namespace mslcpu
+
+using namespace mslcpu;
+
+#pragma GCC visibility push(default)
+
+extern "C" {
+
+void msl_threadgroup_barrier(uint32_t line, uint32_t mem_flags) {
+  Fiber* self = runtime.current;
+  self->line = line;
+  self->pc = MSLCPU_PC;
+  self->mem_flags = mem_flags;
+  self->state = State::kBarrier;
+  yield_fiber();
+  if (runtime.attention) attend();
+}
+
+void msl_simdgroup_barrier(uint32_t line, uint32_t mem_flags) {
+  wait_in_collective(kSimdgroupBarrier, line, MSLCPU_PC);
+  if (mem_flags & kMemThreadgroup) runtime.current->threadgroup_low += kStampSimdEpoch;
+  if (mem_flags & kMemDevice) runtime.current->device_low += kStampSimdEpoch;
+}
+
+// Deposits `bytes` of operand, waits for the simdgroup's other active lanes and returns their mask. Lane i's operand is then at
+// *base + i * *stride.
+uint32_t msl_simd_exchange(const void* operand, uint32_t bytes, uint32_t kind, uint32_t line, const uint8_t** base, uint64_t* stride) {
+  Fiber* self = runtime.current;
+  Simdgroup& simdgroup = runtime.simdgroups[self->context.simdgroup];
+  uint32_t slot = simdgroup.round & 1;
+  memcpy(self->deposit[slot], operand, bytes);
+  wait_in_collective(kind, line, MSLCPU_PC);
+  *base = runtime.fibers[simdgroup.first].deposit[slot];
+  *stride = sizeof(Fiber);
+  return self->mask;
+}
+
+uint32_t msl_lane(void) {
+  return runtime.current->context.lane;
+}
+
+// d = a * b + c for 8x8 matrices of which each lane passes two neighbouring elements. The last lane's arrival makes the scheduler compute the
+// product, once for the simdgroup.
+void msl_matrix_multiply(const float* a, const float* b, const float* c, float* d, uint32_t line) {
+  Fiber* self = runtime.current;
+  Simdgroup& simdgroup = runtime.simdgroups[self->context.simdgroup];
+  uint32_t lane = self->context.lane;
+  uint32_t row = (lane / 4 & 4) + lane / 2 % 4, column = (lane / 4 & 2) * 2 + lane % 2 * 2;
+  uint32_t at = row * 8 + column;
+  memcpy(simdgroup.a + at, a, 8);
+  memcpy(simdgroup.b + at, b, 8);
+  memcpy(simdgroup.c + at, c, 8);
+  wait_in_collective(kMatrixMultiply, line, MSLCPU_PC);
+  memcpy(d, simdgroup.d + at, 8);
+}
+
+// simdgroup_load and simdgroup_store are plain accesses by each lane, so they need no rendezvous; counting them finds lanes that left some out.
+void msl_matrix_access(uint32_t line) {
+  Fiber* self = runtime.current;
+  self->matrix_accesses++;
+  self->line = line;
+  self->pc = MSLCPU_PC;
+}
+
+void msl_atomic_access(uint8_t* address, uint64_t bytes) {
+  Launch& launch = *runtime.launch;
+  launch.atomics++;
+  if (!launch.checked) return;
+  if (reinterpret_cast<uint64_t>(address) % bytes) MSLCPU_FAIL(MSLCPU_PC, "misaligned atomic access");
+  check_access(address, bytes, true, true, MSLCPU_PC);
+}
+
+void* msl_threadgroup_variable(int64_t id, uint64_t bytes, const char* name) {
+  return declare_threadgroup_variable(id, bytes, name, MSLCPU_PC);
+}
+
+// Not in every libgcc; rounds to nearest even.
+__bf16 __truncsfbf2(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint16_t rounded = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  __bf16 result;
+  memcpy(&result, &rounded, 2);
+  return result;
+}
+
+}  // extern "C"

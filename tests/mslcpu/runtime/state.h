@@ -1,0 +1,143 @@
+// The runtime's state: one launch at a time, one operating-system thread, one fiber per GPU thread of the running threadgroup.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "abi.h"
+
+namespace mslcpu {
+
+constexpr uint32_t kSimdWidth = 32;
+constexpr uint32_t kMaxThreads = 1024;
+constexpr uint32_t kMaxBuffers = 31;
+constexpr uint32_t kThreadgroupLimit = 32768;
+constexpr uint32_t kArenaBytes = 1u << 18;  // far above the limit: a variable that exceeds it is still laid out, then reported
+constexpr uint32_t kRedZone = 256;          // unowned bytes between threadgroup variables
+
+enum class State : uint32_t { kReady, kCollective, kBarrier, kDone };
+
+// Kinds of simdgroup collectives that the runtime itself must know; the shim's other collectives use larger numbers.
+enum Kind : uint32_t { kSimdgroupBarrier = 1, kMatrixMultiply = 2 };
+
+enum MemFlags : uint32_t { kMemDevice = 1, kMemThreadgroup = 2 };
+
+// Who accessed a location and when: epoch (32 bits) | simdgroup epoch (21) | atomic (1) | thread (10). Barriers advance the epoch, simdgroup
+// barriers the simdgroup epoch. The low half lives in the fiber, one for threadgroup memory and one for device memory.
+using Stamp = uint64_t;
+constexpr uint32_t kStampAtomic = 1u << 10;
+constexpr uint32_t kStampSimdEpoch = 1u << 11;
+constexpr uint32_t kStampThread = kStampAtomic - 1;
+
+struct Fiber {
+  void* stack_pointer;
+  State state;
+  uint32_t kind;             // of the collective it waits in
+  uint32_t mem_flags;        // of the barrier it waits in
+  uint32_t line;             // of the barrier or collective
+  const void* pc;            // likewise
+  uint32_t mask;             // lanes that took part in the collective
+  uint32_t matrix_accesses;  // simdgroup_load/store calls so far; equal in all lanes unless control flow diverged
+  uint32_t threadgroup_low;  // low halves of the stamps
+  uint32_t device_low;
+  alignas(16) uint8_t deposit[2][64];  // operands of collectives; two, as a lane may reach the next before others have read this one
+  ThreadContext context;
+};
+
+struct Simdgroup {
+  uint32_t first, lanes;
+  uint32_t round;                                // selects the deposit
+  uint32_t arrived;                              // lanes waiting in a collective
+  bool uniform;                                  // all of them in the same one
+  alignas(32) float a[64], b[64], c[64], d[64];  // operands and result of the matrix product, row-major
+};
+
+struct ThreadgroupVariable {
+  int64_t id;
+  const char* name;
+  uint32_t offset, bytes;
+};
+
+struct Runtime {
+  Launch* launch = nullptr;
+  Fiber* current = nullptr;  // null: the scheduler runs
+  void* scheduler_stack_pointer = nullptr;
+  bool failed = false;
+  // Set when the next callback must look at something other than its own access: a pending comparison or the time limit.
+  volatile bool attention = false;
+  volatile bool timed_out = false;
+
+  // Stacks of the fibers.
+  uint8_t* stacks = nullptr;
+  size_t stack_bytes = 0, stacks_bytes = 0;
+
+  // The running threadgroup.
+  std::vector<Fiber> fibers;
+  std::vector<Simdgroup> simdgroups;
+  uint32_t threads = 0;
+  Fiber* order[kSimdWidth];  // lanes of the running simdgroup in schedule order
+  uint32_t order_size = 0, cursor = 0;
+  uint64_t random = 1;
+
+  // Threadgroup memory.
+  uint8_t* arena = nullptr;
+  uint32_t arena_used = 0;
+  std::vector<ThreadgroupVariable> variables;
+
+  // Epochs never restart, so shadow memory need not be cleared between threadgroups.
+  uint32_t threadgroup_epoch = 1, threadgroup_first_epoch = 1;
+  uint32_t device_epoch = 1, device_first_epoch = 1;
+
+  // The kernel's own image: its constant tables may be read.
+  const uint8_t *image_begin = nullptr, *image_end = nullptr;
+};
+
+extern Runtime runtime;
+
+// errors.cpp: record the first error of a launch. fail() from a kernel's thread does not return: it abandons the thread.
+void record_failure(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] void abandon_thread();
+#define MSLCPU_FAIL(pc, ...)                     \
+  do {                                           \
+    ::mslcpu::record_failure((pc), __VA_ARGS__); \
+    ::mslcpu::abandon_thread();                  \
+  } while (0)
+void start_watchdog(double seconds);
+void stop_watchdog();
+
+// fibers.cpp
+void reserve_stacks(uint32_t threads, uint32_t stack_bytes);
+void prepare_fiber(uint32_t index);
+void switch_to_fiber(Fiber* fiber);  // from the scheduler
+void yield_fiber();                  // from a thread: to the next ready lane, or back to the scheduler
+
+// threadgroup_memory.cpp
+void begin_threadgroup_memory();
+void* declare_threadgroup_variable(int64_t id, uint64_t bytes, const char* name, const void* pc);
+void check_threadgroup_access(uint32_t offset, uint64_t bytes, bool write, bool atomic, const void* pc);
+
+// device_memory.cpp
+void begin_device_memory();
+void end_device_memory();
+void check_device_access(uint8_t* address, uint64_t bytes, bool write, bool atomic, const void* pc);
+void finish_pending_write();  // compares what a suspicious store wrote; called before anything else happens
+void attend();
+
+// access.cpp
+void check_access(uint8_t* address, uint64_t bytes, bool write, bool atomic, const void* pc);
+
+// Call sites are line * 512 + column % 512 (MSL_LINE in include/msl/runtime.h).
+inline uint32_t line_of(uint32_t site) {
+  return site / 512;
+}
+
+// True if two accesses of the same epoch by these stamps may happen in either order.
+inline bool unordered(Stamp a, Stamp b) {
+  uint32_t low_a = static_cast<uint32_t>(a), low_b = static_cast<uint32_t>(b);
+  if (((low_a ^ low_b) & kStampThread) == 0) return false;
+  if (low_a & low_b & kStampAtomic) return false;
+  bool same_simdgroup = ((low_a ^ low_b) & kStampThread) / kSimdWidth == 0;
+  return !(same_simdgroup && low_a / kStampSimdEpoch != low_b / kStampSimdEpoch);
+}
+
+}  // namespace mslcpu
