@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format mac-check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -25,7 +25,12 @@ demo: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/metalens demo --out demo_output
 
 test: $(VENV)/.requirements $(VENV)/.installed
+	tools/install_clang.sh
 	$(BIN)/python -m pytest
+
+# On a Mac: compiles every Metal kernel, compares the GPU with float64, measures, and writes build/mac-check.md. See docs/on-a-mac.md.
+mac-check: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/python tools/mac_check.py
 
 # PyTorch, which the benchmarks compare with; without it its columns stay empty.
 $(VENV)/.peers: pyproject.toml | $(VENV)/.requirements
@@ -39,16 +44,19 @@ bench: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
 	METALENS_BENCH_QUICK=$(QUICK) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m benchmarks.report build/benchmarks.json --out $(BENCH_OUT)
 
+# The shim of tests/mslcpu/include is a language of its own.
+CXX_FILES := $(shell find csrc metal tests tools \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) ! -path '*/mslcpu/include/*')
 lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+	$(BIN)/python tools/roofline_page.py --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,11 +2,12 @@
 //
 //                   32 columns
 //        g    +-----+           +----------+        A threadgroup takes BM rows and BN columns of D past a share of the vocabulary, 32 ids at a time.
-//             | BM  |     ids   |    U     |  BN    U is read as it lies, [ids, columns]: no transposition. Several shares give several sums, which are
+//             | BM  |     ids   |    U     |  BN    U is read as it lies, [ids, columns]: no transposition. Several shares give several sums, which
+//             are
 //             +-----+           +----------+        added in order by the caller.
 //
-// What is left out adds less than `negligible` times sum |q - p| times the largest |U|: with 2^-24, less than float32's own rounding of the sum. The map
-// of lens_softmax_grad says for every row and 32 ids how large |q - p| is; all simdgroups read the same entries and so decide alike.
+// What is left out adds less than `negligible` times sum |q - p| times the largest |U|: with 2^-24, less than float32's own rounding of the sum. The
+// map of lens_softmax_grad says for every row and 32 ids how large |q - p| is; all simdgroups read the same entries and so decide alike.
 #pragma once
 
 #include "tile.h"
@@ -14,11 +15,11 @@
 namespace metalens {
 
 struct PullbackProblem {
-  int rows;   // N
-  int width;  // V: of g's rows and the map's
-  int vocab;  // ids below it are tokens
-  int columns;  // D
-  int share;    // ids per split, a multiple of 32
+  int rows;          // N
+  int width;         // V: of g's rows and the map's
+  int vocab;         // ids below it are tokens
+  int columns;       // D
+  int share;         // ids per split, a multiple of 32
   float negligible;  // of the row's sum |q - p|, for all that is left out; negative: leave out nothing
   float scale;       // the head's, divided by the magnifier of g
 };

@@ -7,9 +7,9 @@
 // and for c = sum p d the terms of S are p (exp(t) - 1 - t), t = d - c: none is negative, so a small KL is as exact as a large one.
 // Where d is far above its mean somewhere, exp(d - c) would overflow; there c is taken larger.
 //
-// A threadgroup of 256 threads for each row, three passes: the mean and the largest of d; S and the entropy; q - p. The gradient may overwrite the chunk:
-// each thread reads an element before it writes it. Beside it goes a map: the largest |q - p| of every 32 ids, and their sum over the row, by which
-// lens_pullback leaves out tiles that would not change the gradient.
+// A threadgroup of 256 threads for each row, three passes: the mean and the largest of d; S and the entropy; q - p. The gradient may overwrite the
+// chunk: each thread reads an element before it writes it. Beside it goes a map: the largest |q - p| of every 32 ids, and their sum over the row, by
+// which lens_pullback leaves out tiles that would not change the gradient.
 #pragma once
 
 #include "head.h"

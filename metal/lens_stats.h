@@ -1,12 +1,12 @@
 // lens_stats: U n and everything that is asked of the logits in one kernel. No logit is written.
 //
-// A threadgroup takes a block of rows past one share of the vocabulary, a tile of BN ids at a time: multiply, then each simdgroup reads its quarter of
-// the tile's rows, 32 ids at a time with one id in each lane, and adds them to what it keeps of the row: the running softmax, the comparison with the
-// model, the top k, the number of tokens above the label. Lane i keeps the state of the simdgroup's i-th row; the top k lie across the lanes.
+// A threadgroup takes a block of rows past one share of the vocabulary, a tile of BN ids at a time: multiply, then each simdgroup reads its quarter
+// of the tile's rows, 32 ids at a time with one id in each lane, and adds them to what it keeps of the row: the running softmax, the comparison with
+// the model, the top k, the number of tokens above the label. Lane i keeps the state of the simdgroup's i-th row; the top k lie across the lanes.
 // lens_stats_merge adds up the shares.
 //
-// The label's own logit is needed before tokens above it can be counted. A first tile, whose columns are the labels of the block's rows, gives it on its
-// diagonal, computed exactly as the tiles of the vocabulary compute it.
+// The label's own logit is needed before tokens above it can be counted. A first tile, whose columns are the labels of the block's rows, gives it on
+// its diagonal, computed exactly as the tiles of the vocabulary compute it.
 #pragma once
 
 #include "stats_rows.h"

@@ -6,8 +6,8 @@
 namespace metalens {
 
 // The best of all splits in a row's list. Lists are sorted: the first entry that is not taken ends its list.
-METAL_FUNC TopList merged_top(
-    const device StatsProblem& problem, const device float* top_logits, const device int* top_ids, long row_of_split, int k, uint lane) {
+METAL_FUNC TopList
+merged_top(const device StatsProblem& problem, const device float* top_logits, const device int* top_ids, long row_of_split, int k, uint lane) {
   const long pitch = long(problem.blocks) * problem.block_rows;  // rows of a split
   TopList list = empty_list();
   for (int first = 0; first < problem.splits; first += LANES) {
@@ -78,7 +78,8 @@ METAL_FUNC void lens_stats_merge(
     out_top_ids[long(out) * problem.k + lane] = isnan(total) ? int(lane) : top.id;
     out_top_logits[long(out) * problem.k + lane] = isnan(total) ? NAN : top.logit;
   }
-  const int best_of_model = problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, slot_of(problem, token, 0), 1, lane).id, 0) : NO_ID;
+  const int best_of_model =
+      problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, slot_of(problem, token, 0), 1, lane).id, 0) : NO_ID;
   if (lane == 0) {
     out_lse[out] = total;
     out_entropy[out] = entropy(state.lens);

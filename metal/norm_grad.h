@@ -3,8 +3,8 @@
 // n = norm(y): RMSNorm n = g y r with r = 1 / sqrt(mean y^2 + eps), or LayerNorm n = g (y - mean y) r + bias. With v = g dn,
 //   RMSNorm    dy = r (v - y r^2 mean(y v))
 //   LayerNorm  dy = r (v - mean v - x mean(x v)),  x = (y - mean y) r
-// A threadgroup takes NORM_ROWS rows: first each simdgroup finds r and the means of its rows, then all threads go down the columns, so that dy is written
-// once and db = sum dy of the block comes out on the way. Blocks are added by the caller, in order.
+// A threadgroup takes NORM_ROWS rows: first each simdgroup finds r and the means of its rows, then all threads go down the columns, so that dy is
+// written once and db = sum dy of the block comes out on the way. Blocks are added by the caller, in order.
 #pragma once
 
 #include "common.h"
@@ -28,8 +28,8 @@ METAL_FUNC void norm_grad(
     const device float* gain,  // [D], if there is one
     const device float* dn,    // [N, D]
     const device int* problem_words,
-    device float* dy,  // [N, D]
-    device float* db,  // [ceil(N / NORM_ROWS), D]
+    device float* dy,           // [N, D]
+    device float* db,           // [ceil(N / NORM_ROWS), D]
     threadgroup float* shared,  // 4 * NORM_ROWS
     uint3 group,
     uint simd,

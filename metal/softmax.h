@@ -1,7 +1,7 @@
 // The running softmax of a row, and the comparison of two: what is kept of logits that are never written.
 //
-// Sums are relative to the largest logit so far and are scaled down when a larger one comes. A sum is started at the smallest finite number instead of
-// -inf: exp(-inf - -inf) would be NaN.
+// Sums are relative to the largest logit so far and are scaled down when a larger one comes. A sum is started at the smallest finite number instead
+// of -inf: exp(-inf - -inf) would be NaN.
 #pragma once
 
 #include "common.h"

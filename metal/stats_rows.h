@@ -1,8 +1,8 @@
 // What the kernels behind lens_stats share: which rows a threadgroup takes, and what is kept of each.
 //
-// Rows come in a stream: of each token first the model's own row, if there is one, then its lens rows. Blocks cut the stream into pieces. The model's row
-// must lie in the same block as the lens rows that are compared with it: one dequantised tile of U then serves them all, and any head is compared exactly,
-// softcap or not. So where a cut goes through a token, the model's row is repeated at the start of the next block:
+// Rows come in a stream: of each token first the model's own row, if there is one, then its lens rows. Blocks cut the stream into pieces. The model's
+// row must lie in the same block as the lens rows that are compared with it: one dequantised tile of U then serves them all, and any head is compared
+// exactly, softcap or not. So where a cut goes through a token, the model's row is repeated at the start of the next block:
 //
 //   stream   n*0 n00 n10 n20 | n*1 n01 n11 n21 | n*2 ...            three layers; n21 is layer 2 of token 1
 //   blocks   [ n*0 | n*0 n00 n10 n20 n*1 n01 n11 ]  [ n*1 | n21 n*2 ... ]      eight slots, the first of them reserved for a repeated row
@@ -17,10 +17,10 @@
 namespace metalens {
 
 struct StatsProblem {
-  int layers;  // L
-  int tokens;  // N; without a model all L N rows count as tokens of one layer
-  int depth;   // D
-  int vocab;   // ids below it are tokens
+  int layers;    // L
+  int tokens;    // N; without a model all L N rows count as tokens of one layer
+  int depth;     // D
+  int vocab;     // ids below it are tokens
   int reserved;  // slots at the start of a block for a repeated row of the model: 0 or 1
   int share;     // ids per split: a whole number of tiles (of steps, for few rows)
   int k;

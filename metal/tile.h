@@ -28,7 +28,7 @@ struct Tile {
   static constexpr constant int COLUMNS = BN / (8 * SIMDS);
   // Floats of threadgroup memory: the operands, or Z in their place.
   static constexpr constant int OPERANDS = (BM + BN) * PITCH * int(sizeof(Operand)) / 4;
-  static constexpr constant int FLOATS = OPERANDS > BM * PITCH_Z ? OPERANDS : BM * PITCH_Z;
+  static constexpr constant int FLOATS = OPERANDS > BM* PITCH_Z ? OPERANDS : BM* PITCH_Z;
   static_assert(BM % 8 == 0 && BN % (8 * SIMDS) == 0 && BK % UNIT == 0, "tiles are made of 8 x 8 matrices, a whole number for each simdgroup");
 };
 
@@ -88,8 +88,7 @@ METAL_FUNC void clear(thread Accumulators<T>& acc) {
 
 // acc += A [BM, BK] B [BK, BN], where B lies in memory as it is, or transposed as [BN, BK].
 template <typename T, bool transposed, int pitch_b>
-METAL_FUNC void
-multiply(thread Accumulators<T>& acc, const threadgroup typename T::Operand* a, const threadgroup typename T::Operand* b, uint simd) {
+METAL_FUNC void multiply(thread Accumulators<T>& acc, const threadgroup typename T::Operand* a, const threadgroup typename T::Operand* b, uint simd) {
   METALENS_UNROLL
   for (int k = 0; k < T::BK; k += 8) {
     simdgroup_matrix<typename T::Operand, 8, 8> columns[T::COLUMNS];

@@ -60,8 +60,7 @@ struct Dense {
   using Values = S;
   using Scales = S;
   using Biases = S;
-  static METAL_FUNC void
-  load(const device S* values, const device S*, const device S*, long row, int column, int columns, thread float* unit) {
+  static METAL_FUNC void load(const device S* values, const device S*, const device S*, long row, int column, int columns, thread float* unit) {
     const device S* first = values + row * columns + column;
     METALENS_UNROLL
     for (int i = 0; i < UNIT; ++i) {
@@ -76,8 +75,8 @@ struct Affine {
   using Values = uint;
   using Scales = S;
   using Biases = S;
-  static METAL_FUNC void
-  load(const device uint* values, const device S* scales, const device S* biases, long row, int column, int columns, thread float* unit) {
+  static METAL_FUNC void load(
+      const device uint* values, const device S* scales, const device S* biases, long row, int column, int columns, thread float* unit) {
     const long shared = row * (columns / group) + column / group;
     const float scale = float(scales[shared]);
     const float bias = float(biases[shared]);
@@ -111,8 +110,8 @@ struct MXFP4 {
   using Values = uint;
   using Scales = uchar;
   using Biases = uchar;
-  static METAL_FUNC void
-  load(const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
+  static METAL_FUNC void load(
+      const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
     const float scale = from_e8m0(scales[row * (columns / 32) + column / 32]);
     const Codes codes = unit_codes<4>(unit_at<4>(values, row, column, columns));
     METALENS_UNROLL
@@ -127,8 +126,8 @@ struct MXFP8 {
   using Values = uint;
   using Scales = uchar;
   using Biases = uchar;
-  static METAL_FUNC void
-  load(const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
+  static METAL_FUNC void load(
+      const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
     const float scale = from_e8m0(scales[row * (columns / 32) + column / 32]);
     const Codes codes = unit_codes<8>(unit_at<8>(values, row, column, columns));
     METALENS_UNROLL
@@ -143,8 +142,8 @@ struct NVFP4 {
   using Values = uint;
   using Scales = uchar;
   using Biases = uchar;
-  static METAL_FUNC void
-  load(const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
+  static METAL_FUNC void load(
+      const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
     const float scale = from_e4m3(scales[row * (columns / 16) + column / 16]);
     const Codes codes = unit_codes<4>(unit_at<4>(values, row, column, columns));
     METALENS_UNROLL

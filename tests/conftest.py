@@ -15,6 +15,7 @@ from hypothesis import settings
 from mlx.utils import tree_map
 from mlx_lm.models import llama
 
+from metal_emulation import emulated, needs_clang
 from metalens import InterpretableModel, use_backend
 
 # Reproducible, and without a time limit per example: a busy machine is not a failure.
@@ -36,9 +37,17 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", "reference", pytest.param("metal-emulated", marks=needs_clang)])
 def each_backend(request):
-    """Runs the test once with the extension's kernels and once in plain MLX."""
+    """Runs the test once with the extension's kernels, once in plain MLX, and once with the Metal kernels in emulation."""
+    with emulated() if request.param == "metal-emulated" else use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["native", "reference"])
+def cpu_backend(request):
+    """As each_backend, for operations without a Metal kernel, and for what the emulation cannot show: it computes when it is called, where the others
+    are lazy. What a launch looks like to mx.compile is shown in tests/metal/test_launch.py."""
     with use_backend(request.param):
         yield request.param
 

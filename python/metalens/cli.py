@@ -1,4 +1,4 @@
-"""The command line: metalens train | eval | lens | demo | doctor.
+"""The command line: metalens train | eval | lens | demo | roofline | doctor.
 
 Results go to stdout, as a table or with --json as JSON alone; progress and notes go to stderr.
 """
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from metalens import demo as demonstration
 from metalens import doctor as diagnosis
-from metalens import report
+from metalens import report, roofline
 from metalens.accelerate import accelerate
 from metalens.arrays import nested
 from metalens.evaluate import evaluate
@@ -244,6 +244,28 @@ def demo_command(out: Path) -> None:
         print_table(report.reading_table(reading, title))
         write_picture(reading, out / f"{name}_lens.png", title, "probability")
     notes.print(f"Lens, evaluation and pictures are in {out}/. Try: metalens lens demo 'Your prompt' --lens {out}/lens", highlight=False)
+
+
+@main.command("roofline")
+@click.argument("model")
+@click.option("--chip", "chips", multiple=True, type=click.Choice(list(roofline.CHIPS)), help="Repeat it for several.  [default: all]")
+@click.option(
+    "--tokens", default=512, show_default=True, type=click.IntRange(min=1), help="Of a batch; with few, reading the head is what takes time."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@one_clear_error
+def roofline_command(model: str, chips: tuple[str, ...], tokens: int, as_json: bool) -> None:
+    """Bound a lens's speed on Apple GPUs: tokens per second at most, from counted work and published numbers. A model, not a measurement.
+
+    MODEL is a folder with a config.json (its weights are not read), 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit, Llama-3.1-70B-4bit.
+    """
+    found = roofline.dimensions(str(demonstration.MODEL) if model == BUNDLED and not Path(model).exists() else model)
+    bounds = {chip: roofline.bounds(found, roofline.CHIPS[chip], tokens) for chip in chips or roofline.CHIPS}
+    if as_json:
+        print_json({"what": roofline.WHAT, "model": vars(found), "tokens": tokens, "tokens per second at most": bounds})
+    else:
+        print_table(report.roofline_table(bounds, f"{model}, batches of {tokens} tokens: tokens per second at most"))
+        notes.print(roofline.WHAT, highlight=False)
 
 
 @main.command("doctor")

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from metalens import _extension
 from metalens.arrays import number
+from metalens.metal import tensor, tuning
 from metalens.ops import Weight, backend, linear, precision, use_backend
 
 
@@ -26,7 +27,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(mx.default_device()),
-        "metal": "available" if mx.metal.is_available() else "not available here",
+        **_metal_facts(),
         "backend asked for": backend(),
         "native extension": "loaded" if extension is not None else f"not used: {reason}",
     }
@@ -46,6 +47,19 @@ def examine() -> dict[str, Any]:
             problems.append(f"The native kernels differ from plain MLX by {error:.1e}. Set METALENS_BACKEND=reference and report this.")
     facts["problems"] = problems
     return facts
+
+
+def _metal_facts() -> dict[str, str]:
+    """What there is of a GPU, and where its kernels come from."""
+    if not mx.metal.is_available():
+        return {"metal": "not available here"}
+    gpu, kernels = tuning.device(), _extension.library_kernels()
+    able, reason = tensor.supported(gpu.family.generation)
+    return {
+        "metal": f"available: {gpu.architecture}, tuned as generation {gpu.family.generation}",
+        "metal kernels": f"{len(kernels)} compiled ahead of time, others just in time" if kernels else "compiled just in time: there is no metallib",
+        "matrix units": "present, but there are no kernels for them yet" if able else f"not used: {reason}",
+    }
 
 
 def _compare() -> tuple[float, float]:

@@ -63,3 +63,14 @@ def facts_table(facts: dict[str, Any], title: str) -> Table:
     for name, value in facts.items():
         table.add_row(name, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return table
+
+
+def roofline_table(bounds: dict[str, dict[str, float]], title: str) -> Table:
+    """A column for each chip, a row for each task: tokens per second at most."""
+    table = Table(title=title)
+    table.add_column("")
+    for chip in bounds:
+        table.add_column(chip, justify="right")
+    for task in next(iter(bounds.values())):
+        table.add_row(task, *(f"{tasks[task]:,.0f}" if tasks[task] >= 100 else f"{tasks[task]:.1f}" for tasks in bounds.values()))
+    return table

@@ -1,7 +1,7 @@
 """How fast a lens could run on a chip at most: a model from counted work and published numbers, not a measurement.
 
-The bound of a kernel is the longer of two times: its operations at the rate of the chip's matrix instructions, its bytes at the memory's bandwidth. Kernels
-follow each other, so their times add up.
+The bound of a kernel is the longer of two times: its operations at the rate of the chip's matrix instructions, its bytes at the memory's bandwidth.
+Kernels follow each other, so their times add up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from metalens.metal import cost
 from metalens.metal.cost import Cost
 from metalens.metal.tuning import FAMILIES, Family
+
+WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def dimensions(model: str) -> Dimensions:
     return Dimensions(layers, depth, vocab, int(quantisation.get("bits", 16)), int(quantisation.get("group_size", 0)), body)
 
 
-# Bytes per logit that plain MLX moves when written well: float32 logits of a batch of all layers, reductions and element-wise kernels that do not fuse
-# with each other. Each entry is one array of the logits' size, read or written.
+# Bytes per logit that plain MLX moves when written well: float32 logits of a batch of all layers, reductions and element-wise kernels that do not
+# fuse with each other. Each entry is one array of the logits' size, read or written.
 PLAIN_STATS = 4 * (1 + 1 + 2 * (2 + 1 + 1) + 2)  # write; lse; entropy and KL (read two, write terms, reduce); top-k (read, write)
 PLAIN_TRAINING = 4 * (1 + 1 + (2 + 1 + 1) + (2 + 1) + 1)  # write; lse; KL; q - p (read two, write); the second product reads it
 
@@ -140,8 +142,8 @@ def bounds(d: Dimensions, chip: Chip, tokens: int) -> dict[str, float]:
     """Tokens per second at most, for a batch of so many tokens and all layers.
 
     Returns:
-        {task and path: tokens/s}: 'statistics' and 'training' of the lens alone, through metalens and through plain MLX; the model's own forward pass; and
-        training with it.
+        {task and path: tokens/s}: 'statistics' and 'training' of the lens alone, through metalens and through plain MLX; the model's own forward
+        pass; and training with it.
     """
     family = chip.family
     translators = d.layers * chip.seconds(cost.translate_norm(tokens, d.depth, family))

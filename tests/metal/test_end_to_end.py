@@ -27,7 +27,8 @@ def make_quantised(make_llama):
     def make(name):
         if name == "llama":
             return make_llama(hidden=64, vocab=131)
-        shared = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131}
+        shared = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 131}
+        shared |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         mx.random.seed(1)
         if name == "gemma2":
             made = gemma2.Model(gemma2.ModelArgs(model_type="gemma2", head_dim=16, rms_norm_eps=1e-6, final_logit_softcapping=3.0, **shared))

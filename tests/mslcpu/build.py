@@ -22,14 +22,17 @@ HERE = pathlib.Path(__file__).parent
 INCLUDE = HERE / "include"
 
 LANGUAGE = [
-    "-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-Xclang", "-cl-ext=+cl_khr_fp16", "-cl-single-precision-constant",
+    "-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-cl-single-precision-constant",
+    # On x86-64 clang has these anyway.
+    "-Xclang", "-cl-ext=+cl_khr_fp16,+__opencl_c_generic_address_space,+__opencl_c_program_scope_global_variables",
     # Every operation on half and bfloat rounds, as on the GPU; clang's default keeps float in between.
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
 ]  # fmt: skip
 MACROS = ["-D__METAL__", "-D__METAL_VERSION__=320", "-D__METAL_MACOS__", "-D__HAVE_BFLOAT__"]
 WARNINGS = ["-Wno-everything", "-Wimplicit-float-conversion", "-Wuninitialized", "-Werror=uninitialized", "-Werror=return-type"]
 MACHINE = {"x86_64": ["-mavx2", "-mfma", "-mf16c"]}.get(platform.machine(), [])
-CODE = [*MACHINE, "-ffp-contract=off", "-fno-finite-loops", "-fPIC", "-shared"]
+# Endless loops stay, to be found by the time limit; stacks are probed page by page, so that none grows past its guard page unseen.
+CODE = [*MACHINE, "-ffp-contract=off", "-fno-finite-loops", "-fstack-clash-protection", "-fPIC", "-shared"]
 FAST = ["-O2", "-gline-tables-only"]
 CHECKED = [
     "-O1", "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize", "-fno-optimize-sibling-calls",
@@ -39,7 +42,7 @@ CHECKED = [
     "-fsanitize=alignment,array-bounds,integer-divide-by-zero",
     "-fno-sanitize-recover=alignment,array-bounds,integer-divide-by-zero",
 ]  # fmt: skip
-RUNTIME = ["-std=c++17", "-O3", *MACHINE, "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+RUNTIME = ["-std=c++17", "-O3", *MACHINE, "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 _TO_BFLOAT = re.compile(r"warning: implicit conversion.* to '[^']*(?:' \(aka '[^']*)?__bf16'")
 
@@ -116,11 +119,10 @@ def _rejections(status: int, errors: str) -> str | None:
         head = diagnostic.split("\n", 1)[0]
         if " warning: " in head:
             wanted = _TO_BFLOAT.search(head) is not None
-            diagnostic = diagnostic.replace("warning:", "error: Metal has no implicit conversion to bfloat:", 1)
         elif " note: " not in head:
             wanted = True
         if wanted and not (" note: " in head and str(INCLUDE) in head):
-            kept.append(diagnostic)
+            kept.append(diagnostic.replace("warning:", "error: Metal has no implicit conversion to bfloat:", 1))
     if status == 0 and not any(" error: " in d for d in kept):
         return None
     return "".join(kept).strip()[:6000]

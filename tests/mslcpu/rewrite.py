@@ -3,6 +3,7 @@
 - ``[[attributes]]`` go (signature.py has read them before).
 - ``threadgroup T name[N];`` becomes a reference into the runtime's threadgroup memory, which gives limits, red zones and poison.
 - ``float4(a, b)`` and ``vec<T, 4>(a, b)`` become ``msl_make<float4>(a, b)``: OpenCL has no such constructors.
+- ``half(x)`` and ``bfloat(x)`` become ``msl_convert<half>(x)``: clang does not convert between the two.
 - ``thread`` after a constructor's parameters goes: clang would refuse temporaries.
 - Methods without an address space are for objects in thread memory; OpenCL would let them work on any. Deleted overloads for ``device`` and
   ``threadgroup`` objects go before them. (Marking them ``thread`` would be simpler, but then clang rejects calls on temporaries.)
@@ -17,6 +18,7 @@ import re
 from .tokens import Token, find_closing, split_at_commas, tokenize, untokenize
 
 VECTOR = re.compile(r"(?:float|half|bfloat|char|uchar|short|ushort|int|uint|long|ulong|bool)[234]$")
+_HALVES = {"half", "bfloat", "float16_t", "bfloat16_t"}
 _BFLOAT_LITERAL = re.compile(r"(.*\d\.?)(?:bf|BF)$")
 
 
@@ -135,6 +137,11 @@ def _threadgroup_variables(tokens: list[Token]) -> list[Token]:
     return result
 
 
+def _is_expression(before: list[Token]) -> bool:
+    """Whether a type's name at this place starts a conversion rather than a declaration."""
+    return bool(before) and before[-1].text not in ("operator", "const", "constexpr", "device", "threadgroup", "constant", "thread", "::", ">")
+
+
 def _constructors(tokens: list[Token]) -> list[Token]:
     result: list[Token] = []
     i = 0
@@ -145,6 +152,10 @@ def _constructors(tokens: list[Token]) -> list[Token]:
             end = find_closing(tokens, i + 1)
         elif token.kind == "number" and (match := _BFLOAT_LITERAL.match(token.text)):
             result.append(Token(f"((bfloat){match[1]}f)", "number", token.file, token.line, token.before))
+            i += 1
+            continue
+        elif token.text in _HALVES and tokens[i + 1].text == "(" and tokens[i + 2].text not in ("*", "&", ")") and _is_expression(result):
+            result.append(Token(f"msl_convert<{token.text}>", "name", token.file, token.line, token.before))
             i += 1
             continue
         elif not VECTOR.match(token.text):

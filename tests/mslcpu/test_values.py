@@ -7,9 +7,9 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from mslcpu.support import matmul, needs_clang, reduction, run, values
 
 import mslcpu
+from mslcpu.support import matmul, needs_clang, reduction, run, values
 
 pytestmark = needs_clang
 
@@ -55,7 +55,8 @@ def test_float_functions(expression, expected):
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("popcount(v)", lambda v: v.bit_count()), ("ctz(v)", lambda v: (v & -v).bit_length() - 1 if v else 32), ("clz(v)", lambda v: 32 - v.bit_length()),
+        ("popcount(v)", lambda v: v.bit_count()), ("ctz(v)", lambda v: (v & -v).bit_length() - 1 if v else 32),
+        ("clz(v)", lambda v: 32 - v.bit_length()),
         ("extract_bits(v, 2, 3)", lambda v: v >> 2 & 7), ("mulhi(v * 65537u, 65536u * 3u)", lambda v: (v * 65537 % 2**32) * 65536 * 3 >> 32),
         ("uint(ushort(v * 40000u))", lambda v: v * 40000 % 65536), ("v << 2", lambda v: v << 2), ("max(v, 7u)", lambda v: max(v, 7)),
         ("uint(long(v) * 5000000000l >> 16)", lambda v: (v * 5000000000 >> 16) % 2**32), ("uint(popcount(uchar(v)))", lambda v: v.bit_count()),
@@ -82,6 +83,11 @@ def test_bfloat_conversions_round_to_nearest_even():
     assert np.array_equal(np.array(out.view(mx.uint16)), rounded)
 
 
+def test_conversions_between_half_and_bfloat():
+    out = run("bfloat b = bfloat(half(x[i])); half h = half(b) + static_cast<half>(b); out[i] = h;", dtype=mx.float16)
+    assert out.tolist() == [2.0 * n for n in range(64)]
+
+
 def test_vectors():
     body = """
     float4 v = float4(x[i], float2(1, 2), 3);
@@ -90,7 +96,8 @@ def test_vectors():
     uint2 pair = uint2(i, 7);
     v.xy += 1;
     bool4 big = v > 2;
-    out[i] = dot(v, float4(1)) + float(h.w) + float(bytes.z) + float(pair.y) + (any(big) ? 0.5f : 0.0f) + vec<float, 2>(x[i]).y + metal::float3(1, 2, 3).z;
+    out[i] = dot(v, float4(1)) + float(h.w) + float(bytes.z) + float(pair.y)
+      + (any(big) ? 0.5f : 0.0f) + vec<float, 2>(x[i]).y + metal::float3(1, 2, 3).z;
     """
     n = np.arange(64)
     np.testing.assert_allclose(values(run(body)), (n + 1 + 2 + 2 + 3) + 3 + n + 7 + 0.5 + n + 3)
@@ -136,14 +143,17 @@ IN_GROUP = LANES % 32
         ("simd_and(i | 1u)", np.repeat([1, 33], 32)), ("simd_or(i)", np.repeat([31, 63], 32)), ("simd_xor(lane == 3 ? 5u : 0u)", np.full(64, 5)),
         ("simd_broadcast(x[i], 5)", np.repeat([5, 37], 32)), ("simd_broadcast_first(x[i])", np.repeat([0, 32], 32)),
         ("simd_shuffle(x[i], ushort(31 - lane))", LANES - IN_GROUP + 31 - IN_GROUP), ("simd_shuffle_xor(x[i], 3)", LANES ^ 3),
-        ("simd_shuffle_down(x[i], 4)", np.where(IN_GROUP < 28, LANES + 4, LANES)), ("simd_shuffle_up(x[i], 4)", np.where(IN_GROUP >= 4, LANES - 4, LANES)),
+        ("simd_shuffle_down(x[i], 4)", np.where(IN_GROUP < 28, LANES + 4, LANES)),
+        ("simd_shuffle_up(x[i], 4)", np.where(IN_GROUP >= 4, LANES - 4, LANES)),
         ("simd_shuffle_rotate_down(x[i], 4)", LANES - IN_GROUP + (IN_GROUP + 4) % 32),
         ("simd_shuffle_and_fill_up(x[i], -x[i], 4)", np.where(IN_GROUP >= 4, LANES - 4, -(LANES + 28))),
         ("simd_prefix_inclusive_sum(lane)", IN_GROUP * (IN_GROUP + 1) // 2), ("simd_prefix_exclusive_sum(1.0f)", IN_GROUP),
         ("simd_any(lane == 9) ? 1 : 0", np.ones(64)), ("simd_all(lane < 9) ? 1 : 0", np.zeros(64)),
-        ("float(uint(simd_vote::vote_t(simd_ballot(lane == 1 || lane == 3))))", np.full(64, 10)), ("simd_ballot(true).all() ? 1 : 0", np.ones(64)),
+        ("float(uint(simd_vote::vote_t(simd_ballot(lane == 1 || lane == 3))))", np.full(64, 10)),
+        ("simd_ballot(true).all() ? 1 : 0", np.ones(64)),
         ("simd_is_first() ? 1 : 0", IN_GROUP == 0), ("quad_sum(x[i])", LANES // 4 * 16 + 6), ("quad_shuffle_xor(x[i], 1)", LANES ^ 1),
-        ("quad_broadcast(x[i], 2)", LANES // 4 * 4 + 2), ("simd_sum(half(1.0f))", np.full(64, 32)), ("simd_max(bfloat(x[i]))", np.repeat([31, 63], 32)),
+        ("quad_broadcast(x[i], 2)", LANES // 4 * 4 + 2), ("simd_sum(half(1.0f))", np.full(64, 32)),
+        ("simd_max(bfloat(x[i]))", np.repeat([31, 63], 32)),
         ("simd_sum(float2(1, 2)).y", np.full(64, 64)),
     ],
     ids=lambda p: p if isinstance(p, str) else "",
@@ -262,7 +272,8 @@ def test_strided_inputs(kind):
 
 
 def test_grid_that_is_no_multiple_of_the_threadgroup():
-    body = "uint3 p = thread_position_in_grid; out[p.z * 15 + p.y * 5 + p.x] = threads_per_threadgroup.x * 100 + thread_position_in_threadgroup.y * 10 + threads_per_grid.z;"
+    body = """uint3 p = thread_position_in_grid;
+    out[p.z * 15 + p.y * 5 + p.x] = threads_per_threadgroup.x * 100 + thread_position_in_threadgroup.y * 10 + threads_per_grid.z;"""
     kernel = mslcpu.metal_kernel("edges", [], ["out"], body)
     (out,) = kernel(inputs=[], output_shapes=[(2, 3, 5)], output_dtypes=[mx.float32], grid=(5, 3, 2), threadgroup=(4, 2, 8))
     expected = [[[(4 if x < 4 else 1) * 100 + y % 2 * 10 + 2 for x in range(5)] for y in range(3)] for _ in range(2)]

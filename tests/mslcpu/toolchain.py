@@ -65,10 +65,19 @@ def symbolizer() -> str | None:
     return None
 
 
+@functools.cache
+def _processor_flags() -> set[str]:
+    with open("/proc/cpuinfo") as file:
+        line = next((line for line in file if line.startswith("flags")), "")
+    return set(line.split())
+
+
 def unavailable() -> str | None:
     """Why kernels cannot run here, or None."""
     if not sys.platform.startswith("linux"):
         return f"mslcpu runs on Linux only, not {sys.platform}"
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"mslcpu has no fiber switch for {platform.machine()}"
+    if platform.machine() == "x86_64" and (missing := {"avx2", "fma", "f16c"} - _processor_flags()):
+        return f"mslcpu needs a processor with {', '.join(sorted(missing))}"
     return find_clang()[1] or None

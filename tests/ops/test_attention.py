@@ -35,7 +35,7 @@ def causal(queries, keys):
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", ["none", "causal", "numbers", "booleans"])
-def test_values(rng, each_backend, shape, dtype, masked):
+def test_values(rng, cpu_backend, shape, dtype, masked):
     q, k, v = make(rng, shape, dtype)
     t, s = shape[3:5]
     added = rng.standard_normal((t, s)).astype(np.float32)
@@ -50,7 +50,7 @@ def test_values(rng, each_backend, shape, dtype, masked):
     y = attention(q, k, v, scale=0.3, mask=mask)
     assert y.dtype == dtype
     # Plain MLX rounds between its operations in 16 bits; numbers of a mask are rounded too.
-    loose = (3 if each_backend == "reference" else 1) * (2 if masked == "numbers" else 1)
+    loose = (3 if cpu_backend == "reference" else 1) * (2 if masked == "numbers" else 1)
     np.testing.assert_allclose(oracle.wide(y), expected(q, k, v, 0.3, to_add), atol=loose * EPSILON[dtype])
 
 
@@ -69,7 +69,7 @@ def test_a_query_with_nan_leaves_the_others_alone(rng, native):
     assert np.argwhere(np.isnan(y).any(axis=-1)).tolist() == [[0, 1, 4]]
 
 
-def test_large_products_do_not_overflow(rng, each_backend):
+def test_large_products_do_not_overflow(rng, cpu_backend):
     q, k, v = make(rng, (1, 2, 2, 5, 300, 8, 8))
     np.testing.assert_allclose(oracle.wide(attention(1e3 * q, k, v, scale=10.0)), expected(1e3 * q, k, v, 10.0), atol=2e-2)
 
@@ -116,7 +116,7 @@ def test_no_queries():
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize("shape", [(0,), (1,), (7, 5), (3, 40000)])
-def test_swiglu(rng, each_backend, shape, dtype):
+def test_swiglu(rng, cpu_backend, shape, dtype):
     gate, x = oracle.random_array(rng, *shape, dtype=dtype, scale=4.0), oracle.random_array(rng, *shape, dtype=dtype)
     y = swiglu(gate, x)
     assert y.dtype == dtype

@@ -7,7 +7,7 @@ import pytest
 import oracle
 from metalens import _ext, _extension, use_backend
 from metalens.ops import backend, linear
-from metalens.ops.backend import native
+from metalens.ops.backend import metal, native
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,9 @@ def test_auto_is_the_default():
     assert backend() == "auto"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("", "auto"), ("auto", "auto"), ("reference", "reference"), ("native", "native")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("", "auto"), ("auto", "auto"), ("reference", "reference"), ("native", "native"), ("metal", "metal")]
+)
 def test_the_variable(monkeypatch, value, expected):
     monkeypatch.setenv("METALENS_BACKEND", value)
     assert backend() == expected
@@ -49,7 +51,7 @@ def test_the_variable(monkeypatch, value, expected):
 @pytest.mark.parametrize("value", ["cuda", "Native", " native", "0"])
 def test_a_wrong_variable_is_named_with_the_choices(rng, monkeypatch, value):
     monkeypatch.setenv("METALENS_BACKEND", value)
-    with pytest.raises(ValueError, match=r"METALENS_BACKEND names no backend: .*auto, reference, native"):
+    with pytest.raises(ValueError, match=r"METALENS_BACKEND names no backend: .*auto, reference, native, metal"):
         linear(oracle.random_array(rng, 1, 128), oracle.random_weight(rng, 5, 128))
 
 
@@ -135,6 +137,7 @@ def test_auto_on_a_gpu_is_the_reference(monkeypatch):
         assert native() is _ext
 
 
-def test_the_fixture_that_runs_tests_twice_does(each_backend):
-    assert backend() == each_backend
-    assert (native() is None) == (each_backend == "reference")
+def test_the_fixture_that_runs_tests_several_times_does(each_backend):
+    assert backend() == each_backend.removesuffix("-emulated")
+    assert (native() is None) == (each_backend != "native")
+    assert metal() == (each_backend == "metal-emulated")

@@ -164,7 +164,7 @@ def test_vmap_over_the_model_is_refused(native, problem):
         mx.eval(mx.vmap(lambda m: lens_kl(n, lens_target(m, head), head)[0])(mx.stack([n_model, n_model])))
 
 
-def test_compiled_is_the_same_as_eager(rng, each_backend, problem):
+def test_compiled_is_the_same_as_eager(rng, cpu_backend, problem):
     _, n_model, head = problem
 
     def function(n, n_model):
@@ -179,14 +179,14 @@ def test_compiled_is_the_same_as_eager(rng, each_backend, problem):
             assert_close(ours, eager)
 
 
-def test_compiled_gradient(each_backend, problem):
+def test_compiled_gradient(cpu_backend, problem):
     n, n_model, head = problem
     target = lens_target(n_model, head)
     slope = mx.compile(mx.grad(lambda n: mx.sum(kl_of(head, target)(n))))(n)
     assert_close(slope, lens_kl(n, target, head)[1])
 
 
-def test_compile_does_not_merge_heads_that_differ(rng, each_backend):
+def test_compile_does_not_merge_heads_that_differ(rng, cpu_backend):
     # The same arrays under another scale, softcap or number of used rows.
     head, n_model = oracle.make_head(rng, V, D), oracle.random_array(rng, N, D)
     n = n_model + oracle.random_array(rng, L, N, D, scale=0.3)
@@ -202,7 +202,7 @@ def test_compile_does_not_merge_heads_that_differ(rng, each_backend):
 # ---------------------------------------------------------------------- evaluation
 
 
-def test_nothing_is_evaluated_at_the_call(each_backend, problem, monkeypatch):
+def test_nothing_is_evaluated_at_the_call(cpu_backend, problem, monkeypatch):
     n, n_model, head = problem
     evaluated = []
     for name in ("eval", "async_eval"):

@@ -59,7 +59,7 @@ def test_a_bias_and_a_weight_that_are_views(rng, each_backend, problem):
     assert_same(values(n, view, n_model, labels), values(n, head, n_model, labels))
 
 
-def test_compiled_is_the_same_as_eager(each_backend, problem):
+def test_compiled_is_the_same_as_eager(cpu_backend, problem):
     n, head, n_model, labels = problem
 
     def function(n, n_model, labels):
@@ -71,7 +71,7 @@ def test_compiled_is_the_same_as_eager(each_backend, problem):
         assert_same(compiled(*arguments), function(*arguments))
 
 
-def test_compile_does_not_merge_what_differs(each_backend, problem):
+def test_compile_does_not_merge_what_differs(cpu_backend, problem):
     n, head, n_model, labels = problem
 
     def function(n, n_model, labels):
@@ -110,7 +110,7 @@ def test_two_streams(each_backend, problem):
         assert_same([a + 0 if a.dtype != mx.bool_ else a for a in result], expected)  # read by a third stream
 
 
-def test_nothing_is_evaluated_at_the_call(each_backend, problem, monkeypatch):
+def test_nothing_is_evaluated_at_the_call(cpu_backend, problem, monkeypatch):
     n, head, n_model, labels = problem
     evaluated, seen = [], []
     for name in ("eval", "async_eval"):

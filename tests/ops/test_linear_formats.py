@@ -80,14 +80,14 @@ def test_every_affine_code_in_every_place(rng, native, bits, group_size, rows):
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
-def test_products_of_the_float_formats(rng, each_backend, mode, dtype, transpose):
+def test_products_of_the_float_formats(rng, cpu_backend, mode, dtype, transpose):
     for outputs, inputs in ((1, 32), (33, 128), (67, 384)):
         for rows in ROWS:
             w = oracle.random_float_weight(rng, outputs, inputs, mode)
             x = oracle.random_array(rng, rows, inputs if transpose else outputs, dtype=dtype)
             y = linear(x, w, transpose)
             assert y.dtype == dtype
-            if each_backend == "native":
+            if cpu_backend == "native":
                 oracle.assert_product(y, x, w, transpose)
             else:
                 oracle.assert_product_of_mlx(y, x, w, transpose, dtype)
@@ -95,7 +95,7 @@ def test_products_of_the_float_formats(rng, each_backend, mode, dtype, transpose
 
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_what_mx_quantize_makes(rng, each_backend, bits, transpose):
+def test_what_mx_quantize_makes(rng, cpu_backend, bits, transpose):
     w = Weight(*mx.quantize(oracle.random_array(rng, 67, 128), 64, bits), 64, bits)
     for rows in (1, 5):
         x = oracle.random_array(rng, rows, 128 if transpose else 67)
@@ -131,12 +131,12 @@ def weights(rng, dtype):
 @pytest.mark.parametrize("transpose", [True, False])
 @pytest.mark.parametrize("wanted", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_result_has_the_type_asked_for(rng, each_backend, dtype, wanted, transpose):
+def test_the_result_has_the_type_asked_for(rng, cpu_backend, dtype, wanted, transpose):
     for w in weights(rng, dtype):
         x = oracle.random_array(rng, 5, 128 if transpose else 33, dtype=dtype)
         y = linear(x, w, transpose, wanted)
         assert y.dtype == wanted
-        if each_backend == "native":  # one rounding, to the type asked for; plain MLX computes in x's type first
+        if cpu_backend == "native":  # one rounding, to the type asked for; plain MLX computes in x's type first
             oracle.assert_product(y, x, w, transpose)
         else:
             oracle.assert_product_of_mlx(y, x, w, transpose, max(dtype, wanted, key=oracle.EPSILON.get))
@@ -144,7 +144,7 @@ def test_the_result_has_the_type_asked_for(rng, each_backend, dtype, wanted, tra
 
 @pytest.mark.parametrize("scales", FLOATS, ids=str)
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
-def test_by_default_the_result_has_the_type_that_mlx_gives_it(rng, each_backend, x_dtype, scales):
+def test_by_default_the_result_has_the_type_that_mlx_gives_it(rng, cpu_backend, x_dtype, scales):
     for w in weights(rng, scales):
         x = oracle.random_array(rng, 5, 128, dtype=x_dtype)
         plain = x @ w.values.T if w.scales is None else mx.quantized_matmul(x, w.values, w.scales, w.biases, True, w.group_size, w.bits, w.mode)
@@ -157,7 +157,7 @@ def test_a_wide_result_of_narrow_rows_is_as_exact_as_float32(rng, native):
     oracle.assert_product(y, x, w, epsilon=1e-6)
 
 
-def test_a_gradient_goes_through_the_type_of_the_result(rng, each_backend):
+def test_a_gradient_goes_through_the_type_of_the_result(rng, cpu_backend):
     w, x = oracle.random_weight(rng, 33, 128), oracle.random_array(rng, 5, 128)
     slope = mx.grad(lambda x: mx.sum(linear(x, w, dtype=mx.float16).astype(mx.float32)))(x)
     assert slope.dtype == mx.float32

@@ -6,7 +6,7 @@ import oracle
 from metalens.ops import Head, Weight, head_logits
 from metalens.ops.unembed import head_pullback, native_head
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 TRANSFORMS = {"linear": {}, "scale": {"scale": 0.125}, "softcap": {"softcap": 3.0}, "scale and softcap": {"scale": -1.5, "softcap": 5.0}}
 
@@ -100,8 +100,8 @@ def test_heads_of_the_8_bit_scaled_formats(rng, mode):
     np.testing.assert_allclose(oracle.wide(head_pullback(dz, z, head)), oracle.wide(dz) @ oracle.matrix(head.weight), atol=1e-4 * size)
 
 
-def test_formats_that_the_kernels_do_not_read_have_no_native_head(rng, each_backend):
+def test_formats_that_the_kernels_do_not_read_have_no_native_head(rng, cpu_backend):
     w = oracle.random_weight(rng, 131, 64)
-    assert (native_head(Head(w)) is not None) == (each_backend == "native")
+    assert (native_head(Head(w)) is not None) == (cpu_backend == "native")
     assert native_head(Head(Weight(w.values, w.scales, w.biases.astype(mx.float16), 32, 4))) is None
     assert native_head(Head(Weight(mx.zeros((3, 4), dtype=mx.int32)))) is None

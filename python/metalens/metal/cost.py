@@ -1,8 +1,8 @@
 """What the kernels multiply, read and write, as formulas.
 
-The tests hold them against what the emulation counts (tests/metal/test_traffic.py), and `metalens roofline` turns them into bounds. Matrix operations are
-8 x 8 x 8 products of a simdgroup, 1024 operations each. Bytes are those that must cross the memory's bus if every byte of an array that a dispatch
-touches comes from there once; what caches then serve is not counted.
+The tests hold them against what the emulation counts (tests/metal/test_traffic.py), and `metalens roofline` turns them into bounds. Matrix operations
+are 8 x 8 x 8 products of a simdgroup, 1024 operations each. Bytes are those that must cross the memory's bus if every byte of an array that a
+dispatch touches comes from there once; what caches then serve is not counted.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ MAP_WIDTH = 32  # ids that share one entry of lens_softmax_grad's map
 MAGNIFIER = {mx.float32: 1.0, mx.float16: 2.0**15}
 
 
-def operand(x: mx.Dtype, rounded: bool) -> mx.Dtype:
-    """What rows are multiplied as: half if they are half or may be rounded, else float32, which bfloat16 fits into without loss."""
-    return mx.float16 if rounded or x == mx.float16 else mx.float32
+def operand(rounded: bool) -> str:
+    """What rows and weights are multiplied as: float, which 16-bit values fit into without loss, or half where they may be rounded."""
+    return "half" if rounded else "float"
 
 
 def _tile(rows: int, element: str) -> str:
@@ -42,12 +42,12 @@ _STATES = {"states": "float", "above": "int", "top_logits": "float", "top_ids": 
 @cache
 def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
     """Statistics of blocks of `rows` rows; see metal/lens_stats.h."""
-    element, tile = ELEMENTS[x], _tile(rows, ELEMENTS[operand(x, rounded)])
+    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
     return Kernel(
         "lens_stats",
         "lens_stats.h",
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}_{ELEMENTS[operand(x, rounded)]}",
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
         _buffers(n=element, n_model=element, **_weight(f), head_bias="float", labels="int", problem="int"),
         _buffers(**_STATES),
         shared=f"{tile}::FLOATS",
@@ -96,12 +96,12 @@ def lens_stats_merge() -> Kernel:
 @cache
 def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool, out: mx.Dtype) -> Kernel:
     """scale * (x W^T + bias); see metal/linear.h."""
-    element, tile = ELEMENTS[x], _tile(rows, ELEMENTS[operand(x, rounded)])
+    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
     return Kernel(
         "linear",
         "linear.h",
         (element, f.type, tile, ELEMENTS[out]),
-        f"{element}_{f.label}_m{rows}_{ELEMENTS[operand(x, rounded)]}_{ELEMENTS[out]}",
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}_{ELEMENTS[out]}",
         _buffers(x=element, **_weight(f), bias="float", problem="int"),
         _buffers(y=ELEMENTS[out]),
         shared=f"{tile}::FLOATS",

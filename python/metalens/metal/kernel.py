@@ -1,7 +1,7 @@
 """A Metal kernel as plain data, and its launch: just in time through `mx.fast.metal_kernel`, or ahead of time from the extension's metallib.
 
-One descriptor serves both, and the tests' emulation, so what is tested is what is launched. The kernel's body is made mechanically from it: declare the
-threadgroup memory, call the function of the header with the arguments in their order. Both launchers bind inputs, then outputs, in that order.
+One descriptor serves both, and the tests' emulation, so what is tested is what is launched. The kernel's body is made mechanically from it: declare
+the threadgroup memory, call the function of the header with the arguments in their order. Both launchers bind inputs, then outputs, in that order.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def launch(
     threadgroup = (kernel.threads, 1, 1)
     grid = (groups[0] * kernel.threads, groups[1], groups[2])
     if factory is None and (extension := _library_with(kernel.name)) is not None:
-        return list(extension.launch_metal(kernel.name, inputs, list(map(tuple, shapes)), list(dtypes), grid, threadgroup, list(reuse or [-1] * len(shapes))))
+        return list(
+            extension.launch_metal(kernel.name, inputs, list(map(tuple, shapes)), list(dtypes), grid, threadgroup, list(reuse or [-1] * len(shapes)))
+        )
     run = _just_in_time(kernel, factory or mx.fast.metal_kernel)
     made = run(inputs=inputs, grid=grid, threadgroup=threadgroup, output_shapes=list(map(tuple, shapes)), output_dtypes=list(dtypes))
     return cast("list[mx.array]", made)

@@ -38,8 +38,9 @@ def lens_stats(
     of_n = {n.dtype} | (set() if n_model is None else {n_model.dtype})
     if len(of_n) > 1 or not of_n <= set(FLOATS):
         n, n_model = n.astype(mx.float32), None if n_model is None else n_model.astype(mx.float32)
-    if labels is not None:  # before they are narrowed to 32 bits
-        labels = mx.where((labels >= 0) & (labels < head.tokens), labels, -1).astype(mx.int32)
+    if labels is not None:  # compared in a type that holds every id and every label, before they are narrowed to 32 bits
+        wide = labels.astype(mx.int64)
+        labels = mx.where((wide >= 0) & (wide < head.tokens), wide, -1).astype(mx.int32)
     by_layers = [
         [
             _one_dispatch(n[ls, ts], head, k, None if n_model is None else n_model[ts], None if labels is None else labels[ts], rounded)
@@ -56,7 +57,7 @@ def _dispatches(n: mx.array, head: Head, with_model: bool) -> Iterator[tuple[sli
     layers, tokens, depth = n.shape
     rows = tuning.rows_per_dispatch(head.tokens, depth, tuning.device())
     per_layers = min(layers, max(1, rows - int(with_model)))
-    per_tokens = max(1, rows // (per_layers + int(with_model)))
+    per_tokens = min(tokens, max(1, rows // (per_layers + int(with_model))))
     for first in range(0, layers, per_layers):
         yield slice(first, first + per_layers), [slice(t, t + per_tokens) for t in range(0, tokens, per_tokens)]
 

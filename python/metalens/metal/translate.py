@@ -1,8 +1,8 @@
 """translate_norm on the GPU.
 
-The translator's product adds the bias before it is rounded; the norm after it is MLX's own kernel: it reads what the product left in the cache, 8 bytes
-against 2 D multiplications for each element, so that reducing the squares within the product could save less than a percent. On the way back one kernel
-goes through norm and bias together.
+The translator's product adds the bias before it is rounded; the norm after it is MLX's own kernel: it reads what the product left in the cache, 8
+bytes against 2 D multiplications for each element, so that reducing the squares within the product could save less than a percent. On the way back
+one kernel goes through norm and bias together.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm, pl
         dy, db = _norm_grad(outputs[1], cotangents[0], norm)
         return dy @ weight.astype(mx.float32), (dy.T @ h).astype(weight.dtype), db.astype(bias.dtype)
 
-    n, _ = both(h.reshape(-1, h.shape[-1]), weight, bias)
-    return cast("mx.array", n).reshape(*h.shape[:-1], weight.shape[0])
+    n, _ = cast("Callable[..., tuple[mx.array, mx.array]]", both)(h.reshape(-1, h.shape[-1]), weight, bias)
+    return n.reshape(*h.shape[:-1], weight.shape[0])
 
 
 def _norm_grad(y: mx.array, dn: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:

@@ -4,12 +4,13 @@ Nothing here was measured on Apple hardware yet; the entries follow from publish
 them (docs/on-a-mac.md).
 
 What decides:
- * A dequantised unit of U costs about four instructions per weight, shared by the block's rows: an eighth of the multiplications at 32 rows, a sixteenth
-   at 64. More rows per block also read U from memory less often.
- * A simdgroup keeps block_rows / 8 x 2 matrices of sums, two registers each per lane: 16 registers at 32 rows, 32 at 64. Generations 13 and 14 (M1, M2)
-   keep few simdgroups in flight when registers run out, so they take 32 rows; 15 and later (M3 on) share registers out as needed and take up to 64.
- * float32 and half operands multiply at the same speed on generations 13 to 16; half ones take half the threadgroup memory. Operands are float32 unless
-   the rows are half themselves or precision 'bf16' allows rounding. bfloat16 is widened: generations 13 and 14 only emulate its rounding.
+ * A dequantised unit of U costs about four instructions per weight, shared by the block's rows: an eighth of the multiplications at 32 rows, a
+   sixteenth at 64. More rows per block also read U from memory less often.
+ * A simdgroup keeps block_rows / 8 x 2 matrices of sums, two registers each per lane: 16 registers at 32 rows, 32 at 64. Generations 13 and 14
+   (M1, M2) keep few simdgroups in flight when registers run out, so they take 32 rows; 15 and later (M3 on) share registers out as needed and
+   take up to 64.
+ * float32 and half operands multiply at the same speed on generations 13 to 16; half ones take half the threadgroup memory. Operands are float32
+   unless precision 'bf16' allows rounding; then they are half, which is finer: generations 13 and 14 only emulate bfloat16's rounding.
  * A vocabulary tile of 64 ids is two matrices per simdgroup: a matrix of rows that was loaded serves two products.
  * Three or four threadgroups per core hide the waits at barriers: the vocabulary is split until there are as many.
  * A dispatch must stay well below the watchdog's limit, and below what makes a screen stutter: 0.1 s.

@@ -89,7 +89,7 @@ def lens_kl(n: mx.array, target: LensTarget, head: Head) -> tuple[mx.array, mx.a
     if n.size == 0:
         return mx.zeros(n.shape[:2]), mx.zeros(n.shape)
     if native_reads(head.weight) and metal():
-        kl, dn = _with_gradient(n, lambda n: on_metal.lens_kl(n, target.n, target.lse, head, precision() == "bf16"))
+        kl, dn = _with_gradient(n.astype(mx.float32), lambda n: on_metal.lens_kl(n, target.n, target.lse, head, precision() == "bf16"))
     elif (found := native_head(head)) is not None:
         extension, kernel_head = found
         mean = target.mean

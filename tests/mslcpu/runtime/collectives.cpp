@@ -90,11 +90,10 @@ void msl_matrix_multiply(const float* a, const float* b, const float* c, float* 
 }
 
 // simdgroup_load and simdgroup_store are plain accesses by each lane, so they need no rendezvous; counting them finds lanes that left some out.
-void msl_matrix_access(uint32_t line) {
+void msl_matrix_access(void) {
   Fiber* self = runtime.current;
   self->matrix_accesses++;
-  self->line = line;
-  self->pc = MSLCPU_PC;
+  self->matrix_pc = MSLCPU_PC;
 }
 
 void msl_atomic_access(uint8_t* address, uint64_t bytes) {

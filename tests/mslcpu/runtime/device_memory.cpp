@@ -33,6 +33,7 @@ struct {
   uint8_t before[64];
   uint32_t buffer, other_thread, thread;
   bool other_group;
+  Fiber* fiber;  // that stored
   const void* pc;
 } pending;
 
@@ -151,6 +152,7 @@ void check_output_write(uint32_t index, uint64_t at, uint64_t bytes, Before befo
       pending.thread = thread_of(mine);
       pending.other_thread = thread_of(shadow.writer[g]);
       pending.other_group = other_group;
+      pending.fiber = runtime.current;
       pending.pc = pc;
       runtime.attention = true;
       break;
@@ -178,6 +180,7 @@ void begin_device_memory() {
   }
   last_hit = 0;
   pending.active = false;
+  runtime.device_epoch = runtime.device_first_epoch = 1;
 }
 
 void end_device_memory() {
@@ -193,9 +196,12 @@ void finish_pending_write() {
   if (!pending.active) return;
   pending.active = false;
   if (memcmp(pending.address, pending.before, pending.bytes) == 0) return;
+  Fiber* running = runtime.current;
+  runtime.current = pending.fiber;
   record_failure(
       pending.pc, "device data race: threads %u%s and %u store different values to the same bytes of buffer %u", pending.other_thread,
       elsewhere(pending.other_group), pending.thread, pending.buffer);
+  runtime.current = running;
   if (runtime.current) abandon_thread();
 }
 

@@ -12,8 +12,6 @@
 
 #include "state.h"
 
-extern "C" void mslcpu_switch(void** save, void* to);
-
 namespace mslcpu {
 
 Runtime runtime;

@@ -6,9 +6,6 @@
 
 #include "state.h"
 
-// Saves the callee-saved registers on the running stack, stores its pointer to *save and continues on the stack `to`.
-extern "C" void mslcpu_switch(void** save, void* to);
-
 #if defined(__x86_64__)
 asm(R"(
 .text

@@ -125,8 +125,11 @@ bool open_barrier() {
   uint32_t returned = 0;
   for (uint32_t i = 0; i < runtime.threads; i++) {
     Fiber& fiber = runtime.fibers[i];
-    if (fiber.matrix_accesses != runtime.fibers[i / kSimdWidth * kSimdWidth].matrix_accesses && launch.checked) {
-      fail_in(&fiber, "divergence: %s by some lanes only (lane mask %#x is missing or extra)", "simdgroup_load or simdgroup_store", 1u << i % 32);
+    Fiber& first = runtime.fibers[i / kSimdWidth * kSimdWidth];
+    if (launch.checked && fiber.matrix_accesses != first.matrix_accesses) {
+      Fiber& more = fiber.matrix_accesses > first.matrix_accesses ? fiber : first;
+      more.pc = more.matrix_pc;
+      fail_in(&more, "divergence: %s by some lanes only (lane %u took a different number)", "simdgroup_load or simdgroup_store", i % kSimdWidth);
       return false;
     }
     if (fiber.state == State::kDone) {
@@ -306,6 +309,7 @@ int mslcpu_run(Launch* launch) {
   uint32_t threads = launch->threadgroup[0] * launch->threadgroup[1] * launch->threadgroup[2];
   reserve_stacks(threads, launch->stack_bytes);
   runtime.fibers.resize(threads);
+  reset_threadgroup_epochs_if_used_up();
   if (launch->checked) begin_device_memory();
   start_watchdog(launch->timeout);
   run_grid();

@@ -6,14 +6,17 @@
 
 #include "abi.h"
 
+// fibers.cpp: saves the callee-saved registers on the running stack, stores its pointer to *save and continues on the stack `to`.
+extern "C" void mslcpu_switch(void** save, void* to);
+
 namespace mslcpu {
 
 constexpr uint32_t kSimdWidth = 32;
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kMaxBuffers = 31;
 constexpr uint32_t kThreadgroupLimit = 32768;
-constexpr uint32_t kArenaBytes = 1u << 18;  // far above the limit: a variable that exceeds it is still laid out, then reported
-constexpr uint32_t kRedZone = 256;          // unowned bytes between threadgroup variables
+constexpr uint32_t kArenaBytes = 1u << 20;  // the limit, and room for red zones
+constexpr uint32_t kRedZone = 8192;         // unowned bytes between threadgroup variables
 
 enum class State : uint32_t { kReady, kCollective, kBarrier, kDone };
 
@@ -37,7 +40,8 @@ struct Fiber {
   uint32_t line;             // of the barrier or collective
   const void* pc;            // likewise
   uint32_t mask;             // lanes that took part in the collective
-  uint32_t matrix_accesses;  // simdgroup_load/store calls so far; equal in all lanes unless control flow diverged
+  uint32_t matrix_accesses;  // simdgroup_load and simdgroup_store calls so far; equal in all lanes unless control flow diverged
+  const void* matrix_pc;     // of the last one
   uint32_t threadgroup_low;  // low halves of the stamps
   uint32_t device_low;
   alignas(16) uint8_t deposit[2][64];  // operands of collectives; two, as a lane may reach the next before others have read this one
@@ -94,7 +98,7 @@ struct Runtime {
 
 extern Runtime runtime;
 
-// errors.cpp: record the first error of a launch. fail() from a kernel's thread does not return: it abandons the thread.
+// errors.cpp: the first error of a launch is recorded. MSLCPU_FAIL, from a kernel's thread, also abandons the thread.
 void record_failure(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void abandon_thread();
 #define MSLCPU_FAIL(pc, ...)                     \
@@ -112,6 +116,7 @@ void switch_to_fiber(Fiber* fiber);  // from the scheduler
 void yield_fiber();                  // from a thread: to the next ready lane, or back to the scheduler
 
 // threadgroup_memory.cpp
+void reset_threadgroup_epochs_if_used_up();
 void begin_threadgroup_memory();
 void* declare_threadgroup_variable(int64_t id, uint64_t bytes, const char* name, const void* pc);
 void check_threadgroup_access(uint32_t offset, uint64_t bytes, bool write, bool atomic, const void* pc);

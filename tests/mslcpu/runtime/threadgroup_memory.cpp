@@ -87,6 +87,14 @@ inline Verdict note_write(Cell& cell, Stamp mine, Stamp* other) {
 
 }  // namespace
 
+void reset_threadgroup_epochs_if_used_up() {
+  if (runtime.threadgroup_epoch < 1u << 31) return;
+  memset(pairs, 0, sizeof pairs);
+  memset(bytes_of_pairs, 0, sizeof bytes_of_pairs);
+  memset(split_since, 0, sizeof split_since);
+  runtime.threadgroup_epoch = runtime.threadgroup_first_epoch = 1;
+}
+
 void begin_threadgroup_memory() {
   if (!runtime.arena) {
     void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -94,7 +102,7 @@ void begin_threadgroup_memory() {
     runtime.arena = static_cast<uint8_t*>(memory);
   }
   // Every variable is poisoned with NaNs when it is declared; here only the previous threadgroup's are forgotten.
-  memset(owner, 0, runtime.arena_used + kRedZone);
+  for (const ThreadgroupVariable& v : runtime.variables) memset(owner + v.offset, 0, v.bytes);
   runtime.arena_used = 0;
   runtime.variables.clear();
   runtime.threadgroup_first_epoch = ++runtime.threadgroup_epoch;
@@ -105,17 +113,17 @@ void* declare_threadgroup_variable(int64_t id, uint64_t bytes, const char* name,
   for (const ThreadgroupVariable& v : runtime.variables) {
     if (v.id == id && v.bytes == bytes) return runtime.arena + v.offset;
   }
-  uint32_t total = runtime.launch->threadgroup_bytes;
-  if (bytes > kThreadgroupLimit || total + ((bytes + 15) & ~15ull) > kThreadgroupLimit) {
-    MSLCPU_FAIL(pc, "threadgroup memory limit: %lu bytes with '%s', at most %u", total + bytes, name, kThreadgroupLimit);
+  uint64_t total = runtime.launch->threadgroup_bytes + ((bytes + 15) & ~15ull);
+  if (bytes > kThreadgroupLimit || total > kThreadgroupLimit) {
+    MSLCPU_FAIL(pc, "threadgroup memory limit: %lu bytes with '%s', at most %u", total, name, kThreadgroupLimit);
   }
-  if (runtime.variables.size() >= 254) MSLCPU_FAIL(pc, "more than 254 threadgroup variables");
   uint32_t offset = (runtime.arena_used + kRedZone + 255) & ~255u;
+  if (offset + bytes + kRedZone > kArenaBytes) MSLCPU_FAIL(pc, "more than %zu threadgroup variables", runtime.variables.size());
   runtime.variables.push_back({id, name, offset, static_cast<uint32_t>(bytes)});
   memset(owner + offset, static_cast<int>(runtime.variables.size()), bytes);
   memset(runtime.arena + offset, 0xFF, bytes);
   runtime.arena_used = offset + static_cast<uint32_t>(bytes);
-  runtime.launch->threadgroup_bytes = total + ((bytes + 15) & ~15ull);
+  runtime.launch->threadgroup_bytes = static_cast<uint32_t>(total);
   return runtime.arena + offset;
 }
 

@@ -4,11 +4,12 @@
 namespace metal {
 
 template <class T> struct atomic { T value; };
-typedef atomic<int> atomic_int;
-typedef atomic<uint> atomic_uint;
-typedef atomic<float> atomic_float;
-typedef atomic<bool> atomic_bool;
-typedef atomic<ulong> atomic_ulong;
+// OpenCL has types called atomic_int and so on: keywords.h maps those names to these.
+typedef atomic<int> msl_atomic_int;
+typedef atomic<uint> msl_atomic_uint;
+typedef atomic<float> msl_atomic_float;
+typedef atomic<bool> msl_atomic_bool;
+typedef atomic<ulong> msl_atomic_ulong;
 
 #define MSL_ATOMIC volatile __generic atomic<T>*
 

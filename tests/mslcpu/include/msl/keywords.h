@@ -16,4 +16,11 @@
 #define read_write msl_name_read_write
 #define vec_step msl_name_vec_step
 
+#define atomic_int msl_atomic_int
+#define atomic_uint msl_atomic_uint
+#define atomic_float msl_atomic_float
+#define atomic_bool msl_atomic_bool
+#define atomic_ulong msl_atomic_ulong
+
+// msl_convert also converts between half and bfloat, which clang's own casts do not.
 #define static_cast msl_convert

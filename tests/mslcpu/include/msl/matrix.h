@@ -40,17 +40,16 @@ MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T v
 #define MSL_MATRIX_ACCESS(SPACE)                                                                                              \
   template <class T> MSL_INLINE void simdgroup_load(                                                                          \
       __private simdgroup_matrix<T, 8, 8>& m, const SPACE T* p, ulong stride = 8, ulong2 origin = (ulong2)(0ul),              \
-      bool transpose = false, MSL_LINE) {                                                                                     \
-    msl_matrix_access(msl_line);                                                                                              \
+      bool transpose = false) {                                                                                               \
+    msl_matrix_access();                                                                                                      \
     uint row = msl_matrix_row(), column = msl_matrix_column();                                                                \
     p += origin.x + origin.y * stride;                                                                                        \
     m.msl_elements[0] = transpose ? p[column * stride + row] : p[row * stride + column];                                      \
     m.msl_elements[1] = transpose ? p[(column + 1) * stride + row] : p[row * stride + column + 1];                            \
   }                                                                                                                           \
   template <class T> MSL_INLINE void simdgroup_store(                                                                         \
-      simdgroup_matrix<T, 8, 8> m, SPACE T* p, ulong stride = 8, ulong2 origin = (ulong2)(0ul), bool transpose = false,       \
-      MSL_LINE) {                                                                                                             \
-    msl_matrix_access(msl_line);                                                                                              \
+      simdgroup_matrix<T, 8, 8> m, SPACE T* p, ulong stride = 8, ulong2 origin = (ulong2)(0ul), bool transpose = false) {     \
+    msl_matrix_access();                                                                                                      \
     uint row = msl_matrix_row(), column = msl_matrix_column();                                                                \
     p += origin.x + origin.y * stride;                                                                                        \
     p[transpose ? column * stride + row : row * stride + column] = m.msl_elements[0];                                         \

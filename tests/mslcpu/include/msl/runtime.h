@@ -17,7 +17,7 @@ void msl_simdgroup_barrier(uint line, uint mem_flags) MSL_CONVERGENT;
 uint msl_simd_exchange(const __generic void*, uint, uint, uint, const __generic uchar* __generic*, __generic ulong*) MSL_CONVERGENT;
 void msl_matrix_multiply(const __generic float*, const __generic float*, const __generic float*, __generic float*, uint)
     MSL_CONVERGENT;
-void msl_matrix_access(uint line) __attribute__((nomerge));
+void msl_matrix_access(void) __attribute__((nomerge));
 void msl_atomic_access(const volatile __generic void*, ulong);
 __generic void* msl_threadgroup_variable(long id, ulong bytes, ulong name);
 uint msl_lane(void) __attribute__((const));

@@ -1,0 +1,190 @@
+"""`make mac-check`: compile every Metal kernel with Apple's compiler, compare the GPU with float64, measure. Writes build/mac-check.md.
+
+--emulated goes through the same steps without a Mac, on a few cells: that is how this script is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import metal_cells  # noqa: E402
+from metalens import InterpretableModel, demo, doctor, use_backend  # noqa: E402
+from metalens.metal import library, source, tuning  # noqa: E402
+from metalens.ops import Head, Weight, lens_kl, lens_stats, lens_target  # noqa: E402
+from metalens.training import TrainingConfig, train  # noqa: E402
+
+# (name, layers, tokens, D, V) of the measured cases, 4-bit heads.
+CASES = [
+    ("1B", 16, 16, 2048, 128256),
+    ("8B", 32, 8, 4096, 128256),
+    ("one token of 1B", 16, 1, 2048, 128256),
+    ("one token, 4 layers", 4, 1, 2048, 128256),
+]
+TINY = [("tiny", 3, 4, 64, 131)]
+
+
+def facts() -> list[str]:
+    """Chip, system and versions, as a table."""
+    chip = (
+        subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        if sys.platform == "darwin"
+        else None
+    )
+    found = {
+        "chip": chip.stdout.strip() if chip else platform.processor() or platform.machine(),
+        "macOS": platform.mac_ver()[0] or "none",
+        **doctor.examine(),
+    }
+    return [f"| {name} | {value} |" for name, value in found.items()]
+
+
+def compile_all(emulated: bool) -> tuple[list[str], int]:
+    """Every file of the library with Apple's compiler; (lines, failures)."""
+    units = library.translation_units()
+    if emulated:
+        import mslcpu
+
+        mslcpu.compile_library(library.text(units["shared"]), name="shared.metal", include_dirs=[source.folder()])
+        return ["compiled shared.metal in emulation"], 0
+    compiler = ["xcrun", "-sdk", "macosx", "metal"]
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run([*compiler, "--version"], capture_output=True, check=False).returncode == 0:
+            lines, failures = [], 0
+            for name, kernels in units.items():
+                options = ["-std=metal3.1", "-fno-fast-math", "-Wall", "-Wextra", f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
+                done = subprocess.run([*compiler, *options], input=library.text(kernels), capture_output=True, text=True, check=False)
+                failures += done.returncode != 0
+                if done.stderr:
+                    lines += [f"{name}: {'failed' if done.returncode else 'warnings'}", *[f"    {line}" for line in done.stderr.splitlines()[:8]]]
+            return [f"{len(units) - failures} of {len(units)} files, {sum(map(len, units.values()))} kernels", *lines], failures
+    return ["there is no Metal compiler here (xcode-select --install, or Xcode's Metal toolchain): kernels are compiled just in time"], 0
+
+
+def compare(cells: list[metal_cells.Cell]) -> tuple[list[str], int]:
+    """The matrix; (lines, cells that are worse than plain MLX plus an epsilon)."""
+    lines, failures, worst = [], 0, 0.0
+    for cell in cells:
+        try:
+            errors = metal_cells.run(cell)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            failures += 1
+            lines.append(f"{cell}: {str(error).splitlines()[0]}")
+            continue
+        worst = max(worst, errors.ours / (errors.plain + errors.epsilon))
+        if not errors.good:
+            failures += 1
+            lines.append(f"{cell}: off by {errors.ours:.2e}; plain MLX by {errors.plain:.2e}, allowed on top {errors.epsilon:.0e}")
+    return [f"{len(cells) - failures} of {len(cells)} cells good; the worst used {worst:.0%} of what is allowed", *lines], failures
+
+
+def train_both(steps: int) -> tuple[list[str], int]:
+    """The demo model's lens on the kernels and in plain MLX: losses must agree."""
+    model = InterpretableModel(str(demo.MODEL))
+    ids = model.training_ids([demo.TRAINING_TEXT.read_text()[:4000]])
+    config = TrainingConfig(num_steps=steps, max_seq_len=32, learning_rate=0.3)
+    losses: dict[str, list[float]] = {}
+    for backend in ("metal", "reference"):
+        with use_backend(backend):  # type: ignore[arg-type]
+            found = losses.setdefault(backend, [])
+            train(model.source, model.checked_unembed, ids, config, callback=lambda p, found=found: found.append(p.loss))
+    worst = max(abs(a - b) / b for a, b in zip(losses["metal"], losses["reference"], strict=True))
+    return [f"{steps} steps: losses {losses['metal'][0]:.4f} ... {losses['metal'][-1]:.4f}, largest relative difference {worst:.1e}"], int(
+        worst > 1e-3
+    )
+
+
+def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[str]:
+    """Medians of metalens and plain MLX, in turn, and the operations per second of the products alone."""
+    lines = ["| case | operation | metalens, ms | plain MLX, ms | ratio | TFLOP/s |", "|---|---|---:|---:|---:|---:|"]
+    for name, layers, tokens, depth, vocab in cases:
+        u = mx.random.normal((vocab, depth), key=mx.random.key(0)) * 0.02
+        head = Head(Weight(*mx.quantize(u, 64, 4), 64, 4))
+        n_model = mx.random.normal((tokens, depth), key=mx.random.key(1))
+        n = n_model[None] + 0.3 * mx.random.normal((layers, tokens, depth), key=mx.random.key(2))
+        mx.eval(head.weight.values, n, n_model)
+        del u
+
+        def stats(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
+            mx.eval(vars(lens_stats(n, head, 10, n_model)))
+
+        def loss(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
+            mx.eval(*lens_kl(n, lens_target(n_model, head), head))
+
+        for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2)):
+            ours, plain = in_turn(run, rounds)
+            rate = 2 * products * layers * tokens * depth * vocab / ours / 1e12
+            lines.append(
+                f"| {name}: L {layers}, T {tokens}, D {depth}, V {vocab} | {operation} | {1e3 * ours:.2f} | {1e3 * plain:.2f} | {plain / ours:.2f} | {rate:.2f} |"
+            )
+    return lines
+
+
+def in_turn(run: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """Median seconds on the kernels and in plain MLX, one after the other in every round; the first round is not counted."""
+    times: dict[str, list[float]] = {"metal": [], "reference": []}
+    for _ in range(rounds + 1):
+        for backend, found in times.items():
+            with use_backend(backend):  # type: ignore[arg-type]
+                start = time.perf_counter()
+                run()
+                found.append(time.perf_counter() - start)
+    return statistics.median(times["metal"][1:]), statistics.median(times["reference"][1:])
+
+
+@contextlib.contextmanager
+def device(emulated: bool) -> Iterator[None]:
+    """The GPU, or what stands in for it."""
+    if not emulated:
+        if not mx.metal.is_available():
+            sys.exit("mac-check needs a Mac with Apple silicon: MLX finds no Metal GPU here. --emulated tries this script without one.")
+        mx.set_default_device(mx.gpu)
+        with use_backend("metal"):
+            yield
+        return
+    import metal_emulation
+
+    with metal_emulation.emulated():
+        yield
+
+
+def main() -> None:
+    """Run the four steps; exit with 1 if something does not compile or agree."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--emulated", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mac-check.md")
+    arguments = parser.parse_args()
+    emulated: bool = arguments.emulated
+    with device(emulated):
+        cells = [c for c in metal_cells.cells() if not emulated or "affine4g64-float32" in str(c)]
+        compiled, broken = compile_all(emulated)
+        compared, differing = compare(cells)
+        trained, diverging = train_both(2 if emulated else 20)
+        measured = measure(TINY if emulated else CASES, 1 if emulated else 5)
+        parts = [
+            "# mac-check" + (" (in emulation: a test of the script, nothing was measured on Apple hardware)" if emulated else ""),
+            "## Facts\n\n| | |\n|---|---|\n" + "\n".join(facts()),
+            f"## Compile\n\nplanned for {tuning.device()}\n\n" + "\n".join(compiled),
+            "## Compare\n\n" + "\n".join(compared + trained),
+            "## Measure\n\n" + "\n".join(measured),
+        ]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n\n".join(parts) + "\n")
+    sys.stdout.write("\n\n".join(parts) + f"\n\nWritten to {arguments.out}. Please report it: docs/on-a-mac.md.\n")
+    sys.exit(1 if broken or differing or diverging else 0)
+
+
+if __name__ == "__main__":
+    main()
