@@ -126,9 +126,8 @@ def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[st
         for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2)):
             ours, plain = in_turn(run, rounds)
             rate = 2 * products * layers * tokens * depth * vocab / ours / 1e12
-            lines.append(
-                f"| {name}: L {layers}, T {tokens}, D {depth}, V {vocab} | {operation} | {1e3 * ours:.2f} | {1e3 * plain:.2f} | {plain / ours:.2f} | {rate:.2f} |"
-            )
+            case = f"{name}: L {layers}, T {tokens}, D {depth}, V {vocab}"
+            lines.append(f"| {case} | {operation} | {1e3 * ours:.2f} | {1e3 * plain:.2f} | {plain / ours:.2f} | {rate:.2f} |")
     return lines
 
 

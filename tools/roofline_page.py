@@ -18,8 +18,8 @@ HEAD = """# How fast a lens could be on Apple GPUs
 
 **A model, not a measurement.** Nothing of metalens has run on Apple hardware. These are upper bounds of tokens per second, from the matrix operations
 and bytes that the kernels were counted to need in emulation (`tests/metal/test_traffic.py` holds the formulas of `python/metalens/metal/cost.py`
-against the counts) and from published numbers of the chips. A kernel takes the longer of two times: operations at the rate of simdgroup matrices (80 %
-of the float32 peak), bytes at the memory's bandwidth. Real kernels reach some part of that: others report 40 to 75 % of the peak for MLX's own
+against the counts) and from published numbers of the chips. A kernel takes the longer of two times: operations at the rate of simdgroup matrices
+(80 % of the float32 peak), bytes at the memory's bandwidth. Real kernels reach some part of that: others report 40 to 75 % of the peak for MLX's own
 quantised products on these chips.
 
 `plain MLX` is the same mathematics written well without fused kernels: one batched product for all layers and chunks of tokens, float32 logits,

@@ -39,12 +39,11 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
             source=body,
             header=source.inlined(kernel.header),
         )
-        map_columns = -(-width // 32)
         return launch(
             inputs=[difference, z_model, padded_lse, problem],
             grid=(rows * 256, 1, 1),
             threadgroup=(256, 1, 1),
-            output_shapes=[(rows, width), (rows, map_columns), *[(rows,)] * 4],
+            output_shapes=[(rows, width), (rows, map_columns_of(width)), *[(rows,)] * 4],
             output_dtypes=[mx.float32] * 6,
         )
 
@@ -58,3 +57,13 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
     np.testing.assert_allclose(oracle.wide(together[0])[:, :vocab], expected_gradient, atol=1e-7)
     np.testing.assert_allclose(oracle.wide(together[3]), expected_kl, rtol=1e-5)
     assert not np.any(oracle.wide(together[0])[:, vocab:])
+    z_lens = np.tile(p_model, (2, 1)) + z
+    np.testing.assert_allclose(oracle.wide(together[4]), z_lens[:, 0] - oracle.log_softmax(z_lens)[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(oracle.wide(together[5]), oracle.entropy(z_lens), rtol=1e-5)
+    by_32 = np.pad(np.abs(expected_gradient), ((0, 0), (0, -vocab % 32 + 32 * (map_columns_of(width) - map_columns_of(vocab)))))
+    np.testing.assert_allclose(oracle.wide(together[1]), by_32.reshape(rows, -1, 32).max(-1), atol=1e-7)
+    np.testing.assert_allclose(oracle.wide(together[2]), np.abs(expected_gradient).sum(-1), rtol=1e-5)
+
+
+def map_columns_of(width):
+    return -(-width // descriptors.MAP_WIDTH)

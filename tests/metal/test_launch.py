@@ -9,7 +9,7 @@ import pytest
 import mslcpu
 import oracle
 from metal_emulation import M1, M3, emulated, needs_clang
-from metalens.metal import descriptors, kernel, source, stats, tuning
+from metalens.metal import descriptors, kernel, source, stats, tensor, tuning
 from metalens.metal import kl as metal_kl
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend
 from metalens.ops.backend import metal
@@ -256,3 +256,15 @@ def test_dispatches_stay_short_and_chunks_small():
         layers, tokens = metal_kl.chunk_shape(80, 4096, head, rounded=False)
     assert layers == 80
     assert layers * tokens * 128 * 8 <= tuning.chunk_bytes(M1)
+
+
+def test_descriptors_say_which_engine_they_are_for():
+    f = _dense()
+    for simdgroup, matrix_units in (
+        (descriptors.lens_stats(mx.float32, f, 32, False), descriptors.lens_stats(mx.float32, f, 32, False, tensor.Engine.TENSOR)),
+        (descriptors.lens_pullback(mx.float32, f, 32), descriptors.lens_pullback(mx.float32, f, 32, tensor.Engine.TENSOR)),
+    ):
+        assert matrix_units.name == simdgroup.name + "_tensor"
+        assert matrix_units.body == simdgroup.body.replace("metalens::Tile<", "metalens::TensorTile<") != simdgroup.body
+        assert (matrix_units.inputs, matrix_units.outputs) == (simdgroup.inputs, simdgroup.outputs)
+    assert tuning.Device("applegpu_g17c", 2**35).engine is tensor.Engine.SIMDGROUP  # until there are kernels

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from metalens.metal.formats import ELEMENTS, Format
 from metalens.metal.kernel import Argument, Kernel
+from metalens.metal.tensor import Engine
 from metalens.metal.tuning import TILE_DEPTH, TILE_IDS
 
 MERGE_ROWS = 4  # of a threadgroup of lens_stats_merge: one for each simdgroup
@@ -24,8 +25,12 @@ def operand(rounded: bool) -> str:
     return "half" if rounded else "float"
 
 
-def _tile(rows: int, element: str) -> str:
-    return f"metalens::Tile<{rows}, {TILE_IDS}, {TILE_DEPTH}, {element}>"
+def _tile(rows: int, element: str, engine: Engine) -> str:
+    return f"metalens::{engine.value}<{rows}, {TILE_IDS}, {TILE_DEPTH}, {element}>"
+
+
+def _suffix(engine: Engine) -> str:
+    return "_tensor" if engine is Engine.TENSOR else ""
 
 
 def _buffers(**elements: str) -> tuple[Argument, ...]:
@@ -40,14 +45,14 @@ _STATES = {"states": "float", "above": "int", "top_logits": "float", "top_ids": 
 
 
 @cache
-def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
+def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool, engine: Engine = Engine.SIMDGROUP) -> Kernel:
     """Statistics of blocks of `rows` rows; see metal/lens_stats.h."""
-    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    element, tile = ELEMENTS[x], _tile(rows, operand(rounded), engine)
     return Kernel(
         "lens_stats",
         "lens_stats.h",
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}{_suffix(engine)}",
         _buffers(n=element, n_model=element, **_weight(f), head_bias="float", labels="int", problem="int"),
         _buffers(**_STATES),
         shared=f"{tile}::FLOATS",
@@ -94,14 +99,14 @@ def lens_stats_merge() -> Kernel:
 
 
 @cache
-def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool, out: mx.Dtype) -> Kernel:
+def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool, out: mx.Dtype, engine: Engine = Engine.SIMDGROUP) -> Kernel:
     """scale * (x W^T + bias); see metal/linear.h."""
-    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    element, tile = ELEMENTS[x], _tile(rows, operand(rounded), engine)
     return Kernel(
         "linear",
         "linear.h",
         (element, f.type, tile, ELEMENTS[out]),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}_{ELEMENTS[out]}",
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}_{ELEMENTS[out]}{_suffix(engine)}",
         _buffers(x=element, **_weight(f), bias="float", problem="int"),
         _buffers(y=ELEMENTS[out]),
         shared=f"{tile}::FLOATS",
@@ -125,14 +130,14 @@ def lens_softmax_grad(gradient: mx.Dtype) -> Kernel:
 
 
 @cache
-def lens_pullback(gradient: mx.Dtype, f: Format, rows: int) -> Kernel:
+def lens_pullback(gradient: mx.Dtype, f: Format, rows: int, engine: Engine = Engine.SIMDGROUP) -> Kernel:
     """(q - p) U without its negligible tiles; see metal/lens_pullback.h."""
-    element, tile = ELEMENTS[gradient], _tile(rows, ELEMENTS[gradient])
+    element, tile = ELEMENTS[gradient], _tile(rows, ELEMENTS[gradient], engine)
     return Kernel(
         "lens_pullback",
         "lens_pullback.h",
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}",
+        f"{element}_{f.label}_m{rows}{_suffix(engine)}",
         _buffers(g=element, largest="float", mass="float", **_weight(f), problem="int"),
         _buffers(dn="float"),
         shared=f"{tile}::FLOATS",

@@ -33,10 +33,11 @@ def lens_target(n_model: mx.array, head: Head, rounded: bool = False) -> tuple[m
 def linear(x: mx.array, head_or_matrix: list[mx.array], f: Format, columns: int, bias: mx.array | None, scale: float, rounded: bool) -> mx.array:
     """Scale * (x W^T + bias) [N, columns] float32 of rows x [N, D]. Lazy."""
     rows, depth = x.shape
-    block = tuning.plain_block(rows, tuning.device().family)
+    gpu = tuning.device()
+    block = tuning.plain_block(rows, gpu.family)
     problem = {"rows": rows, "depth": depth, "columns": columns, "with_bias": int(bias is not None), "scale": scale}
     (y,) = launch(
-        descriptors.linear(x.dtype, f, block, rounded, mx.float32),
+        descriptors.linear(x.dtype, f, block, rounded, mx.float32, gpu.engine),
         [x, *head_or_matrix, mx.zeros(8) if bias is None else bias.astype(mx.float32), mx.array(pack("linear.h", "LinearProblem", problem))],
         (-(-rows // block), -(-columns // tuning.TILE_IDS), 1),
         [(rows, columns)],
@@ -133,7 +134,7 @@ def _chunk(
         "scale": head.scale / magnifier,
     }
     (dn,) = launch(
-        descriptors.lens_pullback(dtype, f, block),
+        descriptors.lens_pullback(dtype, f, block, gpu.engine),
         [g, largest, mass, *weight, mx.array(pack("lens_pullback.h", "PullbackProblem", back))],
         (row_blocks, column_blocks, splits),
         [(splits, rows, depth)],

@@ -75,7 +75,7 @@ def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, lab
         groups = -(-splits // SIMDS)
         splits = groups * SIMDS
     else:
-        kernel = descriptors.lens_stats(n.dtype, f, blocks.rows, rounded)
+        kernel = descriptors.lens_stats(n.dtype, f, blocks.rows, rounded, gpu.engine)
         share, splits = tuning.shares(head.tokens, tuning.TILE_IDS, blocks.count, gpu)
         groups = splits
     problem = mx.array(

@@ -7,6 +7,7 @@ and `Accumulators`, chosen by `Tiles`; callers do not change.
 
 That header is written last, on the hardware that can show it right: the emulation of the tests knows simdgroup matrices only, and nothing of the
 project counts as working that has not run. Until then `engine` answers SIMDGROUP everywhere, and the M5 runs the kernels of its predecessors.
+Descriptors already say which engine they are for (descriptors.py): a TENSOR one names the type TensorTile and has "tensor" in its name.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ HEADER: str | None = None
 
 
 class Engine(Enum):
-    """What multiplies tiles."""
+    """What multiplies tiles: the name of the type of tiles in metal/."""
 
-    SIMDGROUP = "simdgroup_matrix"
-    TENSOR = "matmul2d"
+    SIMDGROUP = "Tile"
+    TENSOR = "TensorTile"
 
 
 def supported(generation: int, macos: tuple[int, ...] | None = None) -> tuple[bool, str]:

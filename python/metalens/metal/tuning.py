@@ -13,6 +13,7 @@ What decides:
    unless precision 'bf16' allows rounding; then they are half, which is finer: generations 13 and 14 only emulate bfloat16's rounding.
  * A vocabulary tile of 64 ids is two matrices per simdgroup: a matrix of rows that was loaded serves two products.
  * Three or four threadgroups per core hide the waits at barriers: the vocabulary is split until there are as many.
+ * D does not enter the choice of tiles: the products stream it 32 columns at a time and keep nothing of its size. It enters rows_per_dispatch.
  * A dispatch must stay well below the watchdog's limit, and below what makes a screen stutter: 0.1 s.
 """
 
