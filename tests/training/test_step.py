@@ -138,7 +138,7 @@ def test_the_lens_is_not_changed(rng, tiny):
     assert all(np.array_equal(np.array(t.weight), b) for t, b in zip(lens.translators, before, strict=True))
 
 
-def test_memory_does_not_grow_with_the_number_of_layers(rng, each_backend):
+def test_memory_does_not_grow_with_the_number_of_layers(rng, cpu_backend):
     # The logits of one layer are 10 MB here, those of eight in one graph 80 MB, several times over; its rows are 16 kB.
     vocab, width, tokens = 20_000, 32, 128
     unembed = Unembed(norm_of(nn.RMSNorm(width)), Head(oracle.random_weight(rng, vocab, width)), {}, tied=False, embedding_rows=vocab)
@@ -156,6 +156,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(rng, each_backend):
     two, eight = peak(2), peak(8)
     assert two > vocab * 4  # something was measured
     logits = tokens * vocab * 4
-    if each_backend == "native":
+    if cpu_backend == "native":
         assert eight < logits / 10  # not even one block's worth of them
     assert eight < max(1.5 * two, logits / 10)
