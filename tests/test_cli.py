@@ -79,7 +79,7 @@ def test_eval_prints_json_alone(lens, text, run):
     assert [layer["layer"] for layer in answer["layers"]] == list(range(8))
     for layer in answer["layers"]:
         for name in ("logit", "tuned"):
-            assert set(layer[name]) == {"kl", "ce", "bits_per_byte", "top1"}
+            assert set(layer[name]) == {"kl", "ce", "entropy", "kl_bits_per_byte", "bits_per_byte", "entropy_bits_per_byte", "top1"}
             assert all(math.isfinite(v) for v in layer[name].values())
     assert answer["layers"][-1]["logit"]["ce"] == pytest.approx(answer["model"]["ce"], abs=1e-5)
     assert answer["layers"][-1]["logit"]["kl"] == pytest.approx(0, abs=1e-5)

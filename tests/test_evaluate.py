@@ -1,15 +1,21 @@
 import json
 import math
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import oracle
 from metalens import InterpretableModel, TunedLens, evaluate
+from metalens.evaluation.text import ByteCount, Sequences
+from metalens.training.data import Corpus
 
 LENGTH = 8
+FIELDS = {"kl", "ce", "bits_per_byte", "top1", "entropy", "kl_bits_per_byte", "entropy_bits_per_byte"}
 
 
 def random_ids(rng, tokens):
@@ -17,7 +23,7 @@ def random_ids(rng, tokens):
 
 
 def expected_scores(model, sequences, lens, bytes_per_token=1.0):
-    """Per layer (the last entry is the model's own) {kl, ce, bits_per_byte, top1} in float64, over the given sequences of ids."""
+    """Per layer (the last entry is the model's own) the fields of Scores in float64, over the given sequences of ids."""
     unembedding = oracle.Unembedding(model.unembed)
     rows = [[] for _ in range(len(model.source) + 1)]
     for ids in sequences:
@@ -28,12 +34,14 @@ def expected_scores(model, sequences, lens, bytes_per_token=1.0):
         else:
             logits = [unembedding.translated(h, oracle.wide(t.weight), oracle.wide(t.bias)) for h, t in zip(hidden, lens.translators, strict=True)]
         for kept, z in zip(rows, [*logits, z_model], strict=True):
-            nll = -np.take_along_axis(oracle.log_softmax(z[:-1]), np.array(ids[1:])[:, None], axis=-1)[:, 0]
-            kept.append((oracle.kl(z_model, z), nll, z.argmax(-1) == z_model.argmax(-1)))
+            nll = -np.take_along_axis(oracle.log_softmax(z[:-1]), np.array(ids[1:], int)[:, None], axis=-1)[:, 0]
+            kept.append((oracle.kl(z_model, z), nll, z.argmax(-1) == z_model.argmax(-1), oracle.entropy(z)))
     result = []
     for kept in rows:
-        kl, nll, top1 = (np.concatenate(parts).mean() for parts in zip(*kept, strict=True))
-        result.append({"kl": kl, "ce": nll, "bits_per_byte": nll / math.log(2) / bytes_per_token, "top1": top1})
+        kl, ce, top1, entropy = (np.concatenate(parts).mean() for parts in zip(*kept, strict=True))
+        nats = {"kl": kl, "ce": ce, "entropy": entropy}
+        bpb = {"bits_per_byte" if name == "ce" else f"{name}_bits_per_byte": x / math.log(2) / bytes_per_token for name, x in nats.items()}
+        result.append(nats | bpb | {"top1": top1})
     return result
 
 
@@ -145,6 +153,167 @@ def test_bits_per_byte_count_utf8_bytes(rng, make_llama):
     assert_scores(result.logit, expected_scores(model, [ids], None, 10 / 6)[:-1])
     assert evaluate(model, "hello there").tokens == 11
     assert evaluate(model, ids, max_tokens=3).bytes_per_token == 2.0  # of the part that was read
+    given = evaluate(model, ids, max_seq_len=LENGTH, bytes_per_token=4.5)
+    assert given.bytes_per_token == 4.5
+    assert_scores(given.logit, expected_scores(model, [ids], None, 4.5)[:-1])
+
+
+def test_tokens_that_decode_to_nothing(make_llama):
+    model = InterpretableModel(make_llama(), SimpleNamespace(decode=lambda ids: ""))
+    with pytest.raises(ValueError, match="Pass bytes_per_token"):
+        evaluate(model, [1, 2, 3])
+    assert evaluate(model, [1, 2, 3], bytes_per_token=2.0).bytes_per_token == 2.0
+
+
+# ------------------------------------------------------------------ documents
+
+
+class Documents:
+    """Documents as in a memory-mapped file: unsigned 16-bit ids, fetched one by one."""
+
+    def __init__(self, documents):
+        self.documents = [np.array(d, np.uint16) for d in documents]
+        self.fetched = 0
+
+    def __iter__(self):
+        for document in self.documents:
+            self.fetched += 1
+            yield document
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("form", [list, Documents, iter, lambda documents: [mx.array(d, mx.int32) for d in documents]])
+def test_documents_are_not_joined(rng, tiny, form):
+    sizes = (11, 1, 8, 9, 2, 0, 17)
+    documents = [random_ids(rng, size) for size in sizes]
+    cuts = [documents[0][:8], documents[0][8:], documents[1], documents[2], documents[3], documents[4], documents[6][:8], documents[6][8:]]
+    lens = oracle.random_lens(rng)
+    result = evaluate(tiny, form(documents), lens, max_seq_len=LENGTH)
+    assert result.tokens == sum(sizes)
+    assert_scores(result.tuned, expected_scores(tiny, cuts, lens)[:-1])
+    assert_scores([result.model], expected_scores(tiny, cuts, None)[-1:])
+
+
+def test_rows_of_an_array_are_documents(rng, tiny):
+    ids = rng.integers(0, 131, (3, 8))
+    expected = evaluate(tiny, ids.tolist())
+    assert evaluate(tiny, ids) == expected
+    assert evaluate(tiny, mx.array(ids)) == expected
+    assert evaluate(tiny, (mx.array(row)[None] for row in ids)) == expected  # as sequences for training come
+
+
+@given(
+    sizes=st.lists(st.integers(0, 20), max_size=6),
+    length=st.integers(3, 9),
+    max_tokens=st.none() | st.integers(2, 40),
+    form=st.sampled_from(["iterable", "packed", "eos"]),
+    prefix=st.sampled_from([(), (900,), (900, 901)]),
+)
+def test_sequences_cut_documents_and_lose_nothing(sizes, length, max_tokens, form, prefix):
+    model = SimpleNamespace(check_ids=lambda ids: ids, tokenizer=None)
+    bounds = np.cumsum([0, *sizes])
+    ids = np.arange(bounds[-1])
+    text = stored(ids, bounds, form, prefix) if form != "iterable" else [ids[start:end] for start, end in pairwise(bounds)]
+    prefix = list(prefix if form != "iterable" else ())
+    sequences = Sequences(model, text, length, max_tokens)
+    found = [sequence.tolist() for sequence in sequences]
+    assert all(sequence[: len(prefix)] == prefix for sequence in found)
+    texts = [sequence[len(prefix) :] for sequence in found]
+    read = list(chain(*texts))
+    assert read == list(range(bounds[-1]))[:max_tokens]
+    assert sequences.tokens == len(read)
+    owner = np.repeat(range(len(sizes)), sizes)
+    starts = {0, int(bounds[-1])} if form == "eos" else set(bounds.tolist())
+    for sequence, part in zip(found, texts, strict=True):
+        assert len(part) >= 1
+        assert len(sequence) <= length + (not prefix)
+        assert form == "eos" or len(set(owner[part])) == 1
+        whole_document = part[0] in starts and (part[-1] + 1 in starts or part[-1] + 1 == max_tokens)
+        assert len(sequence) > 1 or whole_document
+
+
+def stored(ids, bounds, join, prefix, joined_bytes=None):
+    return SimpleNamespace(ids=ids, documents=bounds, join=join, prefix=prefix, joined_bytes=joined_bytes)
+
+
+@pytest.mark.parametrize("join", ["eos", "packed"])
+def test_a_corpus_with_a_prefix(rng, tiny, join):
+    ids = rng.integers(0, 131, 20).astype(np.uint16)
+    corpus = stored(ids, np.array([0, 9, 20], np.uint64), join, (3,), joined_bytes=50)
+    lens = oracle.random_lens(rng)
+    result = evaluate(tiny, corpus, lens, max_seq_len=LENGTH)
+    starts = [0, 7, 14, 20] if join == "eos" else [0, 7, 9, 16, 20]
+    cuts = [[3, *ids[start:end].tolist()] for start, end in pairwise(starts)]
+    tokens = 20 + len(cuts)
+    assert result.tokens == tokens
+    assert result.bytes_per_token == pytest.approx(50 / tokens)  # upstream divides all tokens by the bytes of the joined text
+    assert_scores(result.tuned, expected_scores(tiny, cuts, lens, 50 / tokens)[:-1])
+    part = evaluate(tiny, corpus, max_seq_len=LENGTH, max_tokens=7)
+    assert (part.tokens, part.bytes_per_token) == (8, pytest.approx(50 / 20 * 7 / 8))
+    with pytest.raises(ValueError, match="no room"):
+        evaluate(tiny, stored(ids, np.array([0, 20]), join, (3, 4)), max_seq_len=2)
+
+
+def test_the_corpus_of_the_training_data(rng, tiny):
+    ids = rng.integers(0, 131, 20)
+    ours = evaluate(tiny, Corpus.from_ids(ids, prefix=(3,)), max_seq_len=LENGTH)
+    assert ours == evaluate(tiny, stored(ids, np.array([0, 20]), "eos", (3,)), max_seq_len=LENGTH)
+    assert ours.tokens == 23
+
+
+def test_no_more_is_fetched_than_read(rng, tiny):
+    corpus = Documents([random_ids(rng, 10) for _ in range(5)])
+    assert evaluate(tiny, corpus, max_tokens=20).tokens == 20
+    assert corpus.fetched == 2
+
+    def endless():
+        while True:
+            yield np.arange(7)
+
+    assert evaluate(tiny, endless(), max_tokens=16).tokens == 16
+
+
+def test_a_memory_mapped_file(rng, tiny, tmp_path):
+    ids = rng.integers(0, 131, 45).astype(np.uint16)
+    ids.tofile(tmp_path / "ids.bin")
+    mapped = np.memmap(tmp_path / "ids.bin", np.uint16, "r")
+    assert evaluate(tiny, mapped, max_seq_len=LENGTH) == evaluate(tiny, ids.tolist(), max_seq_len=LENGTH)
+
+
+def test_texts_are_documents(make_llama):
+    model = InterpretableModel(make_llama(), Spelling())
+    result = evaluate(model, ["hello", "there!"])
+    assert result == evaluate(model, [model.encode("hello"), model.encode("there!")])
+    assert result.tokens == 11
+
+
+def test_every_document_may_begin_with_a_special_token(rng, tiny):
+    # All positions count, that of the special token too.
+    documents = [[1, *random_ids(rng, 6)] for _ in range(3)]
+    result = evaluate(tiny, documents, max_seq_len=7)
+    assert_scores(result.logit, expected_scores(tiny, documents, None)[:-1])
+
+
+class Bytes:
+    """A tokenizer with a token for every byte; as SentencePiece's, it drops a space at the start of a text."""
+
+    def decode(self, ids):
+        text = bytes(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ")
+
+
+@given(text=st.text(alphabet="a é€😀", max_size=40), cuts=st.lists(st.integers(0, 80), max_size=12))
+def test_bytes_are_counted_across_pieces(text, cuts):
+    ids = list(text.encode())
+    model = SimpleNamespace(tokenizer=Bytes(), decode=lambda ids: Bytes().decode(ids))
+    count = ByteCount(model)
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    for start, end in pairwise(edges):
+        count.add(ids[start:end])
+    assert count.total == len(text.removeprefix(" ").encode())
+
+
+# ------------------------------------------------------------------ the result
 
 
 def test_the_dictionary_is_the_documented_one(rng, tiny):
@@ -156,7 +325,7 @@ def test_the_dictionary_is_the_documented_one(rng, tiny):
     assert [entry["layer"] for entry in data["layers"]] == [0, 1, 2]
     assert all(entry.keys() == {"layer", "logit", "tuned"} for entry in data["layers"])
     assert data["layers"][1]["tuned"] == vars(result.tuned[1])
-    assert data["layers"][1]["logit"].keys() == {"kl", "ce", "bits_per_byte", "top1"}
+    assert data["layers"][1]["logit"].keys() == FIELDS
     without = evaluate(tiny, ids).to_dict()
     assert all(entry.keys() == {"layer", "logit"} for entry in without["layers"])
 
@@ -172,6 +341,12 @@ def test_the_dictionary_is_the_documented_one(rng, tiny):
         ([1, 2, 131], {}, "131"),
         ([1, -1, 3], {}, "-1"),
         ("text", {}, "[Tt]okenizer"),
+        ([[5], [6]], {}, "single token"),
+        (np.zeros((0,), int), {}, "no tokens"),
+        ([[], []], {}, "no tokens"),
+        (np.ones((2, 2, 2), int), {}, r"\[B, T\]"),
+        ([1, 2, 3], {"bytes_per_token": 0.0}, "bytes_per_token"),
+        ([1, 2, 3], {"bytes_per_token": math.nan}, "bytes_per_token"),
         ([1, 2, 3], {"lens": TunedLens(2, 64)}, "another model"),
         ([1, 2, 3], {"lens": TunedLens(3, 32)}, "another model"),
     ],
@@ -179,6 +354,12 @@ def test_the_dictionary_is_the_documented_one(rng, tiny):
 def test_inputs_out_of_range(tiny, text, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate(tiny, text, **settings)
+
+
+@pytest.mark.parametrize("text", [5, None, [None], [1.5, 2.5], mx.array([1.0, 2.0]).astype(mx.bfloat16), np.array(3), [["a", "b"]]], ids=repr)
+def test_what_is_no_text(tiny, text):
+    with pytest.raises(TypeError, match=r"Expected text|must be integers"):
+        evaluate(tiny, text)
 
 
 def test_what_is_not_a_lens(tiny):

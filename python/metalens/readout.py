@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import mlx.core as mx
 from metalens.arrays import nested, number
 from metalens.lens import Lens, TunedLens
 from metalens.ops import LensStats, Norm, translate_norm
+from metalens.translators import parameters_of, translate
 from metalens.unembed import NormFunction
 
 # {layer: [[(token id, score, token), ...] per position]}; score is the raw logit, best first.
@@ -41,8 +42,17 @@ def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, nor
     """Translate and norm: [len(layers), T, D] from hidden[layer] [T, D], ready for the head."""
     if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may translate otherwise
         translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
-        return mx.stack([translate_norm(hidden[layer], t.weight, t.bias, norm) for layer, t in zip(layers, translators, strict=True)])
+        return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
     return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+
+
+def translated(parameters: Mapping[str, mx.array], h: mx.array, norm: Norm) -> mx.array:
+    """norm(translator(h)) [..., D] for a translator of any variant, given by its parameters. Lazy; differentiable in them."""
+    if "weight" in parameters:
+        return translate_norm(h, parameters["weight"], parameters["bias"], norm)
+    bias = parameters.get("bias", mx.zeros(h.shape[-1:]))
+    unbiased = translate({name: p for name, p in parameters.items() if name != "bias"}, h)
+    return translate_norm(unbiased, None, bias, norm)
 
 
 def require_finite(stats: LensStats) -> None:

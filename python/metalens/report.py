@@ -1,44 +1,77 @@
-"""Tables for people: an evaluation, a reading, the state of the installation."""
+"""Tables for people: an evaluation, a reading, the state of the installation; and the picture of layer transfer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from metalens.evaluate import Evaluation, Scores
+from metalens.evaluate import Evaluation, Transfer
 from metalens.plotting import readable
 from metalens.readout import Reading
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
-    """One row per layer: KL to the model, cross-entropy, bits per byte and agreement, logit lens and tuned lens side by side."""
-    lenses = ["logit lens"] + (["tuned lens"] if evaluation.tuned is not None else [])
-    table = Table(title=f"{evaluation.tokens} tokens; KL(model || lens) and cross-entropy in nats per token")
+def _decimals(value: float) -> str:
+    return f"{value:z.3f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# {what a table shows of each lens: (its column, how a number is written)}
+COLUMNS = {"kl": ("KL", _decimals), "ce": ("CE", _decimals), "bits_per_byte": ("bits/byte", _decimals), "top1": ("top-1", _percent)}
+
+
+def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
+    """One row per layer: KL to the model, cross-entropy, bits per byte and agreement, logit lens and tuned lens side by side.
+
+    Args:
+        evaluation: the numbers; one with logit_stats also has the bias in the table.
+        entropy: also show the entropy of the predictions.
+    """
+    extra = ["entropy"] * entropy + ["bias"] * (evaluation.logit_stats is not None)
+    columns = COLUMNS | {name: (name, _decimals) for name in extra}
+    lenses = {"logit": evaluation.logit} | ({} if evaluation.tuned is None else {"tuned": evaluation.tuned})
+    biases = evaluation.bias or {}
+    units = "KL(model || lens), cross-entropy" + "".join(f", {name}" for name in extra)
+    table = Table(title=f"{evaluation.tokens} tokens; {' and '.join(units.rsplit(', ', 1))} in nats per token")
     table.add_column("layer", justify="right")
-    for lens in lenses:
-        for column in ("KL", "CE", "bits/byte", "top-1"):
-            table.add_column(f"{lens}\n{column}", justify="right")
-    for i, logit in enumerate(evaluation.logit):
-        cells = _cells(logit)
-        if evaluation.tuned is not None:
-            cells += _cells(evaluation.tuned[i])
-        table.add_row(str(i), *cells)
-    means = _cells(_mean(evaluation.logit)) + (_cells(_mean(evaluation.tuned)) if evaluation.tuned is not None else [])
+    rows: list[list[float]] = [[] for _ in evaluation.logit]
+    for lens, scores in lenses.items():
+        for heading, _ in columns.values():
+            table.add_column(f"{lens} lens\n{heading}", justify="right")
+        for i, row in enumerate(rows):
+            row += [biases[lens][i] if name == "bias" else getattr(scores[i], name) for name in columns]
+    styles = [style for _ in lenses for _, style in columns.values()]
+
+    def cells(values: Sequence[float]) -> list[str]:
+        return [style(value) for style, value in zip(styles, values, strict=True)]
+
+    for i, row in enumerate(rows):
+        table.add_row(str(i), *cells(row))
     table.add_section()
-    table.add_row("mean", *means)
-    table.add_row("model", "", f"{evaluation.model.ce:.3f}", f"{evaluation.model.bits_per_byte:.3f}", "", *[""] * (4 * (len(lenses) - 1)))
+    table.add_row("mean", *cells([sum(column) / len(rows) for column in zip(*rows, strict=True)]))
+    shown = {name: getattr(evaluation.model, name) for name in ("ce", "bits_per_byte", "entropy")}
+    table.add_row("model", *(style(shown[name]) if name in shown else "" for name, (_, style) in columns.items()))
     return table
 
 
-def _cells(s: Scores) -> list[str]:
-    return [f"{s.kl:.3f}", f"{s.ce:.3f}", f"{s.bits_per_byte:.3f}", f"{100 * s.top1:.1f} %"]
-
-
-def _mean(scores: list[Scores]) -> Scores:
-    n = len(scores)
-    return Scores(*(sum(getattr(s, name) for s in scores) / n for name in ("kl", "ce", "bits_per_byte", "top1")))
+def transfer_figure(transfer: Transfer, title: str = "") -> Figure:
+    """A heat map of the transfer penalty: how many nats per token the next token costs more if a layer is read by another layer's translator."""
+    penalty, size = transfer.penalty, max(4.0, 0.25 * len(transfer.ce) + 2.5)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(penalty, cmap="viridis", origin="lower", vmin=min(0.0, *map(min, penalty)))
+    axes.set_xlabel("output of block")
+    axes.set_ylabel("translator of block")
+    if title:
+        axes.set_title(title, parse_math=False)
+    figure.colorbar(image, ax=axes, label="transfer penalty (nats per token)", shrink=0.9)
+    return figure
 
 
 def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:

@@ -36,12 +36,12 @@ class Norm:
         return self.function(h)
 
 
-def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) -> mx.array:
+def translate_norm(h: mx.array, weight: mx.array | None, bias: mx.array, norm: Norm) -> mx.array:
     """Norm(W h + b) of every row. Lazy; differentiable in h, W and b, the norm's own parameters are frozen.
 
     Args:
         h: [..., D], any float type; widened to float32.
-        weight: W [D, D].
+        weight: W [D, D]; None = the identity.
         bias: b [D].
         norm: the norm; one of unknown kind is run as it is.
 
@@ -49,13 +49,14 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm) ->
         [..., D], float32 unless the norm's function says otherwise.
     """
     h = h.astype(mx.float32)
-    if norm.kind is not None and h.size and {weight.dtype, bias.dtype} <= set(FLOATS) and metal():
+    readable = norm.kind is not None and {bias.dtype, mx.float32 if weight is None else weight.dtype} <= set(FLOATS)
+    if readable and weight is not None and h.size and metal():
         return on_metal.translate_norm(h, weight, bias, norm, lambda y: _plain(y, norm))
     extension = native()
-    if extension is not None and norm.kind is not None and {weight.dtype, bias.dtype} <= set(FLOATS):
+    if extension is not None and readable:
         n: mx.array = extension.translate_norm(h, weight, bias, norm.kind, *_frozen(norm), norm.eps, precision())
         return n
-    return _plain(linear(h, Weight(weight)) + bias, norm)
+    return _plain((h if weight is None else linear(h, Weight(weight))) + bias, norm)
 
 
 def normed(h: mx.array, norm: Norm) -> mx.array:

@@ -1,26 +1,35 @@
-"""The training loop."""
+"""The training loop: sequences -> streams -> sums over the step's tokens -> one update per layer -> checkpoint.
+
+A run holds the parameters and optimiser state of the layers that it trains at a time, one gradient for each, and one batch's streams and chunk of
+logits: nothing grows with the tokens of a step. All that the next step depends on is in a checkpoint, so a run that was killed and resumed gives the
+lens of one that was not, bit for bit on one backend.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+import numpy as np
 
 from metalens.arrays import nested, number
 from metalens.lens import TunedLens
 from metalens.progress import token_bar
 from metalens.stream import StreamSource
+from metalens.training.checkpoint import Checkpoint, CheckpointFolder
 from metalens.training.config import TrainingConfig
-from metalens.training.data import TokenSequences
-from metalens.training.step import Gradient, loss_and_gradient
+from metalens.training.data import Corpus, Producer, Sampler, Step, batches
+from metalens.training.distributed import Group
+from metalens.training.optimizer import LensOptimizer, Parameters, gradient_norm
+from metalens.training.progress import Callback, OnStep, Progress
+from metalens.training.step import Sums, accumulate, no_sums
+from metalens.training.warm_start import warm_start
+from metalens.translators import parameters_of
 from metalens.unembed import Unembed
 
 log = logging.getLogger(__name__)
@@ -29,93 +38,287 @@ log = logging.getLogger(__name__)
 PASS_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One step, as callbacks see it. Losses are from before the update, in nats per token.
-
-    Attributes:
-        step: counted from 0.
-        loss: mean over layers.
-        losses: one per layer.
-        tokens: seen so far, this step's included.
-    """
-
-    step: int
-    loss: float
-    losses: list[float]
-    tokens: int
+class TrainingInterrupted(Exception):  # noqa: N818 (nothing went wrong)
+    """The run was asked to stop, and did after a step; what it had done is in its newest checkpoint, if it has a folder for them."""
 
 
 def train(
     source: StreamSource,
     unembed: Unembed,
-    ids: mx.array,
+    data: mx.array | Corpus,
     config: TrainingConfig,
     *,
     callback: Callable[[Progress], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: CheckpointFolder | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    group: Group | None = None,
+    stop: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
 ) -> TunedLens:
-    """Train a lens to predict, from every block's output, what the model itself will predict: mean KL(model || lens) over layers and tokens.
+    """Train a lens to predict, from every block's output, what the model itself will predict: KL(model || lens) over tokens.
 
-    A step whose loss or gradient is not finite is skipped with a warning; the lens and the momentum stay as they were.
+    A step whose loss or gradient is not finite is skipped with a warning and counted; the lens and the optimiser stay as they were.
 
     Args:
         source: the model's residual streams.
         unembed: its norm and head.
-        ids: [tokens] training text.
+        data: the training text, as a Corpus or as ids [tokens].
         config: the settings.
-        callback: called after every step.
+        callback: called with a Progress after every step.
+        callbacks: who else is told.
+        checkpoints: where checkpoints go.
+        checkpoint_every: steps between them; None = only at the end and when the run is stopped.
+        resume: go on from the newest checkpoint, if there is one.
+        group: the processes that share the run; every one must make the same call.
+        stop: asked after every step; True writes a checkpoint and ends the run.
         show_progress: a progress bar on stderr with tokens/s and the time left.
 
+    Returns:
+        the lens; with layers divided among processes, the whole one in rank 0 and each one's part elsewhere.
+
     Raises:
-        ValueError: if the text is shorter than one sequence.
+        NotEnoughData: if the text is shorter than one sequence, or than the run and must not repeat.
+        ValueError: if the checkpoint is of another run (says what differs), or the settings do not fit the model.
+        TrainingInterrupted: when `stop` said so.
     """
-    sequences = iter(TokenSequences(ids, config.max_seq_len, config.seed))
-    lens = TunedLens(len(source), unembed.hidden_dim)
-    optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
-    tokens_per_step = config.sequences_per_step * config.max_seq_len
-    with token_bar(config.num_steps * tokens_per_step, "training the lens", show_progress) as bar:
-        for step in range(config.num_steps):
-            losses, gradient = _accumulate(lens, source, unembed, list(islice(sequences, config.sequences_per_step)))
-            norm = gradient_norm(gradient)
-            if math.isfinite(norm) and all(map(math.isfinite, losses)):
-                scale = min(1.0, config.gradient_clip / (norm + 1e-6))
-                optimizer.learning_rate = config.learning_rate_at(step)
-                optimizer.update(lens, tree_map(lambda g, s=scale: g * s, gradient))
-                mx.eval(lens.state, optimizer.state)
-            else:
-                warnings.warn(
-                    f"Step {step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
-                    "If this happens often, look for token ids outside the vocabulary or damaged weights.",
-                    RuntimeWarning,
-                    stacklevel=2,
+    tokens = data.tokens if isinstance(data, Corpus) else data.size
+    if tokens < config.max_seq_len:
+        raise ValueError(f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len.")
+    corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
+    listeners = [*callbacks, *([OnStep(callback)] if callback is not None else [])]
+    run = _Run(source, unembed, corpus, config, listeners, checkpoints, checkpoint_every, group or Group(), stop)
+    try:
+        return run.go(resume, show_progress)
+    finally:
+        for listener in listeners:
+            listener.on_end()
+
+
+class _Run:
+    """One run. Its layers are trained in passes over the data, all in one unless config.layers_at_once says otherwise."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        unembed: Unembed,
+        corpus: Corpus,
+        config: TrainingConfig,
+        callbacks: Sequence[Callback],
+        checkpoints: CheckpointFolder | None,
+        checkpoint_every: int | None,
+        group: Group,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.source, self.unembed, self.corpus, self.config = source, unembed, corpus, config
+        self.callbacks, self.checkpoints, self.checkpoint_every, self.stop = callbacks, checkpoints, checkpoint_every, stop
+        self.group = group
+        # The lens knows what the settings mean for a translator, and checks the layers.
+        self.lens = TunedLens(
+            len(source), unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0
+        )
+        self.layers = self.lens.layers
+        self.mine = group.layers_of(self.layers)
+        at_once = config.layers_at_once or max(len(self.mine), 1)
+        self.passes = [self.mine[i : i + at_once] for i in range(0, len(self.mine), at_once)] or [[]]
+        self.parameters = {layer: self._stored(parameters_of(self.lens.translators[layer])) for layer in self.mine}
+        self.pass_index = 0
+        self.step = 0
+        self.tokens = 0
+        self.skipped = 0
+        self.optimizer: LensOptimizer | None = None
+
+    def _stored(self, parameters: Parameters) -> Parameters:
+        dtype = mx.bfloat16 if self.config.dtype == "bfloat16" else mx.float32
+        return {name: p.astype(dtype) for name, p in parameters.items()}
+
+    def go(self, resume: bool, show_progress: bool) -> TunedLens:
+        """All passes, from the newest checkpoint on if asked."""
+        sampler = self._sampler()
+        saved = self._newest() if resume and self.checkpoints is not None else None
+        if saved is not None:
+            self._restore(saved, sampler)
+        first = self.pass_index * self.config.num_steps + self.step
+        for listener in self.callbacks:
+            listener.on_start(self.config, first)
+        total = len(self.passes) * self.config.num_steps * self.config.step_tokens
+        with token_bar(total, "training the lens", show_progress and self.group.writes) as bar:
+            bar.update(first * self.config.step_tokens)
+            while self.pass_index < len(self.passes):
+                self._pass(sampler, bar)
+                if self.pass_index < len(self.passes) - 1:
+                    sampler = self._sampler()
+                self.pass_index += 1
+                self.step = 0
+                self.optimizer = None
+        return self._whole_lens()
+
+    def _sampler(self) -> Sampler:
+        sampler = Sampler(self.corpus, self.config.max_seq_len, seed=self.config.seed, repeat=self.config.repeat)
+        sampler.require(self.config.total_tokens)
+        return sampler
+
+    def _pass(self, sampler: Sampler, bar: Any) -> None:
+        """The steps of one group of layers that are left."""
+        config, layers = self.config, self.passes[self.pass_index]
+        if self.step == 0 and self.optimizer is None:
+            if config.warm_start_tokens:
+                self._warm_start(sampler, layers)
+            self.optimizer = LensOptimizer(config, {layer: self.parameters[layer] for layer in layers})
+        rank, world = self.group.data_share
+        with Producer(_some(sampler.steps(config.step_tokens, rank, world), config.num_steps - self.step)) as steps:
+            position = sampler.state()
+            for data in steps:
+                self._one_step(data, layers, bar)
+                position = data.state
+                ended = self.step == config.num_steps
+                stopping = self.stop() and not (ended and self.pass_index == len(self.passes) - 1)
+                if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
+                    self._save(position)
+                if stopping:
+                    raise TrainingInterrupted(f"Stopped after step {self.step}.")
+
+    def _captured(self, sequences: list[np.ndarray]) -> Iterator[Any]:
+        for batch in batches(sequences, PASS_TOKENS):
+            yield self.source.capture(mx.array(batch))
+
+    def _warm_start(self, sampler: Sampler, layers: list[int]) -> None:
+        rank, world = self.group.data_share
+        data = sampler.take_step(self.config.warm_start_tokens, rank, world)
+        solved = warm_start(self._captured(data.sequences), layers, self.unembed.hidden_dim, self.config.ridge, self._total())
+        for layer, parameters in solved.items():
+            self.parameters[layer] = self._stored(parameters)
+        self.tokens += data.tokens
+
+    def _total(self) -> Callable[..., list[mx.array]]:
+        return self.group.total if self.group.share == "data" else lambda *values: list(values)
+
+    def _one_step(self, data: Step, layers: list[int], bar: Any) -> None:
+        """Sum over the step's tokens, update every layer, tell everybody."""
+        assert self.optimizer is not None
+        start, config = time.perf_counter(), self.config
+        sums = self._sums(data, layers)
+        losses = [loss / data.tokens for loss in nested(sums.losses)]
+        scale = 1 / (data.tokens * (len(self.layers) if config.reduction == "mean" else 1))
+        norm = scale * gradient_norm(sums.gradients)
+        if self.group.share == "layers":
+            norm = math.sqrt(number(self.group.total(mx.array(norm * norm))[0]))
+        if math.isfinite(norm) and all(map(math.isfinite, losses)):
+            clipped = scale * self.optimizer.clip(norm)
+            for layer, gradient in zip(layers, sums.gradients, strict=True):
+                self.parameters[layer] = self.optimizer.update(layer, self.parameters[layer], gradient, self.step, clipped)
+                if config.dtype == "bfloat16":
+                    self.parameters[layer] = self._stored(self.parameters[layer])
+        else:
+            self.skipped += 1
+            warnings.warn(
+                f"Step {self.step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
+                "If this happens often, look for token ids outside the vocabulary or damaged weights.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.tokens += data.tokens
+        loss = math.fsum(losses) / max(len(losses), 1)
+        seconds = time.perf_counter() - start
+        step = self.pass_index * config.num_steps + self.step
+        rate = config.learning_rate_at(self.step)
+        bar.set_postfix(step=f"{step + 1}/{len(self.passes) * config.num_steps}", KL=f"{loss:.3f}", refresh=False)
+        bar.update(config.step_tokens)
+        log.debug("step %d loss %.4f gradient norm %.4f", step, loss, norm)
+        self.step += 1
+        for listener in self.callbacks:
+            listener.on_step(Progress(step, loss, losses, self.tokens, layers, norm, rate, data.tokens / seconds, self.skipped))
+
+    def _sums(self, data: Step, layers: list[int]) -> Sums:
+        """Over all tokens of the step, of all processes."""
+        parameters = [self.parameters[layer] for layer in layers]
+        sums = no_sums(layers)
+        for stream in self._captured(data.sequences):
+            accumulate(sums, parameters, stream, self.unembed)
+        if not sums.gradients:  # a process without a share of a small step
+            sums.gradients = [{name: mx.zeros(p.shape) for name, p in of_layer.items()} for of_layer in parameters]
+        if self.group.share == "data" and self.group.size > 1:
+            (sums.losses,) = self.group.total(sums.losses)
+            sums.gradients = self.group.total_of_gradients(sums.gradients)
+        return sums
+
+    # Checkpoints
+
+    def _folder(self) -> CheckpointFolder | None:
+        """Where this process's state goes: with divided layers every process has a part of it."""
+        if self.checkpoints is None or self.group.share == "data" or self.group.size == 1:
+            return self.checkpoints
+        return CheckpointFolder(self.checkpoints.path / f"rank-{self.group.rank}-of-{self.group.size}", self.checkpoints.keep)
+
+    def _save(self, position: dict[str, Any]) -> None:
+        folder = self._folder()
+        if folder is None or not (self.group.writes or self.group.share == "layers"):
+            return
+        assert self.optimizer is not None
+        arrays = {f"parameters.{layer}.{name}": p for layer, parameters in self.parameters.items() for name, p in parameters.items()}
+        arrays |= {f"optimizer.{name}": a for name, a in self.optimizer.state().items()}
+        record = {
+            "pass": self.pass_index,
+            "pass_step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "position": position,
+            "config": self.config.to_dict(),
+            "model": self._model(),
+        }
+        path = folder.save(self.pass_index * self.config.num_steps + self.step, arrays, record)
+        for listener in self.callbacks:
+            listener.on_checkpoint(self.step, path)
+
+    def _model(self) -> dict[str, Any]:
+        """What of the model a checkpoint must agree with."""
+        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size}
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest checkpoint that every process has."""
+        folder = self._folder()
+        assert folder is not None
+        saved = folder.latest()
+        if self.group.size > 1:
+            mine = -1 if saved is None else int(saved.record["step"])
+            steps = nested(mx.distributed.all_gather(mx.array([mine]), group=self.group.group, stream=mx.cpu))
+            if min(steps) < 0 <= max(steps):
+                raise ValueError("Some processes find a checkpoint and some do not: the folder must be the same for all, or copied to all machines.")
+            if mine > min(steps):  # this one got further before the run ended
+                saved = folder.read(min(steps))
+        return saved
+
+    def _restore(self, saved: Checkpoint, sampler: Sampler) -> None:
+        record = saved.record
+        for what, theirs, ours in (("settings", record["config"], self.config.to_dict()), ("model", record["model"], self._model())):
+            as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}
+            differ = [f"{name} was {theirs.get(name)!r} and is {as_json[name]!r}" for name in as_json if theirs.get(name) != as_json[name]]
+            if differ:
+                raise ValueError(
+                    f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Give the same, or start anew in another folder."
                 )
-            loss = math.fsum(losses) / len(losses)
-            bar.set_postfix(step=f"{step + 1}/{config.num_steps}", KL=f"{loss:.3f}", refresh=False)
-            bar.update(tokens_per_step)
-            log.debug("step %d loss %.4f gradient norm %.4f", step, loss, norm)
-            if callback is not None:
-                callback(Progress(step, loss, losses, (step + 1) * tokens_per_step))
-    return lens
+        sampler.restore(record["position"])
+        self.pass_index, self.step = int(record["pass"]), int(record["pass_step"])
+        self.tokens, self.skipped = int(record["tokens"]), int(record["skipped"])
+        for layer, parameters in self.parameters.items():
+            self.parameters[layer] = {name: saved.arrays[f"parameters.{layer}.{name}"] for name in parameters}
+        layers = self.passes[self.pass_index]
+        self.optimizer = LensOptimizer(self.config, {layer: self.parameters[layer] for layer in layers})
+        self.optimizer.restore({name.removeprefix("optimizer."): a for name, a in saved.arrays.items() if name.startswith("optimizer.")})
+
+    def _whole_lens(self) -> TunedLens:
+        """The lens with all layers, gathered one at a time where they are divided."""
+        for layer in self.layers:
+            shapes = {name: p.shape for name, p in parameters_of(self.lens.translators[layer]).items()}
+            found = self.group.gathered(layer, self.layers, self.parameters.get(layer), shapes)
+            for name, value in found.items():
+                setattr(self.lens.translators[layer], name, value.astype(mx.float32))
+        mx.eval([parameters_of(translator) for translator in self.lens.translators])
+        return self.lens
 
 
-def _accumulate(lens: TunedLens, source: StreamSource, unembed: Unembed, sequences: list[mx.array]) -> tuple[list[float], Gradient]:
-    """Mean losses and gradient over the sequences of one step, a pass's worth of them in memory at a time."""
-    total: Gradient | None = None
-    losses = mx.zeros((lens.num_layers,))
-    together = max(1, PASS_TOKENS // sequences[0].size)
-    for start in range(0, len(sequences), together):
-        batch = mx.concatenate(sequences[start : start + together])
-        share = batch.shape[0] / len(sequences)
-        loss, gradient = loss_and_gradient(lens, source.capture(batch), unembed)
-        losses = losses + loss * share
-        scaled = tree_map(lambda g, s=share: g * s, gradient)
-        total = scaled if total is None else tree_map(mx.add, total, scaled)
-        mx.eval(losses, total)
-    assert total is not None
-    return nested(losses), total
-
-
-def gradient_norm(gradient: Gradient) -> float:
-    """The Euclidean norm over all layers together."""
-    return math.sqrt(math.fsum(number(mx.sum(mx.square(g))) for _, g in cast("list[tuple[str, mx.array]]", tree_flatten(gradient))))
+def _some(steps: Iterator[Step], count: int) -> Iterator[Step]:
+    """The first so many: no more text is asked for than the run needs."""
+    for _ in range(count):
+        yield next(steps)

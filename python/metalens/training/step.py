@@ -6,18 +6,80 @@ Each layer's loss touches only its own translator, so nothing needs a graph over
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from metalens.lens import TunedLens
-from metalens.ops import lens_kl, lens_target, normed, translate_norm
-from metalens.readout import lens_rows
+from metalens.ops import Norm, lens_kl, lens_target, normed
+from metalens.readout import translated
 from metalens.stream import Stream
+from metalens.training.optimizer import Parameters
+from metalens.translators import parameters_of
 from metalens.unembed import Unembed
 
 # {"translators": [{"weight": [D, D], "bias": [D]}, ...]}, the tree of TunedLens.parameters()
 Gradient = dict[str, Any]
+
+
+@dataclass
+class Sums:
+    """What a step adds up over its tokens, layer by layer. Float32, evaluated.
+
+    Attributes:
+        layers: the layers that are trained.
+        losses: [len(layers)] sum of KL(model || lens) over tokens, nats.
+        gradients: its gradient for every layer's parameters, in the order of `layers`; empty before the first batch.
+        tokens: so many.
+    """
+
+    layers: list[int]
+    losses: mx.array
+    gradients: list[Parameters] = field(default_factory=list)
+    tokens: int = 0
+
+
+def no_sums(layers: Sequence[int]) -> Sums:
+    """Before the first batch."""
+    return Sums(list(layers), mx.zeros((len(layers),)))
+
+
+def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: Stream, unembed: Unembed) -> None:
+    """Add a batch's losses and gradients to the sums. The gradients of one layer at a time are in memory twice.
+
+    Args:
+        sums: of the step so far.
+        parameters: of the layers that the sums are of.
+        stream: one forward pass, hidden [B, T, D] per layer.
+        unembed: the model's norm and head.
+    """
+    norm, d = unembed.norm, unembed.hidden_dim
+    assert isinstance(norm, Norm)
+    hidden = [mx.stop_gradient(stream.hidden[layer]).reshape(-1, d).astype(mx.float32) for layer in sums.layers]
+    last = mx.stop_gradient(stream.hidden[-1]).reshape(-1, d).astype(mx.float32)
+    target = lens_target(normed(last, norm), unembed.head)
+    n = mx.stack([translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)])
+    kl, dn = lens_kl(n, target, unembed.head)
+    mx.eval(kl, dn)
+    for i, (of_layer, h) in enumerate(zip(parameters, hidden, strict=True)):
+        names = list(of_layer)
+
+        def rows(*values: mx.array, names: list[str] = names, h: mx.array = h) -> mx.array:
+            return translated(dict(zip(names, values, strict=True)), h, norm)
+
+        _, found = mx.vjp(rows, list(of_layer.values()), [dn[i]])
+        gradient = {name: g.astype(mx.float32) for name, g in zip(names, found, strict=True)}
+        if len(sums.gradients) > i:
+            gradient = {name: sums.gradients[i][name] + g for name, g in gradient.items()}
+            sums.gradients[i] = gradient
+        else:
+            sums.gradients.append(gradient)
+        mx.eval(gradient)
+    sums.losses = sums.losses + mx.sum(kl, axis=1)
+    mx.eval(sums.losses)
+    sums.tokens += last.shape[0]
 
 
 def loss_and_gradient(lens: TunedLens, stream: Stream, unembed: Unembed) -> tuple[mx.array, Gradient]:
@@ -31,23 +93,10 @@ def loss_and_gradient(lens: TunedLens, stream: Stream, unembed: Unembed) -> tupl
     Returns:
         losses [L] in nats per token, and the gradient as a tree like `lens.parameters()`. Evaluated.
     """
-    d, num_layers = lens.hidden_dim, lens.num_layers
-    hidden = [mx.stop_gradient(h).reshape(-1, d).astype(mx.float32) for h in stream.hidden]
-    tokens = hidden[0].shape[0]
-    target = lens_target(normed(hidden[-1], unembed.norm), unembed.head)
-    n = lens_rows(hidden, range(num_layers), lens, unembed.norm)
-    kl, dn = lens_kl(n, target, unembed.head)
-
-    gradients = []
-    for layer in range(num_layers):
-
-        def rows(weight: mx.array, bias: mx.array, h: mx.array = hidden[layer]) -> mx.array:
-            return translate_norm(h, weight, bias, unembed.norm)
-
-        translator = lens.translators[layer]
-        _, (dw, db) = mx.vjp(rows, [translator.weight, translator.bias], [dn[layer] / (tokens * num_layers)])
-        mx.eval(dw, db)
-        gradients.append({"weight": dw, "bias": db})
-    losses = mx.mean(kl, axis=1)
-    mx.eval(losses)
+    sums = no_sums(range(lens.num_layers))
+    accumulate(sums, [parameters_of(lens.translators[layer]) for layer in sums.layers], stream, unembed)
+    scale = 1 / (sums.tokens * lens.num_layers)
+    gradients = [{name: g * scale for name, g in gradient.items()} for gradient in sums.gradients]
+    losses = sums.losses / sums.tokens
+    mx.eval(losses, gradients)
     return losses, {"translators": gradients}

@@ -1,0 +1,18 @@
+"""Training data: sources -> documents -> token cache (Corpus) -> sequences (Sampler) -> the model, fed by a Producer."""
+
+from metalens.training.data.corpus import Corpus, open_corpus
+from metalens.training.data.producer import Producer
+from metalens.training.data.sampler import NotEnoughData, Sampler, Step, batches
+from metalens.training.data.sources import documents, find_sources
+
+__all__ = [
+    "Corpus",
+    "NotEnoughData",
+    "Producer",
+    "Sampler",
+    "Step",
+    "batches",
+    "documents",
+    "find_sources",
+    "open_corpus",
+]

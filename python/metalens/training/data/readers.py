@@ -1,0 +1,269 @@
+"""Readers of files, document by document: never a whole corpus in memory."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import re
+import time
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+# Characters of a long text that are read, and tokenised, at once.
+BLOCK = 1 << 20
+
+# Where a text can be cut without changing what usual pre-tokenizers see: at one line break between two words. Else wherever words end.
+CUTS = [re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n"), re.compile(r"(?<=\S)(?= )")]
+
+# A file changed less than this many ns ago may change again within the clock tick of its time stamp; its hash is not remembered.
+SETTLED = 2_000_000_000
+
+Identity = dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: can be encoded as UTF-8.
+        starts: whether a new document starts here.
+    """
+
+    text: str
+    starts: bool
+
+
+class Memory(Protocol):
+    """Small facts kept between runs (the hash of a file that has not changed)."""
+
+    def recall(self, name: str) -> Any:
+        """What was remembered under a name, or None."""
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+
+
+class Source(ABC):
+    """Text that can be read more than once, in the same order."""
+
+    name: str
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """The documents, long texts in parts.
+
+        Raises:
+            ValueError: naming the place, what is wrong there, and what to do.
+        """
+
+    @abstractmethod
+    def identity(self, memory: Memory | None = None) -> Identity:
+        """What is read, as flat JSON that changes when the text does, and not when a file is moved."""
+
+    def require_unchanged(self) -> None:  # noqa: B027 - what has a fixed revision cannot change
+        """Check that what was read is what `identity` described (ValueError)."""
+
+
+def plain_text(text: str, where: str) -> str:
+    r"""The text, if it can be UTF-8: JSON can hold halves of surrogate pairs ("\ud800")."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Remove or mend that document.") from error
+    return text
+
+
+def text_of(record: Any, field: str, where: str) -> str:
+    """The text in a record's field, or a ValueError that says what the record has instead."""
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: expected one JSON object per line, like {{"{field}": "..."}}, got {type(record).__name__}.')
+    if field not in record:
+        raise ValueError(f"{where}: there is no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}. Name the one with the text.")
+    if not isinstance(record[field], str):
+        raise ValueError(f"{where}: field {field!r} must be text, got {type(record[field]).__name__}. Name another field, or remove that document.")
+    return plain_text(record[field], where)
+
+
+class FileSource(Source):
+    """A file, known by the hash of its bytes.
+
+    Args:
+        path: of an existing file.
+    """
+
+    kind = "file"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        self._stamp: list[int] | None = None
+
+    def stamp(self) -> list[int]:
+        """What changes whenever the file is written; unlike mtime, ctime can't be set back."""
+        stat = os.stat(self.path)
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+    def identity(self, memory: Memory | None = None) -> Identity:
+        """Kind, size and SHA-256 of the file. A remembered hash saves reading it."""
+        self._stamp = self.stamp()
+        name = f"file {self.path.resolve()}"
+        known = memory.recall(name) if memory is not None else None
+        if isinstance(known, dict) and known.get("stamp") == self._stamp:
+            return {"kind": self.kind, "bytes": self._stamp[0], "sha256": known["sha256"]}
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.require_unchanged()
+        if memory is not None and time.time_ns() - max(self._stamp[1:3]) > SETTLED:
+            memory.remember(name, {"stamp": self._stamp, "sha256": sha256})
+        return {"kind": self.kind, "bytes": self._stamp[0], "sha256": sha256}
+
+    def require_unchanged(self) -> None:
+        """Check the file against what it was at `identity`."""
+        if self._stamp is not None and self.stamp() != self._stamp:
+            raise ValueError(f"{self.path} changed while it was read. Start again when nothing writes to it any more.")
+
+    def _open(self) -> IO[bytes]:
+        return gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb")  # type: ignore[return-value]
+
+    def _empty(self) -> ValueError:
+        return ValueError(f"{self.path} is empty. Give a file with text, or leave it out.")
+
+
+class TextFile(FileSource):
+    """A plain UTF-8 text: one document. Line breaks stay as they are; a byte order mark at the start is dropped."""
+
+    kind = "text"
+
+    def pieces(self) -> Iterator[Piece]:
+        """The text in parts of about BLOCK characters."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        rest, starts, lines, blank, ended = "", True, 1, True, False
+        with self._open() as file:
+            while not ended:
+                block = read(file, self.path)
+                ended = not block
+                try:
+                    rest += decoder.decode(block, final=ended)
+                except UnicodeDecodeError as error:
+                    line = lines + error.object[: error.start].count(b"\n")
+                    raise ValueError(f"{self.path}, line {line}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+                # The decoder may keep bytes of an unfinished character back: they hold no line break.
+                lines += block.count(b"\n")
+                end = len(rest) if ended else cut(rest)
+                if end:
+                    blank = blank and not rest[:end].strip()
+                    yield Piece(rest[:end], starts)
+                    rest, starts = rest[end:], False
+        if blank:
+            raise self._empty()
+
+
+def read(file: IO[bytes], path: Path) -> bytes:
+    """The next bytes; damaged compression is an error that names the file."""
+    try:
+        return file.read(BLOCK)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
+
+
+def cut(text: str) -> int:
+    """Where to end a part of a text that goes on: as late as possible at the best kind of place that it has."""
+    for place in CUTS:
+        end = max((found.end() for found in place.finditer(text)), default=0)
+        if end:
+            return end
+    return len(text)
+
+
+class JsonLines(FileSource):
+    """One JSON object per line, a field of which is a document. Blank lines are skipped.
+
+    Args:
+        path: the file; read through gzip if its name ends in .gz.
+        field: with the text.
+    """
+
+    kind = "json-lines"
+
+    def __init__(self, path: Path, field: str) -> None:
+        super().__init__(path)
+        self.field = field
+
+    def identity(self, memory: Memory | None = None) -> Identity:
+        """As of every file, and which field."""
+        return super().identity(memory) | {"field": self.field}
+
+    def pieces(self) -> Iterator[Piece]:
+        """One document per line."""
+        empty = True
+        with self._open() as file:
+            lines = enumerate(file, 1)
+            while True:
+                try:
+                    number, line = next(lines, (0, b""))
+                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                    raise ValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
+                if not number:
+                    break
+                if not line.strip():
+                    continue
+                where, empty = f"{self.path}, line {number}", False
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from error
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
+                yield Piece(text_of(record, self.field, where), starts=True)
+        if empty:
+            raise self._empty()
+
+
+class ParquetFile(FileSource):
+    """A column of a Parquet file, one document per row. Needs pyarrow.
+
+    Args:
+        path: the file.
+        field: the column.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, path: Path, field: str) -> None:
+        super().__init__(path)
+        self.field = field
+
+    def identity(self, memory: Memory | None = None) -> Identity:
+        """As of every file, and which column."""
+        return super().identity(memory) | {"field": self.field}
+
+    def pieces(self) -> Iterator[Piece]:
+        """One document per row, some rows in memory at a time."""
+        try:
+            parquet = importlib.import_module("pyarrow.parquet")
+            arrow = importlib.import_module("pyarrow")
+        except ImportError as error:
+            raise ValueError(f"Reading {self.path} needs pyarrow. Install it with: pip install 'metalens[data]'") from error
+        row = 0
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                columns = file.schema_arrow.names
+                if self.field not in columns:
+                    raise ValueError(
+                        f"{self.path}: there is no column {self.field!r}; there are {', '.join(map(repr, columns))}. Name the one with the text."
+                    )
+                for batch in file.iter_batches(batch_size=256, columns=[self.field]):
+                    for value in batch.column(0).to_pylist():
+                        row += 1
+                        yield Piece(text_of({self.field: value}, self.field, f"{self.path}, row {row}"), starts=True)
+        except arrow.ArrowException as error:
+            raise ValueError(f"{self.path} can't be read as Parquet ({error}). Copy it again.") from error
+        if not row:
+            raise self._empty()

@@ -1,0 +1,67 @@
+"""Where training text comes from: names of files, folders and hub data sets to documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from metalens.training.data.hub import HubDataset
+from metalens.training.data.readers import FileSource, JsonLines, ParquetFile, Source, TextFile
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json-lines", ".ndjson", ".json")
+PARQUET = (".parquet",)
+SUFFIXES = (".txt", ".txt.gz", *JSON_LINES, *PARQUET)
+
+
+def file_source(path: Path, field: str) -> FileSource:
+    """The reader of a file, by the end of its name; any other file is taken for plain text."""
+    name = path.name.lower()
+    if name.endswith(JSON_LINES):
+        return JsonLines(path, field)
+    return ParquetFile(path, field) if name.endswith(PARQUET) else TextFile(path)
+
+
+def find_sources(sources: str | Path | Sequence[str | Path], *, field: str = "text", split: str = "train") -> list[Source]:
+    """The files, folders and hub data sets behind names, in order.
+
+    Args:
+        sources: a file, a folder (all files in it and below it with a known ending, sorted, hidden ones left out), the id of a data set on the
+            Hugging Face hub (`owner/name`, `owner/name:configuration@revision`, with or without `hf:` before it), or several of these.
+        field: field or column with the text.
+        split: of hub data sets.
+
+    Raises:
+        ValueError: if there is nothing at a name, or nothing readable in a folder.
+    """
+    found: list[Source] = []
+    for name in [sources] if isinstance(sources, str | Path) else sources:
+        path = Path(name).expanduser()
+        hub = None if isinstance(name, Path) else HubDataset.from_name(name, field=field, split=split)
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
+            files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            if not files:
+                raise ValueError(f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}.")
+            found += [file_source(p, field) for p in files]
+        elif path.exists():
+            found.append(file_source(path, field))
+        elif hub is not None and not path.name.lower().endswith(SUFFIXES):
+            found.append(hub)
+        else:
+            raise ValueError(f"There is no file or folder {name}. Check the path.")
+    if not found:
+        raise ValueError("No text was given. Name a file, a folder, or a data set of the Hugging Face hub.")
+    return found
+
+
+def documents(sources: Iterable[Source]) -> Iterator[str]:
+    """The documents of all sources as whole texts; one of them in memory at a time."""
+    parts: list[str] = []
+    for source in sources:
+        for piece in source.pieces():
+            if piece.starts and parts:
+                yield "".join(parts)
+                parts = []
+            parts.append(piece.text)
+    if parts:
+        yield "".join(parts)

@@ -1,0 +1,180 @@
+"""Tokenizers as a corpus needs them: plain ids, what belongs before every text, and a fingerprint of everything that decides about ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
+
+from metalens.training.data.readers import BLOCK, Piece
+
+# Decides nothing by itself: it shows differences that neither a vocabulary nor a serialised tokenizer does.
+PROBE = "  Zwölf Boxkämpfer\tjagen 3.14159 foxes' \u4f60\u597d\n\nat  night — 'tis\r\n"
+
+BATCH = 1024  # pieces that are tokenised together, unless they are long
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON value: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+class TextTokenizer:
+    """A tokenizer of transformers or mlx-lm, or anything with `encode(text)`.
+
+    Attributes:
+        tokenizer: without mlx-lm's wrapper.
+        eos: id of the end-of-sequence token, or None.
+        eos_text: what it looks like in a text ("" if there is none).
+        prefix: the ids that the tokenizer puts before every text, a beginning-of-sequence token as a rule; often none.
+        largest: no id is larger; None if the tokenizer does not tell.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self.eos: int | None = None if eos is None else int(eos)
+        self.eos_text = str(getattr(self.tokenizer, "eos_token", None) or "")
+        self._plain = True
+        try:
+            plain = list(self.tokenizer.encode("a", add_special_tokens=False))
+        except TypeError:
+            self._plain = False
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            whole = list(self.tokenizer.encode("a"))
+            plain = whole[1:] if bos is not None and whole[:1] == [bos] else whole
+        whole = list(self.tokenizer.encode("a"))
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.prefix = tuple(int(i) for i in whole[:start])
+        self.largest = self._largest()
+
+    def _largest(self) -> int | None:
+        try:
+            return max(map(int, self.tokenizer.get_vocab().values()))
+        except (AttributeError, NotImplementedError, ValueError):
+            return None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smaller one of little-endian uint16 and uint32 that holds every id."""
+        return np.dtype("<u2" if self.largest is not None and self.largest < 1 << 16 else "<u4")
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids [tokens] of each text, without the special tokens that the tokenizer would add. Deterministic, whatever is tokenised together.
+
+        Raises:
+            ValueError: if an id is not within 0 and `largest`.
+        """
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            # One call: fast tokenizers use all cores for it. Not verbose: texts longer than the model's context are no mistake here.
+            rows = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+                "input_ids"
+            ]
+        elif self._plain:
+            rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        else:
+            rows = [list(self.tokenizer.encode(text))[len(self.prefix) :] for text in texts]
+        return [self._checked(np.asarray(row, dtype=np.int64)) for row in rows]
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        limit = np.iinfo(self.dtype).max
+        if ids.size and not 0 <= ids.min() <= ids.max() <= limit:
+            raise ValueError(
+                f"The tokenizer gave an id that is not one ({ids.min()} to {ids.max()}; expected 0 to {limit}). Is its vocabulary damaged?"
+            )
+        return ids.astype(self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Class, name, EOS, prefix and fingerprint, as flat JSON."""
+        return {
+            "class": type(self.tokenizer).__name__,
+            "name": str(getattr(self.tokenizer, "name_or_path", "")),
+            "eos": self.eos,
+            "prefix": list(self.prefix),
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Of the vocabulary, the rules (of a fast tokenizer), the special tokens, the class, and the ids of a probe."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and hasattr(backend, "to_str"):
+            content = json.loads(backend.to_str())
+            # Set by whatever was tokenised last, and not used here.
+            content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        else:
+            try:
+                content = self.tokenizer.get_vocab()
+            except (AttributeError, NotImplementedError):
+                content = getattr(self.tokenizer, "vocab_size", None)
+        probe = [int(i) for i in self.encode([PROBE])[0]]
+        return digest([type(self.tokenizer).__name__, self.eos, self.eos_text, list(self.prefix), probe, content])
+
+
+Encoded = tuple[list[Piece], list[np.ndarray]]
+
+
+def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of at most BATCH, and of little more than BLOCK characters."""
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BLOCK or len(batch) == BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(tokenizer: TextTokenizer, pieces: Iterable[Piece], workers: int | None = None) -> Iterator[Encoded]:
+    """Batches of pieces with their ids, in the order of the pieces and the same for any number of workers.
+
+    Args:
+        tokenizer: must be picklable if there are workers.
+        pieces: what to tokenise.
+        workers: processes. None or 1: in this one, where the threads of fast tokenizers use all cores already; more help slow ones. They are spawned:
+            a script must guard its own start with `if __name__ == "__main__"`.
+    """
+    if workers is None or workers <= 1:
+        for batch in batches_of(pieces):
+            yield batch, tokenizer.encode([piece.text for piece in batch])
+        return
+    # Not forked: MLX and fast tokenizers have threads that would be missing in a fork.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (pickle.dumps(tokenizer),))
+    with pool:
+        waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
+        try:
+            for batch in batches_of(pieces):
+                waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece in batch])))
+                if len(waiting) > 2 * workers:
+                    first, ids = waiting.popleft()
+                    yield first, ids.result()
+            while waiting:
+                first, ids = waiting.popleft()
+                yield first, ids.result()
+        finally:
+            for _, ids in waiting:
+                ids.cancel()
+
+
+_worker_tokenizer: TextTokenizer | None = None
+
+
+def _start_worker(tokenizer: bytes) -> None:
+    global _worker_tokenizer  # noqa: PLW0603 - one tokenizer per process, sent once
+    _worker_tokenizer = pickle.loads(tokenizer)
+
+
+def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+    assert _worker_tokenizer is not None
+    return _worker_tokenizer.encode(texts)

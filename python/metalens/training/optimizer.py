@@ -1,0 +1,159 @@
+"""From gradients to updates, one layer at a time, so that the memory that an update needs beside parameters and state is one layer's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from metalens.arrays import number
+from metalens.ops import Weight, linear
+from metalens.training.config import TrainingConfig
+
+# {name: array} of one layer's translator: parameters, or their gradient.
+Parameters = dict[str, mx.array]
+
+
+class LensMuon(optim.Muon):
+    """MLX's Muon with products that are fast on Linux too, and vectors scaled to unit length, as matrices are to unit spectral norm."""
+
+    def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:  # noqa: N803 (the name in MLX)
+        a, b, c = 3.4445, -4.7750, 2.0315
+        wide = X.shape[-2] <= X.shape[-1]
+        x = X if wide else X.T
+        x = x / (mx.linalg.norm(x, keepdims=True) + 1e-7)
+        for _ in range(steps):
+            gram = linear(x, Weight(x))
+            x = a * x + linear(b * gram + c * linear(gram, Weight(gram)), Weight(x), transpose=False)
+        return x if wide else x.T
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        """One parameter's update."""
+        if gradient.ndim > 1:
+            return cast("mx.array", super().apply_single(gradient, parameter, state))
+        v = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = v
+        update = (1 - self.momentum) * gradient + self.momentum * v
+        scaled: mx.array = self.learning_rate * update / (mx.linalg.norm(update) + 1e-12)
+        return parameter - scaled
+
+
+def _made(config: TrainingConfig) -> Any:
+    if config.optimizer == "sgd":
+        return optim.SGD(learning_rate=0.0, momentum=config.momentum, nesterov=config.momentum > 0)
+    if config.optimizer == "adam":
+        return optim.Adam(learning_rate=0.0, betas=[config.momentum, 0.999], bias_correction=True)
+    return LensMuon(learning_rate=0.0, momentum=config.momentum, weight_decay=0.0)
+
+
+class LensOptimizer:
+    """The optimiser of a lens: one of MLX's for each layer.
+
+    Args:
+        config: the settings.
+        parameters: of each layer, by number.
+    """
+
+    def __init__(self, config: TrainingConfig, parameters: dict[int, Parameters]) -> None:
+        self.config = config
+        self.by_layer = {layer: _made(config) for layer in parameters}
+        for layer, optimizer in self.by_layer.items():
+            optimizer.init({name: p.astype(mx.float32) for name, p in parameters[layer].items()})
+            if config.dtype == "bfloat16":
+                optimizer.state = _rounded(optimizer.state, None)
+
+    def clip(self, norm: float) -> float:
+        """What gradients of this joint norm are multiplied with."""
+        return 1.0 if self.config.optimizer == "muon" else min(1.0, self.config.gradient_clip / (norm + 1e-6))
+
+    def update(self, layer: int, parameters: Parameters, gradient: Parameters, step: int, scale: float) -> Parameters:
+        """The layer's parameters after one step. Evaluated.
+
+        Args:
+            layer: its number.
+            parameters: float32, or bfloat16 with stochastic rounding.
+            gradient: of the same names and shapes, float32.
+            step: counted from 0.
+            scale: the clip's.
+        """
+        optimizer, config = self.by_layer[layer], self.config
+        rate = config.learning_rate_at(step)
+        optimizer.learning_rate = rate
+        wide = {name: p.astype(mx.float32) for name, p in parameters.items()}
+        decayed = {name: g * scale for name, g in gradient.items()}
+        if config.weight_decay and config.optimizer != "muon":
+            decayed = {name: g + config.weight_decay * _from_identity(name, wide[name]) for name, g in decayed.items()}
+        if config.dtype == "bfloat16":
+            optimizer.state = _widened(optimizer.state)
+        updated: Parameters = optimizer.apply_gradients(decayed, wide)
+        if config.weight_decay and config.optimizer == "muon":
+            updated = {name: p - rate * config.weight_decay * _from_identity(name, wide[name]) for name, p in updated.items()}
+        if config.dtype == "bfloat16":
+            key = mx.random.key(0x1E25 + (config.seed or 0))
+            for number_of in (step, layer):
+                key = mx.random.split(key, number_of + 2)[number_of + 1]
+            updated = {name: stochastically_rounded(p, k) for (name, p), k in zip(updated.items(), mx.random.split(key, len(updated)), strict=True)}
+            optimizer.state = _rounded(optimizer.state, mx.random.split(key, 1)[0])
+        mx.eval(updated, optimizer.state)
+        return updated
+
+    def state(self) -> dict[str, mx.array]:
+        """Everything that the next update depends on, by name."""
+        return {f"{layer}.{name}": a for layer, optimizer in self.by_layer.items() for name, a in _flat(optimizer.state)}
+
+    def restore(self, state: dict[str, mx.array]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: if it is of another optimiser or other layers.
+        """
+        if set(state) != set(self.state()):
+            raise ValueError("The saved optimiser state is of another optimiser, or of other layers.")
+        for layer, optimizer in self.by_layer.items():
+            prefix = f"{layer}."
+            optimizer.state = tree_unflatten([(name.removeprefix(prefix), a) for name, a in state.items() if name.startswith(prefix)])
+
+
+def gradient_norm(gradients: Sequence[Parameters]) -> float:
+    """The Euclidean norm over all layers together."""
+    return math.sqrt(math.fsum(number(mx.sum(mx.square(g))) for gradient in gradients for g in gradient.values()))
+
+
+def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
+    """Float32 as bfloat16, up or down at random so that the mean is x: small updates are not lost.
+
+    A bfloat16 is the upper half of a float32: a random lower half is added before the lower half is cut off. Infinity and NaN stay.
+    """
+    bits = x.view(mx.uint32)
+    noise = mx.random.randint(0, 2**16, x.shape, mx.uint32, key=key)
+    rounded = ((bits + noise) & 0xFFFF0000).view(mx.float32)
+    return mx.where(mx.isfinite(x), rounded, x).astype(mx.bfloat16)
+
+
+def _from_identity(name: str, p: mx.array) -> mx.array:
+    """What a parameter adds to the identity: W - I for a whole matrix, everything else as it is."""
+    return p - mx.eye(p.shape[0]) if name == "weight" else p
+
+
+def _flat(state: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(state)
+    return cast("list[tuple[str, mx.array]]", flat)
+
+
+def _widened(state: Any) -> Any:
+    return tree_unflatten([(name, a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for name, a in _flat(state)])
+
+
+def _rounded(state: Any, key: mx.array | None) -> Any:
+    """Arrays of the state in bfloat16; numbers (the step, the learning rate) as they are. Without a key for state that is still zero."""
+    parts = []
+    for i, (name, a) in enumerate(_flat(state)):
+        if a.ndim == 0:
+            parts.append((name, a))
+        else:
+            parts.append((name, a.astype(mx.bfloat16) if key is None else stochastically_rounded(a, mx.random.split(key, i + 2)[i + 1])))
+    return tree_unflatten(parts)
