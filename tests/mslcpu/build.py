@@ -54,7 +54,8 @@ def cache_directory() -> pathlib.Path:
 
 
 def _hash_of(paths: Iterable[pathlib.Path]) -> str:
-    digest = hashlib.sha256(clang_identity().encode())
+    # Where this folder lies is part of what is built: the names of the prelude's files are in the debug information, and errors leave them out by it.
+    digest = hashlib.sha256(f"{clang_identity()}\0{HERE}".encode())
     for path in sorted(p for p in paths if p.is_file()):
         digest.update(str(path.relative_to(HERE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
