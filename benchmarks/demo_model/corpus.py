@@ -83,6 +83,7 @@ def fetch(package: str, workdir: Path) -> tuple[Path, str]:
         debs.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", package], cwd=debs, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deb = next(debs.glob(f"{package}_*.deb"))
+        root.parent.mkdir(exist_ok=True)
         subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
     deb = next((workdir / "debs").glob(f"{package}_*.deb"))
     return root, deb.name.split("_")[1].replace("%3a", ":")

@@ -302,7 +302,7 @@ _hashes: weakref.WeakKeyDictionary[Unembed, str] = weakref.WeakKeyDictionary()
 def head_hash(head: Head) -> str:
     """'sha256:...' of the head as it is stored: packed values, scales, biases, bias, their formats, and what is done to the logits.
 
-    All of it is read, about half a second per GB, a piece at a time: the same weights give the same hash on every machine, and a model that was
+    All of it is read, about a second per GB, a piece at a time: the same weights give the same hash on every machine, and a model that was
     fine-tuned or quantised otherwise gives another.
     """
     w = head.weight

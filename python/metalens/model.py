@@ -16,7 +16,7 @@ import numpy as np
 from metalens.accelerate import weight_of
 from metalens.arrays import nested
 from metalens.files import require_writable
-from metalens.lens import Lens, LogitLens, TunedLens, lens_files
+from metalens.lens import Lens, LogitLens, TunedLens, check_origin, lens_files
 from metalens.ops import Head, lens_stats
 from metalens.ops.lens_stats import check_top_k, logits_stats
 from metalens.ops.lens_stats import top_k as largest
@@ -38,7 +38,7 @@ class InterpretableModel(TokenizerMixin):
         embedding_path, norm_path, lm_head_path: dotted paths, where the usual places do not hold.
 
     Attributes:
-        model: the wrapped module.
+        model, name: the wrapped module, and the path or hub id that it was loaded from (None: it came as a module).
         tokenizer: may be None; then only token ids are accepted.
         layers: one proxy per block, for use inside `trace`.
 
@@ -56,6 +56,7 @@ class InterpretableModel(TokenizerMixin):
         norm_path: str | None = None,
         lm_head_path: str | None = None,
     ) -> None:
+        self.name = str(model) if isinstance(model, (str, Path)) else None
         if isinstance(model, (str, Path)):
             model, loaded = _load(str(model))
             tokenizer = tokenizer if tokenizer is not None else loaded
@@ -234,9 +235,10 @@ class InterpretableModel(TokenizerMixin):
         return Reading(chosen, tokens, predictions(stats, chosen, strings), stats, model, [strings[i] for i in nested(model.top_ids[0, :, 0])])
 
     def check_lens(self, lens: Lens) -> None:
-        """Raise ValueError if a TunedLens does not fit this model; other callables are taken as they are."""
+        """Raise ValueError if a TunedLens does not fit this model, warn if it remembers another one; other callables are taken as they are."""
         if isinstance(lens, TunedLens):
             lens.check_fits(len(self.source), self.unembed.hidden_dim)
+            check_origin(lens, self.unembed, self.name, stacklevel=4)
         elif not callable(lens):
             raise TypeError(f"A lens is a TunedLens or a function (hidden, layer) -> hidden, not {type(lens).__name__}.")
 
@@ -270,8 +272,7 @@ class InterpretableModel(TokenizerMixin):
             check_top_k(top_k, logits.shape[-1])
             ids, scores = largest(logits, top_k)
         else:
-            head = self.unembed.head if embedding_layer is None else _head_of(embedding_layer)
-            stats = lens_stats(rows[None], head, top_k)
+            stats = lens_stats(rows[None], self.unembed.head if embedding_layer is None else _head_of(embedding_layer), top_k)
             ids, scores = stats.top_ids[0], stats.top_logits[0]
         result = nested(ids)
         if return_scores:
@@ -331,8 +332,7 @@ class InterpretableModel(TokenizerMixin):
         Raises:
             ValueError: if it is empty, blank, or holds ids outside the vocabulary.
         """
-        if isinstance(dataset, str):
-            dataset = [dataset]
+        dataset = [dataset] if isinstance(dataset, str) else dataset
         if len(dataset) == 0:
             raise ValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):

@@ -35,7 +35,7 @@ def translate(parameters: Mapping[str, mx.array], h: mx.array) -> mx.array:
     """The translator with these parameters, applied to every row: lazy, and differentiable in the parameters and h.
 
     Args:
-        parameters: of one translator, `translator.parameters()`; their names say which variant it is.
+        parameters: of one translator, `parameters_of(translator)`; their names say which variant it is. Without "bias", b = 0.
         h: [..., D], any float type; widened to float32.
 
     Returns:
@@ -43,8 +43,8 @@ def translate(parameters: Mapping[str, mx.array], h: mx.array) -> mx.array:
     """
     h = h.astype(mx.float32)
     if "weight" in parameters:
-        return linear(h, Weight(parameters["weight"])) + parameters["bias"]
-    if "down" in parameters:
+        h = linear(h, Weight(parameters["weight"]))
+    elif "down" in parameters:
         h = h + linear(linear(h, Weight(parameters["down"])), Weight(parameters["up"]))
     return h + parameters["bias"] if "bias" in parameters else h
 

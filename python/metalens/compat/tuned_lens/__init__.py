@@ -1,0 +1,13 @@
+"""tuned-lens's files (AlignmentResearch/tuned-lens), read and written without torch.
+
+from metalens.compat import tuned_lens
+
+lens = tuned_lens.load("EleutherAI/pythia-160m-deduped")  # a folder, or a lens on the hub
+tuned_lens.save(lens, "my-lens", model_name="EleutherAI/pythia-160m-deduped")
+tuned_lens.convert("my-lens", "lens-for-mlxterp", to="metalens")
+"""
+
+from metalens.compat.tuned_lens.convert import Format, convert
+from metalens.compat.tuned_lens.folder import LensConfig, is_tuned_lens, load, save
+
+__all__ = ["Format", "LensConfig", "convert", "is_tuned_lens", "load", "save"]

@@ -1,0 +1,189 @@
+"""Pickles of tensors, read without pickle: nothing in them can be called.
+
+`torch.save` writes a pickle that builds its tensors by calling functions by name, and Python's unpickler, however restricted, imports, calls and sets
+attributes on the file's behalf. `read` is an interpreter for the two dozen opcodes that files of tensors need. Its only values are numbers, strings,
+tuples, lists, dicts, and the classes below; a name is looked up in a table of its own and stands for a mark, never for the thing of that name.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from dataclasses import dataclass
+from enum import Enum
+from typing import IO, Any
+
+
+class Name(Enum):
+    """The two callables that a file of tensors names."""
+
+    ORDERED_DICT = "collections OrderedDict"
+    REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+
+
+class Element(Enum):
+    """Types of numbers, by torch's name of their storage."""
+
+    FLOAT32 = "torch FloatStorage"
+    FLOAT16 = "torch HalfStorage"
+    BFLOAT16 = "torch BFloat16Storage"
+    FLOAT64 = "torch DoubleStorage"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return {Element.FLOAT32: 4, Element.FLOAT64: 8}.get(self, 2)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of numbers in the file.
+
+    Attributes:
+        element: their type.
+        key: its name in the file.
+        size: how many numbers.
+    """
+
+    element: Element
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A view of a storage: element (i, j) is number offset + i * strides[0] + j * strides[1] of it."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+NAMES: dict[str, Name | Element] = {name.value: name for name in (*Name, *Element)}
+CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read(stream: IO[bytes]) -> Any:
+    """The object that one pickle of protocol 2 builds; the stream is left after it.
+
+    Args:
+        stream: of bytes in memory: what it may ask for is bounded by their number.
+
+    Returns:
+        numbers, strings, tuples, lists, dicts (also for OrderedDict), `Tensor` and `Storage`.
+
+    Raises:
+        ValueError: for anything that a file of tensors does not need, with the opcode and its position; and for damaged pickles.
+    """
+    machine = _Machine()
+    for opcode, argument, position in pickletools.genops(stream):
+        try:
+            machine.step(opcode.name, argument)
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{opcode.name} at byte {position} of its pickle: {error if isinstance(error, ValueError) else 'damaged'}") from error
+    return machine.result
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []  # heights of the stack
+        self.memo: dict[int, Any] = {}
+        self.result: Any = None
+
+    def step(self, opcode: str, argument: Any) -> None:  # noqa: PLR0912  one branch per opcode
+        stack = self.stack
+        match opcode:
+            case "PROTO":
+                if argument != 2:
+                    raise ValueError(f"it has protocol {argument}; torch.save writes 2")
+            case "MARK":
+                self.marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "TUPLE":
+                stack.append(tuple(self.above_mark()))
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "APPEND" | "APPENDS":
+                values = self.above_mark() if opcode == "APPENDS" else [stack.pop()]
+                self.top(list).extend(values)
+            case "SETITEM" | "SETITEMS":
+                self.set_items(self.above_mark() if opcode == "SETITEMS" else self.pop(2))
+            case "GLOBAL":
+                if argument not in NAMES:
+                    raise ValueError(f"it names {argument!r:.200}, which no file of tensors needs; nothing was loaded or run")
+                stack.append(NAMES[argument])
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                function, arguments = self.pop(2)
+                stack.append(_reduce(function, arguments))
+            case "BUILD":  # state_dict()'s `_metadata`: versions of layers
+                if not isinstance(stack.pop(), dict):
+                    raise ValueError("it sets the state of an object")
+                self.top(dict)
+            case "STOP":
+                if len(stack) != 1 or self.marks:
+                    raise IndexError
+                self.result = stack[0]
+            case _ if opcode in CONSTANTS:
+                stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(opcode, argument))
+            case _ if opcode in TUPLES:
+                stack.append(tuple(self.pop(TUPLES[opcode])))
+            case _:
+                raise ValueError("no file of tensors needs this; nothing was loaded or run")
+
+    def pop(self, count: int) -> list[Any]:
+        if count > len(self.stack):
+            raise IndexError
+        cut = len(self.stack) - count
+        values = self.stack[cut:]
+        del self.stack[cut:]
+        return values
+
+    def above_mark(self) -> list[Any]:
+        count = len(self.stack) - self.marks.pop()
+        if count < 0:
+            raise IndexError
+        return self.pop(count)
+
+    def top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise ValueError(f"it needs a {kind.__name__}")
+        return self.stack[-1]
+
+    def set_items(self, values: list[Any]) -> None:
+        target = self.top(dict)
+        if len(values) % 2:
+            raise ValueError("a key without a value")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if type(key) is not str or key in target:
+                raise ValueError("keys must be different strings")
+            target[key] = value
+
+
+def _storage(identity: Any) -> Storage:
+    """From the persistent id ('storage', type, key, device, size), and in old files a sixth part, a view, which must be None."""
+    if type(identity) is tuple and len(identity) in (5, 6) and identity[0] == "storage" and (len(identity) == 5 or identity[5] is None):
+        _, element, key, _, size = identity[:5]
+        if type(element) is Element and type(key) is str and type(size) is int and size >= 0:
+            return Storage(element, key, size)
+    raise ValueError("no storage of float32, float16, bfloat16 or float64 numbers")
+
+
+def _reduce(function: Any, arguments: Any) -> Any:
+    if function is Name.ORDERED_DICT and arguments == ():
+        return {}
+    if function is not Name.REBUILD_TENSOR or type(arguments) is not tuple or len(arguments) != 6:
+        raise ValueError("it calls what is not a tensor's constructor; nothing was run")
+    storage, offset, shape, strides, _, _ = arguments
+    numbers = (offset, *shape, *strides) if type(shape) is tuple and type(strides) is tuple and len(shape) == len(strides) else (None,)
+    if type(storage) is not Storage or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a tensor whose offset, shape or strides are no such")
+    return Tensor(storage, offset, shape, strides)

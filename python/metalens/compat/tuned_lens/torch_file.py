@@ -1,0 +1,228 @@
+"""Files of torch tensors, read and written without torch.
+
+Read: the zip archive that torch.save has written since 1.6 (data.pkl, data/<key>, byteorder, version), and the older stream of pickles and bytes.
+Written: the zip archive, as `torch.load(weights_only=True)` reads it.
+A file is believed in nothing that its bytes don't bear out: sizes are checked against it before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+import numpy as np
+
+from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
+
+PICKLE_LIMIT = 1 << 20  # bytes; a tensor takes some 150
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# {our name: (torch's storage, MLX's type)}
+WRITABLE = {"float32": (Element.FLOAT32, mx.float32), "float16": (Element.FLOAT16, mx.float16), "bfloat16": (Element.BFLOAT16, mx.bfloat16)}
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file says it holds, and how to read a storage's bytes."""
+
+    state: Any
+    little_endian: bool
+    read: Callable[[Storage], bytes]
+
+
+def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, ...]]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a state dict, one at a time, as float32.
+
+    Args:
+        file: as torch.save wrote it.
+        expected: called with the number of tensors in the file; {name: shape} of those that must be there, no more and no fewer.
+
+    Yields:
+        (name, array), in the order of the file's storages.
+
+    Raises:
+        ValueError: if it is anything but such a file, or holds NaN or infinity. Nothing in the file is ever run.
+        OSError: if it can't be opened.
+    """
+    with file.open("rb") as stream:
+        try:
+            contents = _open_zip(stream) if stream.read(4) == b"PK\x03\x04" else _open_legacy(stream)
+            state = contents.state
+            if not isinstance(state, dict) or not all(type(tensor) is Tensor for tensor in state.values()):
+                raise ValueError("it holds something other than named tensors")
+            shapes = expected(len(state))
+            if set(shapes) != set(state):
+                names = sorted(set(shapes) ^ set(state))
+                raise ValueError(f"expected {len(shapes)} tensors, found {len(state)}; these are missing or too many: {', '.join(names[:4])}")
+            by_storage: dict[Storage, list[str]] = {}
+            for name, tensor in state.items():
+                _check_view(name, tensor, shapes[name])
+                by_storage.setdefault(tensor.storage, []).append(name)
+            for storage, names in by_storage.items():
+                data = contents.read(storage)
+                for name in names:
+                    yield name, _array(name, state[name], data, contents.little_endian)
+        except Exception as error:  # zipfile alone has a dozen types for damaged archives
+            raise ValueError(f"{file} is not a tuned lens file, or is damaged: {error}.") from error
+
+
+def _check_view(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Within its storage, of the right shape, and no number used twice: else a small file could ask for any amount of memory."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tensor.shape}; its config.json says {shape}")
+    needed = 1
+    for stride, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
+        if size > 1 and stride < needed:
+            raise ValueError(f"{name} has strides {tensor.strides}, by which its numbers would overlap")
+        needed += stride * (size - 1)
+    if tensor.offset + needed > tensor.storage.size:
+        raise ValueError(f"{name} reaches beyond its storage of {tensor.storage.size} numbers")
+
+
+def _array(name: str, tensor: Tensor, data: bytes, little_endian: bool) -> np.ndarray:
+    order, element = "<" if little_endian else ">", tensor.storage.element
+    code = {Element.FLOAT32: "f4", Element.FLOAT16: "f2", Element.BFLOAT16: "u2", Element.FLOAT64: "f8"}[element]
+    numbers = np.frombuffer(data, order + code)[tensor.offset :]
+    view = np.lib.stride_tricks.as_strided(numbers, tensor.shape, [stride * numbers.itemsize for stride in tensor.strides], writeable=False)
+    if element is Element.BFLOAT16:
+        array = (view.astype(np.uint32, order="C") << 16).view(np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            array = view.astype(np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return array
+
+
+# ------------------------------------------------------------------ the zip archive
+
+
+def _open_zip(stream: IO[bytes]) -> _Contents:
+    archive = zipfile.ZipFile(stream)
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError("two records of its archive have the same name")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size for entry in entries):
+        raise ValueError("its archive is compressed or encrypted; torch.save's never are")
+    if sum(entry.file_size for entry in entries) > stream.seek(0, io.SEEK_END):
+        raise ValueError("its records are larger than the file")
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise ValueError("its archive has no <name>/data.pkl, or several")
+
+    def record(name: str, limit: int) -> bytes:
+        entry = archive.getinfo(roots[0] + name)
+        if entry.file_size > limit:
+            raise ValueError(f"its {name} has {entry.file_size} bytes, more than {limit}")
+        return archive.read(entry)
+
+    order = record("byteorder", 16) if roots[0] + "byteorder" in names else b"little"
+    if order not in (b"little", b"big") or not 1 <= int(record("version", 16)) <= 10:
+        raise ValueError("its archive has an unknown version or order of bytes")
+
+    def read_storage(storage: Storage) -> bytes:
+        data = record(f"data/{storage.key}", storage.size * storage.element.itemsize)
+        if len(data) < storage.size * storage.element.itemsize:
+            raise ValueError(f"its data/{storage.key} has {len(data)} bytes in place of {storage.size} numbers")
+        return data
+
+    return _Contents(read(io.BytesIO(record("data.pkl", PICKLE_LIMIT))), order == b"little", read_storage)
+
+
+def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[mx.array], dtype: str = "float32") -> None:
+    """Write a state dict as torch.save does: an OrderedDict of contiguous tensors on the CPU.
+
+    Args:
+        file: is overwritten.
+        shapes: {name: shape}, in the order of `arrays`.
+        arrays: one per name; asked for one at a time.
+        dtype: of the tensors, a key of WRITABLE.
+
+    Raises:
+        ValueError: if a number has no finite form in this type.
+    """
+    element, kind = WRITABLE[dtype]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _write_record(archive, "data.pkl", _state_pickle(shapes, element))
+        _write_record(archive, "byteorder", b"little")
+        for key, (name, array) in enumerate(zip(shapes, arrays, strict=True)):
+            converted = array.astype(kind)
+            if not mx.all(mx.isfinite(converted)).item():
+                raise ValueError(f"{name} holds numbers that {dtype} can't: NaN, infinity, or larger than its largest.")
+            _write_record(archive, f"data/{key}", np.array(mx.contiguous(converted).view(mx.uint8)).tobytes())
+        _write_record(archive, "version", b"3\n")
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """A record at a multiple of 64 bytes, where torch puts it too, so that it can be mapped into memory."""
+    entry = zipfile.ZipInfo(f"params/{name}")
+    assert archive.fp is not None
+    start = archive.fp.tell() + 30 + len(entry.filename) + 4
+    padding = -start % 64
+    entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    archive.writestr(entry, data)
+
+
+def _state_pickle(shapes: Mapping[str, tuple[int, ...]], element: Element) -> bytes:
+    """The pickle of protocol 2 of an OrderedDict of tensors, whose storages are named 0, 1, ..."""
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+    def number(value: int) -> bytes:
+        encoded = pickle.encode_long(value)
+        return b"\x8a" + bytes([len(encoded)]) + encoded
+
+    def numbers(values: Iterable[int]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    def named(value: str) -> bytes:
+        return b"c" + value.replace(" ", "\n").encode() + b"\n"
+
+    empty = named("collections OrderedDict") + b")R"
+    out = [b"\x80\x02", empty, b"("]
+    for key, (name, shape) in enumerate(shapes.items()):
+        storage = b"(" + text("storage") + named(element.value) + text(str(key)) + text("cpu") + number(int(np.prod(shape))) + b"tQ"
+        strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+        tensor = storage + number(0) + numbers(shape) + numbers(strides) + b"\x89" + empty
+        out += [text(name), named("torch._utils _rebuild_tensor_v2"), b"(", tensor, b"tR"]
+    return b"".join([*out, b"u."])
+
+
+# ------------------------------------------------------------------ the older format
+
+
+def _open_legacy(stream: IO[bytes]) -> _Contents:
+    """Five pickles (a magic number, the protocol, facts of the machine, the object, the storages' keys); then each storage's size and numbers."""
+    stream.seek(0)
+    head = io.BytesIO(stream.read(PICKLE_LIMIT))
+    if read(head) != LEGACY_MAGIC or read(head) != LEGACY_PROTOCOL:
+        raise ValueError("no archive and no older file of torch.save")
+    machine, state, keys = read(head), read(head), read(head)
+    if not isinstance(machine, dict) or type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
+        raise ValueError("its pickles are not those of torch.save")
+    little_endian = machine.get("little_endian") is not False
+    storages = {tensor.storage.key: tensor.storage for tensor in state.values() if type(tensor) is Tensor} if isinstance(state, dict) else {}
+    position, end, places = head.tell(), stream.seek(0, io.SEEK_END), {}
+    for key in keys:
+        if key not in storages:
+            raise ValueError(f"it has no tensor for its storage {key!r:.200}")
+        places[key] = position + 8
+        position += 8 + storages[key].size * storages[key].element.itemsize
+    if position != end:
+        raise ValueError(f"it has {end} bytes where its tensors take {position}")
+
+    def read_storage(storage: Storage) -> bytes:
+        stream.seek(places[storage.key] - 8)
+        if int.from_bytes(stream.read(8), "little" if little_endian else "big", signed=True) != storage.size:
+            raise ValueError(f"its storage {storage.key!r:.200} has another size than its tensor says")
+        return stream.read(storage.size * storage.element.itemsize)
+
+    return _Contents(state, little_endian, read_storage)
