@@ -20,16 +20,15 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-import mlx.optimizers as optim
 from benchmarks.operations.training import demo_model, training_ids
-from mlx.utils import tree_map
 
 from metalens import TunedLens, _extension, use_backend
 from metalens.demo import CONFIG
 from metalens.ops import lens_kl, lens_target, translate_norm
 from metalens.readout import lens_rows
 from metalens.training import loss_and_gradient
-from metalens.training.loop import gradient_norm
+from metalens.training.optimizer import LensOptimizer, gradient_norm
+from metalens.translators import parameters_of
 
 CAPTURE, OPTIMISER = "capture of the streams", "optimiser"
 
@@ -116,7 +115,8 @@ def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
     _, dn = lens_kl(n, target, unembed.head)
     mx.eval(hidden, vars(target), n, dn)
     _, gradient = loss_and_gradient(lens, stream, unembed)
-    optimizer = optim.SGD(learning_rate=0.0, momentum=CONFIG.momentum, nesterov=True)
+    parameters = dict(enumerate(map(parameters_of, lens.translators)))
+    optimizer = LensOptimizer(CONFIG, parameters)
 
     def translators() -> list[mx.array]:
         def rows(h: mx.array) -> Callable[..., mx.array]:
@@ -125,9 +125,8 @@ def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
         return [mx.vjp(rows(h), [t.weight, t.bias], [cotangent])[1] for h, t, cotangent in zip(hidden, lens.translators, dn, strict=True)]
 
     def optimise() -> list[Any]:
-        scale = 1 / (gradient_norm(gradient) + 1)
-        optimizer.update(lens, tree_map(lambda g: g * scale, gradient))
-        return [lens.state, optimizer.state]
+        scale = optimizer.clip(gradient_norm(gradient["translators"]))
+        return [optimizer.update(layer, p, gradient["translators"][layer], 0, scale) for layer, p in parameters.items()]
 
     stages: dict[str, Callable[[], Any]] = {
         CAPTURE: lambda: model.source.capture(ids).hidden,

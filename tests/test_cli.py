@@ -15,6 +15,13 @@ from metalens.demo import HELD_OUT_TEXT
 PROMPT = "The free software movement"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METALENS_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 @pytest.fixture
 def run():
     def invoke(*args):
@@ -33,14 +40,15 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lens(tmp_path_factory, text):
     out = tmp_path_factory.mktemp("lens") / "demo-0.1"
-    result = CliRunner().invoke(main, ["train", "demo", "--data", str(text), "--out", str(out), "--steps", "3", "--max-seq-len", "32", "--lr", "0.5"])
+    options = ["--recipe", "mlxterp", "--steps", "3", "--max-seq-len", "32", "--lr", "0.5"]
+    result = CliRunner().invoke(main, ["train", "demo", "--data", str(text), "--out", str(out), *options])
     assert result.exit_code == 0, result.stderr
     return out
 
 
 def test_train_writes_the_lens_and_keeps_stdout_empty(lens, text, run):
     assert TunedLens.load(lens).num_layers == 8
-    result = run("train", "demo", "--data", text, "--out", lens.with_name("again"), "--steps", "1", "--max-seq-len", "16")
+    result = run("train", "demo", "--data", text, "--out", lens.with_name("again"), "--recipe", "mlxterp", "--steps", "1", "--max-seq-len", 16)
     assert result.stdout == ""
     assert "Lens written" in result.stderr
     assert "tok/s" in result.stderr
@@ -50,14 +58,16 @@ def test_train_takes_several_files_after_one_data_option(text, tmp_path, run):
     other = tmp_path / "other.txt"
     other.write_text("Another text, about nothing at all. " * 10)
     out = tmp_path / "lens"
-    result = run("train", "demo", "--data", text, other, "--out", out, "--steps", 1, "--tokens-per-step", 64, "--max-seq-len", 32, "--seed", 3)
+    options = ("--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 64, "--max-seq-len", 32, "--seed", 3)
+    result = run("train", "demo", "--data", text, other, "--out", out, *options)
     assert result.exit_code == 0, result.stderr
     assert TunedLens.load(out).hidden_dim == 256
 
 
 def test_train_is_reproducible_and_depends_on_the_seed(text, tmp_path, run):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        result = run("train", "demo", "--data", text, "--out", tmp_path / name, "--steps", 2, "--max-seq-len", 24, "--seed", seed)
+        options = ("--recipe", "mlxterp", "--steps", 2, "--max-seq-len", 24, "--seed", seed)
+        result = run("train", "demo", "--data", text, "--out", tmp_path / name, *options)
         assert result.exit_code == 0, result.stderr
     weights = [np.load(tmp_path / f"{name}.npz")["translators_0_weight"] for name in "abc"]
     assert np.array_equal(weights[0], weights[1])

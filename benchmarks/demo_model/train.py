@@ -48,7 +48,6 @@ class Config:
 
 
 END = "<|endoftext|>"
-BATCH_TOKENS = 16384
 MICROBATCH_TOKENS = 4096
 QUANTISED_PART = 0.15  # of the run, at its end
 GROUP_SIZE, BITS = 64, 4
@@ -199,11 +198,20 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=Config.num_hidden_layers)
+    parser.add_argument("--width", type=int, default=Config.hidden_size, help="a multiple of 128: heads are 64 wide, two for each pair of keys")
+    parser.add_argument("--batch-tokens", type=int, default=16384)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    c = Config()
+    c = Config(
+        hidden_size=args.width,
+        intermediate_size=args.width * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 128,
+    )
     length = c.max_position_embeddings
 
     train, valid = read(args.workdir / "corpus.jsonl"), read(args.workdir / "valid.jsonl")
@@ -226,7 +234,7 @@ def main() -> None:
     rates = [o.param_groups[0]["lr"] for o in optimisers]
     log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
 
-    batch = BATCH_TOKENS // length
+    batch = args.batch_tokens // length
     start, step, steps, at, curve = time.time(), 0, 10**9, 0, []
     while step < steps:
         if at + batch > len(epoch):
@@ -250,7 +258,7 @@ def main() -> None:
         if step >= 20 and step % 10 == 0 and progress < 1 - QUANTISED_PART:
             steps = max(step + 1, int(step * 60 * args.minutes / elapsed))  # the machine is shared: follow its speed while the rate allows it
         if step % 20 == 0 or step == steps:
-            log.info("step %d/%d loss %.3f  %.0f tokens/s", step, steps, total, step * BATCH_TOKENS / elapsed)
+            log.info("step %d/%d loss %.3f  %.0f tokens/s", step, steps, total, step * args.batch_tokens / elapsed)
         if step % 200 == 0 or step == steps:
             held = held_out_loss(model, valid_rows)
             curve.append({"step": step, "train": total, "held_out": held, "quantised": Linear.quantised})
@@ -260,7 +268,7 @@ def main() -> None:
             os.replace(temporary, args.workdir / "checkpoint.pt")
     result = {
         "config": asdict(c),
-        "tokens_seen": step * BATCH_TOKENS,
+        "tokens_seen": step * args.batch_tokens,
         "seconds": time.time() - start,
         "held_out_nats_per_token": curve[-1]["held_out"],
         "held_out_bits_per_byte": curve[-1]["held_out"] / math.log(2) / bytes_per_token,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from benchmarks.torch_lens import train as torch_train
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
 from metalens.arrays import number
 from metalens.demo import CONFIG, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
-from metalens.training import TokenSequences, TrainingConfig, train
+from metalens.training import Corpus, Sampler, TrainingConfig, train
 
 
 @cache
@@ -54,8 +53,9 @@ def make_training(name: str, steps: int, sequences: int) -> Competitor:
         return whole if units == steps * sequences else config(1, units)
 
     if name.startswith("PyTorch"):
-        chosen = islice(TokenSequences(ids, whole.max_seq_len, whole.seed), steps * sequences)
-        torch_model, batches = TorchModel(model.model), [np.array(sequence).astype(np.int64) for sequence in chosen]
+        sampler = Sampler(Corpus.from_ids(np.array(ids)), whole.max_seq_len, seed=whole.seed)
+        chosen = [sequence for _ in range(steps) for sequence in sampler.take_tokens(whole.step_tokens)]
+        torch_model, batches = TorchModel(model.model), [sequence.astype(np.int64)[None] for sequence in chosen]
         return torch_competitor(steps * sequences, lambda units: torch_train(torch_model, batches, settings(units), name == TORCH_BF16))
 
     def compute(units: int) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""Tables for people: an evaluation, a reading, the state of the installation; and the picture of layer transfer."""
+"""Tables for people: an evaluation, a reading, a plan, the state of the installation; and the picture of layer transfer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metalens.evaluate import Evaluation, Transfer
+from metalens.plan import BYTES_PER_TOKEN, Plan, gigabytes
 from metalens.plotting import readable
 from metalens.readout import Reading
 
@@ -57,6 +58,44 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
     table.add_row("mean", *cells([sum(column) / len(rows) for column in zip(*rows, strict=True)]))
     shown = {name: getattr(evaluation.model, name) for name in ("ce", "bits_per_byte", "entropy")}
     table.add_row("model", *(style(shown[name]) if name in shown else "" for name, (_, style) in columns.items()))
+    return table
+
+
+def plan_table(plan: Plan, title: str) -> Table:
+    """Memory, text, work and disk of a run, one after another."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+
+    def section(rows: dict[str, str]) -> None:
+        for name, value in rows.items():
+            table.add_row(name, value)
+        table.add_section()
+
+    about = "" if plan.facts.exact else " (estimated)"
+    section({f"memory: {name}{about if name == 'model' else ''}": gigabytes(count) for name, count in plan.memory.items() if count})
+    section({"memory: total at the peak": gigabytes(plan.total), "memory: available": gigabytes(plan.available)})
+    config = plan.config
+    text = {
+        "text: tokens needed": f"{config.total_tokens:,}",
+        "text: about as much": gigabytes(config.total_tokens * BYTES_PER_TOKEN),
+        "text: times read": str(plan.passes),
+    }
+    section(text | ({} if plan.epochs is None else {"text: epochs of what was given, about": f"{plan.epochs:.2f}"}))
+    section({f"work: {name}": f"{flops / 1e9:,.3f} GFLOP/token" for name, flops in plan.flops_per_token.items() if flops})
+    section({"work: whole run": f"{plan.flops / 1e15:,.3g} PFLOP"})
+    section({f"disk: {name}": gigabytes(count) for name, count in plan.disk.items()})
+    return table
+
+
+def transfer_table(transfer: Transfer) -> Table:
+    """The transfer penalty: a row for each translator, a column for each block's output."""
+    table = Table(title="transfer penalty: what a translator (row) costs on another block's output (column), nats per token")
+    table.add_column("", justify="right")
+    for layer in range(len(transfer.ce)):
+        table.add_column(str(layer), justify="right")
+    for layer, row in enumerate(transfer.penalty):
+        table.add_row(str(layer), *(f"{value:z.2f}" for value in row))
     return table
 
 

@@ -103,7 +103,10 @@ class StreamSource:
             raise RuntimeError(
                 f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream."
             )
-        return Stream([outputs[0] for outputs in seen], logits)
+        hidden = [outputs[0] for outputs in seen]
+        for outputs in seen:  # the watching classes form a cycle that holds these lists until Python's collector comes round
+            outputs.clear()
+        return Stream(hidden, logits)
 
 
 @contextlib.contextmanager
