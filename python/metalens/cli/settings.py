@@ -18,8 +18,7 @@ from metalens.training.config import MIN_SEQUENCE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# FIXME: "muon" until the recipe "fast" is there; then the name alone.
-DEFAULT_RECIPE = "fast" if "fast" in RECIPES else "muon"
+DEFAULT_RECIPE = "fast"
 
 SEQUENCE = 512  # tokens, where neither recipe nor model says less
 

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the rest of a run depends on, written so that a kill at any moment loses no more than the steps since the last one.
 
 A checkpoint is a folder `step-00000120/` with `state.safetensors` (parameters, optimiser) and `state.json` (step, position in the data, settings, and
-the hash of the other file). It is written under another name, forced to the disk, and renamed: a folder of the right name is whole. If it turns out
+the hashes of both files). It is written under another name, forced to the disk, and renamed: a folder of the right name is whole. If it turns out
 damaged all the same, the one before it is taken, with a warning.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 STATE, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
@@ -55,38 +56,41 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, arrays: dict[str, mx.array], record: dict[str, Any]) -> Path:
-        """Write one, then remove the oldest.
+        """Write one, then remove the oldest, and those of later steps: they belong to a run that fell back behind them.
 
         Raises:
             OSError: saying so, if it can't be written; those before it are untouched.
         """
         final = self.path / f"step-{step:08d}"
         temporary = self.path / f".{final.name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        self._remove_leftovers()
         try:
             temporary.mkdir()
             mx.save_safetensors(str(temporary / STATE), arrays)
             _sync(temporary / STATE)
-            whole = {"format": FORMAT, "step": step, "sha256": _sha256(temporary / STATE), **record}
-            (temporary / RECORD).write_text(json.dumps(whole, indent=1) + "\n")
+            whole = {**record, "format": FORMAT, "step": step, "sha256": _sha256(temporary / STATE)}
+            text = json.dumps({**whole, "record": _sha256_of(whole)}, indent=1, default=_plain)
+            (temporary / RECORD).write_text(text + "\n")
             _sync(temporary / RECORD)
             if final.exists():  # of a run that fell back behind it
                 shutil.rmtree(final)
             temporary.rename(final)
             _sync(self.path)
         except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
-            shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"Could not write the checkpoint {final}: {error}. The ones before it are untouched. Make room, and go on with resume."
             ) from error
-        self._rotate()
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        steps = self.steps()
+        for old in [*[other for other in steps if other > step], *[other for other in steps if other <= step][: -self.keep]]:
+            shutil.rmtree(self.path / f"step-{old:08d}", ignore_errors=True)
         return final
 
-    def _rotate(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path / f"step-{step:08d}", ignore_errors=True)
-        for left in self.path.glob(".step-*"):  # of a process that was killed while it wrote
-            if int(left.name.rsplit(".", 1)[1]) != os.getpid():
+    def _remove_leftovers(self) -> None:
+        """Of processes that were killed while they wrote: before the next one is written, which may need the room."""
+        for left in self.path.iterdir():
+            if re.fullmatch(r"\.step-\d+\.\d+", left.name):
                 shutil.rmtree(left, ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
@@ -95,8 +99,9 @@ class CheckpointFolder:
             folder = self.path / f"step-{step:08d}"
             try:
                 return _read(folder)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                warnings.warn(f"The checkpoint {folder} can't be used ({error}); trying the one before it.", RuntimeWarning, stacklevel=2)
+            except (OSError, ValueError, RuntimeError) as error:
+                message = f"The checkpoint {folder} can't be used ({error}); the one before it is taken, or the run begins anew if there is none."
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
     def read(self, step: int) -> Checkpoint:
@@ -109,9 +114,13 @@ class CheckpointFolder:
 
 
 def _read(folder: Path) -> Checkpoint:
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    if record["format"] != FORMAT:
-        raise ValueError(f"it has format {record['format']}, this version reads {FORMAT}")
+    record: Any = json.loads((folder / RECORD).read_text())
+    if not isinstance(record, dict):
+        raise ValueError(f"{RECORD} is damaged")
+    if record.get("format") != FORMAT:
+        raise ValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
+    if record.pop("record", None) != _sha256_of(record):
+        raise ValueError(f"{RECORD} is damaged")
     if _sha256(folder / STATE) != record["sha256"]:
         raise ValueError(f"{STATE} is damaged")
     arrays = mx.load(str(folder / STATE))
@@ -123,6 +132,18 @@ def _read(folder: Path) -> Checkpoint:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sha256_of(record: dict[str, Any]) -> str:
+    """Of what it says, however it is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, which settings may hold, as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} can't be written as JSON.")
 
 
 def _sync(path: Path) -> None:

@@ -12,13 +12,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from metalens.arrays import nested, number
-from metalens.lens import TunedLens
+from metalens.arrays import nested
+from metalens.lens import TunedLens, origin_of
 from metalens.progress import token_bar
 from metalens.stream import StreamSource
 from metalens.training.checkpoint import Checkpoint, CheckpointFolder
@@ -66,29 +67,34 @@ def train(
         unembed: its norm and head.
         data: the training text, as a Corpus or as ids [tokens].
         config: the settings.
-        callback: called with a Progress after every step.
-        callbacks: who else is told.
-        checkpoints: where checkpoints go.
-        checkpoint_every: steps between them; None = only at the end and when the run is stopped.
+        callback: called with a Progress after every step, in every process of a group.
+        callbacks: who else is told, in rank 0 alone.
+        checkpoints: where checkpoints go; one folder for each run.
+        checkpoint_every: steps between them, at least 1; None = only at the end and when the run is stopped.
         resume: go on from the newest checkpoint, if there is one.
         group: the processes that share the run; every one must make the same call.
-        stop: asked after every step; True writes a checkpoint and ends the run.
+        stop: asked after every step; True, in any process, writes a checkpoint and ends the run in all.
         show_progress: a progress bar on stderr with tokens/s and the time left.
 
     Returns:
-        the lens; with layers divided among processes, the whole one in rank 0 and each one's part elsewhere.
+        the lens; with layers divided among processes, the whole one in rank 0, and elsewhere the identity for others' layers.
 
     Raises:
         NotEnoughData: if the text is shorter than one sequence, or than the run and must not repeat.
-        ValueError: if the checkpoint is of another run (says what differs), or the settings do not fit the model.
+        ValueError: if the checkpoint is of another run (says what differs), if there are checkpoints and no resume, if the settings do not fit
+            the model, or if the processes of a group differ in settings, model, text or versions.
+        GroupLost: if another process of the group has ended.
         TrainingInterrupted: when `stop` said so.
     """
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, or None, got {checkpoint_every}.")
     tokens = data.tokens if isinstance(data, Corpus) else data.size
     if tokens < config.max_seq_len:
         raise ValueError(f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len.")
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
-    listeners = [*callbacks, *([OnStep(callback)] if callback is not None else [])]
-    run = _Run(source, unembed, corpus, config, listeners, checkpoints, checkpoint_every, group or Group(), stop)
+    group = group or Group()
+    listeners = [*(callbacks if group.writes else ()), *([OnStep(callback)] if callback is not None else [])]
+    run = _Run(source, unembed, corpus, config, listeners, checkpoints, checkpoint_every, group, stop)
     try:
         return run.go(resume, show_progress)
     finally:
@@ -114,15 +120,17 @@ class _Run:
         self.source, self.unembed, self.corpus, self.config = source, unembed, corpus, config
         self.callbacks, self.checkpoints, self.checkpoint_every, self.stop = callbacks, checkpoints, checkpoint_every, stop
         self.group = group
-        # The lens knows what the settings mean for a translator, and checks the layers.
-        self.lens = TunedLens(
-            len(source), unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0
+        # A lens knows what the settings mean for a translator, and checks the layers. That of the end is not computed before, and takes no memory.
+        start, self.lens = (
+            TunedLens(len(source), unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
+            for _ in range(2)
         )
         self.layers = self.lens.layers
         self.mine = group.layers_of(self.layers)
-        at_once = config.layers_at_once or max(len(self.mine), 1)
-        self.passes = [self.mine[i : i + at_once] for i in range(0, len(self.mine), at_once)] or [[]]
-        self.parameters = {layer: self._stored(parameters_of(self.lens.translators[layer])) for layer in self.mine}
+        passes = group.passes(self.layers, config.layers_at_once)
+        self.passes = [mine for mine, _ in passes]
+        self.passes_of_all = [of_all for _, of_all in passes]
+        self.parameters = {layer: self._stored(parameters_of(start.translators[layer])) for layer in self.mine}
         self.pass_index = 0
         self.step = 0
         self.tokens = 0
@@ -135,7 +143,13 @@ class _Run:
 
     def go(self, resume: bool, show_progress: bool) -> TunedLens:
         """All passes, from the newest checkpoint on if asked."""
+        if self.group.size > 1:
+            self.group.require_same(self._facts(resume))
         sampler = self._sampler()
+        with self.group.together():
+            self._require_no_checkpoints_of_others()
+            if not resume:
+                self._require_no_checkpoints()
         saved = self._newest() if resume and self.checkpoints is not None else None
         if saved is not None:
             self._restore(saved, sampler)
@@ -155,8 +169,15 @@ class _Run:
         return self._whole_lens()
 
     def _sampler(self) -> Sampler:
-        sampler = Sampler(self.corpus, self.config.max_seq_len, seed=self.config.seed, repeat=self.config.repeat)
-        sampler.require(self.config.total_tokens)
+        """At the beginning of the text, which has been found to be enough for a pass."""
+        config = self.config
+        sampler = Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat)
+        if not config.repeat:
+            start = sampler.state()
+            if config.warm_start_tokens:
+                sampler.take_step(config.warm_start_tokens)
+            sampler.require(config.step_tokens, config.num_steps)
+            sampler.restore(start)
         return sampler
 
     def _pass(self, sampler: Sampler, bar: Any) -> None:
@@ -168,14 +189,12 @@ class _Run:
             self.optimizer = LensOptimizer(config, {layer: self.parameters[layer] for layer in layers})
         rank, world = self.group.data_share
         with Producer(_some(sampler.steps(config.step_tokens, rank, world), config.num_steps - self.step)) as steps:
-            position = sampler.state()
             for data in steps:
                 self._one_step(data, layers, bar)
-                position = data.state
                 ended = self.step == config.num_steps
-                stopping = self.stop() and not (ended and self.pass_index == len(self.passes) - 1)
+                stopping = self.group.any(self.stop()) and not (ended and self.pass_index == len(self.passes) - 1)
                 if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
-                    self._save(position)
+                    self._save(data.state)
                 if stopping:
                     raise TrainingInterrupted(f"Stopped after step {self.step}.")
 
@@ -188,7 +207,8 @@ class _Run:
         data = sampler.take_step(self.config.warm_start_tokens, rank, world)
         solved = warm_start(self._captured(data.sequences), layers, self.unembed.hidden_dim, self.config.ridge, self._total())
         for layer, parameters in solved.items():
-            self.parameters[layer] = self._stored(parameters)
+            # From rank 0: others may round the solution otherwise.
+            self.parameters[layer] = self._stored(parameters if self.group.layers_apart else self.group.shared(parameters))
         self.tokens += data.tokens
 
     def _total(self) -> Callable[..., list[mx.array]]:
@@ -199,17 +219,19 @@ class _Run:
         assert self.optimizer is not None
         start, config = time.perf_counter(), self.config
         sums = self._sums(data, layers)
-        losses = [loss / data.tokens for loss in nested(sums.losses)]
+        if self.group.layers_apart:
+            layers_told = self.passes_of_all[self.pass_index]
+            names = len(parameters_of(self.lens.translators[self.layers[0]]))
+            summed, norm = self.group.of_all_layers(layers, layers_told, nested(sums.losses), sums.gradients, names)
+        else:
+            layers_told, summed, norm = layers, nested(sums.losses), gradient_norm(sums.gradients)
+        losses = [loss / data.tokens for loss in summed]
         scale = 1 / (data.tokens * (len(self.layers) if config.reduction == "mean" else 1))
-        norm = scale * gradient_norm(sums.gradients)
-        if self.group.share == "layers":
-            norm = math.sqrt(number(self.group.total(mx.array(norm * norm))[0]))
+        norm *= scale
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
             clipped = scale * self.optimizer.clip(norm)
             for layer, gradient in zip(layers, sums.gradients, strict=True):
                 self.parameters[layer] = self.optimizer.update(layer, self.parameters[layer], gradient, self.step, clipped)
-                if config.dtype == "bfloat16":
-                    self.parameters[layer] = self._stored(self.parameters[layer])
         else:
             self.skipped += 1
             warnings.warn(
@@ -228,26 +250,24 @@ class _Run:
         log.debug("step %d loss %.4f gradient norm %.4f", step, loss, norm)
         self.step += 1
         for listener in self.callbacks:
-            listener.on_step(Progress(step, loss, losses, self.tokens, layers, norm, rate, data.tokens / seconds, self.skipped))
+            listener.on_step(Progress(step, loss, losses, self.tokens, layers_told, norm, rate, data.tokens / seconds, self.skipped))
 
     def _sums(self, data: Step, layers: list[int]) -> Sums:
         """Over all tokens of the step, of all processes."""
         parameters = [self.parameters[layer] for layer in layers]
         sums = no_sums(layers)
-        for stream in self._captured(data.sequences):
+        for stream in self._captured(data.sequences if layers else []):  # with more processes than layers, some have none
             accumulate(sums, parameters, stream, self.unembed)
         if not sums.gradients:  # a process without a share of a small step
             sums.gradients = [{name: mx.zeros(p.shape) for name, p in of_layer.items()} for of_layer in parameters]
-        if self.group.share == "data" and self.group.size > 1:
-            (sums.losses,) = self.group.total(sums.losses)
-            sums.gradients = self.group.total_of_gradients(sums.gradients)
+        sums.losses = self.group.total_of_step(sums.losses, sums.gradients)
         return sums
 
     # Checkpoints
 
     def _folder(self) -> CheckpointFolder | None:
         """Where this process's state goes: with divided layers every process has a part of it."""
-        if self.checkpoints is None or self.group.share == "data" or self.group.size == 1:
+        if self.checkpoints is None or not self.group.layers_apart:
             return self.checkpoints
         return CheckpointFolder(self.checkpoints.path / f"rank-{self.group.rank}-of-{self.group.size}", self.checkpoints.keep)
 
@@ -267,27 +287,67 @@ class _Run:
             "config": self.config.to_dict(),
             "model": self._model(),
         }
-        path = folder.save(self.pass_index * self.config.num_steps + self.step, arrays, record)
+        following = self.pass_index * self.config.num_steps + self.step
+        path = folder.save(following, arrays, record)
         for listener in self.callbacks:
-            listener.on_checkpoint(self.step, path)
+            listener.on_checkpoint(following, path)
 
     def _model(self) -> dict[str, Any]:
         """What of the model a checkpoint must agree with."""
-        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size}
+        head = origin_of(self.unembed)["head"]
+        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+
+    def _require_no_checkpoints(self) -> None:
+        """A new run beside an old one's checkpoints would remove them, or be resumed from them."""
+        folder = self._folder()
+        if folder is not None and (steps := folder.steps()):
+            raise ValueError(
+                f"{folder.path} has checkpoints already, the newest after step {steps[-1]}. Go on from it with resume, or give another folder."
+            )
+
+    def _require_no_checkpoints_of_others(self) -> None:
+        """A run that was divided otherwise has its state elsewhere in the folder: not to find it would be to start anew."""
+        if self.checkpoints is None:
+            return
+        ours = f"-of-{self.group.size}" if self.group.layers_apart else None
+        parts = [path for path in sorted(self.checkpoints.path.glob("rank-*-of-*")) if any(path.glob("step-*"))]
+        others = [path for path in parts if ours is None or not path.name.endswith(ours)]
+        if others or (ours is not None and self.checkpoints.steps()):
+            how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"
+            raise ValueError(
+                f"{self.checkpoints.path} has checkpoints of a run that {how}. Go on from them with as many processes that share the same, "
+                "or give another folder."
+            )
 
     def _newest(self) -> Checkpoint | None:
-        """The newest checkpoint that every process has."""
+        """The newest checkpoint: rank 0's, or with divided layers the newest that every process has."""
         folder = self._folder()
         assert folder is not None
-        saved = folder.latest()
-        if self.group.size > 1:
-            mine = -1 if saved is None else int(saved.record["step"])
-            steps = nested(mx.distributed.all_gather(mx.array([mine]), group=self.group.group, stream=mx.cpu))
-            if min(steps) < 0 <= max(steps):
-                raise ValueError("Some processes find a checkpoint and some do not: the folder must be the same for all, or copied to all machines.")
-            if mine > min(steps):  # this one got further before the run ended
-                saved = folder.read(min(steps))
+        path = folder.path
+        with self.group.together():
+            saved = folder.latest() if self.group.writes or self.group.layers_apart else None
+        steps = self.group.gathered(-1 if saved is None else int(saved.record["step"]))
+        if not self.group.layers_apart:
+            record = self.group.gathered(None if saved is None else saved.record)[0]
+            return None if record is None else Checkpoint(self.group.shared(None if saved is None else saved.arrays), record)
+        if min(steps) < 0 <= max(steps):
+            raise ValueError(
+                f"Processes {[rank for rank, step in enumerate(steps) if step < 0]} find no checkpoint in their {path.parent}, and others do. "
+                "On several machines without a common disk every process must go on where it was. If the run ended while the first checkpoint was "
+                "written, remove the folder and start anew."
+            )
+        if min(steps) < max(steps):  # some got further before the run ended
+            with self.group.together():
+                if steps[self.group.rank] > min(steps):
+                    saved = folder.read(min(steps))
         return saved
+
+    def _facts(self, resume: bool) -> dict[str, Any]:
+        """What all processes must agree on."""
+        about = {"model": self._model(), "text": self.corpus.identity(), "version of": {name: version(name) for name in ("metalens", "mlx")}}
+        facts = {f"{of} {name}": value for of, what in about.items() for name, value in what.items()}
+        run = {"share": self.group.share, "resume": resume, "checkpoint_every": self.checkpoint_every, "checkpoints": self.checkpoints is not None}
+        return {**self.config.to_dict(), **run, **facts}
 
     def _restore(self, saved: Checkpoint, sampler: Sampler) -> None:
         record = saved.record
@@ -308,13 +368,15 @@ class _Run:
         self.optimizer.restore({name.removeprefix("optimizer."): a for name, a in saved.arrays.items() if name.startswith("optimizer.")})
 
     def _whole_lens(self) -> TunedLens:
-        """The lens with all layers, gathered one at a time where they are divided."""
-        for layer in self.layers:
-            shapes = {name: p.shape for name, p in parameters_of(self.lens.translators[layer]).items()}
-            found = self.group.gathered(layer, self.layers, self.parameters.get(layer), shapes)
+        """The lens with all layers, gathered one at a time where they are divided: in rank 0, others keep their own."""
+        for i, layer in enumerate(self.layers):
+            found = self.parameters.get(layer, {})
+            if self.group.layers_apart:
+                everywhere = self.group.shared(found, owner=i % self.group.size)
+                found = everywhere if self.group.writes else found
             for name, value in found.items():
                 setattr(self.lens.translators[layer], name, value.astype(mx.float32))
-        mx.eval([parameters_of(translator) for translator in self.lens.translators])
+            mx.eval(parameters_of(self.lens.translators[layer]) if found else [])
         return self.lens
 
 

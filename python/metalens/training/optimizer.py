@@ -29,6 +29,7 @@ class LensMuon(optim.Muon):
         for _ in range(steps):
             gram = linear(x, Weight(x))
             x = a * x + linear(b * gram + c * linear(gram, Weight(gram)), Weight(x), transpose=False)
+            mx.eval(x)  # MLX on a CPU reserves memory for all that is computed together
         return x if wide else x.T
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
@@ -96,8 +97,9 @@ class LensOptimizer:
             key = mx.random.key(0x1E25 + (config.seed or 0))
             for number_of in (step, layer):
                 key = mx.random.split(key, number_of + 2)[number_of + 1]
-            updated = {name: stochastically_rounded(p, k) for (name, p), k in zip(updated.items(), mx.random.split(key, len(updated)), strict=True)}
-            optimizer.state = _rounded(optimizer.state, mx.random.split(key, 1)[0])
+            of_parameters, of_state = mx.random.split(key, 2)
+            updated = _rounded(updated, of_parameters)
+            optimizer.state = _rounded(optimizer.state, of_state)
         mx.eval(updated, optimizer.state)
         return updated
 
@@ -148,10 +150,13 @@ def _widened(state: Any) -> Any:
     return tree_unflatten([(name, a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for name, a in _flat(state)])
 
 
-def _rounded(state: Any, key: mx.array | None) -> Any:
-    """Arrays of the state in bfloat16; numbers (the step, the learning rate) as they are. Without a key for state that is still zero."""
+def _rounded(tree: Any, key: mx.array | None) -> Any:
+    """Arrays in bfloat16; numbers (the step, the learning rate) as they are. Without a key for arrays that are still zero.
+
+    Which random numbers an array gets follows from its name: a state that was read from a file has another order.
+    """
     parts = []
-    for i, (name, a) in enumerate(_flat(state)):
+    for i, (name, a) in enumerate(sorted(_flat(tree), key=lambda part: part[0])):
         if a.ndim == 0:
             parts.append((name, a))
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from metalens.files import atomic_write
 from metalens.training.config import TrainingConfig
 
 
@@ -86,7 +88,7 @@ class OnStep(Listener):
 
 
 class MetricsFile(Listener):
-    """Writes every step as a line of JSON. A resumed run cuts off what it will write again.
+    """Writes every step as a line of JSON, with null for what is not finite. A resumed run cuts off what it will write again.
 
     Args:
         path: of the file.
@@ -100,19 +102,20 @@ class MetricsFile(Listener):
         """Keep the lines of the steps before the first one; a half-written last line falls away."""
         kept = []
         if first_step and self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
-                except ValueError:
+                    before = json.loads(line)["step"] < first_step
+                except (ValueError, KeyError, TypeError):
                     break
-                if entry.get("step", first_step) < first_step:
+                if before:
                     kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept))
+        with atomic_write(self.path) as temporary:  # a run that is killed here keeps what it had
+            temporary.write_text("".join(line + "\n" for line in kept))
 
     def on_step(self, progress: Progress) -> None:
         """Append a line."""
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(progress)) + "\n")
+            file.write(json.dumps({name: _finite(value) for name, value in asdict(progress).items()}) + "\n")
 
 
 class WandB(Listener):
@@ -167,6 +170,12 @@ class TensorBoard(Listener):
     def on_end(self) -> None:
         """Write what is left."""
         self.writer.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(progress: Progress) -> dict[str, float]:

@@ -64,13 +64,13 @@ def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: Stream, une
     kl, dn = lens_kl(n, target, unembed.head)
     mx.eval(kl, dn)
     for i, (of_layer, h) in enumerate(zip(parameters, hidden, strict=True)):
-        names = list(of_layer)
+        names, values = list(of_layer), [p.astype(mx.float32) for p in of_layer.values()]  # a bfloat16's gradient would be rounded to bfloat16
 
         def rows(*values: mx.array, names: list[str] = names, h: mx.array = h) -> mx.array:
             return translated(dict(zip(names, values, strict=True)), h, norm)
 
-        _, found = mx.vjp(rows, list(of_layer.values()), [dn[i]])
-        gradient = {name: g.astype(mx.float32) for name, g in zip(names, found, strict=True)}
+        _, found = mx.vjp(rows, values, [dn[i]])
+        gradient = dict(zip(names, found, strict=True))
         if len(sums.gradients) > i:
             gradient = {name: sums.gradients[i][name] + g for name, g in gradient.items()}
             sums.gradients[i] = gradient

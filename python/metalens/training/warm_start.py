@@ -36,13 +36,23 @@ class Regression:
         mx.eval(self.gram, self.cross)
 
     def solution(self, ridge: float) -> tuple[mx.array, mx.array]:
-        """(W [D, D], b [D]); `ridge` is relative to the states' mean square. The bias is not regularised."""
+        """(W [D, D], b [D]); `ridge` is relative to the states' mean square. The bias is not regularised.
+
+        Raises:
+            ValueError: if there are too few tokens for so little regularisation.
+        """
         gram, cross = (np.array(a).astype(np.float64) for a in (self.gram, self.cross))
         gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]  # the last entry counts the rows
         width = len(gram) - 1
         scale = float(np.trace(gram[:width, :width])) / width
         regularised = gram + np.diag([*[ridge * scale + 1e-12 * scale] * width, 1e-12])
-        factor = np.linalg.cholesky(regularised)
+        try:
+            factor = np.linalg.cholesky(regularised)
+        except np.linalg.LinAlgError as error:
+            raise ValueError(
+                f"The warm start has no solution with ridge={ridge}: the states of its tokens do not span the {width} dimensions of the residual "
+                "stream. Raise warm_start_tokens or ridge (1e-3 is the default)."
+            ) from error
         found = np.linalg.solve(factor.T, np.linalg.solve(factor, cross))
         weight = np.eye(width) + found[:width].T
         return mx.array(weight.astype(np.float32)), mx.array(found[width].astype(np.float32))
@@ -61,7 +71,7 @@ def warm_start(
         total: sums arrays over the processes that divide the streams among them.
 
     Raises:
-        ValueError: if the streams hold no finite row.
+        ValueError: if the streams hold no row or one that is not finite, or do not determine the solution.
     """
     regressions = {layer: Regression(width) for layer in layers}
     for stream in streams:
@@ -71,7 +81,7 @@ def warm_start(
     solved = {}
     for layer, regression in regressions.items():
         regression.gram, regression.cross = total(regression.gram, regression.cross)
-        if not number(regression.gram[-1, -1]) > 0 or not number(mx.all(mx.isfinite(regression.gram))):
+        if not number(regression.gram[-1, -1]) > 0 or not all(number(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
             raise ValueError(
                 "The warm start saw no text, or states that are not finite: look for damaged weights or token ids outside the vocabulary."
             )

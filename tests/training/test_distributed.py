@@ -1,0 +1,549 @@
+"""Several processes against one: what they compute, what happens when one ends, and what they refuse.
+
+The processes are started as users start them, by mlx.launch with the ring backend, on this machine's loopback; those that have to die are started
+without it, since mlx.launch ends all others when one ends. What only a cluster can show: MPI, JACCL and NCCL; GPUs; networks that lose connections;
+machines of different kinds; what several machines gain in speed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import distributed_worker as worker
+from metalens import TunedLens
+from metalens.training import CheckpointFolder, Group, TrainingConfig, TrainingInterrupted, distributed, loop, train
+from metalens.training.distributed import EXIT_STATUS
+
+WORKER = Path(worker.__file__)
+LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
+STEP = 6 * LENGTH
+
+try:
+    from mlx._distributed_utils import launch as _launcher  # noqa: F401
+except ImportError as _error:
+    missing = f"this MLX has no mlx.launch ({_error})"
+else:
+    missing = "" if mx.distributed.is_available("ring") else "this MLX has no ring backend"
+PATIENCE = 180  # seconds for a group of processes: a busy machine is not a failure
+needs_ring = pytest.mark.skipif(bool(missing), reason=missing or "there is one")
+
+
+def free_ports(n):
+    """The first of n ports of the loopback that follow each other."""
+    for _ in range(50):
+        with socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+        others = [socket.socket() for _ in range(n)]
+        try:
+            for i, each in enumerate(others):
+                each.bind(("127.0.0.1", port + i))
+        except OSError:
+            continue
+        finally:
+            for each in others:
+                each.close()
+        return port
+    pytest.skip("there are no free ports")
+
+
+def environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith(("METALENS_", "MLX_"))} | {"OMP_NUM_THREADS": "1"}
+
+
+def written(out, ranks):
+    """{name: results by rank}."""
+    names = {path.name.split(".")[0] for path in out.glob("*.json")}
+    return {name: [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names}
+
+
+def launched(n, folder, scenarios):
+    """The results of scenarios, from n processes started by mlx.launch."""
+    out = folder / f"out-{time.monotonic_ns()}"
+    out.mkdir()
+    (out.parent / f"{out.name}.spec").write_text(json.dumps(scenarios))
+    command = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    command += ["-n", str(n), "--backend", "ring", "--hosts", "127.0.0.1", "-p", str(free_ports(n)), "--cwd", str(folder)]
+    command += [sys.executable, str(WORKER), str(out.parent / f"{out.name}.spec"), str(out)]
+    with (out.parent / f"{out.name}.log").open("w+") as log:
+        process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try:
+            process.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # whoever is left: of a launch that took too long, also what it started
+            process.wait()
+        log.seek(0)
+        said = log.read()
+    assert len(list(out.glob("*.json"))) == n * len(scenarios), said
+    return written(out, n)
+
+
+def started(n, folder, scenarios):
+    """n processes started by hand, and where their results go."""
+    out = folder / f"out-{time.monotonic_ns()}"
+    out.mkdir()
+    port = free_ports(n)
+    spec, hosts = out.parent / f"{out.name}.spec", out.parent / f"{out.name}.hosts"
+    spec.write_text(json.dumps(scenarios))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(n)]))
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(spec), str(out)],
+            env=environment() | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n)
+    ]
+
+
+def ended(processes, but=()):
+    """[(status, stderr)] of all but some, which are killed."""
+    try:
+        return [(process.wait(PATIENCE), process.stderr.read()) for rank, process in enumerate(processes) if rank not in but]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+SETTINGS = {"num_steps": 3, "max_seq_len": LENGTH, "tokens_per_step": STEP, "seed": 1, "learning_rate": 0.5}
+
+# Scenarios by name: what the processes share, settings, and the settings of one process that give the same.
+SAME = {
+    "data": ("data", SETTINGS, {}),
+    "data-adam-low-rank": ("data", SETTINGS | {"optimizer": "adam", "learning_rate": 1e-2, "rank": 2}, {}),
+    "data-one-sequence": ("data", SETTINGS | {"tokens_per_step": None}, {}),
+    "data-warm": ("data", SETTINGS | {"warm_start_tokens": 20 * LENGTH}, {}),
+    "data-warm-one-sequence": ("data", SETTINGS | {"warm_start_tokens": LENGTH, "ridge": 0.1, "learning_rate": 0.01}, {}),
+    "layers": ("layers", SETTINGS, {}),
+    "layers-muon": ("layers", SETTINGS | {"optimizer": "muon", "learning_rate": 0.02, "reduction": "sum"}, {}),
+    "layers-warm-adam-bfloat16": ("layers", SETTINGS | {"optimizer": "adam", "warm_start_tokens": 20 * LENGTH, "dtype": "bfloat16"}, {}),
+    "layers-some": ("layers", SETTINGS | {"layers": [2, 0]}, {}),
+    "layers-at-once": ("layers", SETTINGS | {"layers_at_once": 1}, {"layers_at_once": "ranks"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return worker.model()
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """A function that gives one process's result."""
+    return lambda **what: worker.scenario(model, Group(), **what)
+
+
+def flat(result):
+    """All weights and biases, less the identity that training starts from."""
+    start = TunedLens(LAYERS, worker.HIDDEN)
+    pairs = zip(result["weights"], start.translators, strict=True)
+    return np.concatenate([np.ravel(np.array(a) - np.array(b)) for (w, bias), t in pairs for a, b in ((w, t.weight), (bias, t.bias))])
+
+
+# Four processes on two cores take 50 ms for a message, since ring's threads wait in a loop: they run what is different for four.
+WITH_FOUR = ["data", "data-one-sequence", "data-warm-one-sequence", "layers", "layers-some", "layers-at-once", "bad-layer", "not-alike"]
+WITH_FOUR += ["stopped-data", "resumed-data", "stopped-layers", "resumed-layers"]
+with_two = pytest.mark.parametrize("together", [2], indirect=True)
+with_two_and_four = pytest.mark.parametrize("together", [2, 4], indirect=True)
+
+
+def with_each(share):
+    """Two processes with all of SAME that share this, four with those of WITH_FOUR."""
+    cases = [(n, name) for n in (2, 4) for name in SAME if name.startswith(share) and (n == 2 or name in WITH_FOUR)]
+    return pytest.mark.parametrize(("together", "name"), cases, indirect=["together"])
+
+
+@pytest.fixture(scope="module")
+def launches():
+    """What `together` gives, by the number of processes: started once each, in whatever order the tests come."""
+    return {}
+
+
+@pytest.fixture
+def together(request, launches, tmp_path_factory):
+    """(number of processes, their folder, the results of all scenarios that one start can have)."""
+    n = request.param
+    if n not in launches:
+        launches[n] = all_scenarios(n, tmp_path_factory.mktemp("together"))
+    return launches[n]
+
+
+def all_scenarios(n, folder):
+    last = n - 1
+    kept = {"settings": SETTINGS, "every": 1}
+    scenarios = [{"name": name, "share": share, "settings": settings} for name, (share, settings, _) in SAME.items()]
+    scenarios += [
+        {"name": "buckets", "share": "data", "settings": SETTINGS, "bucket": 5000},
+        {"name": "bad-layer", "share": "layers", "settings": SETTINGS, "poisoned": [1, 1]},
+        {"name": "not-alike", "share": "data", "settings": SETTINGS, "other_settings": {"num_steps": 5, "learning_rate": 0.25}},
+        # The checkpoints of every rank in a folder of its own, as on machines without a common disk.
+        {"name": "stopped-data", "share": "data", "folder": "data-{rank}", "stops": [last, 1], "metrics": "data.jsonl", **kept},
+        {"name": "resumed-data", "share": "data", "folder": "data-{rank}", "resume": True, "metrics": "data.jsonl", **kept},
+        {"name": "left-data", "share": "data", "folder": "left", "stops": [0, 0], **kept},
+        {"name": "stopped-layers", "share": "layers", "folder": "layers", "stops": [0, 1], **kept},
+        {"name": "resumed-layers", "share": "layers", "folder": "layers", "resume": True, **kept},
+        {"name": "again", "share": "layers", "folder": "layers", **kept},
+        {"name": "other-share", "share": "data", "folder": "layers", "resume": True, **kept},
+        {"name": "nothing-to-resume", "share": "data", "folder": "new", "resume": True, **kept},
+    ]
+    return n, folder, launched(n, folder, [each for each in scenarios if n == 2 or each["name"] in WITH_FOUR])
+
+
+@needs_ring
+@with_each("data")
+def test_divided_data_give_the_lens_of_one_process_to_rounding(together, alone, name):
+    n, _, results = together
+    one, several = alone(settings=SAME[name][1]), results[name]
+    for result in several:
+        np.testing.assert_allclose(flat(result), flat(one), rtol=1e-3, atol=2e-6)
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5, atol=1e-6)
+        assert result["tokens"] == one["tokens"]
+    assert len(several) == n
+    assert len({json.dumps([result[what] for what in ("weights", "losses", "norms")]) for result in several}) == 1  # bit for bit the same
+
+
+@needs_ring
+@with_each("layers")
+def test_divided_layers_give_the_lens_of_one_process_bit_for_bit(together, alone, name):
+    n, _, results = together
+    _, settings, instead = SAME[name]
+    one = alone(settings=settings | {k: n for k in instead})
+    for rank, result in enumerate(results[name]):
+        for what in ("losses", "norms", "layers", "tokens"):
+            assert result[what] == one[what], what
+        layers = sorted(settings.get("layers", range(LAYERS)))
+        own = layers[rank::n] if rank else layers
+        for layer in range(LAYERS):
+            if layer in own:
+                assert result["weights"][layer] == one["weights"][layer]
+            else:  # the identity
+                assert np.array_equal(result["weights"][layer][0], np.eye(worker.HIDDEN))
+
+
+@needs_ring
+@with_two
+def test_gradients_travel_once_per_step_in_full_buckets(together):
+    _, _, results = together
+    whole, small = results["data"][0]["sums"], results["buckets"][0]["sums"]
+    step = 4 * LAYERS * (worker.HIDDEN**2 + worker.HIDDEN + 1)  # gradients and losses, float32
+    assert whole == [step, 4] * 3  # and whether any process wishes to stop
+    assert small == ([5000] * (step // 5000) + [step % 5000, 4]) * 3
+    np.testing.assert_allclose(flat(results["buckets"][0]), flat(results["data"][0]), rtol=1e-3, atol=2e-6)  # the ring adds in another order
+
+
+@needs_ring
+@with_two_and_four
+def test_a_step_that_is_not_finite_in_one_processs_layer_is_skipped_by_all(together, alone):
+    n, _, results = together
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        one = alone(settings=SETTINGS, poisoned=[1, 1])
+    assert one["skipped"] == 1
+    assert [result["skipped"] for result in results["bad-layer"]] == [1] * n
+    assert results["bad-layer"][0]["weights"] == one["weights"]
+
+
+@needs_ring
+@with_two_and_four
+def test_processes_that_were_started_with_different_settings_refuse(together):
+    n, _, results = together
+    assert [result["steps"] for result in results["not-alike"]] == [0] * n
+    for result in results["not-alike"]:
+        assert result["error"].startswith("ValueError: The processes of this run were not started alike")
+        assert "num_steps is 3 in process 0 and 5 in process 1" in result["error"]
+        assert "learning_rate is 0.5 in process 0 and 0.25 in process 1" in result["error"]
+
+
+@needs_ring
+@with_two_and_four
+@pytest.mark.parametrize("share", ["data", "layers"])
+def test_one_process_stops_all_and_resuming_gives_what_a_run_without_the_stop_gives(together, share):
+    n, _, results = together
+    assert [result["error"] for result in results[f"stopped-{share}"]] == ["TrainingInterrupted: Stopped after step 2."] * n
+    assert len(results[f"resumed-{share}"][0]["losses"]) == 1
+    for resumed, straight in zip(results[f"resumed-{share}"], results[share], strict=True):
+        assert resumed["weights"] == straight["weights"]
+        assert resumed["losses"] == straight["losses"][2:]
+
+
+@needs_ring
+@with_two_and_four
+def test_only_rank_0_writes(together):
+    n, folder, results = together
+    assert CheckpointFolder(folder / "data-0").steps() == [2, 3]
+    assert not [path for rank in range(1, n) for path in (folder / f"data-{rank}").iterdir()]
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["losses"] for line in lines] == results["data"][0]["losses"]
+
+
+@needs_ring
+@with_two_and_four
+def test_each_process_keeps_its_own_layers(together):
+    n, folder, _ = together
+    assert sorted(path.name for path in (folder / "layers").iterdir()) == [f"rank-{rank}-of-{n}" for rank in range(n)]
+    assert all(CheckpointFolder(folder / "layers" / f"rank-{rank}-of-{n}").steps() == [2, 3] for rank in range(n))
+
+
+@needs_ring
+@with_two
+def test_checkpoints_of_a_run_that_was_divided_otherwise_are_refused(together, alone):
+    n, folder, results = together
+    for result in results["other-share"]:
+        assert f"has checkpoints of a run that had its layers divided among {n} processes" in result["error"]
+    assert all("has checkpoints already" in result["error"] for result in results["again"])
+    assert "had its layers divided" in alone(settings=SETTINGS, folder=str(folder / "layers"), resume=True)["error"]
+
+
+@needs_ring
+@with_two
+def test_a_first_run_may_ask_to_be_resumed(together):
+    _, _, results = together
+    assert results["nothing-to-resume"][0]["weights"] == results["data"][0]["weights"]
+
+
+@needs_ring
+@with_two
+def test_one_process_goes_on_where_several_divided_the_data(together, alone):
+    _, folder, results = together
+    assert "Stopped after step 1" in results["left-data"][0]["error"]
+    resumed = alone(settings=SETTINGS, folder=str(folder / "left"), every=1, resume=True)
+    assert len(resumed["losses"]) == 2
+    np.testing.assert_allclose(flat(resumed), flat(alone(settings=SETTINGS)), rtol=1e-3, atol=2e-6)
+
+
+# (processes, what they share, how process 1 ends in step 2)
+DEATHS = [(2, "layers", "exit"), (4, "data", "SIGKILL")]
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """Runs of which one process died: by number [(status, stderr) by rank], and the results of two processes that resumed them."""
+    folder = tmp_path_factory.mktemp("died")
+    ends, resumes = [], []
+    for i, (n, share, how) in enumerate(DEATHS):
+        what = {"share": share, "settings": SETTINGS, "every": 1, "folder": f"checkpoints-{i}"}
+        ends.append(ended(started(n, folder, [{"name": "died", **what, "ends": [1, 2, how]}])))
+        resumes.append({"name": f"resumed-{i}", **what, "resume": True})
+    worker.scenario(worker.model(), Group(), settings=SETTINGS, every=1, folder=str(folder / "checkpoints-alone"), stops=[0, 0])
+    resumes.append(resumes[-1] | {"name": "resumed-alone", "folder": "checkpoints-alone"})
+    return ends, launched(2, folder, resumes)
+
+
+@needs_ring
+@pytest.mark.parametrize("i", range(len(DEATHS)))
+def test_a_process_that_dies_ends_the_others(died, i):
+    statuses, (n, _, how) = died[0][i], DEATHS[i]
+    assert statuses[1][0] == {"exit": 3, "SIGKILL": -signal.SIGKILL}[how]
+    for rank in set(range(n)) - {1}:
+        status, error = statuses[rank]
+        assert status == 1
+        assert f"GroupLost: Process {rank} of {n} can't reach the others" in error
+        assert "Start all of them again with resume" in error
+
+
+@needs_ring
+@pytest.mark.parametrize("name", [*range(len(DEATHS)), "alone"])
+def test_a_run_of_which_a_process_died_can_be_resumed_also_by_another_number_where_the_data_are_divided(died, alone, name):
+    resumed, straight = died[1][f"resumed-{name}"], alone(settings=SETTINGS)
+    if name == 0:  # layers
+        assert resumed[0]["weights"] == straight["weights"]
+    for result in resumed if name != 0 else resumed[:1]:
+        np.testing.assert_allclose(flat(result), flat(straight), rtol=1e-3, atol=2e-6)
+    assert len(resumed[0]["losses"]) == (2 if name == "alone" else 1)  # of 3
+
+
+@needs_ring
+def test_mlx_launch_ends_the_run_when_a_process_dies(tmp_path):
+    with pytest.raises(AssertionError, match="the reason") as caught:
+        launched(2, tmp_path, [{"name": "died", "share": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
+    assert "Node with rank 1 exited with code 1" in str(caught.value)
+
+
+@needs_ring
+def test_a_process_that_hangs_ends_the_others_after_the_time_limit(tmp_path):
+    what = {"name": "hangs", "share": "data", "settings": SETTINGS, "ends": [1, 2, "SIGSTOP"], "timeout": 3}
+    ((status, error),) = ended(started(2, tmp_path, [what]), but=[1])
+    assert status == EXIT_STATUS
+    assert "Process 0 of 2 has waited for the others for 3 s" in error
+
+
+# One process that thinks that it is one of several
+
+
+class Ranks:
+    """MLX's group, as far as ours looks at it."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+@pytest.fixture
+def echoing(monkeypatch):
+    """Every process of the group has what this one has; gives the sizes of the sums."""
+    sizes = []
+
+    def all_sum(x, group):
+        sizes.append(x.nbytes)
+        return x * mx.array(group.size(), x.dtype)
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: mx.concatenate([x] * group.size()))
+    return sizes
+
+
+@pytest.mark.parametrize("room", [1, 2, 5, 7, 12, 1000])
+def test_sums_are_cut_into_buckets_and_put_together_again(echoing, monkeypatch, rng, room):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4 * room)
+    shapes = [(), (5,), (0,), (2, 3), (1, 1, 1), (4, 0), (7, 3)]
+    values = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    group = Group("data", Ranks(1, 3))
+    found = group.total(*map(mx.array, values))
+    for a, b in zip(found, values, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_array_equal(np.array(a), 3 * b)
+    elements = sum(math.prod(shape) for shape in shapes)
+    assert echoing == [4 * room] * (elements // room) + ([4 * (elements % room)] if elements % room else [])
+    assert group.messages == len(echoing)
+
+
+@pytest.mark.usefixtures("echoing")
+def test_the_memory_for_sums_does_not_grow_with_the_gradients(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 2**18)
+    gradients = [{"weight": mx.ones((300, 300)), "bias": mx.ones((300,))} for _ in range(20)]
+    mx.eval(gradients)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    total = Group("data", Ranks(0, 2)).total_of_step(mx.ones((20,)), gradients)
+    assert mx.get_peak_memory() - before < 4 * 2**18 + 2 * 300 * 300 * 4  # of 7 MB
+    assert mx.get_active_memory() - before < 2**16
+    assert all(np.all(np.array(value) == 2) for value in [total, *(value for gradient in gradients for value in gradient.values())])
+
+
+def test_sums_are_of_float32(echoing):
+    (total,) = Group("data", Ranks(0, 2)).total(mx.array([1.0, 2.0], mx.bfloat16))
+    assert total.dtype == mx.float32
+    assert echoing == [8]
+
+
+@pytest.mark.usefixtures("echoing")
+def test_arrays_of_one_process_arrive_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: x)  # of the owner, and zeros
+    arrays = {
+        "float32": mx.array([[1.5, -0.0], [float("nan"), float("inf")]]),
+        "bfloat16": mx.array([3.0, 1e-30], mx.bfloat16),
+        "uint64": mx.array(np.array(2**63 + 5, np.uint64)),
+        "empty": mx.zeros((0, 3)),
+    }
+    found = Group("data", Ranks(0, 2)).shared(arrays)
+    assert list(found) == list(arrays)
+    for name, a in arrays.items():
+        assert (found[name].dtype, found[name].shape) == (a.dtype, a.shape)
+        assert np.array_equal(np.array(found[name].reshape(-1).view(mx.uint8)), np.array(a.reshape(-1).view(mx.uint8)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_every_layer_is_trained_once_by_one_process_in_as_many_passes(size, count, at_once):
+    layers = [10 + i for i in range(count)]
+    ours = [Group("layers", Ranks(rank, size)) for rank in range(size)]
+    passes = [group.passes(layers, at_once) for group in ours]
+    assert len({len(each) for each in passes}) == 1
+    for of_ranks in zip(*passes, strict=True):
+        assert sorted(layer for mine, _ in of_ranks for layer in mine) == sorted(of_ranks[0][1])
+        assert all(of_all == of_ranks[0][1] for _, of_all in of_ranks)
+        assert all(at_once is None or len(mine) <= at_once for mine, _ in of_ranks)
+    assert [layer for _, of_all in passes[0] for layer in of_all] == layers
+    for group, each in zip(ours, passes, strict=True):
+        assert [layer for mine, _ in each for layer in mine] == group.layers_of(layers)
+
+
+def test_a_group_of_one_sends_nothing(monkeypatch, model):
+    monkeypatch.setattr(mx.distributed, "all_sum", None)
+    monkeypatch.setattr(mx.distributed, "all_gather", None)
+    for share in ("data", "layers"):
+        assert train(model.source, model.unembed, worker.text(), TrainingConfig(num_steps=1, max_seq_len=LENGTH), group=Group(share)).num_layers == 3
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    group = Group("data", Ranks(0, 2))
+    monkeypatch.setattr(group, "gathered", lambda what: [what, "OSError: disk full"])
+    with pytest.raises(ValueError, match="Process 1 of 2 failed: OSError: disk full"), group.together():
+        pass
+    with pytest.raises(KeyError, match="mine"), group.together():
+        raise KeyError("mine")
+
+
+def test_layers_whose_newest_checkpoints_differ_go_on_from_the_newest_that_all_have(monkeypatch, model, tmp_path):
+    config = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
+    saved = CheckpointFolder(tmp_path / "rank-0-of-2")
+    with pytest.raises(TrainingInterrupted):
+        train(model.source, model.unembed, worker.text(), config, checkpoints=saved, checkpoint_every=1, stop=lambda: bool(saved.steps()[1:]))
+    assert saved.steps() == [2, 3]
+    group = Group("layers", Ranks(0, 2))
+    run = loop._Run(model.source, model.unembed, None, config, [], CheckpointFolder(tmp_path), 1, group, lambda: False)
+    for others, expected in ((3, 3), (2, 2), (4, 3)):
+        monkeypatch.setattr(group, "gathered", lambda what, others=others: [what, others if isinstance(what, int) else None])
+        assert run._newest().record["step"] == expected
+    monkeypatch.setattr(group, "gathered", lambda what: [what, -1 if isinstance(what, int) else None])
+    with pytest.raises(ValueError, match=r"Processes \[1\] find no checkpoint"):
+        run._newest()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"share": "tokens"}, "share must be"), ({"timeout": 0}, "timeout must be positive")])
+def test_a_group_of_nonsense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Group(**arguments)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in (*distributed._WORLD_SIZES, *distributed._LISTS, "MLX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_process_that_was_started_alone_is_a_group(monkeypatch, tmp_path):
+    group = Group.from_environment("layers", timeout=5)
+    assert (group.rank, group.size, group.share, group.timeout, group.group) == (0, 1, "layers", 5, None)
+    (tmp_path / "hosts").write_text("\n")  # what `mlx.launch -n 1` makes
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert Group.from_environment().size == 1
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "MLX_IBV_DEVICES"])
+def test_a_process_that_cannot_reach_the_others_says_so(monkeypatch, tmp_path, variable):
+    (tmp_path / "devices").write_text("[[null], [null]]")
+    monkeypatch.setenv(variable, "2" if variable.endswith("SIZE") else str(tmp_path / "devices"))
+    monkeypatch.setattr(mx.distributed, "init", lambda: Ranks(0, 1))
+    with pytest.raises(RuntimeError, match="one of 2 processes, and MLX can't reach the others"):
+        Group.from_environment()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_backend_that_fails_says_so(monkeypatch):
+    def fails():
+        raise RuntimeError("[ring] Couldn't connect (error: 111)")
+
+    monkeypatch.setattr(mx.distributed, "init", fails)
+    with pytest.raises(RuntimeError, match="MLX can't reach the other processes: .*Couldn't connect"):
+        Group.from_environment()

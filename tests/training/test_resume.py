@@ -1,0 +1,236 @@
+"""A run that was stopped or killed and resumed gives the lens and the metrics of one that was not, to the last bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterrupted, recipe, train
+
+LENGTH = 16
+SETTINGS = {"num_steps": 6, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH}
+
+# Whatever changes what a checkpoint must hold.
+RUNS = {
+    "paper": recipe("paper", **SETTINGS),
+    "mlxterp": recipe("mlxterp", num_steps=6, max_seq_len=LENGTH),
+    "adam": recipe("adam", **SETTINGS),
+    "muon": recipe("muon", **SETTINGS),
+    "without momentum": TrainingConfig(**SETTINGS, momentum=0.0),
+    "warm-up": TrainingConfig(**SETTINGS, warmup_steps=3, schedule="constant"),
+    "shuffled": TrainingConfig(**SETTINGS, seed=3),
+    "warm start": TrainingConfig(**SETTINGS, seed=1, warm_start_tokens=3 * LENGTH),
+    "one layer after the other": recipe("adam", **SETTINGS, seed=2, layers_at_once=1),
+    "two layers, then one, warm": TrainingConfig(**SETTINGS, layers_at_once=2, warm_start_tokens=5 * LENGTH, reduction="sum"),
+    "some layers": TrainingConfig(**SETTINGS, layers=(2, 0)),
+    "low rank": recipe("muon", **SETTINGS, rank=3, seed=5),
+    "biases": recipe("adam", **SETTINGS, bias_only=True),
+    "bfloat16": TrainingConfig(**SETTINGS, dtype="bfloat16", learning_rate=0.3, weight_decay=1e-2),
+    "bfloat16, adam, low rank": recipe("adam", **SETTINGS, dtype="bfloat16", rank=2, seed=4),
+    "bfloat16, muon, warm": recipe("muon", **SETTINGS, dtype="bfloat16", warm_start_tokens=40, layers_at_once=2),
+}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """Five sequences and a shorter one: six steps go through the text more than once, and epochs end within steps."""
+    return mx.array(np.random.default_rng(3).integers(0, 131, 5 * LENGTH + 7))
+
+
+def bits(lens):
+    return {name: np.array(value).tobytes() for name, value in tree_flatten(lens.parameters())}
+
+
+def metrics(path):
+    """Every line but how long it took."""
+    return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_second"} for line in path.read_text().splitlines()]
+
+
+def resumed(model, ids, config, folder, limit):
+    """Train with an interruption after every `limit` steps; the number of interruptions and the lens."""
+    interruptions = 0
+    while True:
+        left = iter(range(limit - 1))
+        try:
+            lens = train(
+                model.source,
+                model.unembed,
+                ids,
+                config,
+                callbacks=[MetricsFile(folder / "metrics.jsonl")],
+                checkpoints=CheckpointFolder(folder / "checkpoints"),
+                resume=True,
+                stop=lambda left=left: next(left, None) is None,
+            )
+        except TrainingInterrupted:
+            interruptions += 1
+        else:
+            return interruptions, lens
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_in_pieces_is_the_run_in_one(tiny, ids, tmp_path, name):
+    config = RUNS[name]
+    straight = train(tiny.source, tiny.unembed, ids, config, callbacks=[MetricsFile(tmp_path / "straight.jsonl")])
+    steps = len(metrics(tmp_path / "straight.jsonl"))
+    for limit in (1, 4):
+        interruptions, lens = resumed(tiny, ids, config, tmp_path / str(limit), limit)
+        assert interruptions == (steps - 1) // limit
+        assert bits(lens) == bits(straight)
+        assert metrics(tmp_path / str(limit) / "metrics.jsonl") == metrics(tmp_path / "straight.jsonl")
+
+
+def test_where_checkpoints_are_written_does_not_matter(tiny, ids, tmp_path):
+    straight = train(tiny.source, tiny.unembed, ids, RUNS["shuffled"])
+    for every in (1, 4, 100):
+        lens = train(tiny.source, tiny.unembed, ids, RUNS["shuffled"], checkpoints=CheckpointFolder(tmp_path / str(every)), checkpoint_every=every)
+        assert bits(lens) == bits(straight)
+
+
+def test_resuming_a_finished_run_gives_its_lens(tiny, ids, tmp_path):
+    seen = []
+    options = {"checkpoints": CheckpointFolder(tmp_path), "callback": seen.append, "resume": True}
+    first, second = (train(tiny.source, tiny.unembed, ids, RUNS["one layer after the other"], **options) for _ in range(2))
+    assert bits(first) == bits(second)
+    assert len(seen) == 18  # all of the first
+
+
+def test_what_was_skipped_and_seen_is_carried_on(tiny, ids, tmp_path):
+    folder, seen = tmp_path, []
+    config = RUNS["warm start"]
+    whole = []
+    train(tiny.source, tiny.unembed, ids, config, callback=whole.append)
+    with pytest.raises(TrainingInterrupted, match="after step 2"):
+        train(
+            tiny.source,
+            tiny.unembed,
+            ids,
+            config,
+            callback=seen.append,
+            checkpoints=CheckpointFolder(folder),
+            stop=lambda: seen[-1:] and seen[-1].step == 1,
+        )
+    file = next(folder.glob("step-*")) / "state.json"
+    assert json.loads(file.read_text())["tokens"] == whole[1].tokens
+    train(tiny.source, tiny.unembed, ids, config, callback=seen.append, checkpoints=CheckpointFolder(folder), resume=True)
+    assert [p.tokens for p in seen] == [p.tokens for p in whole]
+    assert [p.step for p in seen] == list(range(6))
+
+
+def test_without_a_checkpoint_it_begins_at_the_beginning(tiny, ids, tmp_path):
+    straight = train(tiny.source, tiny.unembed, ids, RUNS["paper"])
+    assert bits(train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=CheckpointFolder(tmp_path), resume=True)) == bits(straight)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one_s_checkpoints(tiny, ids, tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
+    with pytest.raises(ValueError, match=r"has checkpoints already, the newest after step 6\. Go on from it with resume, or give another folder"):
+        train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
+    assert folder.steps() == [6]
+
+
+def test_stopping_without_a_folder(tiny, ids):
+    with pytest.raises(TrainingInterrupted, match="Stopped after step 1"):
+        train(tiny.source, tiny.unembed, ids, RUNS["paper"], stop=lambda: True)
+
+
+def test_a_wish_to_stop_after_the_last_step_is_too_late(tiny, ids):
+    seen = []
+    train(tiny.source, tiny.unembed, ids, RUNS["paper"], callback=seen.append, stop=lambda: len(seen) == 6)
+
+
+# Killed
+
+# A run in two passes with everything that has a state; a checkpoint after every step. What takes seconds to import and is not needed is left out.
+SCRIPT = """
+import importlib.util, os, sys, time, types
+
+class Absent(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+package = types.ModuleType("mlx_lm")
+package.__path__ = list(importlib.util.find_spec("mlx_lm").submodule_search_locations)
+sys.modules |= {"mlx_lm": package} | {name: Absent(name) for name in ("transformers", "mlx_lm.utils", "mlx_lm.tokenizer_utils")}
+
+import mlx.core as mx
+import numpy as np
+from pathlib import Path
+from metalens.stream import StreamSource
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, train
+from metalens.unembed import Unembed
+from mocks import MockModel
+
+mx.set_default_device(mx.cpu)
+fsync, slow, folder = os.fsync, float(os.environ["SLOW"]), Path(os.environ["FOLDER"])
+os.fsync = lambda handle: (time.sleep(slow), fsync(handle))
+model = MockModel()
+config = TrainingConfig(
+    num_steps=60, max_seq_len=16, tokens_per_step=32, seed=3, optimizer="adam", learning_rate=1e-3, weight_decay=1e-2, dtype="bfloat16",
+    layers_at_once=2, warm_start_tokens=64,
+)
+ids = mx.array(np.random.default_rng(1).integers(0, 100, 16 * 17 + 5))
+options = {"checkpoints": CheckpointFolder(folder / "checkpoints"), "checkpoint_every": 1, "resume": True}
+metrics = MetricsFile(folder / "metrics.jsonl")
+print("ready", flush=True)
+train(StreamSource(model), Unembed.from_model(model), ids, config, callbacks=[metrics], **options).save(folder / "lens")
+"""
+
+
+def started(folder, slow):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "FOLDER": str(folder), "SLOW": str(slow)}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Warning" not in errors
+
+
+def result(folder):
+    return (folder / "lens.npz").read_bytes(), (folder / "lens.json").read_bytes(), metrics(folder / "metrics.jsonl")
+
+
+def test_killed_at_twenty_moments(tmp_path):
+    dice = random.Random(0)
+    straight = tmp_path / "straight"
+    finish(started(straight, 0.0))
+    expected = result(straight)
+    assert len(expected[2]) == 120
+
+    kills = killed_while_saving = runs = 0
+    while kills < 20:
+        folder = tmp_path / f"run-{runs}"
+        runs += 1
+        finished = False
+        while not finished:
+            process = started(folder, 0.03 if kills % 2 else 0.0)
+            if kills < 20:
+                time.sleep(dice.uniform(0.0, 0.4))
+                process.kill()
+                _, errors = process.communicate()
+                assert process.returncode in (0, -9), errors
+                assert "Warning" not in errors
+                kills += process.returncode == -9
+                killed_while_saving += any((folder / "checkpoints").glob(".step-*"))
+                finished = process.returncode == 0
+            else:
+                finish(process)
+                finished = True
+        assert result(folder) == expected
+        assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-00000119", "step-00000120"]
+    assert killed_while_saving >= 3
