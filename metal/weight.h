@@ -89,68 +89,47 @@ struct Affine {
 };
 
 // A sign, four bits of exponent and three of mantissa, read as a half whose exponent is biased by 8 more.
-METAL_FUNC float from_e4m3(uint code) {
-  const float magnitude = float(as_type<half>(ushort((code & 127u) << 7))) * 256.0f;
-  return code & 128u ? -magnitude : magnitude;
-}
+struct E4M3 {
+  static METAL_FUNC float value(uint code) {
+    const float magnitude = float(as_type<half>(ushort((code & 127u) << 7))) * 256.0f;
+    return code & 128u ? -magnitude : magnitude;
+  }
+};
 
 // A sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
-METAL_FUNC float from_e2m1(uint code) {
-  const float magnitude = float(as_type<half>(ushort((code & 7u) << 9))) * 16384.0f;
-  return code & 8u ? -magnitude : magnitude;
-}
+struct E2M1 {
+  static METAL_FUNC float value(uint code) {
+    const float magnitude = float(as_type<half>(ushort((code & 7u) << 9))) * 16384.0f;
+    return code & 8u ? -magnitude : magnitude;
+  }
+};
 
 // A power of two from 2^-127, kept in a float: 16 bits would not hold it.
-METAL_FUNC float from_e8m0(uint code) {
-  return as_type<float>(code == 0u ? 0x00400000u : code << 23);
-}
+struct E8M0 {
+  static METAL_FUNC float value(uint code) {
+    return as_type<float>(code == 0u ? 0x00400000u : code << 23);
+  }
+};
 
-// mxfp4: groups of 32 values of 4 bits, a power of two for each.
-struct MXFP4 {
+// Small floats, with an 8-bit float as the scale of each group.
+template <int bits, int group, typename Element, typename Scale>
+struct ScaledFloats {
   using Values = uint;
   using Scales = uchar;
   using Biases = uchar;
   static METAL_FUNC void load(
       const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
-    const float scale = from_e8m0(scales[row * (columns / 32) + column / 32]);
-    const Codes codes = unit_codes<4>(unit_at<4>(values, row, column, columns));
+    const float scale = Scale::value(scales[row * (columns / group) + column / group]);
+    const Codes codes = unit_codes<bits>(unit_at<bits>(values, row, column, columns));
     METALENS_UNROLL
     for (int i = 0; i < UNIT; ++i) {
-      unit[i] = scale * from_e2m1(code_at<4>(codes, i));
+      unit[i] = scale * Element::value(code_at<bits>(codes, i));
     }
   }
 };
 
-// mxfp8: groups of 32 values of 8 bits, a power of two for each.
-struct MXFP8 {
-  using Values = uint;
-  using Scales = uchar;
-  using Biases = uchar;
-  static METAL_FUNC void load(
-      const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
-    const float scale = from_e8m0(scales[row * (columns / 32) + column / 32]);
-    const Codes codes = unit_codes<8>(unit_at<8>(values, row, column, columns));
-    METALENS_UNROLL
-    for (int i = 0; i < UNIT; ++i) {
-      unit[i] = scale * from_e4m3(code_at<8>(codes, i));
-    }
-  }
-};
-
-// nvfp4: groups of 16 values of 4 bits, an 8-bit float for each.
-struct NVFP4 {
-  using Values = uint;
-  using Scales = uchar;
-  using Biases = uchar;
-  static METAL_FUNC void load(
-      const device uint* values, const device uchar* scales, const device uchar*, long row, int column, int columns, thread float* unit) {
-    const float scale = from_e4m3(scales[row * (columns / 16) + column / 16]);
-    const Codes codes = unit_codes<4>(unit_at<4>(values, row, column, columns));
-    METALENS_UNROLL
-    for (int i = 0; i < UNIT; ++i) {
-      unit[i] = scale * from_e2m1(code_at<4>(codes, i));
-    }
-  }
-};
+using MXFP4 = ScaledFloats<4, 32, E2M1, E8M0>;
+using MXFP8 = ScaledFloats<8, 32, E4M3, E8M0>;
+using NVFP4 = ScaledFloats<4, 16, E2M1, E4M3>;
 
 }  // namespace metalens
