@@ -44,7 +44,7 @@ def find() -> tuple[ModuleType | None, str]:
 
 
 @cache
-def library_kernels() -> frozenset[str]:
+def metallib_kernels() -> frozenset[str]:
     """The Metal kernels in the metallib that the build made; none where there was no Metal compiler or there is no GPU."""
     extension, _ = find()
     if extension is None or not extension.metal_library():

@@ -53,7 +53,7 @@ def _metal_facts() -> dict[str, str]:
     """What there is of a GPU, and where its kernels come from."""
     if not mx.metal.is_available():
         return {"metal": "not available here"}
-    gpu, kernels = tuning.device(), _extension.library_kernels()
+    gpu, kernels = tuning.device(), _extension.metallib_kernels()
     able, reason = tensor.supported(gpu.family.generation)
     return {
         "metal": f"available: {gpu.architecture}, tuned as generation {gpu.family.generation}",

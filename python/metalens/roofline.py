@@ -42,7 +42,7 @@ class Chip:
 
     @property
     def matrix_flops(self) -> float:
-        """Operations per second of simdgroup matrices: 102 of 128 FMAs per core and clock, measured on M1 for half and float alike."""
+        """Operations per second of simdgroup matrices: 102 of 128 FMAs per core and clock, for half and float alike, as others measured on M1."""
         return self.tflops * 1e12 * 102 / 128
 
     def seconds(self, work: Cost) -> float:

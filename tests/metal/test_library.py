@@ -73,7 +73,7 @@ def with_library(monkeypatch):
         launched.append(SimpleNamespace(name=name, inputs=inputs, grid=grid, threadgroup=threadgroup, reuse=reuse))
         return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
-    monkeypatch.setattr(_extension, "library_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m8_float_float"}))
+    monkeypatch.setattr(_extension, "metallib_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m8_float_float"}))
     monkeypatch.setattr(_extension, "find", lambda: (SimpleNamespace(launch_metal=launch_metal), ""))
     return launched
 
@@ -106,4 +106,4 @@ def test_other_kernels_are_compiled_just_in_time(rng, with_library, monkeypatch)
 
 
 def test_without_a_metallib_there_are_no_kernels():
-    assert _extension.library_kernels() == frozenset()
+    assert _extension.metallib_kernels() == frozenset()

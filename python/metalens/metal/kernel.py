@@ -135,4 +135,4 @@ def _long_enough(a: mx.array) -> mx.array:
 
 def _library_with(name: str) -> Any:
     """The extension, if its metallib holds this kernel."""
-    return _extension.find()[0] if name in _extension.library_kernels() else None
+    return _extension.find()[0] if name in _extension.metallib_kernels() else None
