@@ -15,9 +15,9 @@ interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +31,8 @@ import numpy as np
 
 from metalens.arrays import nested, number
 from metalens.training.optimizer import Parameters
+
+log = logging.getLogger(__name__)
 
 Share = Literal["data", "layers"]
 
@@ -268,12 +270,13 @@ class Group:
                 timer.cancel()
 
     def _give_up(self) -> None:
-        print(  # noqa: T201 - the last words of the process, from another thread
-            f"Process {self.rank} of {self.size} has waited for the others for {self.timeout:g} s: one hangs, or its machine or network is gone. "
+        log.critical(
+            "Process %d of %d has waited for the others for %g s: one hangs, or its machine or network is gone. "
             "This process ends. Start all of them again with resume, to go on from the newest checkpoint; "
             "if a process may need longer for a step or to load its data, give Group a larger timeout.",
-            file=sys.stderr,
-            flush=True,
+            self.rank,
+            self.size,
+            self.timeout,
         )
         os._exit(EXIT_STATUS)
 
