@@ -51,6 +51,7 @@ lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/roofline_page.py --check
+	$(BIN)/python tools/models_page.py --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.requirements

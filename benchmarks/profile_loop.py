@@ -107,7 +107,7 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
 def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
     """One sequence of the demo model, on whichever backend is in use."""
     model = demo_model()
-    unembed, lens, ids = model.checked_unembed, TunedLens(len(model.source), model.unembed.hidden_dim), training_ids()[None, :tokens]
+    unembed, lens, ids = model.unembed, TunedLens(len(model.source), model.unembed.hidden_dim), training_ids()[None, :tokens]
     stream = model.source.capture(ids)
     hidden = [h.reshape(-1, lens.hidden_dim).astype(mx.float32) for h in stream.hidden]
     target = lens_target(unembed.norm(hidden[-1]), unembed.head)

@@ -219,7 +219,7 @@ def test_streams_and_heads_are_found_in_an_accelerated_model(quantised_model):
     expected = quantised_model.source.capture(IDS)
     with accelerate(quantised_model.model):
         stream = quantised_model.source.capture(IDS)
-        unembed = quantised_model.checked_unembed
+        unembed = quantised_model.unembed
     for ours, theirs in zip([*stream.hidden, stream.logits], [*expected.hidden, expected.logits], strict=True):
         np.testing.assert_allclose(oracle.wide(ours), oracle.wide(theirs), atol=1e-4)
     np.testing.assert_allclose(oracle.wide(unembed(stream.hidden[-1])), oracle.wide(expected.logits), atol=1e-4)

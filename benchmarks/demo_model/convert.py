@@ -1,9 +1,9 @@
-"""Turn train.py's checkpoint into the bundled assets: a 4-bit model in mlx-lm's format, the lens texts, the attribution file.
+"""Turn train.py's checkpoint into a 4-bit model in mlx-lm's format and, for the bundled one, the lens texts and the attribution file.
 
-    python convert.py WORKDIR ASSETS
+    python convert.py WORKDIR MODEL [ASSETS]
 
 Needs mlx, mlx-lm and torch. Opens the result with mlx_lm.load and measures its loss on the held-out text, in the quantised form that users get;
-the figures go into ASSETS/demo_model/training.json.
+the figures go into MODEL/training.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import mlx.nn as nn
 import torch
 from mlx_lm import generate, load
 from mlx_lm.models import llama
-from train import BITS, END, GROUP_SIZE
+from train import BITS, END, group_size
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -36,6 +36,7 @@ def mlx_name(name: str) -> str:
 def write_model(workdir: Path, out: Path) -> dict:
     checkpoint = torch.load(workdir / "checkpoint.pt", map_location="cpu")
     c = checkpoint["config"]
+    group = min(group_size(columns) for columns in (c["hidden_size"], c["intermediate_size"]))
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -47,11 +48,11 @@ def write_model(workdir: Path, out: Path) -> dict:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "torch_dtype": "float32",
-        "quantization": {"group_size": GROUP_SIZE, "bits": BITS},
+        "quantization": {"group_size": group, "bits": BITS},
     }
     model = llama.Model(llama.ModelArgs.from_dict(config))
     model.load_weights([(mlx_name(name), mx.array(value.float().numpy())) for name, value in checkpoint["model"].items()])
-    nn.quantize(model, GROUP_SIZE, BITS)
+    nn.quantize(model, group, BITS)
     out.mkdir(parents=True, exist_ok=True)
     weights = dict(nn.utils.tree_flatten(model.parameters()))
     mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
@@ -110,12 +111,12 @@ paragraphs that occur in more than one document were kept in the first only.
 """
 
 
-def main(workdir: Path, assets: Path) -> None:
-    out = assets / "demo_model"
+def main(workdir: Path, out: Path, assets: Path | None = None) -> None:
     c = write_model(workdir, out)
-    for name in ("lens_train.txt", "heldout.txt"):
-        shutil.copy(workdir / name, assets / name)
-    (assets / "ATTRIBUTION.md").write_text(attribution(json.loads((workdir / "sources.json").read_text())))
+    if assets is not None:
+        for name in ("lens_train.txt", "heldout.txt"):
+            shutil.copy(workdir / name, assets / name)
+        (assets / "ATTRIBUTION.md").write_text(attribution(json.loads((workdir / "sources.json").read_text())))
     model, tokenizer = load(str(out))
     try:
         from metalens import accelerate
@@ -125,7 +126,7 @@ def main(workdir: Path, assets: Path) -> None:
         sys.stderr.write("metalens is not installed: measuring with plain MLX, which takes long.\n")
     training = workdir / "training.json"
     record = json.loads(training.read_text()) if training.exists() else {}
-    record["quantised_on_heldout.txt"] = held_out(model, tokenizer, (assets / "heldout.txt").read_text(), c["max_position_embeddings"] - 1, 20000)
+    record["quantised_on_heldout.txt"] = held_out(model, tokenizer, (workdir / "heldout.txt").read_text(), c["max_position_embeddings"] - 1, 20000)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     sys.stderr.write(json.dumps(record["quantised_on_heldout.txt"], indent=2) + "\n")
     for prompt in ("The free software movement", "In order to install the package,", "Anarchists argue that"):
@@ -133,4 +134,4 @@ def main(workdir: Path, assets: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -53,13 +53,18 @@ QUANTISED_PART = 0.15  # of the run, at its end
 GROUP_SIZE, BITS = 64, 4
 
 
+def group_size(columns: int) -> int:
+    """Of the quantisation: what rows of so many columns divide into, at most 64."""
+    return math.gcd(GROUP_SIZE, columns)
+
+
 def quantise(w: Tensor) -> Tensor:
     """What MLX's affine quantisation makes of w [rows, columns], with a straight-through gradient.
 
-    Per group of 64 along the columns: scale and bias from the group's extremes, the extreme of larger magnitude exactly representable, zero too.
+    Per group along the columns: scale and bias from the group's extremes, the extreme of larger magnitude exactly representable, zero too.
     """
     with torch.no_grad():
-        groups = w.float().reshape(-1, GROUP_SIZE)
+        groups = w.float().reshape(-1, group_size(w.shape[1]))
         low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
         scale = ((high - low) / (2**BITS - 1)).clamp_min(1e-7)
         low_is_edge = low.abs() > high.abs()

@@ -59,7 +59,7 @@ def make_training(name: str, steps: int, sequences: int) -> Competitor:
         return torch_competitor(steps * sequences, lambda units: torch_train(torch_model, batches, settings(units), name == TORCH_BF16))
 
     def compute(units: int) -> list[mx.array]:
-        lens = train(model.source, model.checked_unembed, ids, settings(units))
+        lens = train(model.source, model.unembed, ids, settings(units))
         return [mx.stack([t.weight - mx.eye(lens.hidden_dim) for t in lens.translators]), mx.stack([t.bias for t in lens.translators])]
 
     return mlx_competitor(name, steps * sequences, compute)

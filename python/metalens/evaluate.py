@@ -67,7 +67,7 @@ def evaluate(
     elif layer_transfer:
         raise ValueError("layer_transfer needs a tuned lens: the logit lens has the same translator, none, for every layer.")
     lenses = {"logit": LogitLens()} | ({} if lens is None else {"tuned": lens})
-    unembed, num_layers = model.checked_unembed, len(model.source)
+    unembed, num_layers = model.unembed, len(model.source)
     own, sums = Sums(1), {name: Sums(num_layers) for name in lenses}
     transfer = TransferSums(num_layers) if layer_transfer else None
     depths = {"model": 1} | dict.fromkeys(lenses, num_layers)

@@ -24,8 +24,9 @@ from metalens.readout import Predictions, Reading, lens_rows, predictions, requi
 from metalens.stream import Edit, Stream, StreamSource
 from metalens.tokens import TokenInput, TokenizerMixin
 from metalens.trace import LayerProxy, Trace
+from metalens.trail import Places
 from metalens.training import Progress, TrainingConfig, train
-from metalens.unembed import NO_NORM, NormFunction, Unembed
+from metalens.unembed import NO_NORM, LogitTransform, NormFunction, Unembed
 
 
 class InterpretableModel(TokenizerMixin):
@@ -35,12 +36,14 @@ class InterpretableModel(TokenizerMixin):
         model: an `mlx.nn.Module` called as model(ids), or a local path or hub id that `mlx_lm.load` opens.
         tokenizer: with `encode` and `decode`; the loaded model's own if None.
         layer_attr: name or dotted path of the list of blocks.
-        embedding_path, norm_path, lm_head_path: dotted paths, where the usual places do not hold.
+        embedding_path, norm_path, lm_head_path: dotted paths, in place of what the model is seen to call.
+        norm, head, logit_transform: the same as modules, and what the model does to its logits.
 
     Attributes:
         model, name: the wrapped module, and the path or hub id that it was loaded from (None: it came as a module).
         tokenizer: may be None; then only token ids are accepted.
         layers: one proxy per block, for use inside `trace`.
+        places: of its parts, where the caller knows better.
 
     Raises:
         ValueError: if `model` names nothing that can be loaded.
@@ -55,6 +58,10 @@ class InterpretableModel(TokenizerMixin):
         embedding_path: str | None = None,
         norm_path: str | None = None,
         lm_head_path: str | None = None,
+        *,
+        norm: NormFunction | None = None,
+        head: nn.Module | None = None,
+        logit_transform: LogitTransform | None = None,
     ) -> None:
         self.name = str(model) if isinstance(model, (str, Path)) else None
         if isinstance(model, (str, Path)):
@@ -63,20 +70,16 @@ class InterpretableModel(TokenizerMixin):
         self.model = model
         self.tokenizer = tokenizer
         self.source = StreamSource(model, layer_attr)
-        self._paths = {"embedding_path": embedding_path, "norm_path": norm_path, "lm_head_path": lm_head_path}
+        self.places = Places(embedding_path, norm_path if norm is None else norm, lm_head_path if head is None else head)
+        self._paths = (embedding_path, norm_path, lm_head_path)
+        self._logit_transform = logit_transform
         self._trace: Trace | None = None
         self.layers = [LayerProxy(self, i) for i in range(len(self.source))]
 
     @cached_property
     def unembed(self) -> Unembed:
-        """The model's norm and head, found at first use (AttributeError if there is none)."""
-        return Unembed.from_model(self.model, **self._paths)
-
-    @cached_property
-    def checked_unembed(self) -> Unembed:
-        """`unembed`, after it has reproduced the model's own logits once (ValueError if it does not)."""
-        self.unembed.check(self.source)
-        return self.unembed
+        """The model's norm and head, found at first use; they have reproduced the model's own logits once (NoUnembed if they do not)."""
+        return Unembed.from_model(self.source, self.places, self._logit_transform)
 
     @property
     def embedding_rows(self) -> int:
@@ -221,8 +224,7 @@ class InterpretableModel(TokenizerMixin):
         where = select_position(position, ids.shape[1])
         lens = LogitLens() if lens is None else lens
         self.check_lens(lens)
-        own_norm = final_norm is None and not skip_norm
-        unembed = self.checked_unembed if own_norm else self.unembed
+        unembed = self.unembed
         norm = NO_NORM if skip_norm else unembed.norm if final_norm is None else final_norm
         stream = self.source.capture(ids)
         hidden = [h[0, where] for h in stream.hidden]
@@ -313,7 +315,7 @@ class InterpretableModel(TokenizerMixin):
             for file in lens_files(save_path):
                 require_writable(file)
         try:
-            ids, unembed = self.training_ids(dataset), self.checked_unembed
+            ids, unembed = self.training_ids(dataset), self.unembed
         except AttributeError as error:
             raise ValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 

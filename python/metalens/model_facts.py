@@ -12,7 +12,12 @@ from typing import Any
 
 from metalens import roofline
 from metalens.roofline import Dimensions
-from metalens.unembed import EMBEDDINGS, HEADS
+
+# What embeddings and heads are called in files; matrices of other names belong to the blocks.
+OUTSIDE_BLOCKS = (
+    *("embed_tokens", "tok_embeddings", "wte", "embed_in", "embeddings", "word_embeddings", "token_embeddings", "embedding", "embed"),
+    *("lm_head", "embed_out", "output", "head"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _multiplied(tensors: Tensors, group_size: int, active: float) -> int:
     total = 0.0
     for name, (_, shape, _) in tensors.items():
         module, _, part = name.rpartition(".")
-        if part != "weight" or len(shape) < 2 or module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
+        if part != "weight" or len(shape) < 2 or module.rpartition(".")[2] in OUTSIDE_BLOCKS:
             continue
         scales = tensors.get(f"{module}.scales")
         columns = scales[1][-1] * group_size if scales is not None and group_size else shape[-1]

@@ -13,6 +13,7 @@ from metalens.evaluate import Evaluation, Transfer
 from metalens.plan import BYTES_PER_TOKEN, Plan, gigabytes
 from metalens.plotting import readable
 from metalens.readout import Reading
+from metalens.support import RIGHT, Module, remark
 
 
 def _decimals(value: float) -> str:
@@ -134,6 +135,16 @@ def facts_table(facts: dict[str, Any], title: str) -> Table:
     table.add_column()
     for name, value in facts.items():
         table.add_row(name, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return table
+
+
+def support_table(found: list[Module], title: str) -> Table:
+    """A row for each of mlx-lm's modules."""
+    table = Table(title=title)
+    for column in ("module", "a lens", "remark"):
+        table.add_column(column)
+    for module in found:
+        table.add_row(module.name, Text(module.status, style="" if module.status == RIGHT else "yellow"), Text(remark(module)))
     return table
 
 

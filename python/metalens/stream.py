@@ -9,10 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+from metalens.arrays import number
 
 # Where models keep their blocks, in the order tried. `{}` is the attribute's name, "layers" unless the caller says otherwise.
 LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
 ALTERNATIVE_NAMES = ("layers", "h", "blocks")
+
+
+class NoStream(RuntimeError):  # noqa: N818 (reads as what it says)
+    """The model's blocks do not hand on one residual stream each."""
+
 
 Edit = Callable[[mx.array], mx.array]
 
@@ -58,10 +66,18 @@ class Stream:
     Attributes:
         hidden: the output of block i at index i, [B, T, D] each.
         logits: [B, T, V], the model's own. Lazy like everything in MLX: it costs nothing unless it is used.
+        mask: [B, T], false for padding; None = there is none.
     """
 
     hidden: list[mx.array]
     logits: mx.array
+    mask: mx.array | None = None
+
+    def rows(self, layer: int) -> mx.array:
+        """A block's output at all tokens [N, D], padding left out."""
+        h = self.hidden[layer]
+        h = h.reshape(-1, h.shape[-1])
+        return h if self.mask is None else h[mx.array(np.flatnonzero(np.array(self.mask)))]
 
 
 class StreamSource:
@@ -83,30 +99,75 @@ class StreamSource:
         """L: the number of blocks."""
         return len(self.layers)
 
-    def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None) -> Stream:
+    def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None) -> Stream:
         """Run the model on ids [B, T] and keep every block's output.
 
         Args:
             ids: token ids [B, T].
             edits: for some blocks, what to put in place of their output: f([B, T, D]) -> [B, T, D].
+            mask: [B, T], true for tokens and false for padding; None = no padding. Padding follows its sequence's tokens: a causal model computes
+                these as if it were not there, without being told.
 
         Raises:
-            RuntimeError: if a block was not run exactly once, in which case no stream can be named.
+            ValueError: if the mask is of another shape, or a token follows padding.
+            NoStream: if a block was not run exactly once, in which case no stream can be named.
         """
+        if mask is not None:
+            _require_padding_at_the_end(mask, ids)
+        return self._capture(ids, edits or {}, mask)
+
+    def chunks(self, ids: mx.array, tokens: int) -> Iterator[Stream]:
+        """The streams of long sequences, part after part, so that no more than a part's are in memory.
+
+        The model keeps its keys and values (or its state) in its own cache, as it does when it generates: the parts together are what one pass over
+        everything gives, to rounding.
+
+        Args:
+            ids: token ids [B, T].
+            tokens: per part and sequence; the last part may be shorter.
+
+        Raises:
+            ValueError: if `tokens` is not positive.
+            NoStream: as `capture`.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}.")
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache = make_prompt_cache(self.model)
+        for start in range(0, ids.shape[1], tokens):
+            stream = self._capture(ids[:, start : start + tokens], {}, None, cache=cache)
+            yield stream
+            mx.eval([part.state for part in cache])  # else the next part would hold this one's whole graph
+
+    def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **how: Any) -> Stream:
         seen: list[list[mx.array]] = [[] for _ in self.layers]
-        with _watched(self.layers, seen, edits or {}):
-            logits = self.model(ids)
+        with _watched(self.layers, seen, edits):
+            logits = self.model(ids, **how)
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
         wrong = [i for i, outputs in enumerate(seen) if len(outputs) != 1]
         if wrong:
-            raise RuntimeError(
+            raise NoStream(
                 f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream."
             )
         hidden = [outputs[0] for outputs in seen]
         for outputs in seen:  # the watching classes form a cycle that holds these lists until Python's collector comes round
             outputs.clear()
-        return Stream(hidden, logits)
+        return Stream(hidden, logits, mask)
+
+
+def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:
+    if mask.shape != ids.shape:
+        raise ValueError(f"The mask must be {ids.shape}, as the ids are; it is {mask.shape}.")
+    real = mask.astype(mx.int32)
+    if number(mx.any(real[:, 1:] > real[:, :-1])):
+        raise ValueError("A token follows padding. Put padding at the end of its sequence: before it, it would change what the model sees.")
+
+
+def as_it_is(value: Any) -> Any:
+    """An array that stays when a model goes on to change this one in place; anything else as it is."""
+    return mx.stop_gradient(value) if isinstance(value, mx.array) else value
 
 
 @contextlib.contextmanager
@@ -124,7 +185,7 @@ def _watched(layers: Sequence[nn.Module], seen: list[list[mx.array]], edits: Map
         if i in edits:
             hidden = edits[i](hidden)
             output = type(output)([hidden, *output[1:]]) if several else hidden
-        seen[i].append(hidden)
+        seen[i].append(as_it_is(hidden))
         return output
 
     try:

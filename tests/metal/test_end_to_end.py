@@ -56,9 +56,9 @@ def test_loss_and_gradient(rng, model, ids):
     lens = oracle.random_lens(rng, 3, 64)
     stream = model.source.capture(ids[None, :24])
     with use_backend("reference"):
-        losses, gradient = loss_and_gradient(lens, stream, model.checked_unembed)
+        losses, gradient = loss_and_gradient(lens, stream, model.unembed)
     with emulated(), mslcpu.recording() as reports:
-        found, found_gradient = loss_and_gradient(lens, stream, model.checked_unembed)
+        found, found_gradient = loss_and_gradient(lens, stream, model.unembed)
     assert {part for r in reports for part in PARTS if part in r.name} == set(PARTS) - (set() if has_norm(model) else {"norm_grad"})
     np.testing.assert_allclose(oracle.wide(found), oracle.wide(losses), rtol=1e-5, atol=1e-6)
     for name, expected in flat(gradient).items():
@@ -74,7 +74,7 @@ def test_training_and_reading(model, ids, device):
     losses: dict[str, list[float]] = {"metal": [], "reference": []}
 
     def trained(name):
-        return train(model.source, model.checked_unembed, ids, config, callback=lambda p: losses[name].append(p.loss))
+        return train(model.source, model.unembed, ids, config, callback=lambda p: losses[name].append(p.loss))
 
     with use_backend("reference"):
         expected = trained("reference")
@@ -105,4 +105,4 @@ def numbers(tree):
 
 
 def has_norm(model):
-    return model.checked_unembed.norm.kind is not None
+    return model.unembed.norm.kind is not None

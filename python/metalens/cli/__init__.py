@@ -12,7 +12,7 @@ import sys
 import click
 
 from metalens.cli.reading import demo_command, eval_command, lens_command
-from metalens.cli.tools import convert_command, doctor_command, roofline_command
+from metalens.cli.tools import convert_command, doctor_command, models_command, roofline_command
 from metalens.cli.training import plan_command, train_command
 
 
@@ -30,5 +30,15 @@ def main(verbose: bool) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.DEBUG if verbose else logging.ERROR)  # what it could not do ends as an error of ours
 
 
-for command in (train_command, plan_command, eval_command, lens_command, convert_command, demo_command, roofline_command, doctor_command):
+for command in (
+    train_command,
+    plan_command,
+    eval_command,
+    lens_command,
+    convert_command,
+    demo_command,
+    roofline_command,
+    models_command,
+    doctor_command,
+):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""metalens roofline, doctor, convert."""
+"""metalens roofline, models, doctor, convert."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from metalens import doctor as diagnosis
-from metalens import report, roofline
+from metalens import report, roofline, support
 from metalens.cli.common import note, one_clear_error, path_of, print_json, print_table
 
 
@@ -33,6 +33,22 @@ def roofline_command(model: str, chips: tuple[str, ...], tokens: int, as_json: b
     else:
         print_table(report.roofline_table(bounds, f"{model}, batches of {tokens} tokens: tokens per second at most"))
         note(roofline.WHAT)
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@one_clear_error
+def models_command(as_json: bool) -> None:
+    """Show which models of the installed mlx-lm a lens can read, and why not others: what the tests found on a tiny model of every kind.
+
+    Whatever the table says, no lens is trained or shown on a model before its norm and head have given the model's own logits.
+    """
+    found, (version, _) = support.support(), support.tested()
+    if as_json:
+        print_json({"tested with mlx-lm": version, "installed": support.installed(), "models": [vars(module) for module in found]})
+        return
+    print_table(report.support_table(found, f"Models of mlx-lm {support.installed()} (tested with {version})"))
+    note(", ".join(f"{n} {status}" for status, n in support.counts(found).items()))
 
 
 @click.command("doctor")

@@ -289,7 +289,7 @@ def train_command(
     corpus = _read(sources, loaded.tokenizer, group.writes, field=field, join=join, cache_dir=cache_dir, split=split, max_tokens=max_tokens)
     loaded.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an id that the model does not have
     require_enough(corpus, config)
-    unembed = loaded.checked_unembed
+    unembed = loaded.unembed
     try:
         with interruptible() as stop:
             lens = train(

@@ -52,13 +52,13 @@ def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: Stream, une
     Args:
         sums: of the step so far.
         parameters: of the layers that the sums are of.
-        stream: one forward pass, hidden [B, T, D] per layer.
+        stream: one forward pass, hidden [B, T, D] per layer. Padding takes no part.
         unembed: the model's norm and head.
     """
-    norm, d = unembed.norm, unembed.hidden_dim
+    norm = unembed.norm
     assert isinstance(norm, Norm)
-    hidden = [mx.stop_gradient(stream.hidden[layer]).reshape(-1, d).astype(mx.float32) for layer in sums.layers]
-    last = mx.stop_gradient(stream.hidden[-1]).reshape(-1, d).astype(mx.float32)
+    hidden = [mx.stop_gradient(stream.rows(layer)).astype(mx.float32) for layer in sums.layers]
+    last = mx.stop_gradient(stream.rows(-1)).astype(mx.float32)
     target = lens_target(normed(last, norm), unembed.head)
     n = mx.stack([translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)])
     kl, dn = lens_kl(n, target, unembed.head)

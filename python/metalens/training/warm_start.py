@@ -75,9 +75,9 @@ def warm_start(
     """
     regressions = {layer: Regression(width) for layer in layers}
     for stream in streams:
-        last = stream.hidden[-1].reshape(-1, width).astype(mx.float32)
+        last = stream.rows(-1).astype(mx.float32)
         for layer, regression in regressions.items():
-            regression.add(stream.hidden[layer].reshape(-1, width).astype(mx.float32), last)
+            regression.add(stream.rows(layer).astype(mx.float32), last)
     solved = {}
     for layer, regression in regressions.items():
         regression.gram, regression.cross = total(regression.gram, regression.cross)

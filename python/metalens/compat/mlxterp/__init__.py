@@ -28,7 +28,7 @@ class InterpretableModel(native.InterpretableModel):
 
     @cached_property
     def _module_resolver(self) -> ModuleResolver:
-        return ModuleResolver(self.model, **self._paths)
+        return ModuleResolver(self.model, *self._paths)
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
         """The ids, those outside the vocabulary wrapped around."""

@@ -1,4 +1,4 @@
-"""mlxterp.core.module_resolver, on metalens's own search."""
+"""mlxterp.core.module_resolver: mlxterp goes by names, metalens by what the model is seen to call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from metalens.unembed import EMBEDDINGS, HEADS, NORMS, Located, locate
+from metalens.stream import NoStream, StreamSource
+from metalens.trail import Part, Places, find_parts
 
 __all__ = ["ModuleResolver", "find_layer_key_pattern", "normalize_layer_key"]
 
@@ -16,18 +17,21 @@ class ModuleResolver:
 
     Args:
         model: the wrapped module.
-        embedding_path, norm_path, lm_head_path: dotted paths that go before the usual places.
+        embedding_path, norm_path, lm_head_path: dotted paths that go before what the model calls.
     """
 
     def __init__(self, model: Any, embedding_path: str | None = None, norm_path: str | None = None, lm_head_path: str | None = None) -> None:
         self.model = model
-        self._overrides = {"embedding": embedding_path, "norm": norm_path, "head": lm_head_path}
-        self._found: dict[str, Located | None] = {}
+        self._places = Places(embedding_path, norm_path, lm_head_path)
+        self._found: dict[str, Part | None] | None = None
 
-    def _find(self, what: str) -> Located | None:
-        if what not in self._found:
-            names = {"embedding": EMBEDDINGS, "norm": NORMS, "head": HEADS}[what]
-            self._found[what] = locate(self.model, names, self._overrides[what], what)
+    def _find(self, what: str) -> Part | None:
+        if self._found is None:
+            try:
+                parts = find_parts(StreamSource(self.model), self._places)
+                self._found = {"embedding": parts.embedding, "norm": parts.norm, "head": parts.head}
+            except (AttributeError, NoStream):  # no blocks
+                self._found = dict.fromkeys(("embedding", "norm", "head"))
         return self._found[what]
 
     def get_embedding_layer(self) -> Any:
@@ -57,15 +61,12 @@ class ModuleResolver:
     def get_output_projection(self) -> tuple[Any, str | None, bool]:
         """(module, path, whether it is the tied embedding); (None, None, False) if there is neither."""
         head, embedding = self._find("head"), self._find("embedding")
-        if head is not None:
-            return head.module, head.path, False
-        if embedding is not None:
-            return embedding.module, embedding.path, True
-        return None, None, False
+        found = head or embedding
+        return (found.module, found.path, embedding is not None and found.module is embedding.module) if found else (None, None, False)
 
     def clear_cache(self) -> None:
         """Search again at the next call, after the model has changed."""
-        self._found.clear()
+        self._found = None
 
 
 def normalize_layer_key(key: str) -> str:

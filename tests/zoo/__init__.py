@@ -1,0 +1,46 @@
+"""A tiny random model of every kind that mlx-lm ships.
+
+Configurations by label: the module's name in mlx_lm.models, with a suffix for variants.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.utils import _get_classes
+
+from metalens.support import modules
+from zoo import dense, experts, hybrids, wrappers
+
+CONFIGS: dict[str, dict[str, Any]] = {**dense.CONFIGS, **experts.CONFIGS, **hybrids.CONFIGS, **wrappers.CONFIGS}
+
+
+def module_of(label: str) -> str:
+    """The module that a label is a variant of: the longest name that it begins with."""
+    return max((name for name in modules() if label == name or label.startswith(f"{name}-")), key=len)
+
+
+def build(label: str, seed: int = 0) -> nn.Module:
+    """The model of a label, with parameters drawn so that norms, biases and scales all matter."""
+    config = copy.deepcopy(CONFIGS[label])
+    model_class, args_class = _get_classes(config)
+    rng = np.random.default_rng(seed)
+
+    def drawn(p: mx.array) -> mx.array:
+        if p.dtype == mx.uint32:  # weights that are packed from the start
+            return mx.array(rng.integers(0, 2**32, p.shape, dtype=np.uint32))
+        if not mx.issubdtype(p.dtype, mx.floating):
+            return p
+        values = rng.standard_normal(p.shape)
+        return (p + mx.array(0.1 * values) if p.ndim < 2 else mx.array(values * p.shape[-1] ** -0.5)).astype(p.dtype)
+
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    model.update(tree_map(drawn, model.parameters()))
+    mx.eval(model.parameters())
+    return model

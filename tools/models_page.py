@@ -1,0 +1,83 @@
+"""Writes what is known of mlx-lm's models: assets/models.json, by examining a tiny one of every kind (tests/zoo, a minute), and docs/models.md.
+
+--check examines nothing, and fails if the page is not as it would be written from models.json. Whether that is true is tests/test_zoo.py's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from metalens.support import MLXTERP, TABLE, counts, installed, remark, support, tested
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "models.md"
+
+HEAD = """# Which models a lens can read
+
+`metalens models` prints this table for the mlx-lm that is installed. It comes from the tests: for every module of mlx-lm {version} and its
+variants (tied and untied heads, softcaps, scales, biases, other norms: {variants} in all) `tests/zoo` builds a tiny random model, and
+`tests/test_zoo.py` requires
+
+* that norm and head, found by watching the model, give its own logits from its last block's output;
+* that a capture of all blocks' outputs leaves the logits as they are to the last bit, and the model's classes as they were;
+* that the logit lens of the last layer is the model's prediction, and one training step lowers the loss of a tuned lens;
+* that parts of a sequence, with the model's own cache, give the streams of the whole (float32);
+* the same after mlx-lm's own quantisation to 4 bits, and in bfloat16.
+
+**Right** means all of that. **Refused** models raise `NoUnembed` with the reason; nothing is decoded for them. Whatever the table says, every
+model that is loaded goes through the first check before a lens is trained or shown on it.
+
+{counts}
+
+For comparison: of the 97 modules of an earlier mlx-lm, read by the first of these standards, mlxterp 0.1 was {mlxterp}.
+"""
+
+FOOT = """
+`mlx-lm: ...` is the message of mlx-lm's own forward pass or quantisation, without metalens. Products with gathered experts (GatherMM) are float32
+only on MLX's CPU backend; on a GPU they are not. plamo3 gives other logits with its own cache than without.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    version, results = tested()
+    found = support()
+    counted = counts(found)
+    modules = sum(counted.values())
+    lines = [
+        HEAD.format(
+            version=version,
+            variants=len(results),
+            counts=f"Of {modules} modules: " + ", ".join(f"**{n} {status}**" for status, n in counted.items()) + ".",
+            mlxterp="; ".join(f"{status} on {n}" for status, n in MLXTERP.items()),
+        ),
+        "| module | variants | a lens | remark |",
+        "|---|---:|---|---|",
+    ]
+    lines += [f"| {m.name} | {len(m.variants)} | {m.status} | {remark(m).replace('|', '/')} |" for m in found]
+    return "\n".join(lines) + "\n" + FOOT
+
+
+def main() -> None:
+    """Examine and write, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if PAGE.read_text() != page():
+            sys.exit(f"{PAGE} is out of date: run python tools/models_page.py")
+        return
+    sys.path.insert(0, str(ROOT / "tests"))
+    from zoo import CONFIGS
+    from zoo.verdict import examine
+
+    table = json.dumps({"mlx_lm": installed(), "models": {label: examine(label).as_dict() for label in sorted(CONFIGS)}}, indent=1) + "\n"
+    (ROOT / "python" / "metalens" / "assets" / "models.json").write_text(table)
+    TABLE.write_text(table)  # of the package that is installed, which the page is written from
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
