@@ -7,8 +7,9 @@ import pytest
 from mlx_lm.models import mamba
 from mlx_lm.models.base import create_attention_mask
 
+from metalens import InterpretableModel
 from metalens.stream import StreamSource, find_layers, follow
-from mocks import DIM, LAYERS, Block, MockModel, tiny_llama
+from mocks import DIM, LAYERS, Block, MockModel, WordTokenizer, tiny_llama
 
 IDS = mx.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -89,6 +90,77 @@ def test_streams_of_an_mlx_lm_model():
         x = block(x, mask, None)
         same(hidden, x)
     same(stream.logits, model(IDS))
+
+
+# ---------------------------------------------------------------- padding, long sequences
+
+
+def test_padding_changes_nothing_before_it(rng):
+    """A causal model computes a padded sequence's tokens as if the padding were not there."""
+    source = StreamSource(tiny_llama(layers=3))
+    rows = [rng.integers(0, 96, n) for n in (7, 1, 4)]
+    ids = np.zeros((3, 7), np.int32)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = values
+    padded = source.capture(mx.array(ids), mask=mx.arange(7) < mx.array([[7], [1], [4]]))
+    alone = [source.capture(mx.array(values[None])) for values in rows]
+    for layer in range(3):
+        found = padded.rows(layer)
+        assert found.shape == (12, 64)
+        same(found, mx.concatenate([stream.rows(layer) for stream in alone]))
+
+
+def test_rows_without_padding_are_all():
+    stream = StreamSource(MockModel()).capture(IDS)
+    assert mx.array_equal(stream.rows(1), stream.hidden[1].reshape(10, DIM))
+    whole = StreamSource(MockModel()).capture(IDS, mask=mx.ones(IDS.shape, mx.bool_))
+    assert mx.array_equal(whole.rows(1), stream.rows(1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"), [([[0, 1, 1, 1, 1], [1] * 5], "follows padding"), ([[1, 0, 1, 1, 0], [1] * 5], "follows padding"), ([[1] * 5], "must be")]
+)
+def test_masks_that_are_no_padding_at_the_end(mask, words):
+    with pytest.raises(ValueError, match=words):
+        StreamSource(MockModel()).capture(IDS, mask=mx.array(mask))
+
+
+def test_texts_are_padded_with_a_mask():
+    model = InterpretableModel(MockModel(), WordTokenizer())
+    stream = model.capture(["w1 w2 w3", "w4"])
+    assert stream.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert stream.rows(0).shape == (4, DIM)
+    assert model.capture(["w1 w2", "w3 w4"]).mask is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 20])
+def test_parts_of_a_long_sequence(tokens, rng):
+    source = StreamSource(tiny_llama(layers=3))
+    ids = mx.array(rng.integers(0, 96, (2, 13)))
+    whole, parts = source.capture(ids), list(source.chunks(ids, tokens))
+    assert [part.logits.shape[1] for part in parts] == [min(tokens, 13 - start) for start in range(0, 13, tokens)]
+    for layer in range(3):
+        np.testing.assert_allclose(np.array(mx.concatenate([part.hidden[layer] for part in parts], axis=1)), np.array(whole.hidden[layer]), atol=1e-5)
+
+
+def test_parts_need_a_length():
+    with pytest.raises(ValueError, match="at least 1"):
+        next(StreamSource(tiny_llama()).chunks(IDS, 0))
+
+
+class ChangingInPlace(MockModel):
+    """Goes on to change what its last block returned, in place."""
+
+    def __call__(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        x *= 2
+        return self.lm_head(self.norm(x))
+
+
+def test_a_stream_is_what_the_block_returned_whatever_the_model_does_to_it():
+    same(StreamSource(ChangingInPlace()).capture(IDS).hidden[-1], StreamSource(MockModel()).capture(IDS).hidden[-1])
 
 
 def test_nothing_is_left_behind():

@@ -112,9 +112,10 @@ class InterpretableModel(TokenizerMixin):
 
     # ------------------------------------------------------------------ streams
 
-    def capture(self, text: TokenInput, edits: Mapping[int, Edit] | None = None) -> Stream:
-        """The residual streams of a text: one forward pass, every block's output [B, T, D]."""
-        return self.source.capture(self.ids(text), edits)
+    def capture(self, text: TokenInput | Sequence[str], edits: Mapping[int, Edit] | None = None) -> Stream:
+        """The residual streams of a text, or of several, whose padding is masked: one forward pass, every block's output [B, T, D]."""
+        ids, mask = self.ids_and_mask(text)
+        return self.source.capture(ids, edits, mask)
 
     def trace(self, inputs: TokenInput | list[str], interventions: Mapping[str | int, Edit] | None = None) -> Trace:
         """Run the model once, at the start of a `with` block, and offer what its blocks returned.

@@ -83,6 +83,11 @@ class TokenizerMixin(ABC):
             ValueError: for empty input, ids outside the vocabulary, or text without a tokenizer.
             TypeError: for anything else.
         """
+        return self.ids_and_mask(text)[0]
+
+    def ids_and_mask(self, text: TokenInput | Sequence[str] | Sequence[Sequence[int]]) -> tuple[mx.array, mx.array | None]:
+        """The same, and a mask [B, T] that is false where a text was padded; None where none was."""
+        mask = None
         if isinstance(text, str):
             array = np.asarray(self.encode(text))
         elif isinstance(text, mx.array):
@@ -91,6 +96,8 @@ class TokenizerMixin(ABC):
             rows = [self.encode(str(t)) for t in text]
             width = max(map(len, rows))
             array = np.asarray([row + [0] * (width - len(row)) for row in rows])
+            if any(len(row) < width for row in rows):
+                mask = mx.array([[i < len(row) for i in range(width)] for row in rows])
         else:
             try:
                 array = np.asarray(text)
@@ -102,7 +109,7 @@ class TokenizerMixin(ABC):
             raise ValueError("There are no tokens in the input. Pass text that is not empty, or at least one token id.")
         if array.ndim not in (1, 2):
             raise ValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
-        return self.check_ids(array.reshape(-1, array.shape[-1]))
+        return self.check_ids(array.reshape(-1, array.shape[-1])), mask
 
     def check_ids(self, ids: np.ndarray) -> mx.array:
         """The ids as MLX's int32, if every one is a row of the embedding.

@@ -52,6 +52,23 @@ def test_losses_and_gradient_against_float64(rng, quantised_model):
                 assert float(oracle.wide(ours[name])[index]) == pytest.approx(slope, rel=1e-3, abs=1e-6), (layer, name, index)
 
 
+@pytest.mark.usefixtures("each_backend")
+def test_padding_takes_no_part(rng, tiny):
+    """Losses and gradients of a padded batch are those of its tokens, whatever the padding holds."""
+    lens = oracle.random_lens(rng)
+    mask = mx.arange(6) < mx.array([[6], [2], [5]])
+    ids = mx.array(rng.integers(0, 131, (3, 6)))
+    stream = tiny.source.capture(ids, mask=mask)
+    stream.hidden[:] = [mx.where(mask[..., None], h, 1e6) for h in stream.hidden]
+    losses, gradient = loss_and_gradient(lens, stream, tiny.unembed)
+    alone = [mx.concatenate([tiny.source.capture(ids[i : i + 1, :n]).hidden[layer] for i, n in enumerate((6, 2, 5))], axis=1) for layer in range(3)]
+    expected, wanted = loss_and_gradient(lens, Stream(alone, stream.logits), tiny.unembed)
+    np.testing.assert_allclose(np.array(losses), np.array(expected), rtol=1e-5)
+    for a, b in zip(gradient["translators"], wanted["translators"], strict=True):
+        for name in a:
+            np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=1e-6)
+
+
 def test_the_model_s_side_is_its_own_prediction(rng, tiny):
     # z_model above comes from the norm and head that were found; here from the logits that the model itself returned.
     lens, stream = oracle.random_lens(rng), tiny.source.capture(IDS)
