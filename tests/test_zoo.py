@@ -1,8 +1,13 @@
 """Every model of mlx-lm: right, or refused with a reason; and the table that `metalens models` prints says so."""
 
+import json
+from importlib.metadata import version
+
 import pytest
+from click.testing import CliRunner
 
 from metalens import support
+from metalens.cli import main
 from metalens.support import NOT_RUN, modules
 from zoo import CONFIGS, module_of
 from zoo.verdict import examine
@@ -35,3 +40,25 @@ def test_most_are_right():
     assert len(found) == len(modules())
     assert sum(m.status == "right" for m in found) >= 0.9 * len(found)
     assert all(m.reason for m in found if m.status != "right")
+
+
+def test_the_command_prints_the_table():
+    done = CliRunner().invoke(main, ["models"])
+    assert done.exit_code == 0
+    assert "phi3small" in done.stdout
+    assert "minus infinity" in " ".join(done.stdout.split())
+    assert "right" in done.stderr
+    done = CliRunner().invoke(main, ["models", "--json"])
+    found = json.loads(done.stdout)
+    assert {m["name"] for m in found["models"]} == set(modules())
+    assert found["installed"] == found["tested with mlx-lm"] == version("mlx-lm")
+
+
+def test_remarks_name_the_variants_that_mlx_lm_itself_cant_run():
+    fine, broken = (
+        {"float32": "right", "quantised": "right", "bfloat16": "right"},
+        {"float32": "right", "quantised": "mlx-lm: X", "bfloat16": "right"},
+    )
+    assert support.remark(support.Module("a", "right", {"a": fine, "a-tied": broken})) == "quantised (a-tied): mlx-lm: X"
+    assert support.remark(support.Module("a", "right", {"a": broken})) == "quantised: mlx-lm: X"
+    assert support.remark(support.Module("a", "refused", {}, "because")) == "because"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from metalens.accelerate import weight_of
 from metalens.arrays import nested
 from metalens.files import require_writable
 from metalens.lens import Lens, LogitLens, TunedLens, check_origin, lens_files
+from metalens.loading import load
 from metalens.ops import Head, lens_stats
 from metalens.ops.lens_stats import check_top_k, logits_stats
 from metalens.ops.lens_stats import top_k as largest
@@ -65,7 +65,7 @@ class InterpretableModel(TokenizerMixin):
     ) -> None:
         self.name = str(model) if isinstance(model, (str, Path)) else None
         if isinstance(model, (str, Path)):
-            model, loaded = _load(str(model))
+            model, loaded = load(str(model))
             tokenizer = tokenizer if tokenizer is not None else loaded
         self.model = model
         self.tokenizer = tokenizer
@@ -373,22 +373,6 @@ def train_tuned_lens(
 ) -> TunedLens:
     """`InterpretableModel.train_tuned_lens` as a function."""
     return model.train_tuned_lens(dataset, num_steps, learning_rate, momentum, max_seq_len, gradient_clip, save_path, verbose, callback)
-
-
-def _load(name: str) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a local path or hub id."""
-    from mlx_lm import load  # slow to import, and needless for a model that is already loaded
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = load(name)
-    except Exception as error:
-        raise ValueError(
-            f"Could not load model '{name}'.\nTried the following strategies:\n  1. mlx-lm failed to load model: {error}\n\n"
-            "Alternatively, load the model manually and pass it to InterpretableModel(model)."
-        ) from error
-    return loaded[0], loaded[1]
 
 
 def _head_of(embedding: Any) -> Head:
