@@ -17,7 +17,7 @@ from zoo.verdict import examine
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_model_is_read_right_or_refused_as_the_table_says(label):
     _, table = support.tested()
-    assert examine(label).as_dict() == table[label], "if this is right, run python tools/models_page.py"
+    assert examine(label).as_dict() == table[label], "if this is right, run python tools/models_page.py --examine"
 
 
 def test_the_table_is_of_this_zoo():

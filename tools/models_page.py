@@ -1,6 +1,6 @@
-"""Writes what is known of mlx-lm's models: assets/models.json, by examining a tiny one of every kind (tests/zoo, a minute), and docs/models.md.
+"""Writes docs/models.md from assets/models.json, and with --examine that file too, by examining a tiny model of every kind (tests/zoo, a minute).
 
---check examines nothing, and fails if the page is not as it would be written from models.json. Whether that is true is tests/test_zoo.py's business.
+--check fails if the page is not as it would be written. Whether models.json is true is tests/test_zoo.py's business.
 """
 
 from __future__ import annotations
@@ -65,18 +65,25 @@ def main() -> None:
     """Examine and write, or compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    if parser.parse_args().check:
-        if PAGE.read_text() != page():
-            sys.exit(f"{PAGE} is out of date: run python tools/models_page.py")
-        return
+    parser.add_argument("--examine", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.examine:
+        examine_all()
+    if not arguments.check:
+        PAGE.write_text(page())
+    elif PAGE.read_text() != page():
+        sys.exit(f"{PAGE} is out of date: run python tools/models_page.py")
+
+
+def examine_all() -> None:
+    """Write the table, into the sources and into the package that is installed, which the page is written from."""
     sys.path.insert(0, str(ROOT / "tests"))
     from zoo import CONFIGS
     from zoo.verdict import examine
 
     table = json.dumps({"mlx_lm": installed(), "models": {label: examine(label).as_dict() for label in sorted(CONFIGS)}}, indent=1) + "\n"
-    (ROOT / "python" / "metalens" / "assets" / "models.json").write_text(table)
-    TABLE.write_text(table)  # of the package that is installed, which the page is written from
-    PAGE.write_text(page())
+    for file in (ROOT / "python" / "metalens" / "assets" / "models.json", TABLE):
+        file.write_text(table)
 
 
 if __name__ == "__main__":
