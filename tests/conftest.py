@@ -97,8 +97,10 @@ def quantised_model(request, make_llama):
 
 @pytest.fixture
 def tiny(make_llama):
-    """An untied 4-bit Llama of 3 layers, width 64 and 131 tokens."""
-    return InterpretableModel(make_llama())
+    """An untied 4-bit Llama of 3 layers, width 64 and 131 tokens; its norm and head are found already, and the passes for that over."""
+    model = InterpretableModel(make_llama())
+    _ = model.unembed
+    return model
 
 
 @pytest.fixture

@@ -135,13 +135,13 @@ def test_a_norm_without_parameters_is_still_a_norm(model, norm):
     assert_close(model.logit_lens(TEXT, top_k=2, final_norm=norm), expected_predictions(expected, 2))
 
 
-def test_an_unusual_norm_can_be_skipped_without_the_check():
-    """skip_norm and final_norm are the way out for a model whose norm is not found."""
+def test_norms_in_place_of_a_models_own_do_not_spare_it_the_check():
+    """The head is checked with the model's own norm; `norm` is the way out where that is not found."""
     model = InterpretableModel(tiny_llama(), norm_path="model.layers.0.input_layernorm")
-    assert list(model.logit_lens(IDS, final_norm=model.model.model.norm)) == [0, 1]
-    assert list(model.logit_lens(IDS, skip_norm=True)) == [0, 1]
-    with pytest.raises(ValueError, match="norm_path"):
-        model.logit_lens(IDS)
+    for options in ({}, {"skip_norm": True}, {"final_norm": model.model.model.norm}):
+        with pytest.raises(ValueError, match="Say what the model does with norm"):
+            model.logit_lens(IDS, **options)
+    assert list(InterpretableModel(model.model, norm=model.model.model.norm).logit_lens(IDS, skip_norm=True)) == [0, 1]
 
 
 # ---------------------------------------------------------------- logit_lens and tuned_lens: errors

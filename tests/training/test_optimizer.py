@@ -196,7 +196,7 @@ def test_the_clip():
 # Muon
 
 
-def both_muons(shape, rng, steps=3, momentum=0.9):
+def both_muons(shape, rng, precision="float32", steps=3, momentum=0.9):
     """MLX's Muon and ours, on the same gradients from zero; the parameter after every step."""
     gradients = [oracle.random_array(rng, *shape) for _ in range(steps)]
     results = []
@@ -206,6 +206,7 @@ def both_muons(shape, rng, steps=3, momentum=0.9):
     ):
         parameter, after = {"weight": mx.zeros(shape)}, []
         made.init(parameter)
+        made.precision = precision
         for gradient in gradients:
             parameter = made.apply_gradients({"weight": gradient}, parameter)
             after.append(oracle.wide(parameter["weight"]))
@@ -219,6 +220,15 @@ def test_muon_is_mlx_s_for_matrices(rng, shape):
     theirs, ours = both_muons(shape, rng)
     for a, b in zip(theirs, ours, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (7, 64), (64, 7)], ids=str)
+@pytest.mark.usefixtures("cpu_backend")
+def test_muon_s_rounded_operands_change_its_steps_little(rng, shape):
+    """Against singular values that are only brought to within a third of 1."""
+    exact, rounded = both_muons(shape, rng, "bf16")
+    for a, b in zip(exact, rounded, strict=True):
+        assert np.linalg.norm(a - b, 2) < 0.1 * np.linalg.norm(a, 2)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (5, 40), (40, 5)], ids=str)
