@@ -37,12 +37,16 @@ $(VENV)/.peers: pyproject.toml | $(VENV)/.requirements
 	$(BIN)/python tools/requirements.py bench > $(VENV)/peers.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/peers.txt && touch $@ || echo "PyTorch can't be installed here."
 
-# `make bench` renews benchmarks/results/latest.json and docs/benchmarks.*; `make bench QUICK=1` runs the small shapes only and writes into build/quick.
+# `make bench` renews benchmarks/results/*.json and docs/benchmarks*; `make bench QUICK=1` runs the small shapes only and writes into build/quick.
 BENCH_OUT := $(if $(QUICK),build/quick,.)
-bench: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
+TRAINING_SUITE := benchmarks/test_training.py benchmarks/test_profile.py
+bench: bench-operations bench-training
+bench-operations: SUITE := $(filter-out $(TRAINING_SUITE),$(wildcard benchmarks/test_*.py))
+bench-training: SUITE := $(TRAINING_SUITE)
+bench-%: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
 	mkdir -p build
-	METALENS_BENCH_QUICK=$(QUICK) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=build/benchmarks.json
-	$(BIN)/python -m benchmarks.report build/benchmarks.json --out $(BENCH_OUT)
+	METALENS_BENCH_QUICK=$(QUICK) $(BIN)/python -m pytest $(SUITE) --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=build/bench-$*.json
+	$(BIN)/python -m benchmarks.report $* build/bench-$*.json --out $(BENCH_OUT)
 
 # The shim of tests/mslcpu/include is a language of its own.
 CXX_FILES := $(shell find csrc metal tests tools \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) ! -path '*/mslcpu/include/*')

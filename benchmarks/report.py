@@ -1,6 +1,6 @@
-"""From pytest-benchmark's JSON to what is committed: benchmarks/results/latest.json, docs/benchmarks.md and docs/benchmarks.png.
+"""From pytest-benchmark's JSON to what is committed: benchmarks/results/SUITE.json and its page and picture in docs.
 
-python -m benchmarks.report build/benchmarks.json [--out DIR]
+python -m benchmarks.report operations|training build/benchmarks.json [--out DIR]
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 from benchmarks.report_plot import draw
 
-COMMAND = "make bench"
+COMMAND = "make bench-{suite}"
+# {suite: its page and picture, without their endings}
+PAGES = {"operations": "benchmarks", "training": "benchmarks-training"}
 HEADER = "| case | implementation | time, ms | speed | of the peak | extra memory, MB | slower than metalens |"
 INTRODUCTION = """\
-Written by `{command}`; the numbers behind the tables are in `benchmarks/results/latest.json`.
+Written by `{command}`; the numbers behind the tables are in `benchmarks/results/{suite}.json`.
 
 - Time: median of the rounds, and in brackets the 20th and 80th percentile. "Slower than metalens": how many times as long the implementation took as
   metalens's did in the same round, likewise; below 1 it was faster. Competitors run in turn, A B C A B C ..., because machines drift: compare ratios,
@@ -31,7 +33,7 @@ Written by `{command}`; the numbers behind the tables are in `benchmarks/results
 """
 
 
-def trimmed(raw: dict[str, Any]) -> dict[str, Any]:
+def trimmed(raw: dict[str, Any], suite: str) -> dict[str, Any]:
     """What matters of pytest-benchmark's file: hardware, versions, percentiles; no samples."""
     infos = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
     machine = raw["machine_info"]
@@ -39,7 +41,8 @@ def trimmed(raw: dict[str, Any]) -> dict[str, Any]:
     profiles = [info["profile"] for info in infos if "profile" in info]
     result = {
         "date": raw["datetime"][:10],
-        "command": COMMAND + (" QUICK=1" if machine["metalens"]["quick"] else ""),
+        "suite": suite,
+        "command": COMMAND.format(suite=suite) + (" QUICK=1" if machine["metalens"]["quick"] else ""),
         "machine": {"cpu": cpu.get("brand_raw", machine.get("processor")), "system": f"{machine['system']} {machine['machine']}"}
         | machine["metalens"],
         "profile": profiles[0] if profiles else None,
@@ -127,9 +130,15 @@ def profile_section(profile: dict[str, Any]) -> Iterator[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
+    suite = results["suite"]
     peaks = ", ".join(dict.fromkeys(case["peak"] for case in results["cases"] if "peak" in case))
-    parts = ["# Benchmarks\n", INTRODUCTION.format(command=COMMAND, peaks=peaks), *machine_lines(results), ""]
-    parts.append("![How many times as long the other implementations take](benchmarks.png)\n")
+    parts = [
+        "# Benchmarks\n",
+        INTRODUCTION.format(command=COMMAND.format(suite=suite), suite=suite, peaks=peaks or "none here"),
+        *machine_lines(results),
+        "",
+    ]
+    parts.append(f"![How many times as long the other implementations take]({PAGES[suite]}.png)\n")
     for title in dict.fromkeys(case["title"] for case in results["cases"]):
         cases = [case for case in results["cases"] if case["title"] == title]
         parts += [f"## {title}\n", HEADER, "|---" * 7 + "|", *(row for case in cases for row in rows(case)), "", *footnotes(cases), ""]
@@ -140,11 +149,13 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=list(PAGES))
     parser.add_argument("json", type=Path, help="as `pytest --benchmark-json` wrote it")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder that holds benchmarks/ and docs/")
     arguments = parser.parse_args()
-    results = trimmed(json.loads(arguments.json.read_text(encoding="utf-8")))
-    files = [arguments.out / name for name in ("benchmarks/results/latest.json", "docs/benchmarks.md", "docs/benchmarks.png")]
+    results = trimmed(json.loads(arguments.json.read_text(encoding="utf-8")), arguments.suite)
+    page = PAGES[arguments.suite]
+    files = [arguments.out / name for name in (f"benchmarks/results/{arguments.suite}.json", f"docs/{page}.md", f"docs/{page}.png")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

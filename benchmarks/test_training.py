@@ -39,12 +39,22 @@ def test_training(suite, same_model, ours):
         suite.benchmark.extra_info["note"] = f"PyTorch's logits of the demo model differ from MLX's by at most {same_model:.1e}."
 
 
-def test_training_beside_plain_mlx(suite):
-    """One sequence, because MLX's matrix products are slow on Linux CPUs. The same restructured loop in both."""
-    arguments = {"operation": "train", "steps": 1, "sequences": 1}
-    suite.measure(
-        training, arguments, [OURS, PLAIN], f"training, one step of {CONFIG.max_seq_len} tokens", tokens_per_second(CONFIG.max_seq_len), title=TITLE
-    )
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_training_beside_plain_mlx(suite, sequences):
+    """Few sequences, because MLX's matrix products are slow on Linux CPUs. The same restructured loop in both; memory must not grow with the step."""
+    tokens = sequences * CONFIG.max_seq_len
+    arguments = {"operation": "train", "steps": 1, "sequences": sequences}
+    label = f"training, one step of {tokens} tokens"
+    suite.measure(training, arguments, [OURS, PLAIN], label, tokens_per_second(tokens), title=TITLE, memory_of=[OURS, PLAIN], limit=30, budget=60)
+
+
+@pytest.mark.parametrize("sequences", [16, 64])
+def test_memory_of_a_longer_step(suite, full_only, sequences):
+    """Accumulated over passes of 512 tokens: as much memory as one of them."""
+    tokens = sequences * CONFIG.max_seq_len
+    arguments = {"operation": "train", "steps": 1, "sequences": sequences}
+    label = f"training, one step of {tokens} tokens"
+    suite.measure(training, arguments, [OURS], label, tokens_per_second(tokens), title=TITLE, memory_of=[OURS], limit=30, budget=30)
 
 
 def test_capture(suite, same_model):

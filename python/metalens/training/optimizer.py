@@ -22,8 +22,8 @@ Parameters = dict[str, mx.array]
 class LensMuon(optim.Muon):
     """MLX's Muon with products that are fast on Linux too, and vectors scaled to unit length, as matrices are to unit spectral norm.
 
-    Newton-Schulz runs with operands of 16 bits where the CPU multiplies those faster, as Muon's author runs it: four or five iterations bring singular
-    values only to within a third of 1, which rounding by 2^-9 does not change.
+    Newton-Schulz runs with operands of 16 bits where the CPU multiplies those faster, as Muon's author runs it: four or five iterations bring
+    singular values only to within a third of 1, which rounding by 2^-9 does not change.
 
     Attributes:
         precision: of Newton-Schulz's operands.
