@@ -20,10 +20,9 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-from benchmarks.operations.training import demo_model, training_ids
+from benchmarks.operations.training import CONFIG, demo_model, training_ids
 
 from metalens import TunedLens, _extension, use_backend
-from metalens.demo import CONFIG
 from metalens.ops import lens_kl, lens_target, translate_norm
 from metalens.readout import lens_rows
 from metalens.training import loss_and_gradient

@@ -3,9 +3,8 @@
 import pytest
 from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16, LeftOutError
 from benchmarks.operations import training
+from benchmarks.operations.training import CONFIG
 from benchmarks.suite import Work
-
-from metalens.demo import CONFIG
 
 TITLE = "Demo model: whole loops"
 LOGIT_TOLERANCE = 1e-3

@@ -54,7 +54,7 @@ def test_a_short_demo_trains_evaluates_and_reads(model, monkeypatch):
 
     from metalens import demo
 
-    monkeypatch.setattr(demo, "CONFIG", replace(CONFIG, num_steps=4, max_seq_len=32, tokens_per_step=64))
+    monkeypatch.setattr(demo, "CONFIG", replace(CONFIG, num_steps=4, max_seq_len=32, tokens_per_step=64, warm_start_tokens=1024))
     monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 96)
     result = run(model)
     assert result.evaluation.tokens == 96

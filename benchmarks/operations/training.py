@@ -14,8 +14,11 @@ from benchmarks.torch_lens import train as torch_train
 
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
 from metalens.arrays import number
-from metalens.demo import CONFIG, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+from metalens.demo import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 from metalens.training import Corpus, Sampler, TrainingConfig, train
+
+# SGD on whole sequences, which PyTorch's side does too.
+CONFIG = TrainingConfig(num_steps=1, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
 
 
 @cache
@@ -32,7 +35,7 @@ def training_ids() -> mx.array:
 
 
 def config(steps: int, sequences: int) -> TrainingConfig:
-    """The demo's, shortened: `steps` steps of `sequences` sequences."""
+    """`steps` steps of `sequences` sequences."""
     return replace(CONFIG, num_steps=steps, tokens_per_step=sequences * CONFIG.max_seq_len)
 
 

@@ -200,3 +200,10 @@ def test_the_progress_bar_goes_to_stderr(tiny, ids, capfd):
 def test_the_norm_is_over_all_layers_together():
     gradients = [{"weight": mx.array([[3.0, 0.0]]), "bias": mx.array([4.0])}, {"weight": mx.array([[12.0]]), "bias": mx.array([0.0])}]
     assert gradient_norm(gradients) == pytest.approx(13.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"warm_start_tokens": 32}], ids=["step", "warm start"])
+def test_ids_that_the_model_does_not_know_are_an_error(tiny, settings):
+    ids = mx.array([1] * 20 + [131] + [1] * 43)
+    with pytest.raises(ValueError, match=r"token ids from 1 to 131; the model knows 0 to 130"):
+        train(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=4, max_seq_len=16, tokens_per_step=64, **settings))

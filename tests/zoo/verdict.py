@@ -94,6 +94,7 @@ def _examined(label: str, model: nn.Module, plain: mx.array, exact: bool) -> str
     lens_model = InterpretableModel(model)
     classes = [type(module) for _, module in model.named_modules()]
     unembed = lens_model.unembed
+    assert unembed.embedding_rows == unembed.head.tokens == plain.shape[-1]
 
     # Captured in one pass, without changing the result by a bit, and the model is as it was.
     stream = lens_model.source.capture(IDS)

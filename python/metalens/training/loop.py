@@ -81,8 +81,9 @@ def train(
 
     Raises:
         NotEnoughData: if the text is shorter than one sequence, or than the run and must not repeat.
-        ValueError: if the checkpoint is of another run (says what differs), if there are checkpoints and no resume, if the settings do not fit
-            the model, or if the processes of a group differ in settings, model, text or versions.
+        ValueError: if the text has ids that the model does not know, if the checkpoint is of another run (says what differs), if there are
+            checkpoints and no resume, if the settings do not fit the model, or if the processes of a group differ in settings, model, text or
+            versions.
         GroupLost: if another process of the group has ended.
         TrainingInterrupted: when `stop` said so.
     """
@@ -200,6 +201,11 @@ class _Run:
 
     def _captured(self, sequences: list[np.ndarray]) -> Iterator[Any]:
         for batch in batches(sequences, PASS_TOKENS):
+            if batch.size and not 0 <= batch.min() <= batch.max() < self.unembed.embedding_rows:  # MLX would read other memory
+                raise ValueError(
+                    f"The text has token ids from {batch.min()} to {batch.max()}; the model knows 0 to {self.unembed.embedding_rows - 1}. "
+                    "Tokenise it with the model's own tokenizer."
+                )
             yield self.source.capture(mx.array(batch))
 
     def _warm_start(self, sampler: Sampler, layers: list[int]) -> None:
