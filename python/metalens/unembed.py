@@ -36,7 +36,7 @@ class LogitTransform:
     """What a model does to its logits after the head, softcap(scale * z), and to the head's input.
 
     Attributes:
-        scale: a factor of the head's input or of the logits. With a bias in the head the two differ: then it is that of the logits.
+        scale: a factor of the head's input, of its output, or of both. With a bias in the head only the output's can be had.
         softcap: c of c * tanh(z / c), or None.
     """
 
@@ -159,7 +159,8 @@ class _Search:
         matrix = merged(head.module)
         weight, vocabulary = weight_of(matrix), self.logits.shape[-1]
         rows = weight_of(merged(embedding.module)).shape[0] if embedding and is_matrix(embedding.module) else weight.shape[0]
-        self.transform = _Transform(1.0, transform.scale, transform.softcap) if transform else self._transform(scale)
+        self.told = transform is not None  # then only the logits say whether it is right, not where the factor stands
+        self.transform = self._transform(scale) if transform is None else _Transform(1.0, transform.scale, transform.softcap)
         used = vocabulary if vocabulary < weight.shape[0] and self.head_call is not None else None
         self.unembed = Unembed(
             self.norm, Head(weight, matrix.get("bias"), self.transform.before * self.transform.after, self.transform.softcap, used), paths, tied, rows
@@ -240,9 +241,9 @@ class _Search:
         stages: list[tuple[mx.array, float, float | None, mx.array, str]] = []
         if norm is not None and self.parts.norm is not None and self.parts.norm.module is norm.module:
             stages.append((self.last, 1.0, None, norm.given, f"the input of {norm.path!r} is not the last block's output"))
-            if head is not None:
+            if head is not None and not self.told:
                 stages.append((norm.result, transform.before, None, head.given, f"the input of {head.path!r} is not the output of {norm.path!r}"))
-        if head is not None:
+        if head is not None and not self.told:
             result = head.result[..., : self.logits.shape[-1]]
             stages.append((result, transform.after, transform.softcap, self.logits, f"the logits are not the output of {head.path!r}"))
         for before, scale, softcap, after, what in stages:
