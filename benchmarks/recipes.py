@@ -57,7 +57,7 @@ def runs(tokens: int) -> list[Run]:
 
     return [
         made("paper", "paper", 2048, tokens),
-        made("fast", "fast, an eighth", 128, tokens * 49 // 400, warm_start_tokens=12288),
+        made("fast", "fast, an eighth", 128, tokens * 12 // 100, warm_start_tokens=12288),
         made("fast", "fast", 1024, tokens, warm_start_tokens=12288),
         made("muon", "muon", 1024, tokens),
         made("adam", "adam", 1024, tokens),

@@ -135,7 +135,9 @@ class LensOptimizer:
 
 def gradient_norm(gradients: Sequence[Parameters]) -> float:
     """The Euclidean norm over all layers together."""
-    return math.sqrt(math.fsum(number(mx.sum(mx.square(g))) for gradient in gradients for g in gradient.values()))
+    squares = [mx.sum(mx.square(g)) for gradient in gradients for g in gradient.values()]
+    mx.eval(squares)
+    return math.sqrt(math.fsum(map(number, squares)))
 
 
 def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
