@@ -96,7 +96,7 @@ class Suite:
                 left_out[name] = str(reason)
                 continue
             expected = arrays if expected is None else expected
-            differences[name] = agreement(arrays, expected, name)
+            differences[name] = agreement(arrays, expected, name, names[0])
             sides.append(side)
         with ExitStack() as workers:
             for isa in isas:
@@ -131,9 +131,9 @@ def _first_call(name: str, competitor: Competitor) -> tuple[Side, list[np.ndarra
     return Side(name, partial(competitor.run, None), seconds), arrays
 
 
-def agreement(arrays: list[np.ndarray], expected: list[np.ndarray], name: str) -> float:
-    """The largest difference of an array from the one expected, relative to its norm; asserted to be small."""
+def agreement(arrays: list[np.ndarray], expected: list[np.ndarray], name: str, first: str) -> float:
+    """The largest difference of an array from the `first` competitor's, relative to its norm; asserted to be small."""
     difference = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(arrays, expected, strict=True))
-    tolerance = TOLERANCE_BF16 if "bf16" in name else TOLERANCE
+    tolerance = TOLERANCE_BF16 if "bf16" in name + first else TOLERANCE
     assert difference < tolerance, f"{name} is off by {difference:.2g} of the norm."
     return difference
