@@ -221,14 +221,14 @@ def test_no_rows(rng, each_backend):
 
 
 class Scaled(nn.RMSNorm):
-    """As Gemma's norm is: of a known family, with a call of its own."""
+    """Of a known family, with a call of its own that no weight makes up for."""
 
     def __call__(self, h):
-        return super().__call__(h) * 2
+        return super().__call__(h) * 2 + 1
 
 
 class Named(nn.LayerNorm):
-    pass
+    """Recognised by what it does."""
 
 
 def test_norm_of_recognises_mlx_s_own_norms_exactly(rng):
@@ -243,7 +243,11 @@ def test_norm_of_recognises_mlx_s_own_norms_exactly(rng):
         assert mx.array_equal(norm_of(module)(h), module(h))
 
 
-@pytest.mark.parametrize("module", [Scaled(8), Named(8), nn.GroupNorm(2, 8), nn.Identity()], ids=lambda m: type(m).__name__)
+def test_norm_of_recognises_a_norm_under_another_name():
+    assert (norm_of(Named(8, 1e-4)).kind, norm_of(Named(8, 1e-4)).eps) == ("layer", 1e-4)
+
+
+@pytest.mark.parametrize("module", [Scaled(8), nn.GroupNorm(2, 8), nn.Identity()], ids=lambda m: type(m).__name__)
 def test_norm_of_leaves_other_norms_to_themselves(rng, each_backend, module):
     norm = norm_of(module)
     assert (norm.kind, norm.weight, norm.bias) == (None, None, None)

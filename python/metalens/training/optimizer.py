@@ -135,9 +135,8 @@ class LensOptimizer:
 
 def gradient_norm(gradients: Sequence[Parameters]) -> float:
     """The Euclidean norm over all layers together."""
-    squares = [mx.sum(mx.square(g)) for gradient in gradients for g in gradient.values()]
-    mx.eval(squares)
-    return math.sqrt(math.fsum(map(number, squares)))
+    # One after another: MLX on a CPU reserves memory for all squares that are computed together.
+    return math.sqrt(math.fsum(number(mx.sum(mx.square(g))) for gradient in gradients for g in gradient.values()))
 
 
 def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
