@@ -17,13 +17,11 @@ FACTORS: dict[str, Callable[[Settings], float]] = {
     "1 / logits_scaling": lambda c: 1 / c["logits_scaling"],
     "dim_model_base / hidden_size": lambda c: c["dim_model_base"] / c["hidden_size"],
     "output_multiplier": lambda c: c["output_multiplier"],
-    "1 / mup_width_multiplier": lambda c: 1 / c["mup_width_multiplier"],
-    "lm_head_multiplier": lambda c: c["lm_head_multiplier"],
     "lm_head_multiplier / embedding_multiplier": lambda c: c["lm_head_multiplier"] / c["embedding_multiplier"],
 }
 
 # Names of the c in c * tanh(logits / c).
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_softcap", "final_logit_softcap")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 # Softcaps that are in a model's code and not in its configuration.
 SOFTCAPS_IN_CODE = {"nanochat": 15.0}
@@ -52,7 +50,7 @@ REASONS: dict[str, str] = {
 
 
 def settings(model: Any) -> Iterator[Settings]:
-    """The configurations of a model, the innermost last: its own, that of the language model in it, that of the text in either."""
+    """The configurations of a model: its own, that of the language model in it, that of the text in either."""
     for holder in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
         for name in ("args", "config"):
             found = getattr(holder, name, None)

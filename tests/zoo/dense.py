@@ -2,18 +2,11 @@
 
 from typing import Any
 
-_EPS = 1e-3
+from zoo.sizes import EPS, HEADS, SIZES
+
 _SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": _EPS,
-    "vocab_size": 131,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
+    **SIZES,
+    **HEADS,
 }
 _GEMMA: dict[str, Any] = {**_SMALL, "hidden_size": 96}
 _GPT: dict[str, Any] = {
@@ -23,7 +16,7 @@ _GPT: dict[str, Any] = {
     "n_inner": 96,
     "n_ctx": 128,
     "n_positions": 128,
-    "layer_norm_epsilon": _EPS,
+    "layer_norm_epsilon": EPS,
     "vocab_size": 131,
 }
 _MLA: dict[str, Any] = {**_SMALL, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
@@ -38,12 +31,12 @@ def _both(name: str, tie: str = "tie_word_embeddings", base: dict[str, Any] = _S
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **_both("apertus", attention_bias=False, mlp_bias=False, post_norm=False, qk_norm=True),
-    "cohere": {"model_type": "cohere", **_SMALL, "layer_norm_eps": _EPS, "logit_scale": 0.25, "use_qk_norm": True},
-    "cohere-norm-bias": {"model_type": "cohere", **_SMALL, "layer_norm_eps": _EPS, "logit_scale": 0.25, "layer_norm_bias": True},
+    "cohere": {"model_type": "cohere", **_SMALL, "layer_norm_eps": EPS, "logit_scale": 0.25, "use_qk_norm": True},
+    "cohere-norm-bias": {"model_type": "cohere", **_SMALL, "layer_norm_eps": EPS, "logit_scale": 0.25, "layer_norm_bias": True},
     "cohere2": {
         "model_type": "cohere2",
         **_SMALL,
-        "layer_norm_eps": _EPS,
+        "layer_norm_eps": EPS,
         "logit_scale": 0.25,
         "sliding_window": 4,
         "sliding_window_pattern": 2,
@@ -51,14 +44,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere2-norm-bias": {
         "model_type": "cohere2",
         **_SMALL,
-        "layer_norm_eps": _EPS,
+        "layer_norm_eps": EPS,
         "layer_norm_bias": True,
         "logit_scale": 0.25,
         "sliding_window": 4,
         "sliding_window_pattern": 2,
     },
     **_both("ernie4_5", use_bias=True),
-    **_both("exaone", num_layers=3, layer_norm_epsilon=_EPS, attention_bias=True, mlp_bias=True),
+    **_both("exaone", num_layers=3, layer_norm_epsilon=EPS, attention_bias=True, mlp_bias=True),
     **_both("exaone4", rope_scaling=None, sliding_window=4, sliding_window_pattern="LG"),
     "gemma": {"model_type": "gemma", **_GEMMA},
     "gemma2": {
@@ -81,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": {"model_type": "glm4", **_SMALL, "attention_bias": True, "partial_rotary_factor": 0.5},
     "gpt2": {"model_type": "gpt2", **_GPT},
     **_both("gpt_bigcode", base=_GPT),
-    "gpt_neox": {"model_type": "gpt_neox", **_SMALL, "num_key_value_heads": 4, "layer_norm_eps": _EPS, "rotary_emb_base": 10000, "rotary_pct": 0.5},
+    "gpt_neox": {"model_type": "gpt_neox", **_SMALL, "num_key_value_heads": 4, "layer_norm_eps": EPS, "rotary_emb_base": 10000, "rotary_pct": 0.5},
     "gptj": {"model_type": "gptj", **_GPT, "rotary_dim": 8},
     **_both(
         "granite",
@@ -102,7 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lille-130m": {
         "model_type": "lille-130m",
         "block_size": 128,
-        "layer_norm_eps": _EPS,
+        "layer_norm_eps": EPS,
         "n_embd": 64,
         "n_head": 4,
         "n_kv_heads": 2,
@@ -132,19 +125,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nanbeige-loops": {"model_type": "nanbeige", **_SMALL, "tie_word_embeddings": False, "num_loops": 2},
     "nanbeige-loops-skip-norm": {"model_type": "nanbeige", **_SMALL, "tie_word_embeddings": False, "num_loops": 2, "skip_loop_final_norm": True},
     "nanochat": {"model_type": "nanochat", **_SMALL},
-    **_both("nemotron", hidden_act="relu2", norm_eps=_EPS, attention_bias=True, mlp_bias=True),
+    **_both("nemotron", hidden_act="relu2", norm_eps=EPS, attention_bias=True, mlp_bias=True),
     **_both("olmo2", attention_bias=True, mlp_bias=True),
     **_both("olmo3", attention_bias=True, **_SLIDING),
     **_both(
         "openelm",
         tie="share_input_output_layers",
-        base={"model_dim": 64, "num_transformer_layers": 3, "head_dim": 16, "vocab_size": 131, "rms_norm_eps": _EPS},
+        base={"model_dim": 64, "num_transformer_layers": 3, "head_dim": 16, "vocab_size": 131, "rms_norm_eps": EPS},
         ffn_dim_divisor=32,
         num_query_heads=[4, 4, 2],
         num_kv_heads=[2, 2, 1],
         ffn_multipliers=[0.5, 1.0, 1.5],
     ),
-    "phi": {"model_type": "phi", **_SMALL, "layer_norm_eps": _EPS, "partial_rotary_factor": 0.5},
+    "phi": {"model_type": "phi", **_SMALL, "layer_norm_eps": EPS, "partial_rotary_factor": 0.5},
     **_both("phi3", partial_rotary_factor=0.5),
     # The module sets 91 fixed token ids up to 100351 to -inf, whatever the size of the vocabulary.
     "phi3small": {
@@ -154,15 +147,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "ff_intermediate_size": 96,
         "dense_attention_every_n_layers": 2,
         "gegelu_limit": 2.0,
-        "layer_norm_epsilon": _EPS,
+        "layer_norm_epsilon": EPS,
         "mup_attn_multiplier": 2.0,
         "mup_embedding_multiplier": 6.0,
         "mup_width_multiplier": 3.0,
     },
     "plamo": {"model_type": "plamo", **_SMALL, "n_shared_head": 2},
     **_both("plamo3", sliding_window=4, sliding_window_pattern=2, rope_local_theta=1000.0),
-    "qwen": {"model_type": "qwen", **_SMALL, "kv_channels": 16, "layer_norm_epsilon": _EPS, "intermediate_size": 192},
-    "qwen-bias": {"model_type": "qwen", **_SMALL, "kv_channels": 16, "layer_norm_epsilon": _EPS, "intermediate_size": 192, "no_bias": False},
+    "qwen": {"model_type": "qwen", **_SMALL, "kv_channels": 16, "layer_norm_epsilon": EPS, "intermediate_size": 192},
+    "qwen-bias": {"model_type": "qwen", **_SMALL, "kv_channels": 16, "layer_norm_epsilon": EPS, "intermediate_size": 192, "no_bias": False},
     **_both("qwen2"),
     **_both("qwen3"),
     **_both("seed_oss", attention_bias=True, attention_out_bias=True, mlp_bias=True),
@@ -178,12 +171,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": {
         "model_type": "stablelm",
         **_SMALL,
-        "layer_norm_eps": _EPS,
+        "layer_norm_eps": EPS,
         "partial_rotary_factor": 0.5,
         "use_qkv_bias": True,
         "qk_layernorm": True,
     },
-    **_both("starcoder2", norm_epsilon=_EPS),
+    **_both("starcoder2", norm_epsilon=EPS),
     "talkie": {"model_type": "talkie", **_SMALL},
     **_both("telechat3", attention_bias=True, mlp_bias=True),
     **_both("youtu_llm", base=_MLA, v_head_dim=16, attention_bias=True, mlp_bias=True),

@@ -2,19 +2,12 @@
 
 from typing import Any
 
-_EPS = 1e-3
+from zoo.sizes import EPS, HEADS, SIZES
+
 _SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
+    **SIZES,
+    **HEADS,
     "moe_intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": _EPS,
-    "vocab_size": 131,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
@@ -132,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False,
         "sliding_window_size": 4,
-        "layernorm_epsilon": _EPS,
+        "layernorm_epsilon": EPS,
         "swa_rope_theta": 1000.0,
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2,

@@ -2,17 +2,12 @@
 
 from typing import Any
 
-_EPS = 1e-3
+from zoo.sizes import EPS, SIZES
+
 _SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
+    **SIZES,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "rms_norm_eps": _EPS,
-    "vocab_size": 131,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
 }
 _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 _MLA: dict[str, Any] = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
@@ -47,12 +42,12 @@ _LONGCAT: dict[str, Any] = {
     "router_bias": True,
     "mla_scale_q_lora": True,
     "mla_scale_kv_lora": True,
-    "rms_norm_eps": _EPS,
+    "rms_norm_eps": EPS,
     "rope_theta": 10000.0,
     "vocab_size": 131,
     "max_position_embeddings": 128,
 }
-_SSM2: dict[str, Any] = {"ssm_state_size": 16, "conv_kernel": 4, "n_groups": 1, "layer_norm_epsilon": _EPS, "use_conv_bias": True}
+_SSM2: dict[str, Any] = {"ssm_state_size": 16, "conv_kernel": 4, "n_groups": 1, "layer_norm_epsilon": EPS, "use_conv_bias": True}
 _DELTA: dict[str, Any] = {
     "linear_num_key_heads": 1,
     "linear_num_value_heads": 2,
@@ -60,7 +55,7 @@ _DELTA: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }
-_LFM: dict[str, Any] = {**_SMALL, "norm_eps": _EPS, "conv_bias": True, "conv_L_cache": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_LFM: dict[str, Any] = {**_SMALL, "norm_eps": EPS, "conv_bias": True, "conv_L_cache": 3, "layer_types": ["conv", "full_attention", "conv"]}
 _NAS_ATTENTION: dict[str, Any] = {"n_heads_in_group": 2}
 _NAS_LINEAR: dict[str, Any] = {"replace_with_linear": True}
 _NAS_NOTHING: dict[str, Any] = {"no_op": True}
@@ -82,7 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "num_kv_heads": 1,
         "hidden_dim_scale_factor": 1.5,
-        "rms_norm_eps": _EPS,
+        "rms_norm_eps": EPS,
     },
     "baichuan_m1": {
         "model_type": "baichuan_m1",
@@ -120,7 +115,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
-        "rms_norm_eps": _EPS,
+        "rms_norm_eps": EPS,
         "sliding_window": 4,
         "compress_ratios": [0, 2, 2, 2],
         "kv_source_layer_ids": [1],
@@ -256,7 +251,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_DELTA,
         linear_allow_neg_eigval=True,
         attention_bias=False,
-        layer_norm_epsilon=_EPS,
+        layer_norm_epsilon=EPS,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
     "phixtral": {
@@ -293,7 +288,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "block_types": ["recurrent", "recurrent", "attention"],
     },
     # Its own quantisation has groups of 64 in the low ranks.
-    **_both("rwkv7", norm_eps=_EPS, head_dim=32, a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64),
+    **_both("rwkv7", norm_eps=EPS, head_dim=32, a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64),
     "step3p5": {
         "model_type": "step3p5",
         **_SMALL,

@@ -2,17 +2,11 @@
 
 from typing import Any
 
+from zoo.sizes import HEADS, SIZES
+
 _SMALL: dict[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-3,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
+    **SIZES,
+    **HEADS,
     "tie_word_embeddings": False,
 }
 
