@@ -137,7 +137,7 @@ def test_work_by_hand():
     assert flops["head, for the model"] == 2 * 4 * 1000 * 100
     assert flops["head, for the lens"] == 3 * 4 * 1000 * 100
     assert flops["translators"] == 3 * 6 * 100**2
-    assert flops["optimiser"] == pytest.approx(3 * (30 * 100**3 + 6 * 10100) / 50)
+    assert flops["optimiser"] == pytest.approx(3 * (3 * 6 * 100**3 + 6 * 10100) / 50)
     assert plan(facts, config).flops == pytest.approx(500 * sum(flops.values()))
     warm = plan(facts, replace(config, warm_start_tokens=500)).flops_per_token["warm start"]
     assert warm == pytest.approx(2 * 2e6 + 3 * 2 * 101 * 201)

@@ -24,6 +24,7 @@ from metalens.roofline import Dimensions
 from metalens.training import TrainingConfig
 from metalens.training.data.readers import FileSource, Source, TextFile
 from metalens.training.loop import PASS_TOKENS
+from metalens.training.polar import quintics
 
 BYTES_PER_TOKEN = 4  # of English text
 PROGRAM = 300_000_000  # bytes: Python, MLX, the tokenizer
@@ -37,7 +38,6 @@ UPDATE = {
 }
 # Multiplications and additions of an update for each parameter, without Muon's iteration.
 UPDATE_FLOPS = {"sgd": 6, "adam": 12, "muon": 6}
-MUON_ITERATIONS = 5
 
 # Float32 [tokens, D] and [tokens, intermediate] that the model's forward pass holds at once beside its streams.
 FORWARD_WIDTHS, FORWARD_INTERMEDIATES = 12, 3
@@ -277,9 +277,9 @@ def _muon_flops(depth: int, config: TrainingConfig) -> int:
     """Of one layer's matrices: three products in each iteration."""
     if config.optimizer != "muon" or config.bias_only:
         return 0
-    if config.rank is None:
-        return MUON_ITERATIONS * 6 * depth**3
-    return 2 * MUON_ITERATIONS * (4 * config.rank**2 * depth + 2 * config.rank**3)
+    rows = depth if config.rank is None else config.rank
+    iterations = len(quintics(rows, config.ns_steps)[0])
+    return iterations * (1 if config.rank is None else 2) * (4 * rows**2 * depth + 2 * rows**3)
 
 
 # ------------------------------------------------------------------ what to change

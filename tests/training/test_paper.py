@@ -11,6 +11,7 @@ import oracle
 from metalens import InterpretableModel
 from metalens.training import TrainingConfig, loop, recipe, train
 from metalens.training.optimizer import LensMuon
+from metalens.training.polar import quintics
 
 LENGTH, WIDTH, LAYERS = 16, 64, 3
 
@@ -104,17 +105,18 @@ def adam(rate, beta_1, beta_2=0.999, eps=1e-8):
 
 
 def muon(rate, momentum):
-    """Keller Jordan's, with the momentum as a running mean; a vector is scaled to unit length."""
+    """Keller Jordan's, with the momentum as a running mean, and the polynomials of polar.py; a vector is scaled to unit length."""
 
     def update(g, state, step):
         state["v"] = momentum * state.get("v", 0) + (1 - momentum) * g
         x = (1 - momentum) * g + momentum * state["v"]
         size = np.linalg.norm(x)
-        x = x / size if size else x
-        for _ in range(5 if x.ndim > 1 else 0):
-            s = x @ x.T
-            x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-        return rate * x
+        if x.ndim == 1 or not size:
+            return rate * x / (size or 1)
+        u, s, v = np.linalg.svd(x / (1.01 * size))
+        for a, b, c in quintics(WIDTH)[0]:
+            s = a * s + b * s**3 + c * s**5
+        return rate * (u * s) @ v
 
     return update
 

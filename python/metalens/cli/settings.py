@@ -63,7 +63,7 @@ OPTIONS = (
     click.option("--layers-at-once", type=POSITIVE, help="So many layers per pass over the data, to save memory.  [default: all]"),
     click.option("--rank", type=POSITIVE, help="Translators h + B A h + b of this rank.  [default: full matrices]"),
     click.option("--bias-only", is_flag=True, default=None, help="Translators h + b."),
-    click.option("--ns-steps", type=POSITIVE, help="Muon's iterations of Newton-Schulz."),
+    click.option("--ns-steps", type=POSITIVE, help="Muon's iterations.  [default: by the size of the matrix]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of parameters and optimiser state."),
 )
 

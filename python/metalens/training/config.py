@@ -40,7 +40,7 @@ class TrainingConfig:
         rank: of W - I = B A; None = a full matrix.
         bias_only: translate by a vector alone.
         dtype: of parameters and optimiser state: 'float32', or 'bfloat16' with stochastic rounding.
-        ns_steps: Muon's iterations of Newton-Schulz.
+        ns_steps: Muon's iterations; None = as many as the matrix's size asks for (see polar.py).
     """
 
     num_steps: int = 250
@@ -63,7 +63,7 @@ class TrainingConfig:
     rank: int | None = None
     bias_only: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
-    ns_steps: int = 5
+    ns_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_seq_len < MIN_SEQUENCE:
@@ -178,7 +178,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 0.025,
         "momentum": 0.8,
         "weight_decay": 0.15,
-        "ns_steps": 4,
         "reduction": "sum",
         "num_steps": 400,
         "tokens_per_step": 2**14,
