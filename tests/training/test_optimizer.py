@@ -252,6 +252,40 @@ def test_no_gradient_is_no_step(optimizer):
         assert all(mx.array_equal(found[name], p) for name, p in parameters.items())
 
 
+# Rates of layers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_a_layer_that_the_warm_start_moved_further_learns_faster(rng, optimizer, dtype):
+    """By the square root of its distance: 4 is where all singular values of W - I are 4."""
+    gradient = {"weight": mx.ones((8, 8)), "bias": mx.ones((8,))}
+    rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    start = {0: 0.0, 1: 1.0, 2: 4.0}
+    parameters = {
+        layer: {"weight": mx.array(np.eye(8) + d * rotation).astype(getattr(mx, dtype)), "bias": mx.zeros((8,), getattr(mx, dtype))}
+        for layer, d in start.items()
+    }
+    steps = {}
+    for rates, tokens in (("distance", 64), ("distance", 0), ("equal", 64)):
+        config = TrainingConfig(optimizer=optimizer, learning_rate=0.1, layer_rates=rates, warm_start_tokens=tokens, dtype=dtype)
+        made = LensOptimizer(config, parameters)
+        found = {layer: made.update(layer, parameters[layer], gradient, 0, 1.0) for layer in parameters}
+        steps[rates, tokens] = [np.linalg.norm(as_numpy(found[layer]["bias"])) for layer in parameters]
+    expected = np.array(steps["equal", 64]) * [0, 1, 2]
+    np.testing.assert_allclose(steps["distance", 64], expected, rtol=0.02 if dtype == "bfloat16" else 1e-5)
+    assert steps["distance", 0] == steps["equal", 64]
+
+
+def test_rates_are_those_of_the_start_also_after_it_was_left(rng):
+    config = TrainingConfig(optimizer="muon", layer_rates="distance", warm_start_tokens=64)
+    start, later = ({0: {"weight": mx.array(rng.standard_normal((8, 8)).astype(np.float32))}} for _ in range(2))
+    made, other = LensOptimizer(config, start), LensOptimizer(config, later)
+    assert made.rates[0].item() != other.rates[0].item()
+    other.restore(made.state())
+    assert made.rates[0].item() == other.rates[0].item()
+
+
 # Its state
 
 

@@ -33,6 +33,7 @@ RUNS = {
     "some layers": TrainingConfig(**SETTINGS, layers=(2, 0)),
     "low rank": recipe("muon", **SETTINGS, rank=3, seed=5),
     "biases": recipe("adam", **SETTINGS, bias_only=True),
+    "rates by distance": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
     "bfloat16": TrainingConfig(**SETTINGS, dtype="bfloat16", learning_rate=0.3, weight_decay=1e-2),
     "bfloat16, adam, low rank": recipe("adam", **SETTINGS, dtype="bfloat16", rank=2, seed=4),
     "bfloat16, muon, warm": recipe("muon", **SETTINGS, dtype="bfloat16", warm_start_tokens=40, layers_at_once=2),

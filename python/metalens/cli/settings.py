@@ -54,6 +54,7 @@ OPTIONS = (
     click.option("--optimizer", type=click.Choice(["sgd", "adam", "muon"])),
     click.option("--reduction", type=click.Choice(["mean", "sum"]), help="Of the loss over layers."),
     click.option("--schedule", type=click.Choice(["linear", "constant"]), help="Of the learning rate."),
+    click.option("--layer-rates", type=click.Choice(["equal", "distance"]), help="Of the learning rate: by how far the warm start moved each layer."),
     click.option("--warmup-steps", type=COUNT, help="The learning rate rises over so many steps."),
     click.option("--warm-start-tokens", type=COUNT, help="Begin with the closed-form solution on so many tokens; 0 = with the identity."),
     click.option("--ridge", type=float, help="Of the closed form."),

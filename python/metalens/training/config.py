@@ -39,6 +39,8 @@ class TrainingConfig:
         layers_at_once: train so many layers per pass over the data, one group after another, where not all fit; None = all.
         rank: of W - I = B A; None = a full matrix.
         bias_only: translate by a vector alone.
+        layer_rates: 'equal', or after a warm start 'distance': the learning rate of a layer times the square root of how far the warm start has moved
+            it, the root mean square of the singular values of W - I. Early layers, which are far from what the model will say, so learn faster.
         dtype: of parameters and optimiser state: 'float32', or 'bfloat16' with stochastic rounding.
         ns_steps: Muon's iterations; None = as many as the matrix's size asks for (see polar.py).
     """
@@ -62,6 +64,7 @@ class TrainingConfig:
     layers_at_once: int | None = None
     rank: int | None = None
     bias_only: bool = False
+    layer_rates: Literal["equal", "distance"] = "equal"
     dtype: Literal["float32", "bfloat16"] = "float32"
     ns_steps: int | None = None
 
@@ -93,6 +96,7 @@ class TrainingConfig:
             ("optimizer", ("sgd", "adam", "muon")),
             ("reduction", ("mean", "sum")),
             ("schedule", ("linear", "constant")),
+            ("layer_rates", ("equal", "distance")),
             ("dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
@@ -178,6 +182,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 0.025,
         "momentum": 0.8,
         "weight_decay": 0.15,
+        "layer_rates": "distance",
         "reduction": "sum",
         "num_steps": 400,
         "tokens_per_step": 2**14,

@@ -62,12 +62,14 @@ class LensOptimizer:
 
     Args:
         config: the settings.
-        parameters: of each layer, by number.
+        parameters: that each layer, by number, begins with: the identity, or what the warm start found.
     """
 
     def __init__(self, config: TrainingConfig, parameters: dict[int, Parameters]) -> None:
         self.config = config
         self.by_layer = {layer: _made(config) for layer in parameters}
+        by_distance = config.layer_rates == "distance" and config.warm_start_tokens > 0
+        self.rates = {layer: mx.array(math.sqrt(_distance(p["weight"])) if by_distance else 1.0) for layer, p in parameters.items()}
         for layer, optimizer in self.by_layer.items():
             optimizer.init({name: p.astype(mx.float32) for name, p in parameters[layer].items()})
             if config.dtype == "bfloat16":
@@ -88,7 +90,7 @@ class LensOptimizer:
             scale: the clip's.
         """
         optimizer, config = self.by_layer[layer], self.config
-        rate = config.learning_rate_at(step)
+        rate = config.learning_rate_at(step) * number(self.rates[layer])
         optimizer.learning_rate = rate
         wide = {name: p.astype(mx.float32) for name, p in parameters.items()}
         decayed = {name: g * scale for name, g in gradient.items()}
@@ -111,7 +113,8 @@ class LensOptimizer:
 
     def state(self) -> dict[str, mx.array]:
         """Everything that the next update depends on, by name."""
-        return {f"{layer}.{name}": a for layer, optimizer in self.by_layer.items() for name, a in _flat(optimizer.state)}
+        rates = {f"rates.{layer}": rate for layer, rate in self.rates.items()}
+        return rates | {f"{layer}.{name}": a for layer, optimizer in self.by_layer.items() for name, a in _flat(optimizer.state)}
 
     def restore(self, state: dict[str, mx.array]) -> None:
         """Go on from a `state`.
@@ -121,6 +124,7 @@ class LensOptimizer:
         """
         if set(state) != set(self.state()):
             raise ValueError("The saved optimiser state is of another optimiser, or of other layers.")
+        self.rates = {layer: state[f"rates.{layer}"] for layer in self.rates}
         for layer, optimizer in self.by_layer.items():
             prefix = f"{layer}."
             optimizer.state = tree_unflatten([(name.removeprefix(prefix), a) for name, a in state.items() if name.startswith(prefix)])
@@ -149,6 +153,11 @@ def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
 def _from_identity(name: str, p: mx.array) -> mx.array:
     """What a parameter adds to the identity: W - I for a whole matrix, everything else as it is."""
     return p - mx.eye(p.shape[0]) if name == "weight" else p
+
+
+def _distance(weight: mx.array) -> float:
+    """The root mean square of the singular values of W - I, W [D, D]."""
+    return number(mx.linalg.norm(_from_identity("weight", weight.astype(mx.float32)))) / math.sqrt(weight.shape[0])
 
 
 def _flat(state: Any) -> list[tuple[str, mx.array]]:

@@ -21,9 +21,9 @@ from metalens.ops.backend import Precision
 Quintic = tuple[float, float, float]
 
 # Of the singular values of a matrix of Frobenius norm 1, as many as it has rows, those count that are above this share of the size they would have
-# if they were equal, 1 / sqrt(rows). Held-out KL after 288 steps of 128 tokens on the demo model (D = 320): 0.7700, 0.7684, 0.7682, 0.7693 for shares
-# of 0.9, 0.36, 0.18, 0.054 with three iterations; 0.7679 for 0.18 with four, 0.7684 for four of Muon's usual ones.
-SHARE = 0.18
+# if they were equal, 1 / sqrt(rows). Held-out KL after 288 steps of 128 tokens on the demo model (256 rows): 0.7700, 0.7684, 0.7682, 0.7693 for
+# shares of 0.8, 0.32, 0.16, 0.05 with three iterations; 0.7679 for 0.16 with four, 0.7684 with four of Muon's usual ones.
+SHARE = 0.16
 ERROR = 0.3
 SLACK = 1.01  # rounded operands may raise a singular value of 1, and beyond it a polynomial is steep
 
@@ -53,7 +53,7 @@ def quintics(rows: int, iterations: int | None = None) -> tuple[tuple[Quintic, .
 
     Args:
         rows: at least 1.
-        iterations: None = until the distance is at most ERROR: 3 for up to 390 rows, 4 up to 7000, then 5.
+        iterations: None = until the distance is at most ERROR: 3 for 18 to 310 rows, 4 up to 5600, then 5.
     """
     low, high, error = min(1.0, SHARE / math.sqrt(rows)), 1.0, math.inf
     found: list[Quintic] = []
