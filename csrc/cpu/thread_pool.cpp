@@ -56,36 +56,38 @@ class Pool {
       task_ = &task;
       count_ = count;
       next_ = 0;
-      busy_ = int(workers_.size());
       error_ = nullptr;
       ++round_;
     }
     wake_.notify_all();
-    take();
+    take(task, count);
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    task_ = nullptr;  // all tasks are taken: a worker that has not woken up yet need not be waited for
+    done_.wait(lock, [this] { return active_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
   void work() {
     uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return round_ != seen; });
-        seen = round_;
-      }
-      take();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
+      wake_.wait(lock, [&] { return task_ && round_ != seen; });
+      seen = round_;
+      ++active_;
+      const auto& task = *task_;
+      const int64_t count = count_;
+      lock.unlock();
+      take(task, count);
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
     }
   }
 
-  void take() {
-    for (int64_t i; (i = next_.fetch_add(1)) < count_;) {
+  void take(const std::function<void(int64_t)>& task, int64_t count) {
+    for (int64_t i; (i = next_.fetch_add(1)) < count;) {
       try {
-        (*task_)(i);
+        task(i);
       } catch (...) {
         std::lock_guard<std::mutex> lock(mutex_);
         if (!error_) error_ = std::current_exception();
@@ -102,7 +104,7 @@ class Pool {
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  int busy_ = 0;
+  int active_ = 0;  // workers that are at the current tasks
   uint64_t round_ = 0;
   std::exception_ptr error_;
 };

@@ -40,6 +40,6 @@ def require_writable(path: Path) -> None:
             raise IsADirectoryError(f"{path} is a directory")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)  # TokenCache.lock removes what looks left behind
     except OSError as error:
         raise type(error)(f"Can't write {path}: {error}. Choose a path in a folder that can be written.") from error

@@ -22,8 +22,8 @@ from metalens.ops.backend import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
 from metalens.roofline import Dimensions
 from metalens.training import TrainingConfig
+from metalens.training.capture import PASS_TOKENS, steps_together
 from metalens.training.data.readers import FileSource, Source, TextFile
-from metalens.training.loop import PASS_TOKENS
 from metalens.training.polar import quintics
 
 BYTES_PER_TOKEN = 4  # of English text
@@ -205,14 +205,12 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, sha
     d = facts.dimensions
     trained, mine, at_once = _layers(facts, config, processes, share)
     parameters, number = _parameters(d.depth, config), _number_bytes(config)
-    tokens = _batch_tokens(config, processes if share == "data" else 1)
+    captured, tokens = _batch_tokens(config, processes if share == "data" else 1)
     state, gradients = at_once * STATES[config.optimizer] * parameters * number, at_once * parameters * 4
     logits = logit_bytes(d, at_once, tokens)
-    streams = tokens * (
-        facts.activation_bytes * d.layers * d.depth
-        + 4 * d.depth * at_once * (LOSS_WIDTHS + (facts.activation_bytes != 4))
-        + 4 * (FORWARD_WIDTHS * d.depth + FORWARD_INTERMEDIATES * facts.intermediate)
-    )
+    forward = 4 * (FORWARD_WIDTHS * d.depth + FORWARD_INTERMEDIATES * facts.intermediate)
+    streams = captured * (facts.activation_bytes * d.layers * d.depth + forward)
+    streams += tokens * 4 * d.depth * at_once * (LOSS_WIDTHS + (facts.activation_bytes != 4))
     one_gradient = 4 * parameters
     update = round(4 * parameters * UPDATE[config.dtype][config.optimizer])
     widened = 4 * trained * parameters if number < 4 else 0  # at the end, when optimiser state and gradients are gone
@@ -236,10 +234,11 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, sha
     return memory
 
 
-def _batch_tokens(config: TrainingConfig, processes: int) -> int:
-    """Tokens that go through the model together: see training.loop.PASS_TOKENS."""
-    sequences = max(1, min(PASS_TOKENS // config.max_seq_len, -(-config.sequences_per_step // processes)))
-    return sequences * config.max_seq_len
+def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
+    """Tokens that go through the model together, of several steps if these are short (see training.capture), and through the head."""
+    at_most, of_step = PASS_TOKENS // config.max_seq_len, config.sequences_per_step
+    captured, in_loss = (max(1, min(at_most, -(-n // processes))) for n in (of_step * steps_together(config), of_step))
+    return captured * config.max_seq_len, in_loss * config.max_seq_len
 
 
 def logit_bytes(d: Dimensions, layers: int, tokens: int) -> int:

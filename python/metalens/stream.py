@@ -79,6 +79,10 @@ class Stream:
         h = h.reshape(-1, h.shape[-1])
         return h if self.mask is None else h[mx.array(np.flatnonzero(np.array(self.mask)))]
 
+    def of_sequences(self, which: slice) -> Stream:
+        """The part of some of the B sequences."""
+        return Stream([h[which] for h in self.hidden], self.logits[which], None if self.mask is None else self.mask[which])
+
 
 class StreamSource:
     """Captures residual streams of one model.

@@ -8,7 +8,7 @@ import pytest
 import oracle
 from metalens.ops import Head
 from metalens.stream import Stream
-from metalens.training import Corpus, TrainingConfig, loop, train
+from metalens.training import Corpus, TrainingConfig, capture, train
 from metalens.unembed import Unembed, norm_of
 
 WIDTH, VOCAB, LENGTH = 256, 500, 16
@@ -29,7 +29,7 @@ class Source:
 
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
-    monkeypatch.setattr(loop, "PASS_TOKENS", LENGTH)
+    monkeypatch.setattr(capture, "PASS_TOKENS", LENGTH)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 import oracle
 from metalens import InterpretableModel
-from metalens.training import TrainingConfig, loop, recipe, train
+from metalens.training import TrainingConfig, capture, recipe, train
 from metalens.training.optimizer import LensMuon
 from metalens.training.polar import quintics
 
@@ -19,7 +19,7 @@ LENGTH, WIDTH, LAYERS = 16, 64, 3
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
     """So that the gradient of a step is accumulated over several batches."""
-    monkeypatch.setattr(loop, "PASS_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(capture, "PASS_TOKENS", 2 * LENGTH)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_the_state_is_that_of_what_was_consumed():
         return Sampler(Corpus.from_ids(np.arange(100)), 3, seed=1, repeat=True)
 
     ahead = make()
-    with Producer(ahead.steps(5), depth=4) as producer:
+    with Producer(lambda: ahead.take_step(5), depth=4) as producer:
         for _ in range(3):
             step = next(producer)
         wait_until(lambda: ahead.state() != step.state)
@@ -151,7 +151,8 @@ def test_the_state_is_that_of_what_was_consumed():
 
 
 def test_the_end_of_the_text_reaches_the_consumer():
-    with Producer(Sampler(Corpus.from_ids(np.arange(10)), 3).steps(3), depth=9) as producer:
+    sampler = Sampler(Corpus.from_ids(np.arange(10)), 3)
+    with Producer(lambda: sampler.take_step(3), depth=9) as producer:
         assert [next(producer).tokens for _ in range(3)] == [3, 3, 3]
         with pytest.raises(NotEnoughData):
             next(producer)

@@ -100,7 +100,11 @@ def test_the_loss_of_a_lens_is_what_it_was_trained_to(tiny, ids):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """A function that makes the model's streams NaN in one layer (the last for -1), or infinite, in some of the forward passes to come."""
+    """A function that makes the model's streams NaN in one layer (the last for -1), or infinite, in some of the forward passes to come.
+
+    Every step has passes of its own.
+    """
+    monkeypatch.setattr("metalens.training.capture.PASS_TOKENS", LENGTH)
     original = StreamSource.capture
 
     def poison(*passes, layer=0, value=math.nan):
@@ -139,7 +143,7 @@ def test_a_poisoned_batch_is_skipped_counted_and_reported(tiny, ids, poisoned, s
 
 def test_one_bad_pass_of_many_spoils_its_step_alone(tiny, ids, poisoned, monkeypatch):
     """A step of four sequences in two passes, of which one is bad."""
-    monkeypatch.setattr("metalens.training.loop.PASS_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr("metalens.training.capture.PASS_TOKENS", 2 * LENGTH)
     seen = []
     poisoned(3)
     with pytest.warns(RuntimeWarning, match="Step 1 "):

@@ -39,8 +39,8 @@ class TrainingConfig:
         layers_at_once: train so many layers per pass over the data, one group after another, where not all fit; None = all.
         rank: of W - I = B A; None = a full matrix.
         bias_only: translate by a vector alone.
-        layer_rates: 'equal', or after a warm start 'distance': the learning rate of a layer times the square root of how far the warm start has moved
-            it, the root mean square of the singular values of W - I. Early layers, which are far from what the model will say, so learn faster.
+        layer_rates: 'equal', or after a warm start 'distance': a layer's learning rate is learning_rate times how far the warm start has moved
+            it, the root mean square of the singular values of W - I. Early layers, which have a longer way to go, take longer steps.
         dtype: of parameters and optimiser state: 'float32', or 'bfloat16' with stochastic rounding.
         ns_steps: Muon's iterations; None = as many as the matrix's size asks for (see polar.py).
     """
@@ -176,7 +176,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tokens_per_step": 2**18,
     },
     # The closed form, then Muon in many small steps, pulled towards the identity: with few tokens the number of steps and the pull decide, not the
-    # size of a step's batch (docs/recipes.md). 400 steps shrink what is not learnt anew by a factor exp(-0.025 * 0.15 * 400 / 2) = 0.47.
+    # size of a step's batch (docs/recipes.md). In 400 steps what is not learnt anew shrinks by a factor exp(-0.025 * 0.15 * 400 / 2) = 0.47 where the
+    # distance is 1. Rates in proportion to it save a fifth of the steps on the demo model (mean KL after 280 with equal rates 0.7692; with its power
+    # 1/2, 3/4, 1, 1.3 after 240: 0.7670, 0.7658, 0.7651, 0.7669).
     "fast": {
         "optimizer": "muon",
         "learning_rate": 0.025,

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 from metalens.arrays import nested
 from metalens.lens import TunedLens, origin_of
 from metalens.progress import token_bar
-from metalens.stream import StreamSource
+from metalens.stream import Stream, StreamSource
+from metalens.training.capture import Capture, step_groups, steps_together
 from metalens.training.checkpoint import Checkpoint, CheckpointFolder
 from metalens.training.config import TrainingConfig
-from metalens.training.data import Corpus, Producer, Sampler, Step, batches
+from metalens.training.data import Corpus, Producer, Sampler, Step
 from metalens.training.distributed import Group
 from metalens.training.optimizer import LensOptimizer, Parameters, gradient_norm
 from metalens.training.progress import Callback, OnStep, Progress
@@ -34,9 +35,6 @@ from metalens.translators import parameters_of
 from metalens.unembed import Unembed
 
 log = logging.getLogger(__name__)
-
-# Short sequences go through the model together, up to so many tokens: enough rows for the kernels to pay, and less memory than one long sequence.
-PASS_TOKENS = 512
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -121,6 +119,7 @@ class _Run:
         self.source, self.unembed, self.corpus, self.config = source, unembed, corpus, config
         self.callbacks, self.checkpoints, self.checkpoint_every, self.stop = callbacks, checkpoints, checkpoint_every, stop
         self.group = group
+        self.capture = Capture(source, unembed.embedding_rows)
         # A lens knows what the settings mean for a translator, and checks the layers. That of the end is not computed before, and takes no memory.
         start, self.lens = (
             TunedLens(len(source), unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
@@ -189,29 +188,25 @@ class _Run:
                 self._warm_start(sampler, layers)
             self.optimizer = LensOptimizer(config, {layer: self.parameters[layer] for layer in layers})
         rank, world = self.group.data_share
-        with Producer(_some(sampler.steps(config.step_tokens, rank, world), config.num_steps - self.step)) as steps:
-            for data in steps:
-                self._one_step(data, layers, bar)
-                ended = self.step == config.num_steps
-                stopping = self.group.any(self.stop()) and not (ended and self.pass_index == len(self.passes) - 1)
-                if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
-                    self._save(data.state)
-                if stopping:
-                    raise TrainingInterrupted(f"Stopped after step {self.step}.")
-
-    def _captured(self, sequences: list[np.ndarray]) -> Iterator[Any]:
-        for batch in batches(sequences, PASS_TOKENS):
-            if batch.size and not 0 <= batch.min() <= batch.max() < self.unembed.embedding_rows:  # MLX would read other memory
-                raise ValueError(
-                    f"The text has token ids from {batch.min()} to {batch.max()}; the model knows 0 to {self.unembed.embedding_rows - 1}. "
-                    "Tokenise it with the model's own tokenizer."
-                )
-            yield self.source.capture(mx.array(batch))
+        with Producer(step_groups(sampler, config, self.step, rank, world)) as groups:
+            for group in groups:
+                # With more processes than layers, some have none.
+                streams_of = self.capture.of_steps(group.steps) if layers else iter([()] * len(group.steps))
+                for i, (data, streams) in enumerate(zip(group.steps, streams_of, strict=True)):
+                    if group.first + i < self.step:  # done before the checkpoint from which the run goes on
+                        continue
+                    self._one_step(data, streams, layers, bar)
+                    ended = self.step == config.num_steps
+                    stopping = self.group.any(self.stop()) and not (ended and self.pass_index == len(self.passes) - 1)
+                    if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
+                        self._save(group.resumable(i))
+                    if stopping:
+                        raise TrainingInterrupted(f"Stopped after step {self.step}.")
 
     def _warm_start(self, sampler: Sampler, layers: list[int]) -> None:
         rank, world = self.group.data_share
         data = sampler.take_step(self.config.warm_start_tokens, rank, world)
-        solved = warm_start(self._captured(data.sequences), layers, self.unembed.hidden_dim, self.config.ridge, self._total())
+        solved = warm_start(self.capture.streams(data.sequences), layers, self.unembed.hidden_dim, self.config.ridge, self._total())
         for layer, parameters in solved.items():
             # From rank 0: others may round the solution otherwise.
             self.parameters[layer] = self._stored(parameters if self.group.layers_apart else self.group.shared(parameters))
@@ -220,11 +215,11 @@ class _Run:
     def _total(self) -> Callable[..., list[mx.array]]:
         return self.group.total if self.group.share == "data" else lambda *values: list(values)
 
-    def _one_step(self, data: Step, layers: list[int], bar: Any) -> None:
+    def _one_step(self, data: Step, streams: Iterable[Stream], layers: list[int], bar: Any) -> None:
         """Sum over the step's tokens, update every layer, tell everybody."""
         assert self.optimizer is not None
         start, config = time.perf_counter(), self.config
-        sums = self._sums(data, layers)
+        sums = self._sums(streams, layers)
         if self.group.layers_apart:
             layers_told = self.passes_of_all[self.pass_index]
             names = len(parameters_of(self.lens.translators[self.layers[0]]))
@@ -258,11 +253,11 @@ class _Run:
         for listener in self.callbacks:
             listener.on_step(Progress(step, loss, losses, self.tokens, layers_told, norm, rate, data.tokens / seconds, self.skipped))
 
-    def _sums(self, data: Step, layers: list[int]) -> Sums:
+    def _sums(self, streams: Iterable[Stream], layers: list[int]) -> Sums:
         """Over all tokens of the step, of all processes."""
         parameters = [self.parameters[layer] for layer in layers]
         sums = no_sums(layers)
-        for stream in self._captured(data.sequences if layers else []):  # with more processes than layers, some have none
+        for stream in streams:
             accumulate(sums, parameters, stream, self.unembed)
         if not sums.gradients:  # a process without a share of a small step
             sums.gradients = [{name: mx.zeros(p.shape) for name, p in of_layer.items()} for of_layer in parameters]
@@ -292,6 +287,7 @@ class _Run:
             "position": position,
             "config": self.config.to_dict(),
             "model": self._model(),
+            "capture": self._captured_together(),
         }
         following = self.pass_index * self.config.num_steps + self.step
         path = folder.save(following, arrays, record)
@@ -302,6 +298,10 @@ class _Run:
         """What of the model a checkpoint must agree with."""
         head = origin_of(self.unembed)["head"]
         return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+
+    def _captured_together(self) -> dict[str, Any]:
+        """What a position in the text means, and how sums are rounded."""
+        return {"steps captured together": steps_together(self.config)}
 
     def _require_no_checkpoints(self) -> None:
         """A new run beside an old one's checkpoints would remove them, or be resumed from them."""
@@ -357,7 +357,11 @@ class _Run:
 
     def _restore(self, saved: Checkpoint, sampler: Sampler) -> None:
         record = saved.record
-        for what, theirs, ours in (("settings", record["config"], self.config.to_dict()), ("model", record["model"], self._model())):
+        for what, theirs, ours in (
+            ("settings", record["config"], self.config.to_dict()),
+            ("model", record["model"], self._model()),
+            ("forward passes", record.get("capture", {}), self._captured_together()),
+        ):
             as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}
             differ = [f"{name} was {theirs.get(name)!r} and is {as_json[name]!r}" for name in as_json if theirs.get(name) != as_json[name]]
             if differ:
@@ -384,9 +388,3 @@ class _Run:
                 setattr(self.lens.translators[layer], name, value.astype(mx.float32))
             mx.eval(parameters_of(self.lens.translators[layer]) if found else [])
         return self.lens
-
-
-def _some(steps: Iterator[Step], count: int) -> Iterator[Step]:
-    """The first so many: no more text is asked for than the run needs."""
-    for _ in range(count):
-        yield next(steps)

@@ -69,7 +69,7 @@ class LensOptimizer:
         self.config = config
         self.by_layer = {layer: _made(config) for layer in parameters}
         by_distance = config.layer_rates == "distance" and config.warm_start_tokens > 0
-        self.rates = {layer: mx.array(math.sqrt(_distance(p["weight"])) if by_distance else 1.0) for layer, p in parameters.items()}
+        self.rates = {layer: mx.array(_distance(p["weight"]) if by_distance else 1.0) for layer, p in parameters.items()}
         for layer, optimizer in self.by_layer.items():
             optimizer.init({name: p.astype(mx.float32) for name, p in parameters[layer].items()})
             if config.dtype == "bfloat16":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +126,6 @@ class Sampler:
         """The sequences of `take_step`."""
         return self.take_step(n, rank, world).sequences
 
-    def steps(self, tokens: int, rank: int = 0, world: int = 1) -> Iterator[Step]:
-        """`take_step` again and again, for a Producer; without `repeat` it ends in NotEnoughData."""
-        while True:
-            yield self.take_step(tokens, rank, world)
-
     def remaining_tokens(self) -> int:
         """Tokens from here to the end of the epoch."""
         return int(self._sizes[self._order(self.epoch)[self.index :]].sum())
@@ -184,21 +179,21 @@ class Sampler:
         self.epoch, self.index = epoch, index
 
 
-def batches(sequences: Iterable[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """Sequences of equal length together, for the model's forward pass.
+def batches(sizes: Iterable[int], tokens: int) -> list[list[int]]:
+    """Which sequences go through the model together: those of equal length.
 
     Args:
-        sequences: [t] each, of any lengths.
+        sizes: of the sequences.
         tokens: at most so many in a batch, unless one sequence has more.
 
     Returns:
-        Arrays [B, T], B >= 1, which hold every sequence once; lengths in the order in which they first occur.
+        The numbers of sequences, each once, ascending in a batch; batches of one length after another, in the order in which these first occur.
     """
-    groups: dict[int, list[np.ndarray]] = {}
-    for sequence in sequences:
-        groups.setdefault(sequence.size, []).append(sequence)
+    groups: dict[int, list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(size, []).append(i)
     found = []
-    for length, group in groups.items():
-        together = max(1, tokens // length)
-        found += [np.stack(group[start : start + together]) for start in range(0, len(group), together)]
+    for size, group in groups.items():
+        together = max(1, tokens // size)
+        found += [group[start : start + together] for start in range(0, len(group), together)]
     return found
