@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -39,6 +40,14 @@ int configured_threads() {
   return int(n);
 }
 
+// Return when something has happened, or after a while. To wake a sleeping thread takes longer than many a product of two small matrices, and these
+// come one soon after the other. Whoever else wants the core gets it.
+template <typename Happened>
+void wait_a_little(const Happened& happened) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
+  while (!happened() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+}
+
 class Pool {
  public:
   explicit Pool(int threads) : pid_(getpid()) {
@@ -61,17 +70,21 @@ class Pool {
     }
     wake_.notify_all();
     take(task, count);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = nullptr;  // all tasks are taken: a worker that has not woken up yet need not be waited for
+    }
+    wait_a_little([this] { return active_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    task_ = nullptr;  // all tasks are taken: a worker that has not woken up yet need not be waited for
     done_.wait(lock, [this] { return active_ == 0; });
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
   void work() {
-    uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
+    for (uint64_t seen = 0;;) {
+      wait_a_little([&] { return round_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return task_ && round_ != seen; });
       seen = round_;
       ++active_;
@@ -104,8 +117,8 @@ class Pool {
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  int active_ = 0;  // workers that are at the current tasks
-  uint64_t round_ = 0;
+  std::atomic<int> active_{0};  // workers that are at the current tasks
+  std::atomic<uint64_t> round_{0};
   std::exception_ptr error_;
 };
 
