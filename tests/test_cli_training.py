@@ -242,7 +242,9 @@ def test_variants_and_some_layers(train):
 
 def test_metrics_and_weights_and_biases(train, tmp_path, monkeypatch):
     logged = []
-    wandb = types.SimpleNamespace(init=lambda **_: types.SimpleNamespace(log=lambda values, step: logged.append(step), finish=lambda: None))
+    wandb = types.SimpleNamespace(
+        init=lambda **_: types.SimpleNamespace(id="its-id", log=lambda values, step: logged.append(step), finish=lambda: None)
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(*SMALL, "--steps", 3, "--metrics", "new/metrics.jsonl", "--wandb", "project")
     assert [json.loads(line)["step"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()] == logged == [0, 1, 2]

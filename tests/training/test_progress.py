@@ -245,11 +245,16 @@ class FakeWandB(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.calls = []
+        self.calls, self.runs = [], 0
 
     def init(self, **options):
         self.calls.append(("init", options))
-        return types.SimpleNamespace(log=lambda values, step: self.calls.append(("log", values, step)), finish=lambda: self.calls.append(("finish",)))
+        self.runs += options["id"] is None
+        return types.SimpleNamespace(
+            id=options["id"] or f"run-{self.runs}",
+            log=lambda values, step: self.calls.append(("log", values, step)),
+            finish=lambda: self.calls.append(("finish",)),
+        )
 
 
 def test_weights_and_biases(monkeypatch):
@@ -259,8 +264,19 @@ def test_weights_and_biases(monkeypatch):
     listener.on_start(CONFIG, 3)
     listener.on_step(progress(3))
     listener.on_end()
-    assert fake.calls[0] == ("init", {"project": "project", "name": "name", "config": CONFIG.to_dict(), "resume": "allow"})
+    assert fake.calls[0] == ("init", {"project": "project", "name": "name", "id": None, "config": CONFIG.to_dict(), "resume": "allow"})
     assert fake.calls[1:] == [("log", SCALARS, 3), ("finish",)]
+
+
+def test_a_resumed_run_goes_on_in_weights_and_biases(tmp_path):
+    fake, file = FakeWandB(), tmp_path / "new" / "wandb-run"
+    for first_step in (0, 3, 0, 7):  # a new run in the old one's place is another one there too
+        listener = WandB("project", run_file=file, module=fake)
+        listener.on_start(CONFIG, first_step)
+        listener.on_end()
+    opened = [call[1]["id"] for call in fake.calls if call[0] == "init"]
+    assert opened == [None, "run-1", None, "run-2"]
+    assert file.read_text() == "run-2"
 
 
 def test_weights_and_biases_of_a_run_that_did_not_start(tiny, tmp_path):

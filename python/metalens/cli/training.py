@@ -281,7 +281,7 @@ def train_command(
             for file in [*files, *([] if metrics is None else [metrics])]:
                 require_writable(file)
             prepare_checkpoints(folder, resume)
-            listeners = [watch, *_listeners(metrics, wandb, tensorboard)]
+            listeners = [watch, *_listeners(metrics, wandb, tensorboard, folder)]
     loaded = load_model(model)
     name, config = config_of(recipe, config_file, options, loaded.default_sequence_length)
     if max_tokens is None and any(isinstance(source, HubDataset) for source in found):
@@ -323,11 +323,11 @@ def train_command(
     note(f"Lens written to {files[0]} and {files[1].name}.")
 
 
-def _listeners(metrics: Path | None, wandb: str | None, tensorboard: Path | None) -> list[Listener]:
+def _listeners(metrics: Path | None, wandb: str | None, tensorboard: Path | None, checkpoints: Path) -> list[Listener]:
     """Those that were asked for; ImportError for a package that is missing."""
     found: list[Listener] = [] if metrics is None else [MetricsFile(metrics)]
     if wandb is not None:
-        found.append(WandB(wandb))
+        found.append(WandB(wandb, run_file=checkpoints / "wandb-run"))
     if tensorboard is not None:
         require_writable(tensorboard / "events")
         found.append(TensorBoard(tensorboard))

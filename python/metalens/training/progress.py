@@ -123,20 +123,27 @@ class WandB(Listener):
 
     Args:
         project, name: of the run there.
+        run_file: where the run's id is kept, so that a run that is resumed here goes on there; None = it becomes another one.
         module: the package; None = import it.
 
     Raises:
         ImportError: saying what to install, if it is missing.
     """
 
-    def __init__(self, project: str, name: str | None = None, module: Any = None) -> None:
+    def __init__(self, project: str, name: str | None = None, run_file: str | Path | None = None, module: Any = None) -> None:
         self.module = module or _imported("wandb", "wandb")
         self.project, self.name = project, name
+        self.run_file = None if run_file is None else Path(run_file)
         self.run: Any = None
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
         """Open the run."""
-        self.run = self.module.init(project=self.project, name=self.name, config=config.to_dict(), resume="allow")
+        known = self.run_file.read_text(encoding="utf-8") if first_step and self.run_file is not None and self.run_file.exists() else None
+        self.run = self.module.init(project=self.project, name=self.name, id=known, config=config.to_dict(), resume="allow")
+        if self.run_file is not None:
+            self.run_file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.run_file) as path:
+                path.write_text(str(self.run.id), encoding="utf-8")
 
     def on_step(self, progress: Progress) -> None:
         """Log the step."""
