@@ -155,6 +155,7 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     models = list(dict.fromkeys(entry["model"] for entry in found))
     figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
@@ -162,7 +163,11 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
         for entry in found:
             if entry["model"] == model:
                 axis.plot([p["tokens"] for p in entry["curve"]], [mean(p["kl"]) for p in entry["curve"]], marker=".", label=entry["run"])
-        axis.set(title=f"{model} model", xlabel="training tokens", ylabel="mean held-out KL, nats per token", xscale="log", yscale="log")
+        axis.set(title=f"{model} model", xlabel="training tokens, thousands", ylabel="mean held-out KL, nats per token", xscale="log", yscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(lambda kl, _: f"{kl:.2g}")
         axis.legend()
         axis.grid(which="both", alpha=0.3)
     figure.tight_layout()
