@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,29 +175,44 @@ def as_it_is(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _watched(layers: Sequence[nn.Module], seen: list[list[mx.array]], edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Make every block append its output to its list in `seen` while the `with` block runs."""
-    originals = [type(layer) for layer in layers]
+def other_methods(modules: Iterable[nn.Module], methods_for: Callable[[type], Mapping[str, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules other methods while the `with` block runs: each one's class is exchanged for a subclass of the same name.
+
+    Args:
+        modules: which ones.
+        methods_for: {name: method} in place of a class's own; called once for each class.
+    """
+    originals = [(module, type(module)) for module in modules]
     subclasses: dict[type, type] = {}
-    index = {id(layer): i for i, layer in enumerate(layers)}
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        i = index[id(self)]
-        output = originals[i].__call__(self, *args, **kwargs)
-        several = isinstance(output, (tuple, list))
-        hidden = output[0] if several else output
-        if i in edits:
-            hidden = edits[i](hidden)
-            output = type(output)([hidden, *output[1:]]) if several else hidden
-        seen[i].append(as_it_is(hidden))
-        return output
-
     try:
-        for layer, original in zip(layers, originals, strict=True):
+        for module, original in originals:
             if original not in subclasses:
-                subclasses[original] = type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
-            layer.__class__ = subclasses[original]
+                subclasses[original] = type(original.__name__, (original,), {**methods_for(original), "__module__": original.__module__})
+            module.__class__ = subclasses[original]
         yield
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.__class__ = original
+        for module, original in originals:
+            module.__class__ = original
+
+
+@contextlib.contextmanager
+def _watched(layers: Sequence[nn.Module], seen: list[list[mx.array]], edits: Mapping[int, Edit]) -> Iterator[None]:
+    """Make every block append its output to its list in `seen` while the `with` block runs."""
+    index = {id(layer): i for i, layer in enumerate(layers)}
+
+    def watching(original: type) -> dict[str, Callable[..., Any]]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            i = index[id(self)]
+            output = original.__call__(self, *args, **kwargs)
+            several = isinstance(output, (tuple, list))
+            hidden = output[0] if several else output
+            if i in edits:
+                hidden = edits[i](hidden)
+                output = type(output)([hidden, *output[1:]]) if several else hidden
+            seen[i].append(as_it_is(hidden))
+            return output
+
+        return {"__call__": call}
+
+    with other_methods(layers, watching):
+        yield

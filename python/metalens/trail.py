@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.stream import Stream, StreamSource, as_it_is, follow
+from metalens.stream import Stream, StreamSource, as_it_is, follow, other_methods
 
 # The ways in which mlx-lm's models call a module.
 METHODS = ("__call__", "as_linear")
@@ -89,10 +89,9 @@ def _noting(source: StreamSource, calls: list[tuple[int, Call]], blocks: _Count)
     for path, module in source.model.named_modules():
         if id(module) not in inside and module is not source.model:
             outside.setdefault(id(module), (path, module))
-    originals = {key: type(module) for key, (_, module) in outside.items()}
     depth = 0
 
-    def noted(method: str) -> Any:
+    def noted(original: type, method: str) -> Callable[..., Any]:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             place, began = len(calls), blocks.done
@@ -102,7 +101,7 @@ def _noting(source: StreamSource, calls: list[tuple[int, Call]], blocks: _Count)
             last = began == len(source)
             depth += last
             try:
-                result = getattr(originals[id(self)], method)(self, *args, **kwargs)
+                result = getattr(original, method)(self, *args, **kwargs)
             finally:
                 depth -= last
             calls[place] = (began, Call(unfinished.path, self, method, given, as_it_is(result), unfinished.depth))
@@ -110,18 +109,11 @@ def _noting(source: StreamSource, calls: list[tuple[int, Call]], blocks: _Count)
 
         return call
 
-    subclasses: dict[type, type] = {}
-    try:
-        for key, (_, module) in outside.items():
-            original = originals[key]
-            if original not in subclasses:
-                methods = {method: noted(method) for method in METHODS if hasattr(original, method)}
-                subclasses[original] = type(original.__name__, (original,), {**methods, "__module__": original.__module__})
-            module.__class__ = subclasses[original]
+    def noting(original: type) -> dict[str, Callable[..., Any]]:
+        return {method: noted(original, method) for method in METHODS if hasattr(original, method)}
+
+    with other_methods((module for _, module in outside.values()), noting):
         yield
-    finally:
-        for key, (_, module) in outside.items():
-            module.__class__ = originals[key]
 
 
 @dataclass(frozen=True)
