@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from mocks import MockModel, WordTokenizer
+from tuned_lens_files import CONFIG
 
 SUBMODULES = ("tuned_lens", "core", "core.module_resolver")
 
@@ -34,3 +35,11 @@ def resolver():
 @pytest.fixture
 def model(mlxterp):
     return mlxterp.InterpretableModel(MockModel(), WordTokenizer())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to work in, with a config.json; nothing that a test's file does may leave a mark in it."""
+    (tmp_path / "config.json").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -2,25 +2,21 @@
 
 import json
 import sys
-import types
 import warnings
 import zipfile
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx.utils import tree_map
 
 from metalens import TunedLens
 from metalens.compat import tuned_lens as files
 from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor
 from metalens.compat.tuned_lens.torch_file import _check_view, read_tensors
+from tuned_lens_files import DATA, DIM, LAYERS, assert_same_map, lens_of
 
-DATA = Path(__file__).parent / "data" / "tuned_lens"
-LAYERS, DIM = 3, 4
 FIXTURES = ["zip-float32", "zip-bfloat16-transposed", "zip-float64-no-bias", "legacy-float16"]
 
 
@@ -31,23 +27,6 @@ def reference(layer, bias=True):
         return ((layer * 31 + row * 7 + column * 3) % 64 - 32) / 256
 
     return np.array([[value(r, c) for c in range(DIM)] for r in range(DIM)]), np.array([value(r, 9) if bias else 0.0 for r in range(DIM)])
-
-
-def lens_of(form=None, num_layers=LAYERS, dim=DIM, seed=0, last=False):
-    """A lens with random translators; the last is the identity unless said otherwise."""
-    lens = TunedLens(num_layers, dim, **(form or {}))
-    rng = np.random.default_rng(seed)
-    for layer in lens.layers if last else [layer for layer in lens.layers if layer < num_layers - 1]:
-        translator = lens.translators[layer]
-        translator.update(tree_map(lambda p: p + mx.array(rng.normal(0, 0.3, p.shape).astype(np.float32)), translator.parameters()))
-    return lens
-
-
-def assert_same_map(a, b, tolerance=0.0):
-    assert (a.num_layers, a.hidden_dim) == (b.num_layers, b.hidden_dim)
-    for layer in range(a.num_layers):
-        for x, y in zip(a.dense(layer), b.dense(layer), strict=True):
-            np.testing.assert_allclose(np.array(x), np.array(y), rtol=0, atol=tolerance)
 
 
 def tensors_in(folder):
@@ -305,34 +284,34 @@ def test_converting_nothing(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def lens_folder(tmp_path):
     for name in ("params.pt", "config.json"):
         (tmp_path / name).write_bytes((DATA / "zip-float32" / name).read_bytes())
     return tmp_path
 
 
-def configure(folder, remove=(), **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
+def configure(lens_folder, remove=(), **changes):
+    config = json.loads((lens_folder / "config.json").read_text()) | changes
+    (lens_folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
 
 
-def test_unknown_keys_are_dropped_with_a_warning(folder):
-    configure(folder, colour="blue", extra=[1])
+def test_unknown_keys_are_dropped_with_a_warning(lens_folder):
+    configure(lens_folder, colour="blue", extra=[1])
     with pytest.warns(UserWarning, match=r"config\.json: ignoring colour, extra"):
-        lens = files.load(folder)
+        lens = files.load(lens_folder)
     assert "colour" not in json.dumps(lens.origin)
 
 
-def test_keys_with_defaults_may_be_missing(folder):
-    configure(folder, remove=("bias", "base_model_revision", "unembed_hash", "lens_type"))
-    assert files.load(folder).origin == {"model": "example/tiny"}
+def test_keys_with_defaults_may_be_missing(lens_folder):
+    configure(lens_folder, remove=("bias", "base_model_revision", "unembed_hash", "lens_type"))
+    assert files.load(lens_folder).origin == {"model": "example/tiny"}
 
 
 @pytest.mark.parametrize("key", ["base_model_name_or_path", "d_model", "num_hidden_layers"])
-def test_keys_without_defaults_may_not(folder, key):
-    configure(folder, remove=(key,))
+def test_keys_without_defaults_may_not(lens_folder, key):
+    configure(lens_folder, remove=(key,))
     with pytest.raises(ValueError, match=r"config\.json does not describe a lens of tuned-lens.*" + key):
-        files.load(folder)
+        files.load(lens_folder)
 
 
 @pytest.mark.parametrize(
@@ -358,17 +337,17 @@ def test_keys_without_defaults_may_not(folder, key):
     ],
     ids=str,
 )
-def test_config_values_of_the_wrong_kind(folder, change):
-    configure(folder, **change)
+def test_config_values_of_the_wrong_kind(lens_folder, change):
+    configure(lens_folder, **change)
     with pytest.raises(ValueError, match=r"config\.json does not describe a lens of tuned-lens"):
-        files.load(folder)
+        files.load(lens_folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe{}", b"[" * 200_000, b"1" * 5000, b" " * ((1 << 20) + 1)])
-def test_a_config_that_is_no_config(folder, content):
-    (folder / "config.json").write_bytes(content)
+def test_a_config_that_is_no_config(lens_folder, content):
+    (lens_folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json does not describe a lens of tuned-lens"):
-        files.load(folder)
+        files.load(lens_folder)
 
 
 @pytest.mark.parametrize(
@@ -382,83 +361,10 @@ def test_a_config_that_is_no_config(folder, content):
         ({"bias": False}, "0.bias"),
     ],
 )
-def test_a_config_that_its_tensors_do_not_bear_out(folder, change, message):
-    configure(folder, **change)
+def test_a_config_that_its_tensors_do_not_bear_out(lens_folder, change, message):
+    configure(lens_folder, **change)
     with pytest.raises(ValueError, match=rf"params\.pt is not a tuned lens file, or is damaged: .*{message}"):
-        files.load(folder)
-
-
-# ---------------------------------------------------------------- the hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stub of huggingface_hub that has one lens, and the list of what was asked of it."""
-    asked = []
-
-    def hf_hub_download(repo_id, filename, *, subfolder, repo_type, revision, cache_dir):
-        asked.append((repo_id, repo_type, revision, subfolder, filename, cache_dir))
-        if not subfolder.endswith("example/tiny"):
-            raise RuntimeError("404 Client Error.\nEntry Not Found for url")
-        return str(DATA / "zip-float32" / filename)
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
-    monkeypatch.delenv("TUNED_LENS_REPO_ID", raising=False)
-    monkeypatch.delenv("TUNED_LENS_REPO_TYPE", raising=False)
-    return asked
-
-
-def test_a_lens_on_the_hub(hub):
-    assert_same_map(files.load("example/tiny"), files.load(DATA / "zip-float32"))
-    assert hub == [
-        ("AlignmentResearch/tuned-lens", "space", "main", "lens/example/tiny", "params.pt", None),
-        ("AlignmentResearch/tuned-lens", "space", "main", "lens/example/tiny", "config.json", None),
-    ]
-
-
-def test_another_repository(hub, tmp_path, monkeypatch):
-    files.load("example/tiny", "own/lenses", "dataset", "v2", "a/b", tmp_path)
-    assert hub[0] == ("own/lenses", "dataset", "v2", "a/b/example/tiny", "params.pt", tmp_path)
-    monkeypatch.setenv("TUNED_LENS_REPO_ID", "from/environment")
-    monkeypatch.setenv("TUNED_LENS_REPO_TYPE", "model")
-    files.load("example/tiny", subfolder="")
-    assert hub[-1] == ("from/environment", "model", "main", "example/tiny", "config.json", None)
-
-
-def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    files.save(lens_of(), Path("example") / "tiny", "m")
-    assert_same_map(files.load("example/tiny"), lens_of(), 1e-7)
-    assert hub == []
-
-
-def test_a_lens_that_is_nowhere(hub, monkeypatch):
-    message = (
-        r"No lens at 'org/none': it is no folder with params\.pt and config\.json, and 'lens/org/none' could not be had from the hub's space "
-        r"AlignmentResearch/tuned-lens: 404 Client Error\.$"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
-        files.load("org/none")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match="without huggingface_hub"):
-        files.load("org/none")
-
-
-def test_converting_from_the_hub_is_asked_for(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither"):
-        files.convert("example/tiny", tmp_path / "x")
-    assert hub == []
-    files.convert("example/tiny", tmp_path / "x", hub=True)
-    assert_same_map(TunedLens.load(tmp_path / "x"), files.load(DATA / "zip-float32"))
-
-
-def test_the_hubs_own_function_takes_these_arguments():
-    """The stub above is called as the real one can be."""
-    import inspect
-
-    hub = pytest.importorskip("huggingface_hub", reason="comes with mlx-lm")
-    signature = inspect.signature(hub.hf_hub_download)
-    signature.bind("repo", "file", subfolder="a", repo_type="space", revision="main", cache_dir=None)
+        files.load(lens_folder)
 
 
 # ---------------------------------------------------------------- torch itself
