@@ -94,7 +94,7 @@ struct TileConfig {
   uint8_t rows[16] = {};
 };
 
-// The kernel hands out tile state on request only; threads made afterwards inherit the permission.
+// The kernel hands out tile state on request only; threads made afterward inherit the permission.
 bool amx_permitted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -2,10 +2,10 @@
 
     python -m benchmarks.profile_loop
 
-A step is cut into the stages of `loss_and_gradient` and of the optimiser, each evaluated to its end before the next one starts. (The real step
+A step is cut into the stages of `loss_and_gradient` and of the optimizer, each evaluated to its end before the next one starts. (The real step
 evaluates some of them together, so the sum may differ a little from a step's time, which is given too.) In the capture, where kernels and MLX's own
 operations mix, every call of the extension is timed by itself, with its inputs evaluated before. The other stages are our kernels plus a few
-elementwise operations of MLX, and are counted as kernels as a whole; the optimiser is MLX's.
+elementwise operations of MLX, and are counted as kernels as a whole; the optimizer is MLX's.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import mlx.core as mx
 from benchmarks.operations.training import CONFIG, demo_model, training_ids
 
 from metalens import TunedLens, _extension, use_backend
+from metalens.lenses.translators import parameters_of
 from metalens.ops import lens_kl, lens_target, translate_norm
-from metalens.readout import lens_rows
+from metalens.readings.reading import lens_rows
 from metalens.training import loss_and_gradient
 from metalens.training.optimizer import LensOptimizer, gradient_norm
-from metalens.translators import parameters_of
 
-CAPTURE, OPTIMISER = "capture of the streams", "optimiser"
+CAPTURE, OPTIMIZER = "capture of the streams", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Profile:
     @property
     def kernel_share(self) -> float:
         """Of all stages, the share in the native kernels; meaningless on the reference backend."""
-        lens = sum(seconds for stage, seconds in self.stages.items() if stage not in (CAPTURE, OPTIMISER))
+        lens = sum(seconds for stage, seconds in self.stages.items() if stage not in (CAPTURE, OPTIMIZER))
         return (lens + self.capture_share * self.stages[CAPTURE]) / sum(self.stages.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
 
         return [mx.vjp(rows(h), [t.weight, t.bias], [cotangent])[1] for h, t, cotangent in zip(hidden, lens.translators, dn, strict=True)]
 
-    def optimise() -> list[Any]:
+    def optimize() -> list[Any]:
         scale = optimizer.clip(gradient_norm(gradient["translators"]))
         return [optimizer.update(layer, p, gradient["translators"][layer], 0, scale) for layer, p in parameters.items()]
 
@@ -135,7 +135,7 @@ def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
         "gradients of the translators": translators,
     }
     seconds = {stage: median_seconds(run, rounds) for stage, run in stages.items()}
-    seconds[OPTIMISER] = median_seconds(optimise, rounds) / CONFIG.sequences_per_step  # runs once per step
+    seconds[OPTIMIZER] = median_seconds(optimize, rounds) / CONFIG.sequences_per_step  # runs once per step
     step = median_seconds(lambda: loss_and_gradient(lens, model.source.capture(ids), unembed), rounds)
     return Profile(seconds, capture_share(lambda: mx.eval(model.source.capture(ids).hidden), rounds), step)
 
@@ -162,7 +162,7 @@ def main() -> None:
     for stage, seconds in ours.stages.items():
         print(f"{stage:40} {seconds * 1e3:8.1f} ms   plain MLX {plain.stages[stage] * 1e3:8.1f} ms")
     print(f"{'capture, of that in kernels':40} {ours.capture_share:8.0%}")
-    print(f"{'all in one go, without the optimiser':40} {ours.step * 1e3:8.1f} ms   plain MLX {plain.step * 1e3:8.1f} ms")
+    print(f"{'all in one go, without the optimizer':40} {ours.step * 1e3:8.1f} ms   plain MLX {plain.step * 1e3:8.1f} ms")
     print(f"in the native kernels: {ours.kernel_share:.0%}")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipes [--models demo small] [--recipes paper fast ...] [--tokens 409600] [--out docs]
 
-A run trains with `metalens.training.train` as a user would, writing checkpoints; afterwards the lens of each checkpoint is read on held-out text.
+A run trains with `metalens.training.train` as a user would, writing checkpoints; afterward the lens of each checkpoint is read on held-out text.
 What was measured is kept in benchmarks/results/recipes.json, run by run, so that the command can be interrupted and goes on; --fresh starts anew.
 Then it writes docs/recipes.md and docs/recipes.png.
 
@@ -24,15 +24,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metalens import InterpretableModel, TunedLens, accelerate, demo
+from metalens import InterpretableModel, TunedLens, accelerate
+from metalens.models import bundled
 from metalens.ops import lens_stats, normed
-from metalens.readout import lens_rows
+from metalens.readings.reading import lens_rows
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, recipe, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipes.json"
-# The second has another depth and width (benchmarks/demo_model/README.md); its vocabulary and text are the demo's.
-MODELS = {"demo": demo.MODEL, "small": HERE / "small_model"}
+# The second has another depth and width (tools/demo_models/README.md); its vocabulary and text are the demo's.
+MODELS = {"demo": bundled.MODEL, "small": HERE.parent / "tools" / "demo_models" / "small"}
 BUDGET = 200 * 2048
 LENGTH = 128
 HELD_OUT = 8192
@@ -69,8 +70,8 @@ def measure(model_name: str, run: Run) -> dict[str, Any]:
     """Train, then read held-out text with the lens of each checkpoint."""
     model = InterpretableModel(str(MODELS[model_name]))
     accelerate(model.model)
-    corpus = Corpus.from_ids(np.array(model.training_ids([demo.TRAINING_TEXT.read_text()])))
-    ids = model.ids(demo.HELD_OUT_TEXT.read_text())[0][:HELD_OUT]
+    corpus = Corpus.from_ids(np.array(model.training_ids([bundled.TRAINING_TEXT.read_text()])))
+    ids = model.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT]
     config, unembed = run.config, model.unembed
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointFolder(folder, keep=10**6)
@@ -198,7 +199,7 @@ def main() -> None:
     for model in dict.fromkeys(entry["model"] for entry in found):
         loaded = InterpretableModel(str(MODELS[model]))
         accelerate(loaded.model)
-        logit[model] = held_out_kl(loaded, None, loaded.ids(demo.HELD_OUT_TEXT.read_text())[0][:HELD_OUT])
+        logit[model] = held_out_kl(loaded, None, loaded.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT])
     (arguments.out / "recipes.md").write_text(page(found, logit))
     picture(found, arguments.out / "recipes.png")
 

@@ -122,7 +122,7 @@ def profile_section(profile: dict[str, Any]) -> Iterator[str]:
         yield (
             f"| {stage} | {number(seconds * per_token[0])} | {seconds / totals[0]:.0%} | {number(plain * per_token[1])} | {plain / totals[1]:.0%} |"
         )
-    yield f"| all in one go, without the optimiser | {number(native['step'] * per_token[0])} | | {number(reference['step'] * per_token[1])} | |\n"
+    yield f"| all in one go, without the optimizer | {number(native['step'] * per_token[0])} | | {number(reference['step'] * per_token[1])} | |\n"
     yield (
         f"In the native kernels: {native['kernel_share']:.0%} of the stages' time ({native['capture_share']:.0%} of the capture's); "
         "the rest is MLX's own operations.\n"

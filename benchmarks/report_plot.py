@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLOURS = {
+COLORS = {
     "PyTorch float32": "#d1603d",
     "PyTorch bf16": "#e8a33d",
     "PyTorch int4": "#8c5a9e",
@@ -46,7 +46,7 @@ def _panel(axis: Any, title: str, cases: list[dict[str, Any]]) -> None:
             ratio = peer["ratio"]
             errors = [[max(0.0, ratio["p50"] - ratio["p20"])], [max(0.0, ratio["p80"] - ratio["p50"])]]
             # From 1 outwards: on a logarithmic axis a bar to the left means that the other one is faster.
-            axis.barh(top, ratio["p50"] - 1, left=1, height=0.85, color=COLOURS.get(name, OTHER), xerr=errors, error_kw={"lw": 0.8, "alpha": 0.6})
+            axis.barh(top, ratio["p50"] - 1, left=1, height=0.85, color=COLORS.get(name, OTHER), xerr=errors, error_kw={"lw": 0.8, "alpha": 0.6})
             end = max(ratio["p80"], 1)
             axis.text(end * 1.05, top, f"{ratio['p50']:.2g}  {name}", va="center", fontsize=6.5)
             top += 1

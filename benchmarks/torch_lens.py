@@ -1,6 +1,6 @@
 """Lens training in plain PyTorch, as upstream's tuned-lens does it: one layer after another, each with its own logits, loss and way back.
 
-The model is the demo model with its weights dequantised. What upstream's loop does is kept: per sequence a forward pass without gradient, the model's
+The model is the demo model with its weights dequantized. What upstream's loop does is kept: per sequence a forward pass without gradient, the model's
 log-probabilities once, then per layer translator, norm, all logits, KL and `backward`; per step one clipped SGD step with Nesterov momentum and a
 linearly falling rate. So that the two trained lenses can be compared, settings are metalens's where the two differ: the loss is the mean over layers
 (upstream: the sum), there is no weight decay, and translator i reads the output of block i (upstream: its input). None of this changes the work.
@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.competitor import tensor, torch_module
 from benchmarks.operations.lens import dense
 
-from metalens.accelerate import weight_of
+from metalens.ops.weight import Weight
 from metalens.training import TrainingConfig
 
 
@@ -70,8 +70,8 @@ class TorchModel:
 
 
 def _matrix(layer: nn.Module) -> Any:
-    """The dequantised weight of an MLX layer."""
-    return tensor(dense(weight_of(layer)))
+    """The dequantized weight of an MLX layer."""
+    return tensor(dense(Weight.from_layer(layer)))
 
 
 def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:

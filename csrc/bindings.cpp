@@ -27,7 +27,7 @@ NB_MODULE(_ext, m) {
   m.def(
       "quantized_matmul", &metalens::quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a = nb::none(), "group_size"_a = 64, "bits"_a = 4,
       "transpose"_a = true, "mode"_a = "affine", "dtype"_a = nb::none(), "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
-      "x W^T (or x W) for a frozen quantised W, on the CPU.\n\n"
+      "x W^T (or x W) for a frozen quantized W, on the CPU.\n\n"
       "x [..., I] float32, float16 or bfloat16; w [O, I * bits / 32] uint32; scales and (affine) biases [O, I / group_size], as mlx.core.quantize\n"
       "gives them. Returns [..., O] in dtype, by default x's; sums are float32. affine: bits 2, 3, 4, 5, 6, 8, group_size 32, 64, 128; mxfp4, "
       "mxfp8,\n"

@@ -1,7 +1,7 @@
 // lens_stats for a block of at most 8 rows: all layers of a token or two while a model generates. Bound by reading U once.
 //
 // A tile product would mostly multiply zeros. Here each simdgroup takes a share of the vocabulary for itself, four ids at a time: its lanes split the
-// columns, every lane multiplies the units of U that it dequantises with all R rows in registers, and the sums over lanes are the logits. Then lane
+// columns, every lane multiplies the units of U that it dequantizes with all R rows in registers, and the sums over lanes are the logits. Then lane
 // i * R + r goes on with the logit of the i-th id and row r, so that four ids times eight rows keep all lanes busy with exponentials.
 #pragma once
 

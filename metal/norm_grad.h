@@ -40,25 +40,25 @@ METAL_FUNC void norm_grad(
   const int count = min(NORM_ROWS, problem.rows - first);
 
   // Of each row: mean y, r, mean v, and mean (x v) r, which is also right for an RMSNorm with mean y and mean v taken as 0.
-  threadgroup float* centres = shared;
+  threadgroup float* centers = shared;
   threadgroup float* scales = shared + NORM_ROWS;
   threadgroup float* means = shared + 2 * NORM_ROWS;
   threadgroup float* slopes = shared + 3 * NORM_ROWS;
   for (int i = int(simd); i < count; i += SIMDS) {
     const device float* y_row = y + long(first + i) * depth;
     const device float* dn_row = dn + long(first + i) * depth;
-    float centre = 0.0f, mean = 0.0f;
+    float center = 0.0f, mean = 0.0f;
     if (problem.kind == LAYER_NORM) {
       for (int c = int(lane); c < depth; c += LANES) {
-        centre += y_row[c];
+        center += y_row[c];
         mean += problem.with_gain != 0 ? gain[c] * dn_row[c] : dn_row[c];
       }
-      centre = simd_sum(centre) / float(depth);
+      center = simd_sum(center) / float(depth);
       mean = simd_sum(mean) / float(depth);
     }
     float squares = 0.0f, along = 0.0f;
     for (int c = int(lane); c < depth; c += LANES) {
-      const float x = y_row[c] - centre;
+      const float x = y_row[c] - center;
       squares += x * x;
       along += x * (problem.with_gain != 0 ? gain[c] * dn_row[c] : dn_row[c]);
     }
@@ -66,7 +66,7 @@ METAL_FUNC void norm_grad(
     along = simd_sum(along) / float(depth);
     if (lane == 0) {
       const float r = 1.0f / precise::sqrt(squares + problem.eps);
-      centres[i] = centre;
+      centers[i] = center;
       scales[i] = r;
       means[i] = mean;
       slopes[i] = along * r * r;
@@ -81,7 +81,7 @@ METAL_FUNC void norm_grad(
       const long at = long(first + i) * depth + c;
       float grad = dn[at];
       if (problem.kind != NO_NORM) {
-        grad = scales[i] * (of_gain * grad - means[i] - (y[at] - centres[i]) * slopes[i]);
+        grad = scales[i] * (of_gain * grad - means[i] - (y[at] - centers[i]) * slopes[i]);
       }
       dy[at] = grad;
       sum += grad;

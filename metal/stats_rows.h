@@ -1,7 +1,7 @@
 // What the kernels behind lens_stats share: which rows a threadgroup takes, and what is kept of each.
 //
 // Rows come in a stream: of each token first the model's own row, if there is one, then its lens rows. Blocks cut the stream into pieces. The model's
-// row must lie in the same block as the lens rows that are compared with it: one dequantised tile of U then serves them all, and any head is compared
+// row must lie in the same block as the lens rows that are compared with it: one dequantized tile of U then serves them all, and any head is compared
 // exactly, softcap or not. So where a cut goes through a token, the model's row is repeated at the start of the next block:
 //
 //   stream   n*0 n00 n10 n20 | n*1 n01 n11 n21 | n*2 ...            three layers; n21 is layer 2 of token 1

@@ -1,7 +1,7 @@
 // The tile product that the kernels are built on: Z [BM, BN] = X [BM, D] W [BN, D]^T, in the threadgroup's memory.
 //
 //                     BK
-//            W  +-----------+        128 threads read BM rows of X and BN rows of W, BK columns at a time, widen or dequantise them to Operand, and
+//            W  +-----------+        128 threads read BM rows of X and BN rows of W, BK columns at a time, widen or dequantize them to Operand, and
 //               |    BN     |        put them side by side in threadgroup memory. Each of the 4 simdgroups then multiplies all BM rows with its own
 //               +-----------+        BN / 4 rows of W, in 8 x 8 matrices that accumulate in float32. At the end Z takes the operands' place in
 //   X +-----+   +-----------+        memory, where any thread may read any logit.

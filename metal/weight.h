@@ -1,4 +1,4 @@
-// The formats of a weight W [rows, columns]: dense, and MLX's quantised ones, where a group of columns shares a scale (and a bias).
+// The formats of a weight W [rows, columns]: dense, and MLX's quantized ones, where a group of columns shares a scale (and a bias).
 //
 // Eight values that start at a multiple of eight columns fill exactly `bits` bytes, in every format: the unit in which W is read. A format says how a
 // row is packed (Values, Scales, Biases are the types of its arrays; formats without scales or biases are handed some other array that they ignore)

@@ -15,8 +15,8 @@ from hypothesis import settings
 from mlx.utils import tree_map
 from mlx_lm.models import llama
 
-from metal_emulation import emulated, needs_clang
 from metalens import InterpretableModel, use_backend
+from support.metal_emulation import emulated, needs_clang
 
 # Reproducible, and without a time limit per example: a busy machine is not a failure.
 settings.register_profile("metalens", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -90,7 +90,7 @@ def make_llama():
 
 
 @pytest.fixture(params=["tied", "untied"])
-def quantised_model(request, make_llama):
+def quantized_model(request, make_llama):
     """A 4-bit Llama of 3 layers, width 64 and 131 tokens."""
     return InterpretableModel(make_llama(tied=request.param == "tied"))
 
@@ -105,11 +105,11 @@ def tiny(make_llama):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """A function that runs a script in a process of its own, which can import `oracle`, and returns what it printed."""
+    """A function that runs a script in a process of its own, which can import `support`, and returns what it printed."""
 
     def run(script, **variables):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("METALENS_")}
-        environment |= {"PYTHONPATH": str(Path(__file__).parent), **variables}
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])), **variables}
         done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel, TunedLens
-from mocks import DIM, LAYERS, VOCAB, MockModel, WordTokenizer, assert_close, float64_logits, random_lens, tiny_llama
+from support.mocks import DIM, LAYERS, VOCAB, MockModel, WordTokenizer, assert_close, float64_logits, random_lens, tiny_llama
 
 TEXT = "w3 w1 w4 w1 w5"
 IDS = [3, 1, 4, 1, 5]
@@ -87,7 +87,7 @@ def test_one_position(model, position):
     assert_close(model.logit_lens(TEXT, top_k=2, position=position), {layer: [positions[position]] for layer, positions in everything.items()})
 
 
-def test_tied_quantised_heads_name_every_row_whatever_the_tokenizer_says():
+def test_tied_quantized_heads_name_every_row_whatever_the_tokenizer_says():
     llama = tiny_llama(tied=True)
     nn.quantize(llama, group_size=32, bits=4)
     own = np.array(llama(mx.array([IDS])))[0]
@@ -337,10 +337,10 @@ def test_another_head(model):
     assert_pairs(model.get_token_predictions(state, 3, True, lm_head=lambda h: -head(h)), best(-head(state), 3))
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_another_embedding(model, quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_another_embedding(model, quantized):
     embedding = nn.Embedding(9, DIM)
-    embedding = embedding.to_quantized(group_size=32, bits=8) if quantised else embedding
+    embedding = embedding.to_quantized(group_size=32, bits=8) if quantized else embedding
     state = mx.array(np.random.default_rng(0).normal(size=DIM).astype(np.float32))
     assert_pairs(model.get_token_predictions(state, 5, True, embedding_layer=embedding), best(embedding.as_linear(state[None])[0], 5))
     other = nn.Linear(DIM, 7)

@@ -7,8 +7,8 @@ import pytest
 import metalens
 from metalens import InterpretableModel, TunedLens, train_tuned_lens
 from metalens import model as module
-from metalens.stream import StreamSource
-from mocks import DIM, LAYERS, VOCAB, MockModel, WordTokenizer, random_lens
+from metalens.models.capture import ResidualCapture
+from support.mocks import DIM, LAYERS, VOCAB, MockModel, WordTokenizer, random_lens
 
 IDS = [3, 1, 4, 1, 5]
 DATASET = [" ".join(f"w{(7 * i + j * j) % VOCAB}" for i in range(9)) for j in range(8)]  # 72 tokens
@@ -62,20 +62,20 @@ def test_no_steps(model, tmp_path):
 @pytest.fixture
 def seen(model, monkeypatch):
     """The ids that training runs the model on."""
-    sequences, original = [], StreamSource.capture
+    sequences, original = [], ResidualCapture.capture
 
     def capture(self, ids, *args):
         sequences.extend(ids.tolist())
         return original(self, ids, *args)
 
     _ = model.unembed  # its own check is over before the counting begins
-    monkeypatch.setattr(StreamSource, "capture", capture)
+    monkeypatch.setattr(ResidualCapture, "capture", capture)
     return sequences
 
 
 @pytest.mark.parametrize("length", [12, 13, 23, 24, 30])
 def test_every_token_is_used(model, seen, length, monkeypatch):
-    monkeypatch.setattr("metalens.training.capture.PASS_TOKENS", 12)  # every step has a pass of its own
+    monkeypatch.setattr("metalens.training.batching.PASS_TOKENS", 12)  # every step has a pass of its own
     ids = [i % VOCAB for i in range(length)]
     model.train_tuned_lens([ids], 4, max_seq_len=12, verbose=False)
     assert all(len(sequence) <= 12 for sequence in seen)

@@ -20,11 +20,19 @@ import mlx.core as mx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import metal_cells  # noqa: E402
-from metalens import InterpretableModel, demo, doctor, use_backend  # noqa: E402
-from metalens.metal import library, source, tuning  # noqa: E402
-from metalens.ops import Head, Weight, lens_kl, lens_stats, lens_target  # noqa: E402
+from metalens import InterpretableModel, use_backend  # noqa: E402
+from metalens.models import bundled  # noqa: E402
+from metalens.ops import (  # noqa: E402
+    Head,
+    Weight,
+    doctor,
+    lens_kl,
+    lens_stats,
+    lens_target,
+)
+from metalens.ops.metal import library, source, tuning  # noqa: E402
 from metalens.training import TrainingConfig, train  # noqa: E402
+from support import metal_cells  # noqa: E402
 
 # (name, layers, tokens, D, V) of the measured cases, 4-bit heads.
 CASES = [
@@ -92,8 +100,8 @@ def compare(cells: list[metal_cells.Cell]) -> tuple[list[str], int]:
 
 def train_both(steps: int) -> tuple[list[str], int]:
     """The demo model's lens on the kernels and in plain MLX: losses must agree."""
-    model = InterpretableModel(str(demo.MODEL))
-    ids = model.training_ids([demo.TRAINING_TEXT.read_text()[:4000]])
+    model = InterpretableModel(str(bundled.MODEL))
+    ids = model.training_ids([bundled.TRAINING_TEXT.read_text()[:4000]])
     config = TrainingConfig(num_steps=steps, max_seq_len=32, learning_rate=0.3)
     losses: dict[str, list[float]] = {}
     for backend in ("metal", "reference"):
@@ -153,7 +161,7 @@ def device(emulated: bool) -> Iterator[None]:
         with use_backend("metal"):
             yield
         return
-    import metal_emulation
+    from support import metal_emulation
 
     with metal_emulation.emulated():
         yield

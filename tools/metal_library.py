@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import types
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "python" / "metalens"
+SOURCES = Path(__file__).resolve().parent.parent / "python"
 
 
 def main() -> None:
@@ -16,11 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out: Path = parser.parse_args().out
-    # A build has mlx, but not what the package itself imports: its modules are loaded without running its __init__.
-    bare = types.ModuleType("metalens")
-    bare.__path__ = [str(PACKAGE)]
-    sys.modules["metalens"] = bare
-    from metalens.metal import library
+    # A build has mlx and numpy, and nothing else: the descriptors need no more.
+    sys.path.insert(0, str(SOURCES))
+    from metalens.ops.metal import library
 
     out.mkdir(parents=True, exist_ok=True)
     units = library.translation_units()

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from metalens.support import MLXTERP, TABLE, counts, installed, remark, support, tested
+from metalens.models.support import MLXTERP, TABLE, counts, installed, remark, support, tested
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -25,9 +25,9 @@ variants (tied and untied heads, softcaps, scales, biases, other norms: {variant
 * that a capture of all blocks' outputs leaves the logits as they are to the last bit, and the model's classes as they were;
 * that the logit lens of the last layer is the model's prediction, and one training step lowers the loss of a tuned lens;
 * that parts of a sequence, with the model's own cache, give the streams of the whole (float32);
-* the same after mlx-lm's own quantisation to 4 bits, and in bfloat16.
+* the same after mlx-lm's own quantization to 4 bits, and in bfloat16.
 
-**Right** means all of that. **Refused** models raise `NoUnembed` with the reason; nothing is decoded for them. Whatever the table says, every
+**Right** means all of that. **Refused** models raise `UnembedError` with the reason; nothing is decoded for them. Whatever the table says, every
 model that is loaded goes through the first check before a lens is trained or shown on it.
 
 {counts}
@@ -36,7 +36,7 @@ For comparison: of the 97 modules of an earlier mlx-lm, read by the first of the
 """
 
 FOOT = """
-`mlx-lm: ...` is the message of mlx-lm's own forward pass or quantisation, without metalens. Products with gathered experts (GatherMM) are float32
+`mlx-lm: ...` is the message of mlx-lm's own forward pass or quantization, without metalens. Products with gathered experts (GatherMM) are float32
 only on MLX's CPU backend; on a GPU they are not. plamo3 gives other logits with its own cache than without.
 """
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from metalens.roofline import CHIPS, MODELS, bounds
+from metalens.estimate.roofline import CHIPS, MODELS, bounds
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 SHOWN = ("M1", "M1-Max", "M2-Max", "M2-Ultra", "M3-Max", "M4-Max", "M5-Max")
@@ -17,10 +17,10 @@ SHOWN = ("M1", "M1-Max", "M2-Max", "M2-Ultra", "M3-Max", "M4-Max", "M5-Max")
 HEAD = """# How fast a lens could be on Apple GPUs
 
 **A model, not a measurement.** Nothing of metalens has run on Apple hardware. These are upper bounds of tokens per second, from the matrix operations
-and bytes that the kernels were counted to need in emulation (`tests/metal/test_traffic.py` holds the formulas of `python/metalens/metal/cost.py`
+and bytes that the kernels were counted to need in emulation (`tests/metal/test_traffic.py` holds the formulas of `python/metalens/ops/metal/cost.py`
 against the counts) and from published numbers of the chips. A kernel takes the longer of two times: operations at the rate of simdgroup matrices
 (80 % of the float32 peak), bytes at the memory's bandwidth. Real kernels reach some part of that: others report 40 to 75 % of the peak for MLX's own
-quantised products on these chips.
+quantized products on these chips.
 
 `plain MLX` is the same mathematics written well without fused kernels: one batched product for all layers and chunks of tokens, float32 logits,
 gradients layer by layer; its products are taken as free of any padding. What fusing saves is what goes over the memory's bus between the products, so

@@ -13,9 +13,9 @@ from benchmarks.torch_lens import TorchModel
 from benchmarks.torch_lens import train as torch_train
 
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
-from metalens.arrays import number
-from metalens.demo import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 from metalens.training import Corpus, Sampler, TrainingConfig, train
+from metalens.utils.arrays import to_float
 
 # SGD on whole sequences, which PyTorch's side does too.
 CONFIG = TrainingConfig(num_steps=1, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
@@ -103,4 +103,4 @@ def largest_logit_difference(tokens: int = 128) -> float:
     torch_model = TorchModel(model.model)
     with torch.no_grad():
         theirs = torch_model.unembed(torch_model.hidden(torch.from_numpy(np.array(ids).astype(np.int64)))[-1])
-    return number(mx.max(mx.abs(model.model(ids).astype(mx.float32) - mx.array(theirs.numpy()))))
+    return to_float(mx.max(mx.abs(model.model(ids).astype(mx.float32) - mx.array(theirs.numpy()))))

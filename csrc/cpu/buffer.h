@@ -1,4 +1,4 @@
-// Memory for kernels: aligned to a cache line, not initialised, and kept for the next call of the same thread.
+// Memory for kernels: aligned to a cache line, not initialized, and kept for the next call of the same thread.
 #pragma once
 
 #include <cstddef>

@@ -51,7 +51,7 @@ struct Multiplier {
   // Pack a panel [depth, panel_width] of B; columns beyond `width` hold anything.
   //   rows:    B = W^T; panel columns are rows of W from `column`, depth runs along W's columns from `start`
   //   columns: B = W;   panel columns are columns of W from `column`, depth runs along W's rows from `start`
-  // For a quantised W, `start` (rows) and `column` (columns) are multiples of 8.
+  // For a quantized W, `start` (rows) and `column` (columns) are multiples of 8.
   void (*pack_rows)(const Matrix&, int64_t column, int64_t width, int64_t start, int64_t depth, void* panel);
   void (*pack_columns)(const Matrix&, int64_t column, int64_t width, int64_t start, int64_t depth, void* panel);
 
@@ -115,7 +115,7 @@ struct KernelTable {
   // model's logits before it, and `slope` receives the derivative of the softcap at the lens's logit.
   void (*delta_transform)(float* d, const float* model, int64_t n, float scale, float softcap, float* slope);
 
-  // g = p (exp(d - shift) - 1) in place of d, and its sums. `slope`, if given, multiplies g afterwards.
+  // g = p (exp(d - shift) - 1) in place of d, and its sums. `slope`, if given, multiplies g afterward.
   void (*delta_add)(float* d, const float* lp, const float* p, const float* slope, int64_t n, float shift, DeltaSums& sums);
 
   // out = gate / (1 + exp(-gate)) * x; out may be either.

@@ -80,7 +80,7 @@ mx::array Linear::apply(const mx::array& x, const std::vector<mx::array>& inputs
 std::vector<mx::array> Linear::jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents, const std::vector<int>& argnums) {
   std::optional<mx::array> sum;
   for (size_t i = 0; i < argnums.size(); ++i) {
-    if (!is_dense() && argnums[i] != 0) reject("a quantised weight is frozen: only x can be differentiated.");
+    if (!is_dense() && argnums[i] != 0) reject("a quantized weight is frozen: only x can be differentiated.");
     auto term = argnums[i] == 0 ? apply(tangents[i], primals, transpose_, dtype_) : apply(primals[0], {primals[0], tangents[i]}, transpose_, dtype_);
     sum = sum ? mx::add(*sum, term, stream()) : term;
   }
@@ -95,7 +95,7 @@ std::vector<mx::array> Linear::vjp(
     if (argnum == 0) {
       grads.push_back(apply(g, primals, !transpose_, primals[0].dtype()));
     } else if (!is_dense()) {
-      reject("a quantised weight is frozen: only x can be differentiated.");
+      reject("a quantized weight is frozen: only x can be differentiated.");
     } else {
       // y = x W^T: dW = g^T x;  y = x W: dW = x^T g
       const auto& left = transpose_ ? g : primals[0];

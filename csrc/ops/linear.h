@@ -1,4 +1,4 @@
-// Products with a frozen matrix, dense or quantised, as MLX operations on the CPU.
+// Products with a frozen matrix, dense or quantized, as MLX operations on the CPU.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace metalens {
 
-// x W^T (transpose) or x W for a quantised W. x is [..., I] or, not transposed, [..., O], in float32, float16 or bfloat16. The result has `dtype`,
+// x W^T (transpose) or x W for a quantized W. x is [..., I] or, not transposed, [..., O], in float32, float16 or bfloat16. The result has `dtype`,
 // x's if none. Sums are float32. Differentiable in x; the weight is frozen.
 mx::array quantized_matmul(
     const mx::array& x,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,110 +11,48 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from metalens.accelerate import weight_of
-from metalens.arrays import nested
-from metalens.files import require_writable
-from metalens.lens import Lens, LogitLens, TunedLens, check_origin, lens_files
-from metalens.loading import load
-from metalens.ops import Head, lens_stats
-from metalens.ops.lens_stats import check_top_k, logits_stats
-from metalens.ops.lens_stats import top_k as largest
-from metalens.readout import Predictions, Reading, lens_rows, predictions, require_finite, select_layers, select_position
-from metalens.stream import Edit, Stream, StreamSource
-from metalens.tokens import TokenInput, TokenizerMixin
-from metalens.trace import LayerProxy, Trace
-from metalens.trail import Places
+from metalens.lenses.lens import Lens, LogitLens, TunedLens, lens_files
+from metalens.lenses.provenance import check_lens
+from metalens.models.capture import Edit
+from metalens.models.language_model import LanguageModel
+from metalens.models.tokenization import TokenInput
+from metalens.models.trace import LayerProxy, Trace, layer_index
+from metalens.models.unembed import NormFunction
+from metalens.ops import Head, Weight, lens_stats
+from metalens.ops.stats import check_top_k
+from metalens.ops.stats import top_k as largest
+from metalens.readings.reader import read
+from metalens.readings.reading import Predictions, Reading
 from metalens.training import Progress, TrainingConfig, train
-from metalens.unembed import NO_NORM, LogitTransform, NormFunction, Unembed
+from metalens.utils.arrays import to_list
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from metalens.utils.files import require_writable
 
 
-class InterpretableModel(TokenizerMixin):
+class InterpretableModel(LanguageModel):
     """A frozen language model, seen through lenses.
 
-    Args:
-        model: an `mlx.nn.Module` called as model(ids), or a local path or hub id that `mlx_lm.load` opens.
-        tokenizer: with `encode` and `decode`; the loaded model's own if None.
-        layer_attr: name or dotted path of the list of blocks.
-        embedding_path, norm_path, lm_head_path: dotted paths, in place of what the model is seen to call.
-        norm, head, logit_transform: the same as modules, and what the model does to its logits.
-
-    Attributes:
-        model, name: the wrapped module, and the path or hub id that it was loaded from (None: it came as a module).
-        tokenizer: may be None; then only token ids are accepted.
-        layers: one proxy per block, for use inside `trace`.
-        places: of its parts, where the caller knows better.
-
-    Raises:
-        ValueError: if `model` names nothing that can be loaded.
-        AttributeError: if no list of blocks is found.
+    Takes the arguments of `LanguageModel`, and has its attributes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | str,
-        tokenizer: Any = None,
-        layer_attr: str = "layers",
-        embedding_path: str | None = None,
-        norm_path: str | None = None,
-        lm_head_path: str | None = None,
-        *,
-        norm: NormFunction | None = None,
-        head: nn.Module | None = None,
-        logit_transform: LogitTransform | None = None,
-    ) -> None:
-        self.name = str(model) if isinstance(model, (str, Path)) else None
-        if isinstance(model, (str, Path)):
-            model, loaded = load(str(model))
-            tokenizer = tokenizer if tokenizer is not None else loaded
-        self.model = model
-        self.tokenizer = tokenizer
-        self.source = StreamSource(model, layer_attr)
-        self.places = Places(embedding_path, norm_path if norm is None else norm, lm_head_path if head is None else head)
-        self._paths = (embedding_path, norm_path, lm_head_path)
-        self._logit_transform = logit_transform
-        self._trace: Trace | None = None
-        self.layers = [LayerProxy(self, i) for i in range(len(self.source))]
+    _trace: Trace | None = None
 
     @cached_property
-    def unembed(self) -> Unembed:
-        """The model's norm and head, found at first use; they have reproduced the model's own logits once (NoUnembed if they do not)."""
-        return Unembed.from_model(self.source, self.places, self._logit_transform)
-
-    @property
-    def embedding_rows(self) -> int:
-        """How many token ids the model knows: 0 <= id < embedding_rows."""
-        return self.unembed.embedding_rows
-
-    @property
-    def default_sequence_length(self) -> int:
-        """Tokens per sequence where nobody says: 512, or the context that the model was trained for if that is shorter."""
-        return min(512, int(getattr(getattr(self.model, "args", None), "max_position_embeddings", None) or 512))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the wrapped model."""
-        return self.model(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"InterpretableModel({type(self.model).__name__}, {len(self.layers)} layers, tokenizer {'✓' if self.tokenizer is not None else '✗'})"
+    def layers(self) -> list[LayerProxy]:
+        """Return one proxy per block."""
+        return [LayerProxy(self, i) for i in range(self.num_layers)]
 
     def parameters(self) -> Any:
-        """Of the wrapped model."""
+        """Return the parameters of the wrapped model."""
         return self.model.parameters()
 
     def trainable_parameters(self) -> Any:
-        """Of the wrapped model."""
+        """Return the trainable parameters of the wrapped model."""
         return self.model.trainable_parameters()
 
     def named_modules(self) -> Any:
-        """Of the wrapped model."""
+        """Return the modules of the wrapped model, by name."""
         return self.model.named_modules()
-
-    # ------------------------------------------------------------------ streams
-
-    def capture(self, text: TokenInput | Sequence[str], edits: Mapping[int, Edit] | None = None) -> Stream:
-        """The residual streams of a text, or of several, whose padding is masked: one forward pass, every block's output [B, T, D]."""
-        ids, mask = self.ids_and_mask(text)
-        return self.source.capture(ids, edits, mask)
 
     def trace(self, inputs: TokenInput | list[str], interventions: Mapping[str | int, Edit] | None = None) -> Trace:
         """Run the model once, at the start of a `with` block, and offer what its blocks returned.
@@ -127,7 +64,7 @@ class InterpretableModel(TokenizerMixin):
         Returns:
             a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]} and `output`.
         """
-        edits = {_layer_index(key, len(self.source)): edit for key, edit in (interventions or {}).items()}
+        edits = {layer_index(key, self.num_layers): edit for key, edit in (interventions or {}).items()}
         return Trace(self, self.ids(inputs), edits)
 
     # ------------------------------------------------------------------ lenses
@@ -198,7 +135,7 @@ class InterpretableModel(TokenizerMixin):
             return {}
         reading = self.read(text, tuned_lens, top_k, layers, position, final_norm, skip_norm)
         if plot:
-            from metalens.plotting import show_lens  # matplotlib takes a second to import
+            from metalens.readings.heat_map import show_lens  # matplotlib takes a second to import
 
             look = {"max_display_tokens": max_display_tokens, "figsize": figsize, "cmap": cmap, "font_family": font_family}
             show_lens(reading.predictions, reading.tokens, reading.stats.max_probability, "probability of the top token", **look)
@@ -214,36 +151,12 @@ class InterpretableModel(TokenizerMixin):
         final_norm: NormFunction | None = None,
         skip_norm: bool = False,
     ) -> Reading:
-        """Everything a lens says about a text: predictions, statistics, and the model's own answer beside them.
-
-        Arguments and errors as in `logit_lens`; lens None is the logit lens. At least one layer.
-        """
-        ids = self.ids(text)[:1]
-        chosen = select_layers(layers, len(self.source))
-        if not chosen:
-            raise ValueError("No layers were asked for. Pass layers=None for all of them.")
-        where = select_position(position, ids.shape[1])
-        lens = LogitLens() if lens is None else lens
-        self.check_lens(lens)
-        unembed = self.unembed
-        norm = NO_NORM if skip_norm else unembed.norm if final_norm is None else final_norm
-        stream = self.source.capture(ids)
-        hidden = [h[0, where] for h in stream.hidden]
-        stats = lens_stats(lens_rows(hidden, chosen, lens, norm), unembed.head, top_k)
-        model = logits_stats(stream.logits[:1, where].astype(mx.float32))
-        require_finite(stats)
-        strings = self.token_strings(mx.concatenate([stats.top_ids.reshape(-1), model.top_ids.reshape(-1)]))
-        names = self.token_strings(ids[0, where])
-        tokens = [names[i] for i in nested(ids[0, where])]
-        return Reading(chosen, tokens, predictions(stats, chosen, strings), stats, model, [strings[i] for i in nested(model.top_ids[0, :, 0])])
+        """Read a text through a lens: see `metalens.readings.read`."""
+        return read(self, text, lens, top_k, layers, position, final_norm, skip_norm)
 
     def check_lens(self, lens: Lens) -> None:
-        """Raise ValueError if a TunedLens does not fit this model, warn if it remembers another one; other callables are taken as they are."""
-        if isinstance(lens, TunedLens):
-            lens.check_fits(len(self.source), self.unembed.hidden_dim)
-            check_origin(lens, self.unembed, self.name, stacklevel=4)
-        elif not callable(lens):
-            raise TypeError(f"A lens is a TunedLens or a function (hidden, layer) -> hidden, not {type(lens).__name__}.")
+        """Check that a lens fits this model: see `metalens.lenses.provenance.check_lens`."""
+        check_lens(lens, self, stacklevel=4)
 
     def get_token_predictions(
         self,
@@ -268,7 +181,7 @@ class InterpretableModel(TokenizerMixin):
             ValueError: for another number of dimensions, or top_k out of range.
         """
         if hidden_state.ndim not in (1, 2):
-            raise ValueError(f"hidden_state must be [D] or [N, D], got {hidden_state.shape}. Index a batch before passing it.")
+            raise InvalidValueError(f"hidden_state must be [D] or [N, D], got {hidden_state.shape}. Index a batch before passing it.")
         rows = hidden_state.reshape(-1, hidden_state.shape[-1])
         if lm_head is not None:
             logits = lm_head(rows).astype(mx.float32)
@@ -277,9 +190,9 @@ class InterpretableModel(TokenizerMixin):
         else:
             stats = lens_stats(rows[None], self.unembed.head if embedding_layer is None else _head_of(embedding_layer), top_k)
             ids, scores = stats.top_ids[0], stats.top_logits[0]
-        result = nested(ids)
+        result = to_list(ids)
         if return_scores:
-            result = [list(zip(i, z, strict=True)) for i, z in zip(result, nested(scores), strict=True)]
+            result = [list(zip(i, z, strict=True)) for i, z in zip(result, to_list(scores), strict=True)]
         return result[0] if hidden_state.ndim == 1 else result
 
     def train_tuned_lens(
@@ -298,7 +211,7 @@ class InterpretableModel(TokenizerMixin):
 
         Args:
             dataset: texts, joined with a space; or lists of ids, joined.
-            num_steps: optimiser steps.
+            num_steps: optimizer steps.
             learning_rate: SGD with Nesterov momentum; falls linearly to 0.
             momentum: of SGD.
             max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
@@ -318,7 +231,7 @@ class InterpretableModel(TokenizerMixin):
         try:
             ids, unembed = self.training_ids(dataset), self.unembed
         except AttributeError as error:
-            raise ValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
+            raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 
         def report(progress: Progress) -> None:
             if callback is not None:
@@ -337,11 +250,11 @@ class InterpretableModel(TokenizerMixin):
         """
         dataset = [dataset] if isinstance(dataset, str) else dataset
         if len(dataset) == 0:
-            raise ValueError("Dataset is empty. Provide a list of texts to train on.")
+            raise InvalidValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):
             return self.admit_training_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
         if not any(entry.strip() for entry in dataset):
-            raise ValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
+            raise InvalidValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
         return self.admit_training_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
@@ -377,13 +290,18 @@ def train_tuned_lens(
 
 def _head_of(embedding: Any) -> Head:
     if not isinstance(embedding, nn.Module) or "weight" not in embedding:
-        raise TypeError(f"embedding_layer must be an mlx.nn embedding or linear layer, not {type(embedding).__name__}.")
-    return Head(weight_of(embedding))
+        raise InvalidTypeError(f"embedding_layer must be an mlx.nn embedding or linear layer, not {type(embedding).__name__}.")
+    return Head(Weight.from_layer(embedding))
 
 
-def _layer_index(key: str | int, num_layers: int) -> int:
-    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)$", key) if isinstance(key, str) else None
-    index = key if isinstance(key, int) else int(match[1]) if match else -1
-    if not 0 <= index < num_layers:
-        raise ValueError(f"No block {key!r} to intervene on: give an index from 0 to {num_layers - 1}, or a name that ends in layers.<index>.")
-    return index
+def load(name: str | Path, **options: Any) -> InterpretableModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: a folder in mlx-lm's format, a hub id, or 'demo' for the small model that comes with metalens.
+        options: as in `InterpretableModel`.
+
+    Raises:
+        InvalidValueError: if there is no such model.
+    """
+    return InterpretableModel(name, **options)

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from mocks import MockModel, WordTokenizer
-from tuned_lens_files import CONFIG
+from support.mocks import MockModel, WordTokenizer
+from support.tuned_lens_files import CONFIG
 
 SUBMODULES = ("tuned_lens", "core", "core.module_resolver")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import metalens
-from mocks import DIM, LAYERS, VOCAB, CountingTokenizer, MockModel, WordTokenizer
+from support.mocks import DIM, LAYERS, VOCAB, CountingTokenizer, MockModel, WordTokenizer
 
 TEXT = "w3 w1 w4 w1 w5"
 # 60 words: CountingTokenizer numbers them 0 to 59, inside the vocabulary, and the 240 of LONG run far past it.

@@ -4,7 +4,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mocks import DIM, MockModel, WordTokenizer, tiny_llama
+from support.mocks import DIM, MockModel, WordTokenizer, tiny_llama
 
 
 def test_parts_of_a_model_with_a_head_of_its_own(resolver):
@@ -104,6 +104,6 @@ def test_every_layer_of_a_trace_has_a_key(mlxterp, resolver, network):
         np.testing.assert_array_equal(np.array(trace.activations[key]), np.array(layer.output.save()))
 
 
-def test_normalised_keys_agree(resolver):
+def test_normalized_keys_agree(resolver):
     keys = ("model.model.layers.3.mlp", "model.layers.3.mlp", "layers.3.mlp")
     assert {resolver.normalize_layer_key(key) for key in keys} == {"layers.3.mlp"}

@@ -14,7 +14,7 @@ import pytest
 from metalens.compat import tuned_lens as files
 from metalens.compat.tuned_lens.pickled import read
 from metalens.compat.tuned_lens.torch_file import LEGACY_MAGIC, PICKLE_LIMIT
-from tuned_lens_files import DATA, LEGACY, PICKLE, RECORDS, ZIP, legacy, refused, zipped
+from support.tuned_lens_files import DATA, LEGACY, PICKLE, RECORDS, ZIP, legacy, refused, zipped
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(folder):

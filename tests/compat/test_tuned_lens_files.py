@@ -15,7 +15,7 @@ from metalens import TunedLens
 from metalens.compat import tuned_lens as files
 from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor
 from metalens.compat.tuned_lens.torch_file import _check_view, read_tensors
-from tuned_lens_files import DATA, DIM, LAYERS, assert_same_map, lens_of
+from support.tuned_lens_files import DATA, DIM, LAYERS, assert_same_map, lens_of
 
 FIXTURES = ["zip-float32", "zip-bfloat16-transposed", "zip-float64-no-bias", "legacy-float16"]
 
@@ -296,10 +296,10 @@ def configure(lens_folder, remove=(), **changes):
 
 
 def test_unknown_keys_are_dropped_with_a_warning(lens_folder):
-    configure(lens_folder, colour="blue", extra=[1])
-    with pytest.warns(UserWarning, match=r"config\.json: ignoring colour, extra"):
+    configure(lens_folder, color="blue", extra=[1])
+    with pytest.warns(UserWarning, match=r"config\.json: ignoring color, extra"):
         lens = files.load(lens_folder)
-    assert "colour" not in json.dumps(lens.origin)
+    assert "color" not in json.dumps(lens.origin)
 
 
 def test_keys_with_defaults_may_be_missing(lens_folder):

@@ -20,7 +20,7 @@ from metalens import TunedLens
 from metalens.compat import tuned_lens as files
 from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
 from metalens.compat.tuned_lens.torch_file import LEGACY_MAGIC
-from tuned_lens_files import CONFIG, LEGACY, RECORDS, ZIP, legacy, refused, zipped
+from support.tuned_lens_files import CONFIG, LEGACY, RECORDS, ZIP, legacy, refused, zipped
 
 # ---------------------------------------------------------------- code in pickles
 

@@ -8,7 +8,7 @@ import pytest
 
 from metalens import TunedLens
 from metalens.compat import tuned_lens as files
-from tuned_lens_files import DATA, assert_same_map, lens_of
+from support.tuned_lens_files import DATA, assert_same_map, lens_of
 
 
 @pytest.fixture

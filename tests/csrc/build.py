@@ -36,7 +36,7 @@ def units(machine):
 
 
 def release_flags():
-    """The optimisation and floating-point flags of the extension."""
+    """The optimization and floating-point flags of the extension."""
     options = re.search(r"target_compile_options\(_ext PRIVATE (-O.*)\)", (ROOT / "CMakeLists.txt").read_text())[1]
     return [flag for flag in options.split() if not flag.startswith("-W")]
 

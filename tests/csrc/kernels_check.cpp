@@ -1,4 +1,4 @@
-// The small functions of a kernel table, over dense sweeps of their arguments: 16-bit floats and codes of quantised formats bit by bit, the
+// The small functions of a kernel table, over dense sweeps of their arguments: 16-bit floats and codes of quantized formats bit by bit, the
 // exponential and the hyperbolic tangent to their stated accuracy, the sums of a softmax.
 #include "check.h"
 
@@ -45,13 +45,13 @@ void check_elements() {
       equal("widened", i, wide[i], i & 0x8000 ? -value : value);
       if (!std::isnan(value)) equal("narrowed", i, back[i], i);
     }
-    // Halfway between two neighbours, the even one; a little more or less, the nearer.
+    // Halfway between two neighbors, the even one; a little more or less, the nearer.
     for (int i = 0; i < 0x7000; i += 3) {
       const float low = wide[i], high = wide[i + 1], middle = low + (high - low) / 2;
       const float three[3] = {std::nextafter(middle, low), middle, std::nextafter(middle, high)};
       uint16_t narrow[3];
       kernels().store(element, three, narrow, 3);
-      // The middle of two subnormal bf16 has no neighbours between them and itself that would round elsewhere.
+      // The middle of two subnormal bf16 has no neighbors between them and itself that would round elsewhere.
       equal("below the middle", i, narrow[0], i);
       equal("the middle", i, narrow[1], i + i % 2);
       equal("above the middle", i, narrow[2], i + 1);

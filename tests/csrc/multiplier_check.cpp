@@ -84,7 +84,7 @@ struct Weight {
     if (kind.format == Format::dense) {
       for (float& v : dense) v = store_element(values, kind.element, uniform());
     } else {
-      quantise();
+      quantize();
     }
     // Exactly sized, so that AddressSanitizer sees an access beyond.
     for (auto* buffer : {&values, &scales, &biases}) buffer->shrink_to_fit();
@@ -95,7 +95,7 @@ struct Weight {
   }
 
  private:
-  void quantise() {
+  void quantize() {
     values.resize(dense.size() * kind.bits / 8);
     float scale = 0, bias = 0;
     for (size_t i = 0; i < dense.size(); ++i) {

@@ -7,7 +7,7 @@ using namespace check;
 namespace {
 
 // n = norm(y) of one row.
-std::vector<double> normalised(const std::vector<double>& y, const Norm& norm) {
+std::vector<double> normalized(const std::vector<double>& y, const Norm& norm) {
   if (!norm.enabled) return y;
   const double d = double(y.size());
   double mean = 0, squares = 0;
@@ -31,9 +31,9 @@ void check_backward(const std::vector<float>& y, const std::vector<float>& dn, i
     for (int64_t i = 0; i < d; ++i) {
       const double step = 1e-5, middle = at[i];
       at[i] = middle + step;
-      const auto above = normalised(at, norm);
+      const auto above = normalized(at, norm);
       at[i] = middle - step;
-      const auto below = normalised(at, norm);
+      const auto below = normalized(at, norm);
       at[i] = middle;
       for (int64_t j = 0; j < d; ++j) gradient[i] += dn[r * d + j] * (above[j] - below[j]) / (2 * step);
       size = std::max(size, std::abs(gradient[i]));
@@ -66,7 +66,7 @@ void check_norm(
       near("y", r * d + j, y[r * d + j], sum, unit(precision) * size);
       exact[j] = y[r * d + j];
     }
-    const auto wanted = normalised(exact, norm);
+    const auto wanted = normalized(exact, norm);
     for (int64_t j = 0; j < d; ++j) near("n", r * d + j, n[r * d + j], wanted[j], 4e-6 * (1 + std::abs(wanted[j])));
   }
   check_backward(y, normals(rows * d, 1), rows, d, norm);

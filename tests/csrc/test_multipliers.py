@@ -1,4 +1,4 @@
-"""Products of 16-bit operands under the compiler's sanitizers: wrong values, wrong accesses, undefined behaviour. Built from source without MLX.
+"""Products of 16-bit operands under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior. Built from source without MLX.
 
 They run on definitions of the instructions in plain C++, compiled for AVX2, and on the instructions themselves where the CPU has them.
 """

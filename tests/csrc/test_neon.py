@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory):
-    # Optimised as a release is: it is the vector code of the compiler for that machine that nothing else here sees.
+    # Optimized as a release is: it is the vector code of the compiler for that machine that nothing else here sees.
     flags = [*build.release_flags(), "-static"]
     isas = list(build.units("aarch64"))
     return build.build(tmp_path_factory.mktemp("neon"), CHECKS, machine="aarch64", flags=flags, isas=isas, compiler=COMPILER)

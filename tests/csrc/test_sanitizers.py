@@ -1,4 +1,4 @@
-"""The CPU kernels under the compiler's sanitizers: wrong values, wrong accesses, undefined behaviour, races. Built from source without MLX."""
+"""The CPU kernels under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior, races. Built from source without MLX."""
 
 import os
 import platform

@@ -21,7 +21,7 @@ from .errors import MslError
 from .options import SCHEDULES, Options
 from .toolchain import symbolizer
 
-WRITABLE, INITIALISED = 1, 2
+WRITABLE, INITIALIZED = 1, 2
 COPY_BELOW = 256 << 20  # larger inputs of checked launches are used where they are; larger outputs start as zeros
 
 
@@ -115,7 +115,7 @@ def output_argument(name: str, shape: Sequence[int], dtype: np.dtype, init: Any,
         array[...] = init
     elif size <= COPY_BELOW:
         memory[...] = 0xFF
-    flags = WRITABLE | (INITIALISED if init is not None else 0)
+    flags = WRITABLE | (INITIALIZED if init is not None else 0)
     return Argument(name, memory.ctypes.data, size, dtype.itemsize, flags, 0, memory), array
 
 

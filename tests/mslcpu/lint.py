@@ -147,7 +147,7 @@ def _functions(tokens: list[Token]) -> list[tuple[str, bool, bool, int, int]]:
                 result.append((words[parenthesis - 1], "kernel" in kinds, template, i, end))
                 i = end
             elif "=" in words or "enum" in words:
-                i = find_closing(tokens, i)  # an initialiser
+                i = find_closing(tokens, i)  # an initializer
             start = i + 1
         elif text in (";", "}") or (text == ":" and i > 0 and tokens[i - 1].text in ("public", "private", "protected")):
             start = i + 1
@@ -169,7 +169,7 @@ def _threadgroup_outside_kernels(tokens: list[Token]) -> list[tuple[Token, str]]
             end = next(j for j in range(i, len(tokens)) if tokens[j].text in (";", ""))
             words = [t.text for t in tokens[i:end]]
             if "=" in words and not {"*", "&"} & set(words[: words.index("=")]):
-                found.append((token, "a threadgroup variable cannot have an initialiser"))
+                found.append((token, "a threadgroup variable cannot have an initializer"))
     return found
 
 

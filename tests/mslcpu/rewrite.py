@@ -256,7 +256,7 @@ def _without_template_head(words: list[str]) -> list[str]:
 def _thread_method(declaration: list[Token], structs: set[str]) -> str | None:
     """The name of the method without an address space that is declared, if one is; conversion operators and constructors do not count."""
     words = [t.text for t in declaration]
-    # A lone colon starts a constructor's initialisers.
+    # A lone colon starts a constructor's initializers.
     if {"static", "using", "typedef", "friend", "struct", "class", ":"} & set(_without_template_head(words)) or "(" not in words:
         return None
     last = len(words) - 1

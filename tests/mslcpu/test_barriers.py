@@ -27,7 +27,7 @@ def test_barriers_are_counted_and_removed():
 @pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
 @pytest.mark.parametrize("index", range(mslcpu.count_barriers(REDUCTION)))
 def test_reduction_without_a_barrier(index, schedule):
-    with mslcpu.options(schedule=schedule), pytest.raises(mslcpu.MslError, match="data race|uninitialised"):
+    with mslcpu.options(schedule=schedule), pytest.raises(mslcpu.MslError, match="data race|uninitialized"):
         reduction(mslcpu.without_barrier(REDUCTION, index))
 
 
@@ -35,5 +35,5 @@ def test_reduction_without_a_barrier(index, schedule):
 @pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
 @pytest.mark.parametrize("index", range(mslcpu.count_barriers(MATMUL)))
 def test_matmul_without_a_barrier(index, schedule):
-    with mslcpu.options(schedule=schedule), pytest.raises(mslcpu.MslError, match="data race|uninitialised"):
+    with mslcpu.options(schedule=schedule), pytest.raises(mslcpu.MslError, match="data race|uninitialized"):
         matmul(32, 32, 64, header=mslcpu.without_barrier(MATMUL, index))

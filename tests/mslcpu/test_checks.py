@@ -36,7 +36,7 @@ DEFECTS = [
            "packed_float4 v = ((const device packed_float4*)(x + 60))[0]; out[i] = v[0] + v[3];"),
     Defect("write beyond the end", "out-of-bounds device write of 4 bytes at byte 256 of buffer 'out'", "out[i + 1] = 0;", "out[i] = 0;"),
     Defect("write to an input", "write to input buffer 'x' .byte 0.", "((device float*)x)[i] = 0; out[i] = 0;", "out[i] = 0;"),
-    Defect("read of an unwritten output", "read of uninitialised output: byte 0 of buffer 'out'", "out[i] += 1;", "out[i] = 1; out[i] += 1;"),
+    Defect("read of an unwritten output", "read of uninitialized output: byte 0 of buffer 'out'", "out[i] += 1;", "out[i] = 1; out[i] += 1;"),
     Defect("threadgroup index", "array index 64 out of bounds",
            "threadgroup float s[64]; s[t + 1] = 0; out[i] = 0;", "threadgroup float s[64]; s[t] = 0; out[i] = 0;"),
     Defect("threadgroup pointer", "out-of-bounds threadgroup write of 4 bytes at byte 256 of 's' .256 bytes.",
@@ -48,7 +48,7 @@ DEFECTS = [
     Defect("far past a threadgroup array", "out-of-bounds threadgroup read of 4 bytes at byte 4096 of 'a'",
            "threadgroup float a[64], b[2048]; a[t] = b[t] = 1; threadgroup float* p = a; out[i] = p[t + 1024];",
            "threadgroup float a[64], b[2048]; a[t] = b[t] = 1; threadgroup float* p = b; out[i] = p[t];"),
-    Defect("uninitialised threadgroup memory", "read of uninitialised threadgroup memory: byte 0 of 's'",
+    Defect("uninitialized threadgroup memory", "read of uninitialized threadgroup memory: byte 0 of 's'",
            "threadgroup float s[64]; out[i] = s[t];", "threadgroup float s[64]; s[t] = 1; out[i] = s[t];"),
     Defect("race by writing, then reading", "threadgroup data race .write-read, no barrier between.: byte .* of 's'",
            "threadgroup float s[64]; s[t] = 1; simdgroup_barrier(mem_flags::mem_none); out[i] = s[t ^ 1];",
@@ -148,7 +148,7 @@ RACES = [d for d in DEFECTS if "data race" in d.message]
 def test_races_are_found_in_every_schedule(defect, schedule):
     """Whatever the order, and whichever of the two accesses comes first in it."""
     for seed in range(3):
-        with mslcpu.options(schedule=schedule, seed=seed), pytest.raises(mslcpu.MslError, match="data race|uninitialised"):
+        with mslcpu.options(schedule=schedule, seed=seed), pytest.raises(mslcpu.MslError, match="data race|uninitialized"):
             run(defect.wrong, threadgroup=defect.threadgroup)
 
 

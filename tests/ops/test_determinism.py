@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
 from metalens import _ext
 from metalens.ops import Norm, lens_kl, lens_stats, lens_target, translate_norm
+from support import oracle
 
 # Threads share out the vocabulary and add up their parts; instruction sets have vectors and exponentials of their own: float32 roundings, in sums of
 # logits of a few.

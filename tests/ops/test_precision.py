@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
 from metalens import _ext, use_backend, use_precision
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, linear, precision, translate_norm
+from support import oracle
 
 # Operands of 8 bits are off by up to 2^-9, in the mean by a third of that, and a sum of many by less, relative to its terms' size.
 BF16 = 4e-3

@@ -16,7 +16,7 @@ import pytest
 from metalens import InterpretableModel
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train
 from metalens.training.checkpoint import RECORD, STATE
-from mocks import WordTokenizer
+from support.mocks import WordTokenizer
 
 LENGTH = 16
 CONFIG = TrainingConfig(num_steps=4, max_seq_len=LENGTH, seed=1)

@@ -13,7 +13,7 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from metalens.demo import MODEL
+from metalens.models.bundled import MODEL
 from metalens.training.data import Corpus, open_corpus, readers, tokenizing
 from metalens.training.data import corpus as corpus_module
 from metalens.training.data.cache import TokenCache, cache_folder
@@ -137,7 +137,7 @@ def test_ids_that_are_none(two, cache):
         open_corpus(two, Damaged(), cache_dir=cache)
 
 
-def test_the_second_time_nothing_is_tokenised(two, cache, tmp_path):
+def test_the_second_time_nothing_is_tokenized(two, cache, tmp_path):
     first, moved = open_corpus(two, Bytes(), cache_dir=cache), tmp_path / "elsewhere.jsonl"
     two.rename(moved)
     tokenizer = Bytes()
@@ -236,7 +236,7 @@ def test_reading_stops_when_there_are_enough_tokens(tmp_path, cache, monkeypatch
 
 
 @pytest.mark.parametrize("error", [RuntimeError("damaged"), KeyboardInterrupt()])
-def test_an_interrupted_tokenisation_leaves_nothing(two, cache, error):
+def test_an_interrupted_tokenization_leaves_nothing(two, cache, error):
     class Interrupted(Bytes):
         def encode(self, text, add_special_tokens=True):
             if text == "cdé":
@@ -256,7 +256,7 @@ def test_a_file_that_changes_meanwhile(two, cache):
                 two.write_text("other")
             return super().encode(text, add_special_tokens)
 
-    # With batches of one piece the file is still being read while its first document is tokenised.
+    # With batches of one piece the file is still being read while its first document is tokenized.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizing, "BATCH", 1)
         with pytest.raises(ValueError, match="changed while it was read"):
@@ -285,7 +285,7 @@ def test_what_a_killed_process_left_is_removed(two, cache):
     assert {p.name for p in cache.glob(".*")} == {".other.ids.abc.ids"}
 
 
-def test_of_several_at_once_one_tokenises(two, cache):
+def test_of_several_at_once_one_tokenizes(two, cache):
     class Slow(Bytes):
         def encode(self, text, add_special_tokens=True):
             time.sleep(0.05)
@@ -309,7 +309,7 @@ def test_of_several_at_once_one_tokenises(two, cache):
 OPEN = """
 import sys
 from mlx_lm.utils import load_tokenizer
-from metalens.demo import MODEL
+from metalens.models.bundled import MODEL
 from metalens.training.data import open_corpus
 corpus = open_corpus(sys.argv[1], load_tokenizer(MODEL), cache_dir=sys.argv[2])
 print(corpus.fingerprint, corpus.ids.tolist())

@@ -19,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import distributed_worker as worker
 from metalens import TunedLens
 from metalens.training import CheckpointFolder, Group
 from metalens.training.distributed import EXIT_STATUS
+from support import distributed_worker as worker
 
 WORKER = Path(worker.__file__)
 LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
@@ -264,7 +264,7 @@ def test_processes_that_were_started_with_different_settings_refuse(together):
     n, _, results = together
     assert [result["steps"] for result in results["not-alike"]] == [0] * n
     for result in results["not-alike"]:
-        assert result["error"].startswith("ValueError: The processes of this run were not started alike")
+        assert result["error"].startswith("InvalidValueError: The processes of this run were not started alike")
         assert "num_steps is 3 in process 0 and 5 in process 1" in result["error"]
         assert "learning_rate is 0.5 in process 0 and 0.25 in process 1" in result["error"]
 
@@ -274,7 +274,7 @@ def test_processes_that_were_started_with_different_settings_refuse(together):
 @pytest.mark.parametrize("share", ["data", "layers"])
 def test_one_process_stops_all_and_resuming_gives_what_a_run_without_the_stop_gives(together, share):
     n, _, results = together
-    assert [result["error"] for result in results[f"stopped-{share}"]] == ["TrainingInterrupted: Stopped after step 2."] * n
+    assert [result["error"] for result in results[f"stopped-{share}"]] == ["TrainingInterruptedError: Stopped after step 2."] * n
     assert len(results[f"resumed-{share}"][0]["losses"]) == 1
     for resumed, straight in zip(results[f"resumed-{share}"], results[share], strict=True):
         assert resumed["weights"] == straight["weights"]
@@ -353,7 +353,7 @@ def test_a_process_that_dies_ends_the_others(died, i):
     for rank in set(range(n)) - {1}:
         status, error = statuses[rank]
         assert status == 1
-        assert f"GroupLost: Process {rank} of {n} can't reach the others" in error
+        assert f"GroupLostError: Process {rank} of {n} can't reach the others" in error
         assert "Start all of them again with resume" in error
 
 

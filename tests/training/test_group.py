@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import distributed_worker as worker
-from metalens.training import CheckpointFolder, Group, TrainingConfig, TrainingInterrupted, distributed, loop, train
+from metalens.training import CheckpointFolder, Group, TrainingConfig, TrainingInterruptedError, distributed, loop, train
+from support import distributed_worker as worker
 
 LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
 
@@ -124,7 +124,7 @@ def test_what_fails_in_one_process_fails_in_all(monkeypatch):
 def test_layers_whose_newest_checkpoints_differ_go_on_from_the_newest_that_all_have(monkeypatch, model, tmp_path):
     config = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
     saved = CheckpointFolder(tmp_path / "rank-0-of-2")
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(TrainingInterruptedError):
         train(model.source, model.unembed, worker.text(), config, checkpoints=saved, checkpoint_every=1, stop=lambda: bool(saved.steps()[1:]))
     assert saved.steps() == [2, 3]
     group = Group("layers", Ranks(0, 2))

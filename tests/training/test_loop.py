@@ -5,11 +5,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
 from metalens import TunedLens
 from metalens.training import TrainingConfig, loop, loss_and_gradient, train
 from metalens.training.optimizer import gradient_norm
 from metalens.training.step import accumulate
+from support import oracle
 
 LENGTH = 16
 
@@ -140,7 +140,7 @@ def nesterov(gradients, learning_rate, momentum, num_steps):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_optimiser_is_nesterov_with_linear_decay(tiny, ids, constant_gradient, momentum):
+def test_the_optimizer_is_nesterov_with_linear_decay(tiny, ids, constant_gradient, momentum):
     gradients = [1e-3, -2e-3, 3e-3, 1e-3]
     constant_gradient(*gradients)
     lens = run(tiny, ids, learning_rate=0.5, momentum=momentum, gradient_clip=1e9)

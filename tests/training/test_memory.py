@@ -5,11 +5,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import oracle
+from metalens.models.capture import HiddenStates
+from metalens.models.unembed import Unembed, norm_of
 from metalens.ops import Head
-from metalens.stream import Stream
-from metalens.training import Corpus, TrainingConfig, capture, train
-from metalens.unembed import Unembed, norm_of
+from metalens.training import Corpus, TrainingConfig, batching, train
+from support import oracle
 
 WIDTH, VOCAB, LENGTH = 256, 500, 16
 
@@ -24,12 +24,12 @@ class Source:
         return self.layers
 
     def capture(self, ids):
-        return Stream([mx.random.normal((*ids.shape, WIDTH)) for _ in range(self.layers)], mx.zeros(()))
+        return HiddenStates([mx.random.normal((*ids.shape, WIDTH)) for _ in range(self.layers)], mx.zeros(()))
 
 
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
-    monkeypatch.setattr(capture, "PASS_TOKENS", LENGTH)
+    monkeypatch.setattr(batching, "PASS_TOKENS", LENGTH)
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
-"""Updates, one layer at a time: stochastic rounding, 16-bit state, decay towards the identity, Muon's orthogonal steps."""
+"""Updates, one layer at a time: stochastic rounding, 16-bit state, decay toward the identity, Muon's orthogonal steps."""
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-import oracle
 from metalens import TunedLens
+from metalens.lenses.translators import parameters_of
 from metalens.training import TrainingConfig, train
 from metalens.training.optimizer import LensMuon, LensOptimizer, gradient_norm, stochastically_rounded
 from metalens.training.polar import quintics
-from metalens.translators import parameters_of
+from support import oracle
 
 LENGTH = 16
 
@@ -31,11 +31,11 @@ def test_rounding_is_to_the_neighbours_and_right_on_average(value):
     value = float(np.float32(value))
     found = as_numpy(rounded(np.full(40_000, value)))
     below = np.array([value], np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-    neighbours = np.concatenate([below, below + np.uint32(0x10000)]).view(np.float32)
-    assert set(np.unique(found)) == set(neighbours)
-    step = abs(float(neighbours[1]) - float(neighbours[0]))
-    share = abs(value - float(neighbours[0])) / step
-    assert np.mean(found == neighbours[1]) == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / found.size))
+    neighbors = np.concatenate([below, below + np.uint32(0x10000)]).view(np.float32)
+    assert set(np.unique(found)) == set(neighbors)
+    step = abs(float(neighbors[1]) - float(neighbors[0]))
+    share = abs(value - float(neighbors[0])) / step
+    assert np.mean(found == neighbors[1]) == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / found.size))
 
 
 def test_what_bfloat16_holds_stays(rng):
@@ -72,7 +72,7 @@ def test_rounding_is_determined_by_the_key(rng):
 
 
 def test_small_updates_are_not_lost(rng):
-    """A thousand steps of 1e-5 from 1: rounding to nearest would stay at 1, whose neighbours are 0.004 and 0.008 away."""
+    """A thousand steps of 1e-5 from 1: rounding to nearest would stay at 1, whose neighbors are 0.004 and 0.008 away."""
     config = TrainingConfig(num_steps=1000, schedule="constant", learning_rate=1e-5, momentum=0.0, dtype="bfloat16")
     parameters = {"bias": mx.ones((2000,), mx.bfloat16)}
     optimizer = LensOptimizer(config, {0: parameters})
@@ -289,11 +289,11 @@ def test_rates_are_those_of_the_start_also_after_it_was_left(rng):
 # Its state
 
 
-def test_a_state_of_another_optimiser_is_refused():
+def test_a_state_of_another_optimizer_is_refused():
     parameters = {0: {"bias": mx.zeros((8,))}, 11: {"bias": mx.zeros((8,))}}
     sgd, adam = (LensOptimizer(TrainingConfig(optimizer=name), parameters) for name in ("sgd", "adam"))
     for state in (adam.state(), {}, LensOptimizer(TrainingConfig(), {0: parameters[0]}).state()):
-        with pytest.raises(ValueError, match="of another optimiser, or of other layers"):
+        with pytest.raises(ValueError, match="of another optimizer, or of other layers"):
             sgd.restore(state)
 
 

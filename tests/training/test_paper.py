@@ -1,17 +1,17 @@
 """The recipes against a trainer in float64 NumPy that is written from the paper and from upstream's code, not from this package.
 
-It keeps A = W - I and b as upstream does, adds the layers' losses up, and takes PyTorch's formulas for its optimisers.
+It keeps A = W - I and b as upstream does, adds the layers' losses up, and takes PyTorch's formulas for its optimizers.
 """
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
 from metalens import InterpretableModel
-from metalens.training import TrainingConfig, capture, recipe, train
+from metalens.training import TrainingConfig, batching, recipe, train
 from metalens.training.optimizer import LensMuon
 from metalens.training.polar import quintics
+from support import oracle
 
 LENGTH, WIDTH, LAYERS = 16, 64, 3
 
@@ -19,7 +19,7 @@ LENGTH, WIDTH, LAYERS = 16, 64, 3
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
     """So that the gradient of a step is accumulated over several batches."""
-    monkeypatch.setattr(capture, "PASS_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(batching, "PASS_TOKENS", 2 * LENGTH)
 
 
 @pytest.fixture
@@ -129,12 +129,12 @@ def compare(model, ids, config, trainer, *, tolerance=5e-6):
     np.testing.assert_allclose([p.gradient_norm for p in seen], trainer.norms, rtol=1e-3)
     np.testing.assert_allclose([oracle.wide(t.weight) - np.eye(WIDTH) for t in lens.translators], trainer.a, atol=tolerance)
     np.testing.assert_allclose([oracle.wide(t.bias) for t in lens.translators], trainer.b, atol=tolerance)
-    assert np.abs(trainer.a).max() > 1e-3  # something was learnt
+    assert np.abs(trainer.a).max() > 1e-3  # something was learned
     return seen
 
 
 def llama_with_norm(make_llama, scale):
-    """A float32 Llama without quantisation, its final norm (and so logits, losses and gradients) larger or smaller."""
+    """A float32 Llama without quantization, its final norm (and so logits, losses and gradients) larger or smaller."""
     model = make_llama(bits=None)
     model.model.norm.weight = model.model.norm.weight * scale
     return InterpretableModel(model)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracle
-from metalens.training.polar import ERROR, SHARE, best_quintic, orthogonalised, quintics
+from metalens.training.polar import ERROR, SHARE, best_quintic, orthogonalized, quintics
+from support import oracle
 
 
 def value(polynomial, s):
@@ -22,7 +22,7 @@ def composed(polynomials, s):
 
 
 def exact(x, polynomials):
-    """What `orthogonalised` should return, by singular values."""
+    """What `orthogonalized` should return, by singular values."""
     u, s, v = np.linalg.svd(oracle.wide(x), full_matrices=False)
     return (u * composed(polynomials, s / (1.01 * np.linalg.norm(s)))) @ v
 
@@ -78,7 +78,7 @@ def test_an_iteration_less_than_muon_s_usual_polynomial():
 def test_matrices_are_their_singular_vectors(rng, shape):
     x = oracle.random_array(rng, *shape, scale=1e-6)
     for iterations in (1, 3, None):
-        found = oracle.wide(orthogonalised(x, iterations, "float32"))
+        found = oracle.wide(orthogonalized(x, iterations, "float32"))
         np.testing.assert_allclose(found, exact(x, quintics(min(shape), iterations)[0]), atol=2e-5)
 
 
@@ -87,7 +87,7 @@ def test_matrices_are_their_singular_vectors(rng, shape):
 def test_rounded_operands_change_little(rng, shape):
     """Against an error of up to 0.3 that the polynomials leave."""
     x = oracle.random_array(rng, *shape)
-    found = oracle.wide(orthogonalised(x, None, "bf16"))
+    found = oracle.wide(orthogonalized(x, None, "bf16"))
     assert np.linalg.norm(found - exact(x, quintics(min(shape))[0]), 2) < 0.06
 
 
@@ -97,10 +97,10 @@ def test_rounded_operands_change_little(rng, shape):
 def test_few_singular_values_are_1_too(rng, rank, precision):
     """A matrix of rank one has the largest singular value there can be."""
     x = mx.array((rng.standard_normal((50, rank)) @ rng.standard_normal((rank, 40))).astype(np.float32))
-    found = np.linalg.svd(oracle.wide(orthogonalised(x, None, precision)), compute_uv=False)
+    found = np.linalg.svd(oracle.wide(orthogonalized(x, None, precision)), compute_uv=False)
     assert np.abs(found[:rank] - 1).max() < ERROR + 0.02
     assert found[rank:].max() < (1e-4 if precision == "float32" else 0.1)
 
 
 def test_nothing_stays_nothing():
-    assert not mx.any(orthogonalised(mx.zeros((5, 3)), None, "float32"))
+    assert not mx.any(orthogonalized(mx.zeros((5, 3)), None, "float32"))

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from metalens.training.data import Corpus, NotEnoughData, Producer, Sampler
+from metalens.training.data import Corpus, NotEnoughDataError, Producer, Sampler
 
 
 def wait_until(condition):
@@ -154,5 +154,5 @@ def test_the_end_of_the_text_reaches_the_consumer():
     sampler = Sampler(Corpus.from_ids(np.arange(10)), 3)
     with Producer(lambda: sampler.take_step(3), depth=9) as producer:
         assert [next(producer).tokens for _ in range(3)] == [3, 3, 3]
-        with pytest.raises(NotEnoughData):
+        with pytest.raises(NotEnoughDataError):
             next(producer)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterrupted, recipe, train
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, recipe, train
 
 LENGTH = 16
 SETTINGS = {"num_steps": 6, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH}
@@ -71,7 +71,7 @@ def resumed(model, ids, config, folder, limit):
                 resume=True,
                 stop=lambda left=left: next(left, None) is None,
             )
-        except TrainingInterrupted:
+        except TrainingInterruptedError:
             interruptions += 1
         else:
             return interruptions, lens
@@ -109,7 +109,7 @@ def test_what_was_skipped_and_seen_is_carried_on(tiny, ids, tmp_path):
     config = RUNS["warm start"]
     whole = []
     train(tiny.source, tiny.unembed, ids, config, callback=whole.append)
-    with pytest.raises(TrainingInterrupted, match="after step 2"):
+    with pytest.raises(TrainingInterruptedError, match="after step 2"):
         train(
             tiny.source,
             tiny.unembed,
@@ -140,7 +140,7 @@ def test_a_new_run_does_not_mix_with_an_old_one_s_checkpoints(tiny, ids, tmp_pat
 
 
 def test_stopping_without_a_folder(tiny, ids):
-    with pytest.raises(TrainingInterrupted, match="Stopped after step 1"):
+    with pytest.raises(TrainingInterruptedError, match="Stopped after step 1"):
         train(tiny.source, tiny.unembed, ids, RUNS["paper"], stop=lambda: True)
 
 
@@ -168,10 +168,10 @@ sys.modules |= {"mlx_lm": package} | {name: Absent(name) for name in ("transform
 import mlx.core as mx
 import numpy as np
 from pathlib import Path
-from metalens.stream import StreamSource
+from metalens.models.capture import ResidualCapture
 from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, train
-from metalens.unembed import Unembed
-from mocks import MockModel
+from metalens.models.unembed import Unembed
+from support.mocks import MockModel
 
 mx.set_default_device(mx.cpu)
 fsync, slow, folder = os.fsync, float(os.environ["SLOW"]), Path(os.environ["FOLDER"])
@@ -185,12 +185,17 @@ ids = mx.array(np.random.default_rng(1).integers(0, 100, 16 * 17 + 5))
 options = {"checkpoints": CheckpointFolder(folder / "checkpoints"), "checkpoint_every": 1, "resume": True}
 metrics = MetricsFile(folder / "metrics.jsonl")
 print("ready", flush=True)
-train(StreamSource(model), Unembed.from_model(model), ids, config, callbacks=[metrics], **options).save(folder / "lens")
+train(ResidualCapture(model), Unembed.from_model(model), ids, config, callbacks=[metrics], **options).save(folder / "lens")
 """
 
 
 def started(folder, slow):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "FOLDER": str(folder), "SLOW": str(slow)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "FOLDER": str(folder),
+        "SLOW": str(slow),
+    }
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     return process

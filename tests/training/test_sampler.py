@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metalens.training.data import Corpus, NotEnoughData, Sampler, batches
+from metalens.training.data import Corpus, NotEnoughDataError, Sampler, batches
 
 
 def packed(*sizes, prefix=()):
@@ -108,7 +108,7 @@ def test_a_step_has_whole_sequences_and_no_more_than_it_needs(make, tokens):
     sampler = make()
     try:
         step = sampler.take_step(tokens)
-    except NotEnoughData:
+    except NotEnoughDataError:
         assert not sampler.repeat
         assert sampler.total_tokens < tokens
     else:
@@ -125,7 +125,7 @@ def test_require_says_beforehand_what_will_happen(make, tokens, before, steps):
     try:
         sampler.require(tokens, steps)
         enough = True
-    except NotEnoughData:
+    except NotEnoughDataError:
         enough = False
     assert sampler.state() == position
     taken = 0
@@ -133,7 +133,7 @@ def test_require_says_beforehand_what_will_happen(make, tokens, before, steps):
         for _ in range(steps):
             sampler.take_tokens(tokens)
             taken += 1
-    except NotEnoughData:
+    except NotEnoughDataError:
         pass
     assert enough == (taken == steps)
 
@@ -164,7 +164,7 @@ def test_a_text_that_ends():
     sampler = Sampler(stream(10), 4)
     sampler.take_tokens(8)
     before = sampler.state()
-    with pytest.raises(NotEnoughData, match=r"3 tokens are needed.*2 of 10 are left.*repeat=True"):
+    with pytest.raises(NotEnoughDataError, match=r"3 tokens are needed.*2 of 10 are left.*repeat=True"):
         sampler.take_tokens(3)
     assert sampler.state() == before
     assert lists(sampler.take_tokens(2)) == [[8, 9]]
@@ -175,7 +175,9 @@ def test_a_text_that_ends():
 def test_require_names_the_numbers():
     sampler = Sampler(stream(10), 4)
     sampler.require(10)
-    with pytest.raises(NotEnoughData, match=r"3 steps of at least 4 tokens, in whole sequences of up to 4 are needed \(12 tokens\), there are 10\."):
+    with pytest.raises(
+        NotEnoughDataError, match=r"3 steps of at least 4 tokens, in whole sequences of up to 4 are needed \(12 tokens\), there are 10\."
+    ):
         sampler.require(4, steps=3)
     Sampler(stream(10), 4, repeat=True).require(10**9)
 
@@ -185,7 +187,7 @@ def test_a_step_carries_the_position_after_it():
     first, second = sampler.take_step(4), sampler.take_step(4)
     assert (lists(first.sequences), lists(second.sequences)) == ([[0, 1, 2, 3]], [[4, 5, 6, 7]])
     assert (first.state["index"], second.state["index"]) == (1, 2)
-    with pytest.raises(NotEnoughData):
+    with pytest.raises(NotEnoughDataError):
         sampler.take_step(4)
 
 

@@ -3,12 +3,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import oracle
 from metalens import InterpretableModel, TunedLens
+from metalens.models.capture import HiddenStates
+from metalens.models.unembed import Unembed, norm_of
 from metalens.ops import Head
-from metalens.stream import Stream
 from metalens.training import loss_and_gradient
-from metalens.unembed import Unembed, norm_of
+from support import oracle
 
 IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4, 77, 101, 9]])
 
@@ -32,9 +32,9 @@ class Reference:
 
 
 @pytest.mark.usefixtures("each_backend")
-def test_losses_and_gradient_against_float64(rng, quantised_model):
-    lens, unembed = oracle.random_lens(rng), quantised_model.unembed
-    stream = quantised_model.source.capture(IDS)
+def test_losses_and_gradient_against_float64(rng, quantized_model):
+    lens, unembed = oracle.random_lens(rng), quantized_model.unembed
+    stream = quantized_model.source.capture(IDS)
     losses, gradient = loss_and_gradient(lens, stream, unembed)
     reference = Reference(lens, stream, unembed)
     assert (losses.shape, losses.dtype) == ((3,), mx.float32)
@@ -62,7 +62,7 @@ def test_padding_takes_no_part(rng, tiny):
     stream.hidden[:] = [mx.where(mask[..., None], h, 1e6) for h in stream.hidden]
     losses, gradient = loss_and_gradient(lens, stream, tiny.unembed)
     alone = [mx.concatenate([tiny.source.capture(ids[i : i + 1, :n]).hidden[layer] for i, n in enumerate((6, 2, 5))], axis=1) for layer in range(3)]
-    expected, wanted = loss_and_gradient(lens, Stream(alone, stream.logits), tiny.unembed)
+    expected, wanted = loss_and_gradient(lens, HiddenStates(alone, stream.logits), tiny.unembed)
     np.testing.assert_allclose(np.array(losses), np.array(expected), rtol=1e-5)
     for a, b in zip(gradient["translators"], wanted["translators"], strict=True):
         for name in a:
@@ -78,8 +78,8 @@ def test_the_model_s_side_is_its_own_prediction(rng, tiny):
 
 
 @pytest.mark.usefixtures("each_backend")
-def test_against_one_big_graph_in_plain_mlx(rng, quantised_model):
-    lens, model = oracle.random_lens(rng), quantised_model
+def test_against_one_big_graph_in_plain_mlx(rng, quantized_model):
+    lens, model = oracle.random_lens(rng), quantized_model
     unembed, stream = model.unembed, model.source.capture(IDS)
 
     def mean_loss(parameters):
@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(rng, cpu_backend):
 
     def peak(num_layers):
         lens = oracle.random_lens(rng, num_layers, width)
-        stream = Stream([oracle.random_array(rng, 1, tokens, width) for _ in range(num_layers)], mx.zeros(()))
+        stream = HiddenStates([oracle.random_array(rng, 1, tokens, width) for _ in range(num_layers)], mx.zeros(()))
         mx.eval(lens.parameters(), stream.hidden, unembed.norm.weight)
         mx.clear_cache()
         before = mx.get_active_memory()

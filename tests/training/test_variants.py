@@ -1,4 +1,4 @@
-"""Lenses of low rank, of biases, of some layers; and steps that are spoilt."""
+"""Lenses of low rank, of biases, of some layers; and steps that are spoiled."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from metalens import TunedLens
-from metalens.stream import Stream, StreamSource
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterrupted, loss_and_gradient, recipe, train
-from metalens.translators import parameters_of
+from metalens.lenses.translators import parameters_of
+from metalens.models.capture import HiddenStates, ResidualCapture
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, loss_and_gradient, recipe, train
 
 LENGTH = 16
 RATES = {"sgd": 0.5, "adam": 1e-2, "muon": 0.03}
@@ -95,7 +95,7 @@ def test_the_loss_of_a_lens_is_what_it_was_trained_to(tiny, ids):
     assert losses(lens, tiny, ids[:LENGTH]) == pytest.approx(more[-1].losses, abs=1e-5)
 
 
-# Spoilt steps
+# Spoiled steps
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def poisoned(monkeypatch):
 
     Every step has passes of its own.
     """
-    monkeypatch.setattr("metalens.training.capture.PASS_TOKENS", LENGTH)
-    original = StreamSource.capture
+    monkeypatch.setattr("metalens.training.batching.PASS_TOKENS", LENGTH)
+    original = ResidualCapture.capture
 
     def poison(*passes, layer=0, value=math.nan):
         count = iter(range(10**9))
@@ -116,9 +116,9 @@ def poisoned(monkeypatch):
                 return stream
             hidden = list(stream.hidden)
             hidden[layer] = hidden[layer] * value
-            return Stream(hidden, stream.logits)
+            return HiddenStates(hidden, stream.logits)
 
-        monkeypatch.setattr(StreamSource, "capture", capture)
+        monkeypatch.setattr(ResidualCapture, "capture", capture)
 
     return poison
 
@@ -143,7 +143,7 @@ def test_a_poisoned_batch_is_skipped_counted_and_reported(tiny, ids, poisoned, s
 
 def test_one_bad_pass_of_many_spoils_its_step_alone(tiny, ids, poisoned, monkeypatch):
     """A step of four sequences in two passes, of which one is bad."""
-    monkeypatch.setattr("metalens.training.capture.PASS_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr("metalens.training.batching.PASS_TOKENS", 2 * LENGTH)
     seen = []
     poisoned(3)
     with pytest.warns(RuntimeWarning, match="Step 1 "):
@@ -155,7 +155,7 @@ def test_what_was_skipped_is_in_the_metrics_and_the_checkpoint(tiny, ids, poison
     folder, file, seen = CheckpointFolder(tmp_path / "checkpoints"), MetricsFile(tmp_path / "metrics.jsonl"), []
     config = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
     poisoned(1)
-    with pytest.warns(RuntimeWarning, match="Step 1 "), pytest.raises(TrainingInterrupted):
+    with pytest.warns(RuntimeWarning, match="Step 1 "), pytest.raises(TrainingInterruptedError):
         train(tiny.source, tiny.unembed, ids, config, callback=seen.append, callbacks=[file], checkpoints=folder, stop=lambda: len(seen) == 2)
     train(tiny.source, tiny.unembed, ids, config, callback=seen.append, callbacks=[file], checkpoints=folder, resume=True)
     assert [p.skipped for p in seen] == [0, 1, 1, 1]

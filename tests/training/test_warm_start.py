@@ -4,11 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import oracle
 from metalens import InterpretableModel, TunedLens
-from metalens.stream import Stream
-from metalens.training import Corpus, NotEnoughData, TrainingConfig, loss_and_gradient, train
+from metalens.models.capture import HiddenStates
+from metalens.training import Corpus, NotEnoughDataError, TrainingConfig, loss_and_gradient, train
 from metalens.training.warm_start import warm_start
+from support import oracle
 
 WIDTH = 24
 
@@ -30,7 +30,7 @@ def streams(rng, *shapes, layers=3, offset=2.0, dtype=mx.float32):
             hidden.append(mx.array(h.astype(np.float32)).astype(dtype))
             if layer < layers - 1:
                 h = h + 0.5 * np.tanh(h @ mix) + 0.3
-        found.append(Stream(hidden, mx.zeros(())))
+        found.append(HiddenStates(hidden, mx.zeros(())))
     return found
 
 
@@ -74,10 +74,10 @@ def test_without_a_ridge_they_are_too_few():
     h = mx.zeros((1, 5, WIDTH))
     for ridge in (0.0, 1e-3):
         with pytest.raises(ValueError, match=f"no solution with ridge={ridge}: .* do not span the 24 dimensions .* Raise warm_start_tokens or ridge"):
-            warm_start([Stream([h, h], mx.zeros(()))], [0], WIDTH, ridge, alone)
+            warm_start([HiddenStates([h, h], mx.zeros(()))], [0], WIDTH, ridge, alone)
 
 
-def test_the_bias_is_not_regularised(rng):
+def test_the_bias_is_not_regularized(rng):
     """However strong the ridge is, the lens may move the mean."""
     given = streams(rng, (2, 40))
     solved = warm_start(given, [0], WIDTH, 1e9, alone)[0]
@@ -93,7 +93,7 @@ def test_the_last_layer_is_the_identity_to_the_last_bit(rng):
 
 def test_an_affine_map_is_found(rng):
     h, matrix, offset = rng.standard_normal((1, 100, WIDTH)), rng.standard_normal((WIDTH, WIDTH)), rng.standard_normal(WIDTH)
-    given = [Stream([mx.array(a.astype(np.float32)) for a in (h, h @ matrix.T + offset)], mx.zeros(()))]
+    given = [HiddenStates([mx.array(a.astype(np.float32)) for a in (h, h @ matrix.T + offset)], mx.zeros(()))]
     solved = warm_start(given, [0], WIDTH, 0.0, alone)[0]
     np.testing.assert_allclose(oracle.wide(solved["weight"]), matrix, atol=1e-4)
     np.testing.assert_allclose(oracle.wide(solved["bias"]), offset, atol=1e-4)
@@ -181,7 +181,7 @@ def test_too_little_text_is_found_out_before_anything_is_computed(tiny, rng, mon
     ids = mx.array(rng.integers(0, 131, 10 * 16))
     monkeypatch.setattr(type(tiny.source), "capture", None)
     config = TrainingConfig(num_steps=8, max_seq_len=16, warm_start_tokens=40, repeat=False)  # 8 + 3 sequences of 10
-    with pytest.raises(NotEnoughData):
+    with pytest.raises(NotEnoughDataError):
         train(tiny.source, tiny.unembed, ids, config)
 
 
@@ -194,6 +194,6 @@ def test_whole_sequences_are_counted(tiny, rng, num_steps, enough):
     if enough:
         train(tiny.source, tiny.unembed, corpus, config, callback=seen.append)
     else:
-        with pytest.raises(NotEnoughData, match="4 steps of at least 16 tokens"):
+        with pytest.raises(NotEnoughDataError, match="4 steps of at least 16 tokens"):
             train(tiny.source, tiny.unembed, corpus, config, callback=seen.append)
     assert len(seen) == (num_steps if enough else 0)

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.utils import _get_classes
 
-from metalens.support import modules
+from metalens.models.support import modules
 from zoo import dense, experts, hybrids, wrappers
 
 CONFIGS: dict[str, dict[str, Any]] = {**dense.CONFIGS, **experts.CONFIGS, **hybrids.CONFIGS, **wrappers.CONFIGS}

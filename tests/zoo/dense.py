@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {"model_type": "gptj", **_GPT, "rotary_dim": 8},
     **_both(
         "granite",
-        intermediate_size=128,  # its own quantisation has groups of 64
+        intermediate_size=128,  # its own quantization has groups of 64
         attention_bias=True,
         mlp_bias=True,
         attention_multiplier=0.3,

@@ -93,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"model_type": "gpt_oss", **_LOCAL, **_SLIDING, "intermediate_size": 32},
     **_both(
         "granitemoe",
-        {**_LOCAL, "intermediate_size": 64},  # its own quantisation has groups of 64
+        {**_LOCAL, "intermediate_size": 64},  # its own quantization has groups of 64
         logits_scaling=3.0,
         attention_multiplier=0.2,
         embedding_multiplier=2.0,

@@ -287,7 +287,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "embeddings_scale_by_sqrt_dim": True,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
-    # Its own quantisation has groups of 64 in the low ranks.
+    # Its own quantization has groups of 64 in the low ranks.
     **_both("rwkv7", norm_eps=EPS, head_dim=32, a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64),
     "step3p5": {
         "model_type": "step3p5",

@@ -16,10 +16,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
 from metalens import InterpretableModel, TunedLens
-from metalens.architectures import REASONS, model_type
+from metalens.models.architectures import REASONS, model_type
+from metalens.models.unembed import UnembedError
 from metalens.ops import lens_stats, normed
 from metalens.training.step import loss_and_gradient
-from metalens.unembed import NoUnembed
 from zoo import CONFIGS, build, module_of
 
 IDS = mx.array([[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3]])
@@ -35,12 +35,12 @@ class Verdict:
 
     Attributes:
         float32: everything, with the model as it was built.
-        quantised: with mlx-lm's own quantisation to 4 bits, groups of 32.
+        quantized: with mlx-lm's own quantization to 4 bits, groups of 32.
         bfloat16: with the model's parameters in bfloat16.
     """
 
     float32: str
-    quantised: str
+    quantized: str
     bfloat16: str
 
     def as_dict(self) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Verdict:
 
 def examine(label: str) -> Verdict:
     """Everything that the support table says of a label; AssertionError if a result is wrong where nothing was refused."""
-    return Verdict(*(_result(label, prepare) for prepare in (_as_built, _quantised, _bfloat16)))
+    return Verdict(*(_result(label, prepare) for prepare in (_as_built, _quantized, _bfloat16)))
 
 
 def _result(label: str, prepare: Callable[[nn.Module, str], None]) -> str:
@@ -63,7 +63,7 @@ def _result(label: str, prepare: Callable[[nn.Module, str], None]) -> str:
         return f"mlx-lm: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     try:
         return _examined(label, model, plain, exact=prepare is _as_built)
-    except NoUnembed as error:
+    except UnembedError as error:
         return f"refused: {_reason(model, str(error))}"
 
 
@@ -78,7 +78,7 @@ def _as_built(model: nn.Module, label: str) -> None:
     pass
 
 
-def _quantised(model: nn.Module, label: str) -> None:
+def _quantized(model: nn.Module, label: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
         quantize_model(model, copy.deepcopy(CONFIGS[label]), 32, 4)
 

@@ -11,16 +11,16 @@ import sys
 
 import click
 
-from metalens.cli.reading import demo_command, eval_command, lens_command
+from metalens.cli.read import demo_command, eval_command, lens_command
 from metalens.cli.tools import convert_command, doctor_command, models_command, roofline_command
-from metalens.cli.training import plan_command, train_command
+from metalens.cli.train import plan_command, train_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="metalens")
 @click.option("--verbose", is_flag=True, help="Log every training step to stderr.")
 def main(verbose: bool) -> None:
-    """Train and apply tuned lenses on (quantised) language models.
+    """Train and apply tuned lenses on (quantized) language models.
 
     MODEL is a folder in mlx-lm's format, a hub id, or 'demo' for the small model that comes with metalens.
     """

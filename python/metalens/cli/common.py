@@ -14,11 +14,8 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from metalens import demo as demonstration
-from metalens.accelerate import accelerate
-from metalens.model import InterpretableModel
+from metalens.model import InterpretableModel, load
 
-BUNDLED = "demo"
 DEFAULT_LENGTH = "[default: 512, or the model's context if that is shorter]"
 
 notes = Console(stderr=True)
@@ -80,16 +77,9 @@ def sources_of(names: tuple[str, ...]) -> list[str | Path]:
     return [name if name.startswith("hf:") else Path(name) for name in names]
 
 
-def path_of(model: str) -> str:
-    """A path or hub id; 'demo' is the bundled model, unless there is something of that name here."""
-    return str(demonstration.MODEL) if model == BUNDLED and not Path(model).exists() else model
-
-
 def load_model(name: str) -> InterpretableModel:
     """A path, a hub id, or 'demo' for the bundled model; on the CPU its layers run on the native kernels."""
-    model = InterpretableModel(path_of(name))
-    accelerate(model.model)
-    return model
+    return load(name)
 
 
 def parse_layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:

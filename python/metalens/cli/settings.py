@@ -15,6 +15,7 @@ import click
 from metalens.cli.common import DEFAULT_LENGTH, parse_layers
 from metalens.training import RECIPES, TrainingConfig, recipe
 from metalens.training.config import MIN_SEQUENCE
+from metalens.utils.errors import InvalidValueError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +45,7 @@ OPTIONS = (
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="JSON or TOML with settings of TrainingConfig, and 'recipe'; they change the recipe, and options change them.",
     ),
-    click.option("--steps", "num_steps", type=COUNT, help="Optimiser steps."),
+    click.option("--steps", "num_steps", type=COUNT, help="Optimizer steps."),
     click.option("--tokens-per-step", type=POSITIVE, help="Rounded down to whole sequences; in the paper 262144."),
     click.option("--max-seq-len", type=click.IntRange(min=MIN_SEQUENCE), help=f"Tokens per sequence.  {DEFAULT_LENGTH}"),
     click.option("--lr", "learning_rate", type=float, help="Learning rate after the warm-up."),
@@ -65,7 +66,7 @@ OPTIONS = (
     click.option("--rank", type=POSITIVE, help="Translators h + B A h + b of this rank.  [default: full matrices]"),
     click.option("--bias-only", is_flag=True, default=None, help="Translators h + b."),
     click.option("--ns-steps", type=POSITIVE, help="Muon's iterations.  [default: by the size of the matrix]"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of parameters and optimiser state."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of parameters and optimizer state."),
 )
 
 
@@ -113,15 +114,17 @@ def read_settings(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         found: Any = tomllib.loads(text) if file.suffix.lower() == ".toml" else json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} can't be read as {'TOML' if file.suffix.lower() == '.toml' else 'JSON'}: {error}.") from error
+        raise InvalidValueError(f"{file} can't be read as {'TOML' if file.suffix.lower() == '.toml' else 'JSON'}: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
+        raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
     kinds = get_type_hints(TrainingConfig) | {"recipe": str}
     if unknown := sorted(set(found) - set(kinds)):
-        raise ValueError(f"{file}: there is no setting {', '.join(unknown)}. Settings are: recipe, {', '.join(sorted(set(kinds) - {'recipe'}))}.")
+        raise InvalidValueError(
+            f"{file}: there is no setting {', '.join(unknown)}. Settings are: recipe, {', '.join(sorted(set(kinds) - {'recipe'}))}."
+        )
     for name, value in found.items():
         if not fits(value, kinds[name]):
-            raise ValueError(f"{file}: {name} can't be {value!r}; it takes {described(kinds[name])}.")
+            raise InvalidValueError(f"{file}: {name} can't be {value!r}; it takes {described(kinds[name])}.")
     return found
 
 

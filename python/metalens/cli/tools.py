@@ -8,9 +8,12 @@ from typing import Literal
 
 import click
 
-from metalens import doctor as diagnosis
-from metalens import report, roofline, support
-from metalens.cli.common import note, one_clear_error, path_of, print_json, print_table
+from metalens.cli.common import note, one_clear_error, print_json, print_table
+from metalens.display import tables as report
+from metalens.estimate import roofline
+from metalens.models import support
+from metalens.models.bundled import path_of
+from metalens.ops import doctor as diagnosis
 
 
 @click.command("roofline")

@@ -1,6 +1,6 @@
 """What an evaluation is made of: the text in sequences, sums over its tokens, layer transfer, marginals, the result and its files.
 
-`metalens.evaluate` is where they meet.
+`metalens.evaluation.evaluator` is where they meet.
 """
 
 from metalens.evaluation.marginals import LogitStats, bias

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from metalens.utils.errors import InvalidValueError
+
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
 
 
@@ -26,7 +28,9 @@ def dirichlet_mle(s: np.ndarray, max_iterations: int = 1000, tolerance: float = 
         ValueError: if there is no greatest one, because all predictions were the same.
     """
     if not np.exp(s).sum() < 1 - 1e-9:
-        raise ValueError("There is no Dirichlet distribution of greatest likelihood: all predictions are the same. Read a text with more tokens.")
+        raise InvalidValueError(
+            "There is no Dirichlet distribution of greatest likelihood: all predictions are the same. Read a text with more tokens."
+        )
     a, best = np.ones_like(s), -np.inf
     for _ in range(max_iterations):
         best = max(best, _mean_log_likelihood(a, s))

@@ -13,7 +13,7 @@ import numpy as np
 from metalens.evaluation.marginals import LogitStats, bias
 from metalens.evaluation.scores import Scores
 from metalens.evaluation.transfer import Transfer
-from metalens.files import atomic_write
+from metalens.utils.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.ops import LensStats
-from metalens.readout import require_finite
+from metalens.readings.reading import require_finite
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from metalens.tokens import TokenInput, TokenizerMixin
+from metalens.models.tokenization import TokenInput, TokenizerMixin
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 
 class CorpusLike(Protocol):
@@ -70,7 +71,7 @@ def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarra
                 return
             yield from _rows(model, item)
     else:
-        raise TypeError(f"Expected text, token ids, or an iterable of them, got {type(text).__name__}.")
+        raise InvalidTypeError(f"Expected text, token ids, or an iterable of them, got {type(text).__name__}.")
 
 
 def _rows(model: TokenizerMixin, text: Any) -> Iterator[np.ndarray]:
@@ -82,9 +83,9 @@ def _rows(model: TokenizerMixin, text: Any) -> Iterator[np.ndarray]:
     except (ValueError, TypeError):
         array = np.asarray(None)
     if array.ndim == 0 or array.dtype.kind in "US":
-        raise TypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
+        raise InvalidTypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
     if array.ndim > 2:
-        raise ValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
+        raise InvalidValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
     yield from (array[None] if array.ndim == 1 else array)
 
 
@@ -118,7 +119,7 @@ class Sequences:
         self.prefix = [] if corpus is None else [int(i) for i in corpus.prefix]
         self.room = length - len(self.prefix)
         if self.room < 1:
-            raise ValueError(f"Sequences of {length} tokens have no room for text: each begins with {len(self.prefix)} special tokens.")
+            raise InvalidValueError(f"Sequences of {length} tokens have no room for text: each begins with {len(self.prefix)} special tokens.")
         known = corpus is not None and corpus.joined_bytes is not None
         self._bytes = None if known else ByteCount(model)
 
@@ -152,7 +153,7 @@ class Sequences:
         else:
             found = 0.0 if self._bytes is None else self._bytes.total / self.tokens
         if not found > 0:
-            raise ValueError("The tokens read decode to no text at all, which has no bits per byte. Pass bytes_per_token.")
+            raise InvalidValueError("The tokens read decode to no text at all, which has no bits per byte. Pass bytes_per_token.")
         return found
 
     @property

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.evaluation.scores import total
-from metalens.lens import Lens
+from metalens.lenses.lens import Lens
+from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
-from metalens.readout import lens_rows, require_finite
-from metalens.unembed import Unembed
+from metalens.readings.reading import lens_rows, require_finite
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ One file each: the contract, the plain-MLX reference, and the choice of backend.
 """
 
 from metalens.ops.activation import swiglu
-from metalens.ops.attention import attention
-from metalens.ops.backend import backend, precision, use_backend, use_precision
-from metalens.ops.lens_kl import LensTarget, lens_kl, lens_target
-from metalens.ops.lens_stats import LensStats, lens_stats
-from metalens.ops.linear import linear, quantized_matmul
-from metalens.ops.translate_norm import Norm, normed, translate_norm
-from metalens.ops.unembed import Head, head_logits
-from metalens.weight import Weight
+from metalens.ops.backends import backend, precision, use_backend, use_precision
+from metalens.ops.head import Head
+from metalens.ops.kl import LensTarget, lens_kl, lens_target
+from metalens.ops.logits import head_logits
+from metalens.ops.matmul import linear, quantized_matmul
+from metalens.ops.norm import Norm
+from metalens.ops.sdpa import attention
+from metalens.ops.stats import LensStats, lens_stats
+from metalens.ops.translate import normed, translate_norm
+from metalens.ops.weight import Weight
 
 __all__ = [
     "Head",

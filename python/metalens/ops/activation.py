@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.ops.backend import native
-from metalens.ops.gradient import with_gradient_of
-from metalens.weight import FLOATS
+from metalens.ops.autograd import with_gradient_of
+from metalens.ops.backends import native
+from metalens.ops.weight import FLOATS
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:

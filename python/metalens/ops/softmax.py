@@ -21,7 +21,7 @@ def row_sum(x: mx.array) -> mx.array:
     return total
 
 
-def softmax(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def log_softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(log-probabilities [..., V], probabilities [..., V], log-sum-exp [...]), at the price of one exp: what MLX's CPU is slowest at."""
     top = mx.max(z, axis=-1, keepdims=True)
     shifted = z - top

@@ -1,6 +1,6 @@
 """Checkpoints: everything that the rest of a run depends on, written so that a kill at any moment loses no more than the steps since the last one.
 
-A checkpoint is a folder `step-00000120/` with `state.safetensors` (parameters, optimiser) and `state.json` (step, position in the data, settings, and
+A checkpoint is a folder `step-00000120/` with `state.safetensors` (parameters, optimizer) and `state.json` (step, position in the data, settings, and
 the hashes of both files). It is written under another name, forced to the disk, and renamed: a folder of the right name is whole. If it turns out
 damaged all the same, the one before it is taken, with a warning.
 """
@@ -19,6 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 STATE, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
@@ -116,13 +118,13 @@ class CheckpointFolder:
 def _read(folder: Path) -> Checkpoint:
     record: Any = json.loads((folder / RECORD).read_text())
     if not isinstance(record, dict):
-        raise ValueError(f"{RECORD} is damaged")
+        raise InvalidValueError(f"{RECORD} is damaged")
     if record.get("format") != FORMAT:
-        raise ValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
+        raise InvalidValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
     if record.pop("record", None) != _sha256_of(record):
-        raise ValueError(f"{RECORD} is damaged")
+        raise InvalidValueError(f"{RECORD} is damaged")
     if _sha256(folder / STATE) != record["sha256"]:
-        raise ValueError(f"{STATE} is damaged")
+        raise InvalidValueError(f"{STATE} is damaged")
     arrays = mx.load(str(folder / STATE))
     assert isinstance(arrays, dict)
     mx.eval(arrays)
@@ -143,7 +145,7 @@ def _plain(value: Any) -> Any:
     """NumPy's numbers, which settings may hold, as JSON has them."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} can't be written as JSON.")
+    raise InvalidTypeError(f"{value!r} can't be written as JSON.")
 
 
 def _sync(path: Path) -> None:

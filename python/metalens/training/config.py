@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from metalens.utils.errors import InvalidValueError
+
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
 
 Optimizer = Literal["sgd", "adam", "muon"]
@@ -20,15 +22,15 @@ class TrainingConfig:
     """How a lens is trained. The defaults are mlxterp's: one sequence per step, SGD with Nesterov momentum, linear decay, clipped gradient.
 
     Attributes:
-        num_steps: optimiser steps.
+        num_steps: optimizer steps.
         max_seq_len: tokens per sequence, at least 10.
         tokens_per_step: rounded down to whole sequences; None = one sequence, as in mlxterp. The paper takes 2^18.
         learning_rate: at the first step after the warm-up.
         momentum: of SGD (Nesterov) and Muon; beta_1 of Adam.
         gradient_clip: largest norm of the gradient over all layers together; SGD and Adam.
         seed: None takes the sequences in their order, as mlxterp does; a number shuffles them anew in every pass over the data.
-        optimizer: 'sgd', 'adam', or 'muon' (momentum, orthogonalised; its steps have unit spectral norm, so gradients are not clipped).
-        weight_decay: of W - I and b, towards the identity: added to the clipped gradient (SGD, Adam), or times the learning rate (Muon).
+        optimizer: 'sgd', 'adam', or 'muon' (momentum, orthogonalized; its steps have unit spectral norm, so gradients are not clipped).
+        weight_decay: of W - I and b, toward the identity: added to the clipped gradient (SGD, Adam), or times the learning rate (Muon).
         reduction: whether the loss is the mean over layers, or as upstream's the sum; each is a mean over tokens.
         schedule: after the warm-up 'linear' falls to 0 at the end of the run; 'constant' stays.
         warmup_steps: so many steps raise the learning rate linearly.
@@ -41,7 +43,7 @@ class TrainingConfig:
         bias_only: translate by a vector alone.
         layer_rates: 'equal', or after a warm start 'distance': a layer's learning rate is learning_rate times how far the warm start has moved
             it, the root mean square of the singular values of W - I. Early layers, which have a longer way to go, take longer steps.
-        dtype: of parameters and optimiser state: 'float32', or 'bfloat16' with stochastic rounding.
+        dtype: of parameters and optimizer state: 'float32', or 'bfloat16' with stochastic rounding.
         ns_steps: Muon's iterations; None = as many as the matrix's size asks for (see polar.py).
     """
 
@@ -70,26 +72,26 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.max_seq_len < MIN_SEQUENCE:
-            raise ValueError(f"max_seq_len ({self.max_seq_len}) is too small. Must be at least {MIN_SEQUENCE} tokens.")
+            raise InvalidValueError(f"max_seq_len ({self.max_seq_len}) is too small. Must be at least {MIN_SEQUENCE} tokens.")
         if self.num_steps < 0:
-            raise ValueError(f"num_steps must not be negative, got {self.num_steps}.")
+            raise InvalidValueError(f"num_steps must not be negative, got {self.num_steps}.")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+            raise InvalidValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         if not self.learning_rate > 0 or not self.gradient_clip > 0:
-            raise ValueError(f"learning_rate and gradient_clip must be positive, got {self.learning_rate} and {self.gradient_clip}.")
+            raise InvalidValueError(f"learning_rate and gradient_clip must be positive, got {self.learning_rate} and {self.gradient_clip}.")
         if self.tokens_per_step is not None and self.tokens_per_step < self.max_seq_len:
-            raise ValueError(
+            raise InvalidValueError(
                 f"tokens_per_step ({self.tokens_per_step}) must be at least max_seq_len ({self.max_seq_len}): steps are made of whole sequences."
             )
         self._check_choices()
         if self.bias_only and self.rank is not None:
-            raise ValueError("A lens is either of low rank or has biases only: give rank or bias_only, not both.")
+            raise InvalidValueError("A lens is either of low rank or has biases only: give rank or bias_only, not both.")
         if self.warm_start_tokens and (self.bias_only or self.rank is not None):
-            raise ValueError("The warm start gives full matrices: set warm_start_tokens to 0 for rank or bias_only.")
+            raise InvalidValueError("The warm start gives full matrices: set warm_start_tokens to 0 for rank or bias_only.")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             if not self.layers or len(set(self.layers)) < len(self.layers):
-                raise ValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
+                raise InvalidValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -100,23 +102,23 @@ class TrainingConfig:
             ("dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise InvalidValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("weight_decay", "ridge", "warmup_steps", "warm_start_tokens"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+                raise InvalidValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("layers_at_once", "rank", "ns_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None, got {value}.")
+                raise InvalidValueError(f"{name} must be at least 1, or None, got {value}.")
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences that one optimiser step sees."""
+        """Sequences that one optimizer step sees."""
         return 1 if self.tokens_per_step is None else self.tokens_per_step // self.max_seq_len
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that one optimiser step sees."""
+        """Tokens that one optimizer step sees."""
         return self.sequences_per_step * self.max_seq_len
 
     @property
@@ -145,13 +147,13 @@ class TrainingConfig:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(settings) - known:
-            raise ValueError(f"There is no setting {', '.join(sorted(unknown))}. Settings are: {', '.join(sorted(known))}.")
+            raise InvalidValueError(f"There is no setting {', '.join(sorted(unknown))}. Settings are: {', '.join(sorted(known))}.")
         return cls(**settings)
 
 
 # Named settings. Learning rates go with the reduction: a sum over layers gives every layer the gradient of its own loss.
 RECIPES: dict[str, dict[str, Any]] = {
-    # Belrose et al. 2023 as upstream's code runs it: lr 1.0 (1 - momentum), joint clip, decay of 1e-3 towards the identity, sum over layers.
+    # Belrose et al. 2023 as upstream's code runs it: lr 1.0 (1 - momentum), joint clip, decay of 1e-3 toward the identity, sum over layers.
     "paper": {
         "optimizer": "sgd",
         "learning_rate": 0.1,
@@ -164,7 +166,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # mlxterp's Tutorial 2: one sequence per step, in the text's order, lr 1.0 on the mean over layers.
     "mlxterp": {"optimizer": "sgd", "learning_rate": 1.0, "momentum": 0.9, "gradient_clip": 1.0, "num_steps": 250},
-    # Upstream's second optimiser, without its amsgrad.
+    # Upstream's second optimizer, without its amsgrad.
     "adam": {
         "optimizer": "adam",
         "learning_rate": 1e-3,
@@ -175,8 +177,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_steps": 250,
         "tokens_per_step": 2**18,
     },
-    # The closed form, then Muon in many small steps, pulled towards the identity: with few tokens the number of steps and the pull decide, not the
-    # size of a step's batch (docs/recipes.md). In 400 steps what is not learnt anew shrinks by a factor exp(-0.025 * 0.15 * 400 / 2) = 0.47 where the
+    # The closed form, then Muon in many small steps, pulled toward the identity: with few tokens the number of steps and the pull decide, not the
+    # size of a step's batch (docs/recipes.md). In 400 steps what is not learned anew shrinks by a factor exp(-0.025 * 0.15 * 400 / 2) = 0.47 where the
     # distance is 1. Rates in proportion to it save a fifth of the steps on the demo model (mean KL after 280 with equal rates 0.7692; with its power
     # 1/2, 3/4, 1, 1.3 after 240: 0.7670, 0.7658, 0.7651, 0.7669).
     "fast": {
@@ -202,5 +204,5 @@ def recipe(name: str, **settings: Any) -> TrainingConfig:
         ValueError: for a recipe that does not exist.
     """
     if name not in RECIPES:
-        raise ValueError(f"There is no recipe {name!r}. Recipes are: {', '.join(RECIPES)}.")
+        raise InvalidValueError(f"There is no recipe {name!r}. Recipes are: {', '.join(RECIPES)}.")
     return TrainingConfig.from_dict({**RECIPES[name], **settings})

@@ -7,7 +7,7 @@ gathering of it, of at most BUCKET_BYTES, and all processes must send the same m
 What a message is made of is computed before it is sent, so that no queue of a GPU waits for the network (Metal ends a command that waits for
 seconds), and the backend chooses the stream: the CPU's for ring, MPI and JACCL, the GPU's for NCCL.
 
-A process that dies takes the others along: ring notices at the next message (GroupLost), and mlx.launch ends what is left. One that hangs, or a
+A process that dies takes the others along: ring notices at the next message (GroupLostError), and mlx.launch ends what is left. One that hangs, or a
 machine that loses its power or network, is noticed by nobody but the time limit of each message, which ends the process: MLX's waiting can't be
 interrupted.
 """
@@ -29,8 +29,9 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from metalens.arrays import nested, number
 from metalens.training.optimizer import Parameters
+from metalens.utils.arrays import to_float, to_list
+from metalens.utils.errors import InvalidTypeError, InvalidValueError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_WORLD_SIZE")
 _LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files of mlx.launch with an entry for each process, for ring and JACCL
 
 
-class GroupLost(RuntimeError):  # noqa: N818 - the name says it
+class GroupLostError(UnavailableError):
     """Another process of the run has ended, or can't be reached."""
 
 
@@ -84,9 +85,9 @@ class Group:
 
     def __init__(self, share: Share = "data", group: Any = None, timeout: float | None = TIMEOUT) -> None:
         if share not in ("data", "layers"):
-            raise ValueError(f"share must be 'data' or 'layers', got {share!r}.")
+            raise InvalidValueError(f"share must be 'data' or 'layers', got {share!r}.")
         if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive, or None, got {timeout}.")
+            raise InvalidValueError(f"timeout must be positive, or None, got {timeout}.")
         self.share = share
         self.group = group
         self.timeout = timeout
@@ -108,11 +109,11 @@ class Group:
         try:
             group = mx.distributed.init()
         except RuntimeError as error:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"MLX can't reach the other processes: {error}. Look at the hosts and their ports, and whether all processes were started."
             ) from error
         if group.size() == 1 and started > 1:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"This is one of {started} processes, and MLX can't reach the others: it has no backend for what started them. "
                 "Start them with `mlx.launch --backend ring`, or install MPI where MLX finds it (MLX_MPI_LIBNAME)."
             )
@@ -196,14 +197,14 @@ class Group:
         """
         table = np.zeros((len(layers), 1 + names), np.float32)
         for layer, loss, gradient in zip(mine, losses, gradients, strict=True):
-            table[list(layers).index(layer)] = [loss, *(number(mx.sum(mx.square(g))) for g in gradient.values())]
+            table[list(layers).index(layer)] = [loss, *(to_float(mx.sum(mx.square(g))) for g in gradient.values())]
         (total,) = self.total(mx.array(table))
-        rows = nested(total)
+        rows = to_list(total)
         return [row[0] for row in rows], math.sqrt(math.fsum(square for row in rows for square in row[1:]))
 
     def any(self, wish: bool) -> bool:
         """Whether any process wishes it."""
-        return wish if self.size == 1 else number(self.total(mx.array([float(wish)]))[0]) > 0
+        return wish if self.size == 1 else to_float(self.total(mx.array([float(wish)]))[0]) > 0
 
     def _summed(self, values: Iterable[mx.array]) -> Iterator[mx.array]:
         """Sums over the group in their order, evaluated, each as soon as all of it has arrived. All are of one dtype, and asked for when there is
@@ -252,7 +253,7 @@ class Group:
             try:
                 mx.eval(message)
             except RuntimeError as error:
-                raise GroupLost(
+                raise GroupLostError(
                     f"Process {self.rank} of {self.size} can't reach the others ({error}): one of them has ended, and says why where it ran. "
                     "Start all of them again with resume, to go on from the newest checkpoint."
                 ) from error
@@ -297,7 +298,7 @@ class Group:
         mx.eval(values)
         found = mx.distributed.all_gather(values, group=self.group)
         self._wait(found)
-        return nested(found)
+        return to_list(found)
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Make sure that all processes were started alike.
@@ -317,7 +318,7 @@ class Group:
             if other is not None:
                 differ.append(f"{name} is {values[0]!r} in process 0 and {values[other]!r} in process {other}")
         if differ:
-            raise ValueError(f"The processes of this run were not started alike: {'; '.join(differ)}. Start all of them with the same.")
+            raise InvalidValueError(f"The processes of this run were not started alike: {'; '.join(differ)}. Start all of them with the same.")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -334,7 +335,7 @@ class Group:
         if self.size > 1:
             for rank, message in enumerate(self.gathered(None if error is None else f"{type(error).__name__}: {error}")):
                 if error is None and message is not None:
-                    raise ValueError(f"Process {rank} of {self.size} failed: {message}")
+                    raise InvalidValueError(f"Process {rank} of {self.size} failed: {message}")
         if error is not None:
             raise error
 
@@ -377,4 +378,4 @@ def _plain(value: Any) -> Any:
     """NumPy's numbers, which settings may hold, as JSON has them."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} can't be written as JSON.")
+    raise InvalidTypeError(f"{value!r} can't be written as JSON.")

@@ -1,6 +1,6 @@
 """The training loop: sequences -> streams -> sums over the step's tokens -> one update per layer -> checkpoint.
 
-A run holds the parameters and optimiser state of the layers that it trains at a time, one gradient for each, and one batch's streams and chunk of
+A run holds the parameters and optimizer state of the layers that it trains at a time, one gradient for each, and one batch's streams and chunk of
 logits: nothing grows with the tokens of a step. All that the next step depends on is in a checkpoint, so a run that was killed and resumed gives the
 lens of one that was not, bit for bit on one backend.
 """
@@ -18,31 +18,33 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metalens.arrays import nested
-from metalens.lens import TunedLens, origin_of
-from metalens.progress import token_bar
-from metalens.stream import Stream, StreamSource
-from metalens.training.capture import Capture, step_groups, steps_together
+from metalens.lenses.lens import TunedLens
+from metalens.lenses.provenance import origin_of
+from metalens.lenses.translators import parameters_of
+from metalens.models.capture import HiddenStates, ResidualCapture
+from metalens.models.unembed import Unembed
+from metalens.training.batching import Capture, step_groups, steps_together
+from metalens.training.callbacks import Callback, OnStep, Progress
 from metalens.training.checkpoint import Checkpoint, CheckpointFolder
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, Producer, Sampler, Step
 from metalens.training.distributed import Group
 from metalens.training.optimizer import LensOptimizer, Parameters, gradient_norm
-from metalens.training.progress import Callback, OnStep, Progress
 from metalens.training.step import Sums, accumulate, no_sums
 from metalens.training.warm_start import warm_start
-from metalens.translators import parameters_of
-from metalens.unembed import Unembed
+from metalens.utils.arrays import to_list
+from metalens.utils.errors import InvalidValueError, MetalensError
+from metalens.utils.progress_bar import token_bar
 
 log = logging.getLogger(__name__)
 
 
-class TrainingInterrupted(Exception):  # noqa: N818 (nothing went wrong)
+class TrainingInterruptedError(MetalensError):
     """The run was asked to stop, and did after a step; what it had done is in its newest checkpoint, if it has a folder for them."""
 
 
 def train(
-    source: StreamSource,
+    source: ResidualCapture,
     unembed: Unembed,
     data: mx.array | Corpus,
     config: TrainingConfig,
@@ -58,7 +60,7 @@ def train(
 ) -> TunedLens:
     """Train a lens to predict, from every block's output, what the model itself will predict: KL(model || lens) over tokens.
 
-    A step whose loss or gradient is not finite is skipped with a warning and counted; the lens and the optimiser stay as they were.
+    A step whose loss or gradient is not finite is skipped with a warning and counted; the lens and the optimizer stay as they were.
 
     Args:
         source: the model's residual streams.
@@ -78,18 +80,20 @@ def train(
         the lens; with layers divided among processes, the whole one in rank 0, and elsewhere the identity for others' layers.
 
     Raises:
-        NotEnoughData: if the text is shorter than one sequence, or than the run and must not repeat.
+        NotEnoughDataError: if the text is shorter than one sequence, or than the run and must not repeat.
         ValueError: if the text has ids that the model does not know, if the checkpoint is of another run (says what differs), if there are
             checkpoints and no resume, if the settings do not fit the model, or if the processes of a group differ in settings, model, text or
             versions.
-        GroupLost: if another process of the group has ended.
-        TrainingInterrupted: when `stop` said so.
+        GroupLostError: if another process of the group has ended.
+        TrainingInterruptedError: when `stop` said so.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, or None, got {checkpoint_every}.")
+        raise InvalidValueError(f"checkpoint_every must be at least 1, or None, got {checkpoint_every}.")
     tokens = data.tokens if isinstance(data, Corpus) else data.size
     if tokens < config.max_seq_len:
-        raise ValueError(f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len.")
+        raise InvalidValueError(
+            f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len."
+        )
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
     group = group or Group()
     listeners = [*(callbacks if group.writes else ()), *([OnStep(callback)] if callback is not None else [])]
@@ -106,7 +110,7 @@ class _Run:
 
     def __init__(
         self,
-        source: StreamSource,
+        source: ResidualCapture,
         unembed: Unembed,
         corpus: Corpus,
         config: TrainingConfig,
@@ -201,7 +205,7 @@ class _Run:
                     if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
                         self._save(group.resumable(i))
                     if stopping:
-                        raise TrainingInterrupted(f"Stopped after step {self.step}.")
+                        raise TrainingInterruptedError(f"Stopped after step {self.step}.")
 
     def _warm_start(self, sampler: Sampler, layers: list[int]) -> None:
         rank, world = self.group.data_share
@@ -215,7 +219,7 @@ class _Run:
     def _total(self) -> Callable[..., list[mx.array]]:
         return self.group.total if self.group.share == "data" else lambda *values: list(values)
 
-    def _one_step(self, data: Step, streams: Iterable[Stream], layers: list[int], bar: Any) -> None:
+    def _one_step(self, data: Step, streams: Iterable[HiddenStates], layers: list[int], bar: Any) -> None:
         """Sum over the step's tokens, update every layer, tell everybody."""
         assert self.optimizer is not None
         start, config = time.perf_counter(), self.config
@@ -223,9 +227,9 @@ class _Run:
         if self.group.layers_apart:
             layers_told = self.passes_of_all[self.pass_index]
             names = len(parameters_of(self.lens.translators[self.layers[0]]))
-            summed, norm = self.group.of_all_layers(layers, layers_told, nested(sums.losses), sums.gradients, names)
+            summed, norm = self.group.of_all_layers(layers, layers_told, to_list(sums.losses), sums.gradients, names)
         else:
-            layers_told, summed, norm = layers, nested(sums.losses), gradient_norm(sums.gradients)
+            layers_told, summed, norm = layers, to_list(sums.losses), gradient_norm(sums.gradients)
         losses = [loss / data.tokens for loss in summed]
         scale = 1 / (data.tokens * (len(self.layers) if config.reduction == "mean" else 1))
         norm *= scale
@@ -253,7 +257,7 @@ class _Run:
         for listener in self.callbacks:
             listener.on_step(Progress(step, loss, losses, self.tokens, layers_told, norm, rate, data.tokens / seconds, self.skipped))
 
-    def _sums(self, streams: Iterable[Stream], layers: list[int]) -> Sums:
+    def _sums(self, streams: Iterable[HiddenStates], layers: list[int]) -> Sums:
         """Over all tokens of the step, of all processes."""
         parameters = [self.parameters[layer] for layer in layers]
         sums = no_sums(layers)
@@ -307,7 +311,7 @@ class _Run:
         """A new run beside an old one's checkpoints would remove them, or be resumed from them."""
         folder = self._folder()
         if folder is not None and (steps := folder.steps()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{folder.path} has checkpoints already, the newest after step {steps[-1]}. Go on from it with resume, or give another folder."
             )
 
@@ -320,7 +324,7 @@ class _Run:
         others = [path for path in parts if ours is None or not path.name.endswith(ours)]
         if others or (ours is not None and self.checkpoints.steps()):
             how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.checkpoints.path} has checkpoints of a run that {how}. Go on from them with as many processes that share the same, "
                 "or give another folder."
             )
@@ -337,7 +341,7 @@ class _Run:
             record = self.group.gathered(None if saved is None else saved.record)[0]
             return None if record is None else Checkpoint(self.group.shared(None if saved is None else saved.arrays), record)
         if min(steps) < 0 <= max(steps):
-            raise ValueError(
+            raise InvalidValueError(
                 f"Processes {[rank for rank, step in enumerate(steps) if step < 0]} find no checkpoint in their {path.parent}, and others do. "
                 "On several machines without a common disk every process must go on where it was. If the run ended while the first checkpoint was "
                 "written, remove the folder and start anew."
@@ -365,7 +369,7 @@ class _Run:
             as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}
             differ = [f"{name} was {theirs.get(name)!r} and is {as_json[name]!r}" for name in as_json if theirs.get(name) != as_json[name]]
             if differ:
-                raise ValueError(
+                raise InvalidValueError(
                     f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Give the same, or start anew in another folder."
                 )
         sampler.restore(record["position"])

@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from metalens.arrays import number
-from metalens.ops.backend import Precision
+from metalens.ops.backends import Precision
 from metalens.training.config import TrainingConfig
-from metalens.training.polar import orthogonalised
+from metalens.training.polar import orthogonalized
+from metalens.utils.arrays import to_float
+from metalens.utils.errors import InvalidValueError
 
 # {name: array} of one layer's translator: parameters, or their gradient.
 Parameters = dict[str, mx.array]
@@ -34,7 +35,7 @@ class LensMuon(optim.Muon):
     iterations: int | None = None
 
     def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:  # noqa: N803 (MLX's names)
-        return orthogonalised(X, self.iterations, self.precision)
+        return orthogonalized(X, self.iterations, self.precision)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """One parameter's update."""
@@ -58,7 +59,7 @@ def _made(config: TrainingConfig) -> Any:
 
 
 class LensOptimizer:
-    """The optimiser of a lens: one of MLX's for each layer.
+    """The optimizer of a lens: one of MLX's for each layer.
 
     Args:
         config: the settings.
@@ -90,7 +91,7 @@ class LensOptimizer:
             scale: the clip's.
         """
         optimizer, config = self.by_layer[layer], self.config
-        rate = config.learning_rate_at(step) * number(self.rates[layer])
+        rate = config.learning_rate_at(step) * to_float(self.rates[layer])
         optimizer.learning_rate = rate
         wide = {name: p.astype(mx.float32) for name, p in parameters.items()}
         decayed = {name: g * scale for name, g in gradient.items()}
@@ -120,10 +121,10 @@ class LensOptimizer:
         """Go on from a `state`.
 
         Raises:
-            ValueError: if it is of another optimiser or other layers.
+            ValueError: if it is of another optimizer or other layers.
         """
         if set(state) != set(self.state()):
-            raise ValueError("The saved optimiser state is of another optimiser, or of other layers.")
+            raise InvalidValueError("The saved optimizer state is of another optimizer, or of other layers.")
         self.rates = {layer: state[f"rates.{layer}"] for layer in self.rates}
         for layer, optimizer in self.by_layer.items():
             prefix = f"{layer}."
@@ -136,7 +137,7 @@ def gradient_norm(gradients: Sequence[Parameters]) -> float:
     for gradient in gradients:
         squares += [mx.sum(mx.square(g)) for g in gradient.values()]
         mx.eval(squares)  # layer after layer: MLX on a CPU reserves memory for all squares that are computed together
-    return math.sqrt(math.fsum(map(number, squares)))
+    return math.sqrt(math.fsum(map(to_float, squares)))
 
 
 def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
@@ -157,7 +158,7 @@ def _from_identity(name: str, p: mx.array) -> mx.array:
 
 def _distance(weight: mx.array) -> float:
     """The root mean square of the singular values of W - I, W [D, D]."""
-    return number(mx.linalg.norm(_from_identity("weight", weight.astype(mx.float32)))) / math.sqrt(weight.shape[0])
+    return to_float(mx.linalg.norm(_from_identity("weight", weight.astype(mx.float32)))) / math.sqrt(weight.shape[0])
 
 
 def _flat(state: Any) -> list[tuple[str, mx.array]]:

@@ -14,9 +14,9 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from metalens.arrays import number
 from metalens.ops import Weight, linear, use_precision
-from metalens.ops.backend import Precision
+from metalens.ops.backends import Precision
+from metalens.utils.arrays import to_float
 
 Quintic = tuple[float, float, float]
 
@@ -64,7 +64,7 @@ def quintics(rows: int, iterations: int | None = None) -> tuple[tuple[Quintic, .
     return tuple(found), error
 
 
-def orthogonalised(x: mx.array, iterations: int | None, precision: Precision) -> mx.array:
+def orthogonalized(x: mx.array, iterations: int | None, precision: Precision) -> mx.array:
     """U V^T, nearly, for x = U S V^T. Evaluated. A matrix of zeros stays one.
 
     Args:
@@ -73,7 +73,7 @@ def orthogonalised(x: mx.array, iterations: int | None, precision: Precision) ->
         precision: of the products' operands.
     """
     norm = mx.linalg.norm(x)
-    if number(norm) == 0:  # the last layer of a lens: its translator is exact as long as it is the identity
+    if to_float(norm) == 0:  # the last layer of a lens: its translator is exact as long as it is the identity
         return x
     wide = x.shape[0] <= x.shape[1]
     found = (x if wide else x.T) / (SLACK * norm)

@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalens.lens import TunedLens
+from metalens.lenses.lens import TunedLens
+from metalens.lenses.translators import parameters_of
+from metalens.models.capture import HiddenStates
+from metalens.models.unembed import Unembed
 from metalens.ops import Norm, lens_kl, lens_target, normed
-from metalens.readout import translated
-from metalens.stream import Stream
+from metalens.readings.reading import translated
 from metalens.training.optimizer import Parameters
-from metalens.translators import parameters_of
-from metalens.unembed import Unembed
 
 # {"translators": [{"weight": [D, D], "bias": [D]}, ...]}, the tree of TunedLens.parameters()
 Gradient = dict[str, Any]
@@ -46,7 +46,7 @@ def no_sums(layers: Sequence[int]) -> Sums:
     return Sums(list(layers), mx.zeros((len(layers),)))
 
 
-def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: Stream, unembed: Unembed) -> None:
+def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: HiddenStates, unembed: Unembed) -> None:
     """Add a batch's losses and gradients to the sums. The gradients of one layer at a time are in memory twice.
 
     Args:
@@ -82,7 +82,7 @@ def accumulate(sums: Sums, parameters: Sequence[Parameters], stream: Stream, une
     sums.tokens += last.shape[0]
 
 
-def loss_and_gradient(lens: TunedLens, stream: Stream, unembed: Unembed) -> tuple[mx.array, Gradient]:
+def loss_and_gradient(lens: TunedLens, stream: HiddenStates, unembed: Unembed) -> tuple[mx.array, Gradient]:
     """Mean KL(model || lens) of every layer, and the gradient of the mean over layers (mlxterp's loss).
 
     Args:

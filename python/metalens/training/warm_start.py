@@ -1,7 +1,7 @@
 """A closed-form start: for every layer the affine map that comes nearest to the last block's output, by ridge regression.
 
 The residual stream h of a layer is regressed on the model's last state h* in one streaming pass: the sums of x x^T and x (h* - h)^T, x = (h, 1), are
-all that is kept, and a Cholesky solve gives W - I and b. The regularisation pulls towards the identity. It costs a forward pass of the model and no
+all that is kept, and a Cholesky solve gives W - I and b. The regularization pulls toward the identity. It costs a forward pass of the model and no
 head: a small part of what a training step costs per token.
 """
 
@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from metalens.arrays import number
+from metalens.models.capture import HiddenStates
 from metalens.ops import Weight, linear
-from metalens.stream import Stream
+from metalens.utils.arrays import to_float
+from metalens.utils.errors import InvalidValueError
 
 
 class Regression:
@@ -36,20 +37,20 @@ class Regression:
         mx.eval(self.gram, self.cross)
 
     def solution(self, ridge: float) -> tuple[mx.array, mx.array]:
-        """(W [D, D], b [D]); `ridge` is relative to the states' mean square. The bias is not regularised.
+        """(W [D, D], b [D]); `ridge` is relative to the states' mean square. The bias is not regularized.
 
         Raises:
-            ValueError: if there are too few tokens for so little regularisation.
+            ValueError: if there are too few tokens for so little regularization.
         """
         gram, cross = (np.array(a).astype(np.float64) for a in (self.gram, self.cross))
         gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]  # the last entry counts the rows
         width = len(gram) - 1
         scale = float(np.trace(gram[:width, :width])) / width
-        regularised = gram + np.diag([*[ridge * scale + 1e-12 * scale] * width, 1e-12])
+        regularized = gram + np.diag([*[ridge * scale + 1e-12 * scale] * width, 1e-12])
         try:
-            factor = np.linalg.cholesky(regularised)
+            factor = np.linalg.cholesky(regularized)
         except np.linalg.LinAlgError as error:
-            raise ValueError(
+            raise InvalidValueError(
                 f"The warm start has no solution with ridge={ridge}: the states of its tokens do not span the {width} dimensions of the residual "
                 "stream. Raise warm_start_tokens or ridge (1e-3 is the default)."
             ) from error
@@ -59,7 +60,7 @@ class Regression:
 
 
 def warm_start(
-    streams: Iterable[Stream], layers: Sequence[int], width: int, ridge: float, total: Callable[..., list[mx.array]]
+    streams: Iterable[HiddenStates], layers: Sequence[int], width: int, ridge: float, total: Callable[..., list[mx.array]]
 ) -> dict[int, dict[str, mx.array]]:
     """{layer: {"weight", "bias"}}: the closed-form translators on these streams.
 
@@ -81,8 +82,8 @@ def warm_start(
     solved = {}
     for layer, regression in regressions.items():
         regression.gram, regression.cross = total(regression.gram, regression.cross)
-        if not number(regression.gram[-1, -1]) > 0 or not all(number(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
-            raise ValueError(
+        if not to_float(regression.gram[-1, -1]) > 0 or not all(to_float(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
+            raise InvalidValueError(
                 "The warm start saw no text, or states that are not finite: look for damaged weights or token ids outside the vocabulary."
             )
         weight, bias = regression.solution(ridge)

@@ -29,7 +29,7 @@ struct alignas(16) ThreadContext {
 
 enum BufferFlags : uint32_t {
   kWritable = 1,
-  kInitialised = 2,  // an output that starts from init_value: reading it before writing is allowed
+  kInitialized = 2,  // an output that starts from init_value: reading it before writing is allowed
 };
 
 struct Buffer {

@@ -1,4 +1,4 @@
-// Device memory: bounds, initialisation of outputs, races through outputs, and traffic counts.
+// Device memory: bounds, initialization of outputs, races through outputs, and traffic counts.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -114,8 +114,8 @@ void check_output_read(uint32_t index, uint64_t at, uint64_t bytes, Before befor
   Shadow& shadow = shadows[index];
   const Buffer& buffer = runtime.launch->buffers[index];
   bool all_written = (before.all & kWritten) == kWritten;
-  if (!all_written && !(buffer.flags & kInitialised)) {
-    MSLCPU_FAIL(pc, "read of uninitialised output: byte %lu of buffer %u", at, index);
+  if (!all_written && !(buffer.flags & kInitialized)) {
+    MSLCPU_FAIL(pc, "read of uninitialized output: byte %lu of buffer %u", at, index);
   }
   for (uint64_t g = at >> shadow.granule_shift; g <= (at + bytes - 1) >> shadow.granule_shift; g++) {
     bool other_group;

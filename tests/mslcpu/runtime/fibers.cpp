@@ -97,8 +97,8 @@ void reserve_stacks(uint32_t threads, uint32_t stack_bytes) {
 
 void prepare_fiber(uint32_t index) {
   // Stacks start at different offsets within their pages: otherwise the hot ends of all of them would compete for the same cache sets.
-  size_t colour = (index * 5 % 32) * 128;
-  uint64_t* top = reinterpret_cast<uint64_t*>(runtime.stacks + (index + 1) * runtime.stack_bytes - colour) - 8;
+  size_t color = (index * 5 % 32) * 128;
+  uint64_t* top = reinterpret_cast<uint64_t*>(runtime.stacks + (index + 1) * runtime.stack_bytes - color) - 8;
 #if defined(__x86_64__)
   *--top = 0;  // so that thread_main finds the alignment a call would have left
   *--top = reinterpret_cast<uint64_t>(&thread_main);

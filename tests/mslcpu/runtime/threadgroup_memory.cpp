@@ -1,4 +1,4 @@
-// Threadgroup memory: layout, limits, initialisation and data races.
+// Threadgroup memory: layout, limits, initialization and data races.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -23,14 +23,14 @@ Cell bytes_of_pairs[kArenaBytes];
 uint32_t split_since[kArenaBytes / 2];
 uint8_t owner[kArenaBytes];  // index of the variable + 1; 0: red zone
 
-enum Verdict { kFine, kUninitialised, kWriteWrite, kWriteRead, kReadWrite };
+enum Verdict { kFine, kUninitialized, kWriteWrite, kWriteRead, kReadWrite };
 
 inline uint32_t epoch_of(Stamp stamp) {
   return static_cast<uint32_t>(stamp >> 32);
 }
 
 inline Verdict note_read(Cell& cell, Stamp mine, Stamp* other) {
-  if (epoch_of(cell.write) < runtime.threadgroup_first_epoch) return kUninitialised;
+  if (epoch_of(cell.write) < runtime.threadgroup_first_epoch) return kUninitialized;
   if (epoch_of(cell.write) == runtime.threadgroup_epoch && unordered(cell.write, mine)) {
     *other = cell.write;
     return kWriteRead;
@@ -66,7 +66,7 @@ inline Verdict note_write(Cell& cell, Stamp mine, Stamp* other) {
 
 [[noreturn]] void report(Verdict verdict, uint32_t byte, Stamp mine, Stamp other, const void* pc) {
   const ThreadgroupVariable& v = runtime.variables[owner[byte] - 1];
-  if (verdict == kUninitialised) MSLCPU_FAIL(pc, "read of uninitialised threadgroup memory: byte %u of '%s'", byte - v.offset, v.name);
+  if (verdict == kUninitialized) MSLCPU_FAIL(pc, "read of uninitialized threadgroup memory: byte %u of '%s'", byte - v.offset, v.name);
   const char* what = verdict == kWriteWrite ? "write-write" : verdict == kWriteRead ? "write-read" : "read-write";
   MSLCPU_FAIL(
       pc, "threadgroup data race (%s, no barrier between): byte %u of '%s', threads %u and %u", what, byte - v.offset, v.name,

@@ -14,21 +14,21 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from metalens import model as native
 from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
-from metalens.lens import TunedLens
+from metalens.lenses.lens import TunedLens
+from metalens.model import InterpretableModel as _InterpretableModel
 from metalens.model import train_tuned_lens
 
 __all__ = ["InterpretableModel", "TunedLens", "train_tuned_lens"]
 
 
-class InterpretableModel(native.InterpretableModel):
+class InterpretableModel(_InterpretableModel):
     """`metalens.InterpretableModel`, with the two habits of mlxterp that its users' code leans on: `_module_resolver`, and tokenizers whose ids run
     past the vocabulary in training data (mlxterp reads whatever memory lies there; here they wrap around, with a warning)."""
 
     @cached_property
     def _module_resolver(self) -> ModuleResolver:
-        return ModuleResolver(self.model, *self._paths)
+        return ModuleResolver(self.model, self.overrides.embedding, self.overrides.norm, self.overrides.head)
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
         """The ids, those outside the vocabulary wrapped around."""

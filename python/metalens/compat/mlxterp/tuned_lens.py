@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.lens import TunedLens
+from metalens.lenses.lens import TunedLens
 from metalens.model import train_tuned_lens
 from metalens.ops.softmax import kl_divergence as kl_of_rows
 

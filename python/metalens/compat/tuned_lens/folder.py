@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from metalens.arrays import number
 from metalens.compat.tuned_lens.torch_file import WRITABLE, read_tensors, write_tensors
-from metalens.files import atomic_write
-from metalens.lens import TunedLens
+from metalens.lenses.lens import TunedLens
+from metalens.utils.arrays import to_float
+from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import atomic_write
 
 PARAMS, CONFIG = "params.pt", "config.json"
 REPOSITORY, REPOSITORY_TYPE = "AlignmentResearch/tuned-lens", "space"
@@ -33,7 +34,7 @@ CONFIG_LIMIT = 1 << 20  # bytes
 class LensConfig:
     """config.json: upstream's TunedLensConfig, field by field.
 
-    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding: it depends on NumPy's version and on quantisation, so it is kept
+    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding: it depends on NumPy's version and on quantization, so it is kept
     and never checked.
     """
 
@@ -48,13 +49,13 @@ class LensConfig:
     def __post_init__(self) -> None:
         texts = (self.base_model_revision, self.unembed_hash)
         if not isinstance(self.base_model_name_or_path, str) or not all(isinstance(text, str | None) for text in texts):
-            raise ValueError("base_model_name_or_path must be text, base_model_revision and unembed_hash text or null")
+            raise InvalidValueError("base_model_name_or_path must be text, base_model_revision and unembed_hash text or null")
         if type(self.d_model) is not int or type(self.num_hidden_layers) is not int or self.d_model < 1 or self.num_hidden_layers < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"d_model and num_hidden_layers must be positive whole numbers, got {self.d_model!r:.50}, {self.num_hidden_layers!r:.50}"
             )
         if type(self.bias) is not bool or self.lens_type != "linear_tuned_lens":
-            raise ValueError(f"bias must be true or false and lens_type 'linear_tuned_lens', got {self.bias!r:.50} and {self.lens_type!r:.50}")
+            raise InvalidValueError(f"bias must be true or false and lens_type 'linear_tuned_lens', got {self.bias!r:.50} and {self.lens_type!r:.50}")
 
     def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
         """{name: shape} of the tensors in params.pt, if it has `count` of them as it should; else of the first few."""
@@ -110,7 +111,7 @@ def load(
     for i in range(1, described.num_hidden_layers):
         lens.translators[i - 1].update(pieces[i])
     first = pieces[0]["weight"], pieces[0].get("bias", mx.zeros((described.d_model,)))
-    if any(number(mx.any(array != 0)) for array in first):
+    if any(to_float(mx.any(array != 0)) for array in first):
         lens.embedding = first
     facts = {"model": described.base_model_name_or_path, "revision": described.base_model_revision}
     lens.origin = {key: value for key, value in facts.items() if value is not None}
@@ -143,18 +144,18 @@ def save(
         ValueError: if the model's name is not known, or a number has no finite form in the type.
     """
     if dtype not in WRITABLE:
-        raise ValueError(f"dtype must be one of {', '.join(WRITABLE)}, got {dtype!r}.")
+        raise InvalidValueError(f"dtype must be one of {', '.join(WRITABLE)}, got {dtype!r}.")
     remembered = lens.origin.get("model")
     model_name = model_name or remembered
     if not isinstance(model_name, str):
-        raise ValueError("config.json names the model that the lens was made for, and this lens does not remember it: give model_name.")
+        raise InvalidValueError("config.json names the model that the lens was made for, and this lens does not remember it: give model_name.")
     own = model_name == remembered
     about: Any = lens.origin.get("tuned_lens", {})
     unembed_hash = about.get("unembed_hash") if own and isinstance(about, dict) else None
     revision = revision or (lens.origin.get("revision") if own else None)
     config = LensConfig(model_name, lens.hidden_dim, lens.num_layers, True, revision, unembed_hash)
     weight, bias = lens.dense(lens.num_layers - 1)
-    if number(mx.any(weight != mx.eye(lens.hidden_dim))) or number(mx.any(bias != 0)):
+    if to_float(mx.any(weight != mx.eye(lens.hidden_dim))) or to_float(mx.any(bias != 0)):
         warnings.warn(
             f"tuned-lens has no translator for the last block's output: that of layer {lens.num_layers - 1}, which is not the identity, is left out.",
             UserWarning,
@@ -186,14 +187,14 @@ def _folder(path: str | Path) -> Path:
 def _read_config(file: Path) -> LensConfig:
     try:
         if file.stat().st_size > CONFIG_LIMIT:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
+            raise InvalidValueError(f"it has {file.stat().st_size} bytes")
         found: Any = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
+            raise InvalidValueError("it is no JSON object")
         known = [field.name for field in fields(LensConfig)]
         config = LensConfig(**{key: found[key] for key in known if key in found})
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} does not describe a lens of tuned-lens: {error}.") from error
+        raise InvalidValueError(f"{file} does not describe a lens of tuned-lens: {error}.") from error
     unknown = sorted(set(found) - set(known))
     if unknown:
         warnings.warn(f"{file}: ignoring {', '.join(unknown[:4])}, which tuned-lens's configurations do not have.", UserWarning, stacklevel=3)

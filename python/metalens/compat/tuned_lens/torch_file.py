@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
+from metalens.utils.errors import InvalidValueError
 
 PICKLE_LIMIT = 1 << 20  # bytes; a tensor takes some 150
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -55,11 +56,11 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
             contents = _open_zip(stream) if stream.read(4) == b"PK\x03\x04" else _open_legacy(stream)
             state = contents.state
             if not isinstance(state, dict) or not all(type(tensor) is Tensor for tensor in state.values()):
-                raise ValueError("it holds something other than named tensors")
+                raise InvalidValueError("it holds something other than named tensors")
             shapes = expected(len(state))
             if set(shapes) != set(state):
                 names = sorted(set(shapes) ^ set(state))
-                raise ValueError(f"expected {len(shapes)} tensors, found {len(state)}; these are missing or too many: {', '.join(names[:4])}")
+                raise InvalidValueError(f"expected {len(shapes)} tensors, found {len(state)}; these are missing or too many: {', '.join(names[:4])}")
             by_storage: dict[Storage, list[str]] = {}
             for name, tensor in state.items():
                 _check_view(name, tensor, shapes[name])
@@ -69,20 +70,20 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
                 for name in names:
                     yield name, _array(name, state[name], data, contents.little_endian)
         except Exception as error:  # zipfile alone has a dozen types for damaged archives
-            raise ValueError(f"{file} is not a tuned lens file, or is damaged: {error}.") from error
+            raise InvalidValueError(f"{file} is not a tuned lens file, or is damaged: {error}.") from error
 
 
 def _check_view(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Within its storage, of the right shape, and no number used twice: else a small file could ask for any amount of memory."""
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tensor.shape}; its config.json says {shape}")
+        raise InvalidValueError(f"{name} has shape {tensor.shape}; its config.json says {shape}")
     needed = 1
     for stride, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
         if size > 1 and stride < needed:
-            raise ValueError(f"{name} has strides {tensor.strides}, by which its numbers would overlap")
+            raise InvalidValueError(f"{name} has strides {tensor.strides}, by which its numbers would overlap")
         needed += stride * (size - 1)
     if tensor.offset + needed > tensor.storage.size:
-        raise ValueError(f"{name} reaches beyond its storage of {tensor.storage.size} numbers")
+        raise InvalidValueError(f"{name} reaches beyond its storage of {tensor.storage.size} numbers")
 
 
 def _array(name: str, tensor: Tensor, data: bytes, little_endian: bool) -> np.ndarray:
@@ -96,7 +97,7 @@ def _array(name: str, tensor: Tensor, data: bytes, little_endian: bool) -> np.nd
         with np.errstate(over="ignore"):
             array = view.astype(np.float32, order="C")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity")
+        raise InvalidValueError(f"{name} holds NaN or infinity")
     return array
 
 
@@ -108,29 +109,29 @@ def _open_zip(stream: IO[bytes]) -> _Contents:
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(set(names)) < len(names):
-        raise ValueError("two records of its archive have the same name")
+        raise InvalidValueError("two records of its archive have the same name")
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size for entry in entries):
-        raise ValueError("its archive is compressed or encrypted; torch.save's never are")
+        raise InvalidValueError("its archive is compressed or encrypted; torch.save's never are")
     if sum(entry.file_size for entry in entries) > stream.seek(0, io.SEEK_END):
-        raise ValueError("its records are larger than the file")
+        raise InvalidValueError("its records are larger than the file")
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
-        raise ValueError("its archive has no <name>/data.pkl, or several")
+        raise InvalidValueError("its archive has no <name>/data.pkl, or several")
 
     def record(name: str, limit: int) -> bytes:
         entry = archive.getinfo(roots[0] + name)
         if entry.file_size > limit:
-            raise ValueError(f"its {name} has {entry.file_size} bytes, more than {limit}")
+            raise InvalidValueError(f"its {name} has {entry.file_size} bytes, more than {limit}")
         return archive.read(entry)
 
     order = record("byteorder", 16) if roots[0] + "byteorder" in names else b"little"
     if order not in (b"little", b"big") or not 1 <= int(record("version", 16)) <= 10:
-        raise ValueError("its archive has an unknown version or order of bytes")
+        raise InvalidValueError("its archive has an unknown version or order of bytes")
 
     def read_storage(storage: Storage) -> bytes:
         data = record(f"data/{storage.key}", storage.size * storage.element.itemsize)
         if len(data) < storage.size * storage.element.itemsize:
-            raise ValueError(f"its data/{storage.key} has {len(data)} bytes in place of {storage.size} numbers")
+            raise InvalidValueError(f"its data/{storage.key} has {len(data)} bytes in place of {storage.size} numbers")
         return data
 
     return _Contents(read(io.BytesIO(record("data.pkl", PICKLE_LIMIT))), order == b"little", read_storage)
@@ -155,7 +156,7 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Ite
         for key, (name, array) in enumerate(zip(shapes, arrays, strict=True)):
             converted = array.astype(kind)
             if not mx.all(mx.isfinite(converted)).item():
-                raise ValueError(f"{name} holds numbers that {dtype} can't: NaN, infinity, or larger than its largest.")
+                raise InvalidValueError(f"{name} holds numbers that {dtype} can't: NaN, infinity, or larger than its largest.")
             _write_record(archive, f"data/{key}", np.array(mx.contiguous(converted).view(mx.uint8)).tobytes())
         _write_record(archive, "version", b"3\n")
 
@@ -204,25 +205,25 @@ def _open_legacy(stream: IO[bytes]) -> _Contents:
     stream.seek(0)
     head = io.BytesIO(stream.read(PICKLE_LIMIT))
     if read(head) != LEGACY_MAGIC or read(head) != LEGACY_PROTOCOL:
-        raise ValueError("no archive and no older file of torch.save")
+        raise InvalidValueError("no archive and no older file of torch.save")
     machine, state, keys = read(head), read(head), read(head)
     if not isinstance(machine, dict) or type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
-        raise ValueError("its pickles are not those of torch.save")
+        raise InvalidValueError("its pickles are not those of torch.save")
     little_endian = machine.get("little_endian") is not False
     storages = {tensor.storage.key: tensor.storage for tensor in state.values() if type(tensor) is Tensor} if isinstance(state, dict) else {}
     position, end, places = head.tell(), stream.seek(0, io.SEEK_END), {}
     for key in keys:
         if key not in storages:
-            raise ValueError(f"it has no tensor for its storage {key!r:.200}")
+            raise InvalidValueError(f"it has no tensor for its storage {key!r:.200}")
         places[key] = position + 8
         position += 8 + storages[key].size * storages[key].element.itemsize
     if position != end:
-        raise ValueError(f"it has {end} bytes where its tensors take {position}")
+        raise InvalidValueError(f"it has {end} bytes where its tensors take {position}")
 
     def read_storage(storage: Storage) -> bytes:
         stream.seek(places[storage.key] - 8)
         if int.from_bytes(stream.read(8), "little" if little_endian else "big", signed=True) != storage.size:
-            raise ValueError(f"its storage {storage.key!r:.200} has another size than its tensor says")
+            raise InvalidValueError(f"its storage {storage.key!r:.200} has another size than its tensor says")
         return stream.read(storage.size * storage.element.itemsize)
 
     return _Contents(state, little_endian, read_storage)

@@ -2,12 +2,12 @@
 
 from metalens.training.data.corpus import Corpus, open_corpus
 from metalens.training.data.producer import Producer
-from metalens.training.data.sampler import NotEnoughData, Sampler, Step, batches
+from metalens.training.data.sampler import NotEnoughDataError, Sampler, Step, batches
 from metalens.training.data.sources import documents, find_sources
 
 __all__ = [
     "Corpus",
-    "NotEnoughData",
+    "NotEnoughDataError",
     "Producer",
     "Sampler",
     "Step",

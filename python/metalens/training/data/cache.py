@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from metalens.files import atomic_write, require_writable
+from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import atomic_write, require_writable
 
 DOCUMENTS = np.dtype("<u8")
 
@@ -91,7 +92,7 @@ class TokenCache:
                     file.write(ids.astype(dtype, copy=False).tobytes())
                     tokens += ids.size
             if not tokens:
-                raise ValueError("There are no tokens in the text. Give text that is not empty.")
+                raise InvalidValueError("There are no tokens in the text. Give text that is not empty.")
             documents_path.write_bytes(np.asarray([*starts, tokens], DOCUMENTS).tobytes())
         record = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts), "counts": counts}
         with atomic_write(self._path(key, "json")) as path:
@@ -103,7 +104,7 @@ class TokenCache:
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """One process at a time, so that several do not tokenise the same text; what killed ones left half written is removed.
+        """One process at a time, so that several do not tokenize the same text; what killed ones left half written is removed.
 
         Where the file system has no locks, all go on: they would write the same bytes, and each file is replaced at once.
         """

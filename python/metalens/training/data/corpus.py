@@ -1,6 +1,6 @@
-"""A text as token ids on disk: tokenised once, opened at once.
+"""A text as token ids on disk: tokenized once, opened at once.
 
-Conventions. Documents are tokenised without special tokens.
+Conventions. Documents are tokenized without special tokens.
 - join="eos": every document is preceded by the tokenizer's EOS token and all follow each other in one stream, which sequences are cut from across
   documents: EOS d1 EOS d2 ... (tuned-lens's convention; the ids are those of its joined text).
 - join="packed": no separators, and no sequence crosses the end of a document.
@@ -21,6 +21,7 @@ from metalens.training.data.cache import StoredTokens, TokenCache
 from metalens.training.data.readers import Piece, Source
 from metalens.training.data.sources import find_sources
 from metalens.training.data.tokenizing import TextTokenizer, digest, encoded
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 Join = Literal["eos", "packed"]
 FORMAT = 1  # raise it when the same text and tokenizer come to give other tokens
@@ -74,13 +75,13 @@ class Corpus:
         """
         array = np.asarray(ids)
         if array.dtype.kind not in "iu":
-            raise TypeError(
+            raise InvalidTypeError(
                 f"Token ids must be integers, got {array.dtype}." if array.size else "There are no token ids. Provide text that is not empty."
             )
         if array.ndim != 1 or not array.size:
-            raise ValueError(f"Token ids must be [tokens] and not empty, got {array.shape}.")
+            raise InvalidValueError(f"Token ids must be [tokens] and not empty, got {array.shape}.")
         if not 0 <= array.min() <= array.max() < 1 << 31:
-            raise ValueError(f"Token ids must be within 0 and {(1 << 31) - 1}, got {array.min()} to {array.max()}.")
+            raise InvalidValueError(f"Token ids must be within 0 and {(1 << 31) - 1}, got {array.min()} to {array.max()}.")
         array = np.ascontiguousarray(array, "<i4")
         content = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         about = {"join": "eos", "content": content, "tokenizer": None, "fingerprint": digest([FORMAT, "ids", content, list(prefix)])}
@@ -121,7 +122,7 @@ def open_corpus(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """The tokens of texts; tokenised by the first call, read from the cache by later ones, in whatever process.
+    """The tokens of texts; tokenized by the first call, read from the cache by later ones, in whatever process.
 
     Args:
         sources: files, folders, ids of hub data sets, as for `find_sources`.
@@ -131,20 +132,20 @@ def open_corpus(
         cache_dir: default: $METALENS_CACHE, else ~/.cache/metalens/tokens.
         split: of hub data sets.
         max_tokens: stop reading once there are so many (a part of a long text or a document more): what large data sets need.
-        workers: processes to tokenise with, useful for slow tokenizers; see `tokenizing.encoded`. Does not change the result.
-        progress: called while tokenising, with the number of new tokens.
+        workers: processes to tokenize with, useful for slow tokenizers; see `tokenizing.encoded`. Does not change the result.
+        progress: called while tokenizing, with the number of new tokens.
 
     Raises:
         ValueError: if there is no text, or something is wrong with it: says where, and what to do.
         OSError: if a file can't be read or the cache can't be written.
     """
     if join not in ("eos", "packed"):
-        raise ValueError(f"join must be 'eos' or 'packed', got {join!r}.")
+        raise InvalidValueError(f"join must be 'eos' or 'packed', got {join!r}.")
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be positive, got {max_tokens}.")
+        raise InvalidValueError(f"max_tokens must be positive, got {max_tokens}.")
     text = TextTokenizer(tokenizer)
     if join == "eos" and text.eos is None:
-        raise ValueError("The tokenizer has no EOS token to join documents with. Use join='packed'.")
+        raise InvalidValueError("The tokenizer has no EOS token to join documents with. Use join='packed'.")
     found = find_sources(sources, field=field, split=split)
     cache = TokenCache(cache_dir)
     identities = [source.identity(cache) for source in found]
@@ -153,7 +154,7 @@ def open_corpus(
     stored = cache.open(fingerprint)
     if stored is None:
         with cache.lock(fingerprint):
-            stored = cache.open(fingerprint) or _tokenise(cache, fingerprint, found, text, join, max_tokens, workers, progress)
+            stored = cache.open(fingerprint) or _tokenize(cache, fingerprint, found, text, join, max_tokens, workers, progress)
     about = {
         "fingerprint": fingerprint,
         "content": content,
@@ -166,7 +167,7 @@ def open_corpus(
     return Corpus(stored.ids, stored.documents, join, prefix=text.prefix, byte_counts=byte_counts, about=about)
 
 
-def _tokenise(
+def _tokenize(
     cache: TokenCache,
     key: str,
     sources: list[Source],

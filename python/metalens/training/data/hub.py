@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from metalens.training.data.readers import Identity, Memory, Piece, Source, text_of
+from metalens.utils.errors import InvalidValueError
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,8 @@ class HubDataset(Source):
             memory.remember(fact, commit)
         return commit
 
-    def _unreachable(self, error: Exception) -> ValueError:
-        return ValueError(
+    def _unreachable(self, error: Exception) -> InvalidValueError:
+        return InvalidValueError(
             f"There is no file or folder {self.dataset!r}, and as a data set of the Hugging Face hub {self.name} can't be read: {error} "
             "Check the name, the configuration (name:configuration), the split and the connection."
         )
@@ -89,7 +90,7 @@ class HubDataset(Source):
         try:
             datasets: Any = importlib.import_module("datasets")
         except ImportError as error:
-            raise ValueError(
+            raise InvalidValueError(
                 f"There is no file or folder {self.dataset!r}, and reading it as a data set of the Hugging Face hub needs the package datasets. "
                 "Check the path, or install the package with: pip install 'metalens[data]'"
             ) from error
@@ -110,4 +111,4 @@ class HubDataset(Source):
             number += 1
             yield Piece(text_of(row, self.field, f"{self.name}, row {number}"), starts=True)
         if not number:
-            raise ValueError(f"{self.name} is empty. Name another split.")
+            raise InvalidValueError(f"{self.name} is empty. Name another split.")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar, cast
 
+from metalens.utils.errors import InvalidValueError
+
 T = TypeVar("T")
 
 
@@ -84,7 +86,7 @@ class Producer(Generic[T]):
 
     def __init__(self, source: Iterable[T] | Callable[[], T], depth: int = 2) -> None:
         if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}.")
+            raise InvalidValueError(f"depth must be at least 1, got {depth}.")
         self._shared: _Shared[T] = _Shared(depth)
         self._thread = threading.Thread(target=_produce, args=(self._shared, source), name="metalens-producer", daemon=True)
         weakref.finalize(self, self._shared.stop)

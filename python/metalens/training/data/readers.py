@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-# Characters of a long text that are read, and tokenised, at once.
+from metalens.utils.errors import InvalidValueError
+
+# Characters of a long text that are read, and tokenized, at once.
 BLOCK = 1 << 20
 
 # Where a text can be cut without changing what usual pre-tokenizers see: at one line break between two words. Else wherever words end.
@@ -76,18 +78,22 @@ def plain_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Remove or mend that document.") from error
+        raise InvalidValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Remove or mend that document.") from error
     return text
 
 
 def text_of(record: Any, field: str, where: str) -> str:
     """The text in a record's field, or a ValueError that says what the record has instead."""
     if not isinstance(record, dict):
-        raise ValueError(f'{where}: expected one JSON object per line, like {{"{field}": "..."}}, got {type(record).__name__}.')
+        raise InvalidValueError(f'{where}: expected one JSON object per line, like {{"{field}": "..."}}, got {type(record).__name__}.')
     if field not in record:
-        raise ValueError(f"{where}: there is no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}. Name the one with the text.")
+        raise InvalidValueError(
+            f"{where}: there is no field {field!r}; there are {', '.join(map(repr, record)) or 'none'}. Name the one with the text."
+        )
     if not isinstance(record[field], str):
-        raise ValueError(f"{where}: field {field!r} must be text, got {type(record[field]).__name__}. Name another field, or remove that document.")
+        raise InvalidValueError(
+            f"{where}: field {field!r} must be text, got {type(record[field]).__name__}. Name another field, or remove that document."
+        )
     return plain_text(record[field], where)
 
 
@@ -127,13 +133,13 @@ class FileSource(Source):
     def require_unchanged(self) -> None:
         """Check the file against what it was at `identity`."""
         if self._stamp is not None and self.stamp() != self._stamp:
-            raise ValueError(f"{self.path} changed while it was read. Start again when nothing writes to it any more.")
+            raise InvalidValueError(f"{self.path} changed while it was read. Start again when nothing writes to it any more.")
 
     def _open(self) -> IO[bytes]:
         return gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb")  # type: ignore[return-value]
 
     def _empty(self) -> ValueError:
-        return ValueError(f"{self.path} is empty. Give a file with text, or leave it out.")
+        return InvalidValueError(f"{self.path} is empty. Give a file with text, or leave it out.")
 
 
 class TextFile(FileSource):
@@ -153,7 +159,7 @@ class TextFile(FileSource):
                     rest += decoder.decode(block, final=ended)
                 except UnicodeDecodeError as error:
                     line = lines + error.object[: error.start].count(b"\n")
-                    raise ValueError(f"{self.path}, line {line}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+                    raise InvalidValueError(f"{self.path}, line {line}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
                 # The decoder may keep bytes of an unfinished character back: they hold no line break.
                 lines += block.count(b"\n")
                 end = len(rest) if ended else cut(rest)
@@ -170,7 +176,7 @@ def read(file: IO[bytes], path: Path) -> bytes:
     try:
         return file.read(BLOCK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
+        raise InvalidValueError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
 
 
 def cut(text: str) -> int:
@@ -209,7 +215,7 @@ class JsonLines(FileSource):
                 try:
                     number, line = next(lines, (0, b""))
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise ValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
+                    raise InvalidValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
                 if not number:
                     break
                 if not line.strip():
@@ -218,9 +224,9 @@ class JsonLines(FileSource):
                 try:
                     record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from error
+                    raise InvalidValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from error
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
+                    raise InvalidValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
                 yield Piece(text_of(record, self.field, where), starts=True)
         if empty:
             raise self._empty()
@@ -250,13 +256,13 @@ class ParquetFile(FileSource):
             parquet = importlib.import_module("pyarrow.parquet")
             arrow = importlib.import_module("pyarrow")
         except ImportError as error:
-            raise ValueError(f"Reading {self.path} needs pyarrow. Install it with: pip install 'metalens[data]'") from error
+            raise InvalidValueError(f"Reading {self.path} needs pyarrow. Install it with: pip install 'metalens[data]'") from error
         row = 0
         try:
             with parquet.ParquetFile(self.path) as file:
                 columns = file.schema_arrow.names
                 if self.field not in columns:
-                    raise ValueError(
+                    raise InvalidValueError(
                         f"{self.path}: there is no column {self.field!r}; there are {', '.join(map(repr, columns))}. Name the one with the text."
                     )
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
@@ -264,6 +270,6 @@ class ParquetFile(FileSource):
                         row += 1
                         yield Piece(text_of({self.field: value}, self.field, f"{self.path}, row {row}"), starts=True)
         except arrow.ArrowException as error:
-            raise ValueError(f"{self.path} can't be read as Parquet ({error}). Copy it again.") from error
+            raise InvalidValueError(f"{self.path} can't be read as Parquet ({error}). Copy it again.") from error
         if not row:
             raise self._empty()

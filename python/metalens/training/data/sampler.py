@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from metalens.training.data.corpus import Corpus
+from metalens.utils.errors import InvalidValueError
 
 
-class NotEnoughData(ValueError):  # noqa: N818 - the name says it
+class NotEnoughDataError(InvalidValueError):
     """The text ends before the training does."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The data of one optimiser step.
+    """The data of one optimizer step.
 
     Attributes:
         sequences: int32 [t] each, this rank's share.
@@ -52,11 +53,11 @@ class Sampler:
     def __init__(self, corpus: Corpus, length: int, *, seed: int | None = None, repeat: bool = False) -> None:
         room = length - len(corpus.prefix)
         if room < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Sequences of {length} tokens have no room for text: every one begins with {len(corpus.prefix)} special tokens. Raise the length."
             )
         if seed is not None and seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+            raise InvalidValueError(f"seed must not be negative, got {seed}.")
         self.corpus = corpus
         self.length = int(length)
         self.seed = None if seed is None else int(seed)  # NumPy's integers are no JSON
@@ -104,10 +105,10 @@ class Sampler:
             world: number of shares.
 
         Raises:
-            NotEnoughData: if the text ends before and does not repeat. The position stays as it was.
+            NotEnoughDataError: if the text ends before and does not repeat. The position stays as it was.
         """
         if tokens < 1 or not 0 <= rank < world:
-            raise ValueError(f"Expected at least one token and a rank from 0 to world - 1, got tokens={tokens}, rank={rank}, world={world}.")
+            raise InvalidValueError(f"Expected at least one token and a rank from 0 to world - 1, got tokens={tokens}, rank={rank}, world={world}.")
         epoch, index, count = self.epoch, self.index, 0
         taken: list[int] = []
         while count < tokens:
@@ -134,7 +135,7 @@ class Sampler:
         """Find out now whether so many steps of so many tokens can be taken from here.
 
         Raises:
-            NotEnoughData: if not.
+            NotEnoughDataError: if not.
         """
         if self.repeat:
             return
@@ -146,11 +147,11 @@ class Sampler:
             if position > len(ends):
                 raise self._too_short(tokens, steps)
 
-    def _too_short(self, tokens: int, steps: int) -> NotEnoughData:
+    def _too_short(self, tokens: int, steps: int) -> NotEnoughDataError:
         need = f"{steps} steps of at least {tokens} tokens, in whole sequences of up to {self.length}" if steps > 1 else f"{tokens} tokens"
         left = self.remaining_tokens()
         there = f"there are {left}" if left == self.total_tokens else f"{left} of {self.total_tokens} are left"
-        return NotEnoughData(
+        return NotEnoughDataError(
             f"Not enough text: {need} are needed ({tokens * steps} tokens), {there}. "
             "Give more text, train for fewer or smaller steps, or allow the text to repeat (repeat=True)."
         )
@@ -169,13 +170,15 @@ class Sampler:
             theirs = {"seed": state["seed"], "length": state["length"]} | {f"corpus {k}": v for k, v in dict(state["corpus"]).items()}
             epoch, index = int(state["epoch"]), int(state["index"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"This is not the state of a sampler ({error!r}).") from error
+            raise InvalidValueError(f"This is not the state of a sampler ({error!r}).") from error
         ours = {"seed": self.seed, "length": self.length} | {f"corpus {k}": v for k, v in self.corpus.identity().items()}
         differ = [f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]
         if differ:
-            raise ValueError(f"The data are not those that the position belongs to: {'; '.join(differ)}. Give the same text, tokenizer and settings.")
+            raise InvalidValueError(
+                f"The data are not those that the position belongs to: {'; '.join(differ)}. Give the same text, tokenizer and settings."
+            )
         if epoch < 0 or not 0 <= index <= len(self):
-            raise ValueError(f"There is no position {index} in epoch {epoch}: an epoch has {len(self)} sequences.")
+            raise InvalidValueError(f"There is no position {index} in epoch {epoch}: an epoch has {len(self)} sequences.")
         self.epoch, self.index = epoch, index
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from metalens.training.data.hub import HubDataset
 from metalens.training.data.readers import FileSource, JsonLines, ParquetFile, Source, TextFile
+from metalens.utils.errors import InvalidValueError
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".json-lines", ".ndjson", ".json")
 PARQUET = (".parquet",)
@@ -41,16 +42,16 @@ def find_sources(sources: str | Path | Sequence[str | Path], *, field: str = "te
             inside = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
             files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not files:
-                raise ValueError(f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}.")
+                raise InvalidValueError(f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}.")
             found += [file_source(p, field) for p in files]
         elif path.exists():
             found.append(file_source(path, field))
         elif hub is not None and not path.name.lower().endswith(SUFFIXES):
             found.append(hub)
         else:
-            raise ValueError(f"There is no file or folder {name}. Check the path.")
+            raise InvalidValueError(f"There is no file or folder {name}. Check the path.")
     if not found:
-        raise ValueError("No text was given. Name a file, a folder, or a data set of the Hugging Face hub.")
+        raise InvalidValueError("No text was given. Name a file, a folder, or a data set of the Hugging Face hub.")
     return found
 
 

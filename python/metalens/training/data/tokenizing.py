@@ -16,11 +16,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from metalens.training.data.readers import BLOCK, Piece
+from metalens.utils.errors import InvalidValueError
 
-# Decides nothing by itself: it shows differences that neither a vocabulary nor a serialised tokenizer does.
+# Decides nothing by itself: it shows differences that neither a vocabulary nor a serialized tokenizer does.
 PROBE = "  Zwölf Boxkämpfer\tjagen 3.14159 foxes' \u4f60\u597d\n\nat  night — 'tis\r\n"
 
-BATCH = 1024  # pieces that are tokenised together, unless they are long
+BATCH = 1024  # pieces that are tokenized together, unless they are long
 
 
 def digest(value: Any) -> str:
@@ -69,7 +70,7 @@ class TextTokenizer:
         return np.dtype("<u2" if self.largest is not None and self.largest < 1 << 16 else "<u4")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [tokens] of each text, without the special tokens that the tokenizer would add. Deterministic, whatever is tokenised together.
+        """Ids [tokens] of each text, without the special tokens that the tokenizer would add. Deterministic, whatever is tokenized together.
 
         Raises:
             ValueError: if an id is not within 0 and `largest`.
@@ -88,7 +89,7 @@ class TextTokenizer:
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         limit = np.iinfo(self.dtype).max
         if ids.size and not 0 <= ids.min() <= ids.max() <= limit:
-            raise ValueError(
+            raise InvalidValueError(
                 f"The tokenizer gave an id that is not one ({ids.min()} to {ids.max()}; expected 0 to {limit}). Is its vocabulary damaged?"
             )
         return ids.astype(self.dtype)
@@ -108,7 +109,7 @@ class TextTokenizer:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and hasattr(backend, "to_str"):
             content = json.loads(backend.to_str())
-            # Set by whatever was tokenised last, and not used here.
+            # Set by whatever was tokenized last, and not used here.
             content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         else:
             try:
@@ -141,7 +142,7 @@ def encoded(tokenizer: TextTokenizer, pieces: Iterable[Piece], workers: int | No
 
     Args:
         tokenizer: must be picklable if there are workers.
-        pieces: what to tokenise.
+        pieces: what to tokenize.
         workers: processes. None or 1: in this one, where the threads of fast tokenizers use all cores already; more help slow ones. They are spawned:
             a script must guard its own start with `if __name__ == "__main__"`.
     """

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from metalens.stream import NoStream, StreamSource
-from metalens.trail import Part, Places, find_parts
+from metalens.models.capture import ResidualCapture, ResidualStreamError
+from metalens.models.probe import FoundModule, Overrides, find_head_modules
 
 __all__ = ["ModuleResolver", "find_layer_key_pattern", "normalize_layer_key"]
 
@@ -20,17 +20,17 @@ class ModuleResolver:
         embedding_path, norm_path, lm_head_path: dotted paths that go before what the model calls.
     """
 
-    def __init__(self, model: Any, embedding_path: str | None = None, norm_path: str | None = None, lm_head_path: str | None = None) -> None:
+    def __init__(self, model: Any, embedding_path: Any = None, norm_path: Any = None, lm_head_path: Any = None) -> None:
         self.model = model
-        self._places = Places(embedding_path, norm_path, lm_head_path)
-        self._found: dict[str, Part | None] | None = None
+        self._places = Overrides(embedding_path, norm_path, lm_head_path)
+        self._found: dict[str, FoundModule | None] | None = None
 
-    def _find(self, what: str) -> Part | None:
+    def _find(self, what: str) -> FoundModule | None:
         if self._found is None:
             try:
-                parts = find_parts(StreamSource(self.model), self._places)
+                parts = find_head_modules(ResidualCapture(self.model), self._places)
                 self._found = {"embedding": parts.embedding, "norm": parts.norm, "head": parts.head}
-            except (AttributeError, NoStream):  # no blocks
+            except (AttributeError, ResidualStreamError):  # no blocks
                 self._found = dict.fromkeys(("embedding", "norm", "head"))
         return self._found[what]
 

@@ -1,0 +1,1 @@
+"""Estimates before a run: memory, work, and the bounds of a chip."""

@@ -1,0 +1,1 @@
+"""Lenses, their translators and their files."""

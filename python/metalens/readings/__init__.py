@@ -1,0 +1,1 @@
+"""What a lens says of a text."""

@@ -1,0 +1,1 @@
+"""What every package may use: arrays as numbers, files, errors, the progress bar."""

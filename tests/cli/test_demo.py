@@ -1,0 +1,65 @@
+"""The bundled model and texts are what the documentation says of them. The demo itself is run by CI as a user runs it, and checked there."""
+
+import json
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm import load
+
+from metalens import InterpretableModel, accelerate
+from metalens.cli.demo import CONFIG, run
+from metalens.models.bundled import ASSETS, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = InterpretableModel(str(MODEL))
+    accelerate(model.model)
+    return model
+
+
+def test_assets_have_the_sizes_promised():
+    assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 6e6
+    assert 0.9e6 <= TRAINING_TEXT.stat().st_size <= 1.2e6
+    assert 0.18e6 <= HELD_OUT_TEXT.stat().st_size <= 0.25e6
+    assert "license" in (ASSETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
+
+
+def test_mlx_lm_opens_the_model_as_it_is():
+    model, tokenizer = load(str(MODEL))
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 64, "bits": 4}
+    assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
+    assert tokenizer.decode(tokenizer.encode("Word for word, it comes back.")) == "Word for word, it comes back."
+
+
+def test_held_out_paragraphs_are_not_in_the_training_text():
+    paragraphs = [p for p in HELD_OUT_TEXT.read_text(encoding="utf-8").split("\n") if len(p) > 80]
+    seen = set(TRAINING_TEXT.read_text(encoding="utf-8").split("\n"))
+    assert len(paragraphs) > 100
+    assert not seen.intersection(paragraphs)
+
+
+def test_the_model_has_learnt_english(model):
+    text = HELD_OUT_TEXT.read_text(encoding="utf-8")[:4000]
+    ids = model.ids(text)[:, :256]
+    nats = nn.losses.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="mean").item()
+    bits_per_byte = nats / math.log(2) * ids.size / len(model.decode(ids).encode())
+    assert bits_per_byte < 1.6  # about 2.2 for a unigram model, 8 for none
+
+
+def test_a_short_demo_trains_evaluates_and_reads(model, monkeypatch):
+    from dataclasses import replace
+
+    from metalens.cli import demo
+
+    monkeypatch.setattr(demo, "CONFIG", replace(CONFIG, num_steps=4, max_seq_len=32, tokens_per_step=64, warm_start_tokens=1024))
+    monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 96)
+    result = run(model)
+    assert result.evaluation.tokens == 96
+    assert result.evaluation.tuned is not None
+    assert sum(s.kl for s in result.evaluation.tuned) < sum(s.kl for s in result.evaluation.logit)
+    assert result.tuned.model_tokens == result.logit.model_tokens
+    assert mx.array_equal(result.tuned.model.lse, result.logit.model.lse)

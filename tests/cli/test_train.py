@@ -1,0 +1,339 @@
+"""metalens train, in process on the bundled model, and as a process of its own where signals matter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from metalens import InterpretableModel, TunedLens
+from metalens.cli import main
+from metalens.cli.settings import DEFAULT_RECIPE, config_of, read_settings
+from metalens.lenses.provenance import origin_of
+from metalens.models.bundled import HELD_OUT_TEXT, MODEL
+from metalens.training import RECIPES, TrainingConfig
+
+# One sequence of 32 tokens per step.
+SMALL = ("--recipe", "mlxterp", "--max-seq-len", 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METALENS_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture
+def train(run, text):
+    """metalens train demo --data TEXT --out lens ..., which must succeed."""
+
+    def trained(*args, code=0):
+        result = run("train", "demo", "--data", text, "--out", "lens", *args)
+        assert result.exit_code == code, result.stderr
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+        return result.stderr
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(HELD_OUT_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return file
+
+
+def weights(path):
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_the_library_has_with_the_command_lines_defaults(name):
+    found, config = config_of(name, None, {})
+    assert found == name
+    of_recipe = {key: value for key, value in RECIPES[name].items() if key != "max_seq_len"}
+    assert {key: getattr(config, key) for key in of_recipe} == of_recipe
+    assert not config.repeat
+    assert config.max_seq_len <= RECIPES[name].get("max_seq_len", 512)
+    assert config_of(name, None, {}, context=128)[1].max_seq_len == 128
+
+
+def test_the_default_recipe_exists():
+    assert config_of(None, None, {})[0] == DEFAULT_RECIPE
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", '{"recipe": "adam", "num_steps": 7, "learning_rate": 1, "layers": [0, 2], "seed": null}'),
+        (".toml", 'recipe = "adam"\nnum_steps = 7\nlearning_rate = 1.0\nlayers = [0, 2]\n'),
+    ],
+)
+def test_files_change_the_recipe_and_options_change_files(tmp_path, suffix, content):
+    file = tmp_path / f"settings{suffix}"
+    file.write_text(content)
+    name, config = config_of(None, file, {"num_steps": 9, "seed": "none", "momentum": None})
+    assert name == "adam"
+    assert (config.num_steps, config.learning_rate, config.layers, config.seed) == (9, 1, (0, 2), None)
+    assert config.optimizer == "adam"
+    assert config_of("paper", file, {})[1].optimizer == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"steps": 3}', "there is no setting steps. Settings are: recipe, bias_only"),
+        ('{"num_steps": "many"}', "num_steps can't be 'many'; it takes a whole number."),
+        ('{"num_steps": 2.5}', "num_steps can't be 2.5"),
+        ('{"repeat": 1}', "it takes true or false"),
+        ('{"optimizer": "lion"}', "it takes 'sgd' or 'adam' or 'muon'"),
+        ('{"layers": [0, "1"]}', "it takes a list of whole numbers or null"),
+        ('{"rank": true}', "rank can't be True"),
+        ("[1]", "must hold one object"),
+        ("{", "can't be read as JSON"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(tmp_path, content, message):
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"settings\.json") as error:
+        read_settings(file)
+    assert message in str(error.value)
+
+
+def test_every_field_is_an_option():
+    names = {parameter.name for parameter in main.commands["train"].params}
+    assert set(TrainingConfig.__dataclass_fields__) <= names
+    assert set(TrainingConfig.__dataclass_fields__) <= {parameter.name for parameter in main.commands["plan"].params}
+
+
+def test_a_variant_needs_no_word_about_the_recipes_warm_start(monkeypatch):
+    monkeypatch.setitem(RECIPES, "warm", {"warm_start_tokens": 512})
+    assert config_of("warm", None, {})[1].warm_start_tokens == 512
+    assert config_of("warm", None, {"rank": 4})[1].warm_start_tokens == 0
+    with pytest.raises(ValueError, match="warm start gives full matrices"):
+        config_of("warm", None, {"rank": 4, "warm_start_tokens": 100})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--recipe", "secret"], 1, "There is no recipe 'secret'"),
+        (["--layers", "4-2"], 2, "is not a list of layer numbers"),
+        (["--seed", "some"], 2, "neither a number nor 'none'"),
+        (["--rank", "4", "--bias-only"], 1, "rank or bias_only, not both"),
+        (["--data", "nowhere.txt"], 1, "no file or folder nowhere.txt"),
+        (["--data", "nowhere"], 1, "no file or folder nowhere"),
+        (["--metrics", "text/metrics.jsonl"], 1, "Can't write"),
+        (["--wandb", "project"], 1, "pip install wandb"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(run, tmp_path, text, monkeypatch, arguments, code, message):
+    (tmp_path / "text").write_text("a file")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = run("train", "no-such-model-anywhere", "--data", text, "--out", "lens", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------ text
+
+
+def test_too_little_text_says_what_is_missing_and_what_would_fit(train):
+    message = train("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32, code=1)
+    assert "24 steps of 64 tokens need 1536 tokens" in message
+    assert "--repeat" in message
+    options = message.split("one of: ")[1].split(";")
+    assert [option.split()[0] for option in options[:2]] == ["--steps", "--tokens-per-step"]
+    start = ("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32)
+    train(*start, *options[0].split())
+    steps = int(options[0].split()[1])
+    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
+    train(*start, *options[1].split())
+    train(*start, "--repeat")
+
+
+def test_a_warm_start_that_takes_all_text_is_what_to_change(train):
+    small = ("--recipe", "adam", "--steps", 4, "--tokens-per-step", 64, "--max-seq-len", 32)
+    message = train(*small, "--warm-start-tokens", 5000, code=1)
+    assert "5000 tokens of the warm start" in message
+    option = message.split("one of: ")[1].split(";")[0].split()
+    assert option[0] == "--warm-start-tokens"
+    train(*small, *option)
+
+
+def test_the_default_recipe_never_repeats_a_small_text(train):
+    assert "Not enough text" in train(code=1)
+
+
+def test_folders_and_json_lines(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("Some text that is long enough for a sequence of ten tokens or so. " * 3)
+    (tmp_path / "b.jsonl").write_text('{"content": "And another one, which has no fewer words than the first one had."}\n' * 9)
+    options = ("--out", "lens", *SMALL, "--steps", 2, "--field", "content", "--join", "packed", "--cache-dir", "cache")
+    result = run("train", "demo", "--data", "folder", "b.jsonl", *options)
+    assert result.exit_code == 0, result.stderr
+    assert list((tmp_path / "cache").glob("*.ids"))
+    assert TunedLens.load("lens").origin["training"]["data"]["documents"] == 10
+
+
+def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
+    asked = {}
+
+    def open_corpus(sources, tokenizer, **how):
+        asked.update(how, sources=sources)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("metalens.cli.train.open_corpus", open_corpus)
+    result = run("train", "demo", "--data", "hf:owner/name@main", "--out", "lens", *SMALL, "--steps", 5, "--split", "test")
+    assert "enough seen" in result.stderr
+    assert asked["sources"] == ["hf:owner/name@main"]
+    assert (asked["split"], asked["max_tokens"]) == ("test", 5 * 32 + 6 * 32)
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def test_the_lens_remembers_its_training(train):
+    train(*SMALL, "--steps", 3, "--lr", 0.25)
+    origin = TunedLens.load("lens").origin
+    model = InterpretableModel(str(MODEL))
+    assert origin["model"] == str(MODEL)
+    assert origin["head"] == origin_of(model.unembed)["head"]
+    assert origin["recipe"] == "mlxterp"
+    assert origin["tokens"] == 96
+    assert origin["training"]["learning_rate"] == 0.25
+    assert origin["training"]["data"]["tokens"] > 500
+
+
+def test_variants_and_some_layers(train):
+    train(*SMALL, "--steps", 2, "--rank", 4, "--layers", "1,3-4")
+    lens = TunedLens.load("lens")
+    assert (lens.variant, lens.rank, lens.layers) == ("low-rank", 4, [1, 3, 4])
+    train(*SMALL, "--steps", 2, "--bias-only", "--dtype", "bfloat16", "--layers-at-once", 3)
+    lens = TunedLens.load("lens")
+    assert (lens.variant, lens.layers) == ("bias", list(range(8)))
+    assert lens.origin["tokens"] == 64  # of each layer
+
+
+def test_metrics_and_weights_and_biases(train, tmp_path, monkeypatch):
+    logged = []
+    wandb = types.SimpleNamespace(
+        init=lambda **_: types.SimpleNamespace(id="its-id", log=lambda values, step: logged.append(step), finish=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train(*SMALL, "--steps", 3, "--metrics", "new/metrics.jsonl", "--wandb", "project")
+    assert [json.loads(line)["step"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()] == logged == [0, 1, 2]
+
+
+def test_checkpoints_of_a_finished_run_make_way(train, tmp_path):
+    train(*SMALL, "--steps", 4, "--checkpoint-every", 2)
+    assert sorted(p.name for p in (tmp_path / "lens.checkpoints").iterdir()) == ["finished", "step-00000002", "step-00000004"]
+    first = weights("lens.npz")
+    (tmp_path / "lens.npz").unlink()
+    message = train(*SMALL, "--steps", 4, "--resume")
+    assert "This run had finished" in message
+    assert equal(weights("lens.npz"), first)
+    assert TunedLens.load("lens").origin["tokens"] == 128
+    assert "num_steps was 4 and is 3" in train(*SMALL, "--steps", 3, "--resume", code=1)
+    train(*SMALL, "--steps", 3)
+    assert [p.name for p in (tmp_path / "lens.checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_checkpoints_of_an_unfinished_run_are_kept(train, tmp_path):
+    train(*SMALL, "--steps", 2, "--checkpoint-dir", "state")
+    (tmp_path / "state" / "finished").unlink()
+    message = train(*SMALL, "--steps", 2, "--checkpoint-dir", "state", code=1)
+    assert "--resume" in message
+    assert (tmp_path / "state" / "step-00000002").exists()
+
+
+# ------------------------------------------------------------------ Ctrl-C
+
+
+@pytest.fixture
+def start(tmp_path):
+    """metalens train in a process of its own, once it trains."""
+    processes = []
+
+    def started(*args):
+        command = [
+            sys.executable,
+            "-c",
+            "from metalens.cli import main; main()",
+            "train",
+            "demo",
+            "--out",
+            "lens",
+            "--metrics",
+            "metrics.jsonl",
+            *args,
+        ]
+        processes.append(subprocess.Popen([str(a) for a in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ)))
+        wait_for((tmp_path / "metrics.jsonl").exists)
+        return processes[-1]
+
+    yield started
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
+    options = (*SMALL, "--steps", 24, "--repeat", "--seed", 1)
+    process = start("--data", text, *options)
+    wait_for(lambda: len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 2)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, stderr
+    assert "Stopping after this step" in stderr
+    assert "--resume" in stderr
+    assert not (tmp_path / "lens.npz").exists()
+    message = train(*options, "--metrics", "metrics.jsonl", "--resume")
+    assert "Going on after step" in message
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(24))
+    resumed, origin = weights("lens.npz"), TunedLens.load("lens").origin
+    train(*options)
+    assert equal(weights("lens.npz"), resumed)
+    assert TunedLens.load("lens").origin == origin
+
+
+def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    process.communicate(timeout=20)  # a step takes longer
+    assert process.returncode == 130
+    assert not list((tmp_path / "lens.checkpoints").glob("step-*"))

@@ -1,0 +1,236 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from metalens import InterpretableModel, _ext, _extension, accelerate, use_backend
+from metalens.ops.weight import Weight
+from support import oracle
+
+IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4]])
+KINDS = {"dense": {"bits": None}, "4 bits": {"bits": 4}, "3 bits in groups of 64": {"bits": 3, "group_size": 64}, "8 bits": {"bits": 8}}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the extension's operations that were called, while they are what is asked for."""
+    _extension.find()  # tries the extension with a product of its own, once per process
+    counted = []
+
+    def spy_on(name):
+        kept = getattr(_ext, name)
+        monkeypatch.setattr(_ext, name, lambda *args: (counted.append(name), kept(*args))[1])
+
+    spy_on("matmul")
+    spy_on("quantized_matmul")
+    with use_backend("native"):
+        yield counted
+
+
+def classes(model):
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def switched(model):
+    return [module for _, module in model.named_modules() if type(module) in (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_outputs_are_the_model_s_own_within_rounding(make_llama, calls, kind, tied):
+    model = make_llama(tied=tied, **kind)
+    expected = oracle.wide(model(IDS))
+    with accelerate(model):
+        ours = model(IDS)
+    assert ours.dtype == mx.float32
+    np.testing.assert_allclose(oracle.wide(ours), expected, atol=1e-5 * np.abs(expected).max())
+    # Seven projections in each of three blocks, and the head, whether it is a layer or the embedding.
+    assert calls == ["matmul" if kind["bits"] is None else "quantized_matmul"] * 22
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_16_bit_models_are_no_further_from_the_truth_than_before(make_llama, tied, dtype, bits):
+    model, exact = (make_llama(tied=tied, bits=bits, dtype=dtype) for _ in range(2))
+    exact.set_dtype(mx.float32)  # the same numbers, computed with in float32
+    truth = oracle.wide(exact(IDS))
+    before = model(IDS)
+    with accelerate(model):
+        after = model(IDS)
+    assert after.dtype == before.dtype == dtype
+    error_before, error_after = (np.sqrt(np.mean((oracle.wide(y) - truth) ** 2)) for y in (before, after))
+    assert error_after <= 1.2 * error_before
+
+
+def test_undo_restores_classes_and_every_bit(make_llama):
+    model = make_llama()
+    before, classes_before = model(IDS), classes(model)
+    acceleration = accelerate(model)
+    assert classes(model) != classes_before
+    acceleration.undo()
+    assert classes(model) == classes_before
+    assert mx.array_equal(model(IDS), before)
+    acceleration.undo()  # again, which does nothing
+    assert classes(model) == classes_before
+
+
+def test_it_is_a_context_manager_that_also_ends_with_an_exception(make_llama):
+    model = make_llama()
+    before = classes(model)
+    with accelerate(model) as acceleration:
+        assert len(acceleration) == 29  # 21 projections, embedding and head; attention and gate of three blocks
+        assert classes(model) != before
+    assert classes(model) == before
+    assert len(acceleration) == 0
+    with pytest.raises(KeyError), accelerate(model):
+        raise KeyError
+    assert classes(model) == before
+
+
+def test_a_second_call_swaps_nothing_and_its_undo_leaves_the_first(make_llama):
+    model = make_llama()
+    before = classes(model)
+    first = accelerate(model)
+    during = classes(model)
+    with accelerate(model) as second:
+        assert len(second) == 0
+    assert classes(model) == during
+    first.undo()
+    assert classes(model) == before
+
+
+def test_a_layer_that_is_used_twice_is_restored(make_llama):
+    model = make_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    before, logits = classes(model), model(IDS)
+    with accelerate(model):
+        np.testing.assert_allclose(oracle.wide(model(IDS)), oracle.wide(logits), atol=1e-4)
+    assert classes(model) == before
+
+
+def test_the_model_stays_what_it_was_for_others(make_llama):
+    model = make_llama(tied=True, bits=None)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    kinds = [nn.Linear if isinstance(m, nn.Linear) else nn.Embedding for m in switched(model)]
+    layers = switched(model)
+    with accelerate(model):
+        assert [name for name, _ in tree_flatten(model.parameters())] == names
+        assert not model.training
+        assert all(isinstance(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
+        assert mx.array_equal(model.model.embed_tokens(IDS), model.model.embed_tokens.weight[IDS])
+        assert not switched(model)
+
+
+def test_weights_are_read_at_the_call(make_llama):
+    layer = nn.Linear(64, 5, bias=True)
+    x = mx.ones((2, 64))
+    with accelerate(layer):
+        layer.weight = mx.zeros((5, 64))
+        layer.bias = mx.arange(5).astype(mx.float32)
+        assert layer(x).tolist() == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_single_layers_with_and_without_bias(rng, calls, quantized, bias):
+    layer = nn.Linear(128, 33, bias=bias)
+    if bias:
+        layer.bias = oracle.random_array(rng, 33)
+    if quantized:
+        layer = nn.QuantizedLinear.from_linear(layer, 64, 4)
+    x = oracle.random_array(rng, 2, 3, 128)
+    expected = layer(x)
+    with accelerate(layer) as acceleration:
+        assert len(acceleration) == 1
+        np.testing.assert_allclose(oracle.wide(layer(x)), oracle.wide(expected), atol=1e-5)
+    assert len(calls) == 1
+
+
+def test_gradients_flow_through_it(rng):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 1))
+    x = oracle.random_array(rng, 5, 64)
+    gradient = nn.value_and_grad(model, lambda x: mx.sum(model(x)))
+    expected = tree_flatten(gradient(x)[1])
+    with accelerate(model):
+        ours = tree_flatten(gradient(x)[1])
+    assert [name for name, _ in ours] == [name for name, _ in expected]
+    for (_, a), (_, b) in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(oracle.wide(a), oracle.wide(b), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_layers_of_the_8_bit_scaled_formats_run_natively(make_llama, calls, tied, mode):
+    bits, group_size = oracle.FLOAT_MODES[mode]
+    model = make_llama(tied=tied, mode=mode, group_size=group_size, bits=bits)
+    expected = oracle.wide(model(IDS))
+    with accelerate(model):
+        np.testing.assert_allclose(oracle.wide(model(IDS)), expected, atol=1e-5 * np.abs(expected).max())
+    assert calls == ["quantized_matmul"] * 22
+
+
+def test_the_reference_backend_is_the_model_as_it_was(make_llama, calls):
+    model = make_llama()
+    before = model(IDS)
+    with accelerate(model), use_backend("reference"):
+        assert mx.array_equal(model(IDS), before)
+    assert not calls
+
+
+class Adapted(nn.Linear):
+    """As LoRA layers are: a linear layer with a call of its own."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class AdaptedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        return super().as_linear(x) + 1
+
+
+def test_subclasses_keep_their_own_call(rng):
+    model = nn.Sequential(Adapted(64, 64), nn.Linear(64, 64))
+    embedding = AdaptedEmbedding(131, 64, 32, 4)
+    x = oracle.random_array(rng, 3, 64)
+    expected, tied = model(x), embedding.as_linear(x)
+    with accelerate(model) as acceleration, accelerate(embedding) as nothing:
+        assert (len(acceleration), len(nothing)) == (1, 0)
+        assert type(model.layers[0]) is Adapted
+        np.testing.assert_allclose(oracle.wide(model(x)), oracle.wide(expected), atol=1e-5)
+        assert mx.array_equal(embedding.as_linear(x), tied)
+
+
+@pytest.mark.parametrize("thing", [None, "model", 3, lambda x: x])
+def test_what_is_not_a_module_is_refused(thing):
+    with pytest.raises(TypeError, match=r"mlx\.nn\.Module"):
+        accelerate(thing)
+
+
+def test_an_interpretable_model_is_pointed_to_its_model(make_llama):
+    model = InterpretableModel(make_llama())
+    with pytest.raises(TypeError, match=r"\.model"):
+        accelerate(model)
+
+
+def test_streams_and_heads_are_found_in_an_accelerated_model(quantized_model):
+    expected = quantized_model.source.capture(IDS)
+    with accelerate(quantized_model.model):
+        stream = quantized_model.source.capture(IDS)
+        unembed = quantized_model.unembed
+    for ours, theirs in zip([*stream.hidden, stream.logits], [*expected.hidden, expected.logits], strict=True):
+        np.testing.assert_allclose(oracle.wide(ours), oracle.wide(theirs), atol=1e-4)
+    np.testing.assert_allclose(oracle.wide(unembed(stream.hidden[-1])), oracle.wide(expected.logits), atol=1e-4)
+
+
+def test_a_weight_is_read_from_layers_of_every_kind(rng):
+    dense = nn.Linear(64, 33)
+    quantized = nn.QuantizedLinear.from_linear(dense, 32, 6)
+    x = oracle.random_array(rng, 2, 64)
+    assert Weight.from_layer(dense).shape == Weight.from_layer(quantized).shape == (33, 64)
+    expected = mx.dequantize(quantized.weight, quantized.scales, quantized.biases, 32, 6)
+    np.testing.assert_allclose(oracle.product(x, Weight.from_layer(quantized)), oracle.wide(x) @ oracle.wide(expected).T, atol=1e-5)
+    other = nn.QuantizedEmbedding(131, 64, 32, 4, mode="mxfp4")
+    assert (Weight.from_layer(other).mode, Weight.from_layer(other).biases) == ("mxfp4", None)

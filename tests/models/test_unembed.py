@@ -1,0 +1,497 @@
+"""Norm and head are found by watching the model, and checked. Every kind of model of mlx-lm is in test_zoo.py."""
+
+import warnings
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+import zoo
+from metalens import InterpretableModel
+from metalens.models.capture import ResidualCapture
+from metalens.models.probe import Overrides
+from metalens.models.unembed import NO_NORM, LogitTransform, Unembed, UnembedError, norm_of
+from metalens.ops import Norm
+from support.mocks import DIM, VOCAB, Block, MockModel, WordTokenizer, randomize, tiny_llama
+
+IDS = mx.array([[3, 1, 4, 1, 5, 9, 2]])
+
+
+def unembedded(model, *places):
+    """The Unembed, and the model's last stream and its own logits; nothing may warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unembed = Unembed.from_model(model, *places)
+    return unembed, ResidualCapture(model).capture(IDS)
+
+
+def assert_reproduces(model, unembed, stream, tolerance=2e-5):
+    own = np.array(stream.logits.astype(mx.float32))
+    assert np.abs(own).max() > 1e-3
+    found = unembed(stream.hidden[-1])
+    assert found.dtype == mx.float32
+    np.testing.assert_allclose(np.array(found), own, rtol=tolerance, atol=tolerance * np.abs(own).max())
+
+
+# ---------------------------------------------------------------- quantized and 16-bit heads
+
+
+MODES = [("affine", 64, 4), ("affine", 32, 8), ("affine", 64, 3), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("mode", "group_size", "bits"), MODES, ids=[f"{mode}{bits} gs{size}" for mode, size, bits in MODES])
+def test_quantized_heads(tied, mode, group_size, bits):
+    model = tiny_llama(tied=tied)
+    nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
+    unembed, stream = unembedded(model)
+    assert unembed.head.weight.mode == mode
+    assert unembed.tied == tied
+    assert (unembed.hidden_dim, unembed.vocab_size) == (64, 96)
+    assert_reproduces(model, unembed, stream)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_16_bit_models(tied, dtype):
+    model = tiny_llama(tied=tied)
+    model.set_dtype(dtype)
+    unembed, stream = unembedded(model)
+    assert stream.logits.dtype == dtype
+    assert_reproduces(model, unembed, stream, tolerance=2e-2)
+
+
+def test_a_head_with_a_bias():
+    model = MockModel()
+    unembed, stream = unembedded(model)
+    assert unembed.paths == {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}
+    assert_reproduces(model, unembed, stream)
+
+
+@pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
+def test_a_head_of_other_bits_than_the_blocks(head_bits):
+    model = tiny_llama()
+    nn.quantize(
+        model,
+        class_predicate=lambda path, m: (
+            {"group_size": 32, "bits": head_bits if path == "lm_head" else 4} if "weight" in m and m["weight"].ndim == 2 else False
+        ),
+    )
+    unembed, stream = unembedded(model)
+    assert (unembed.head.weight.bits, model.model.layers[0].mlp.up_proj.bits) == (head_bits, 4)
+    assert_reproduces(model, unembed, stream)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_unquantized_head_of_a_quantized_model(tied):
+    model = tiny_llama(tied=tied)
+    nn.quantize(model, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "layers" in path)
+    unembed, stream = unembedded(model)
+    assert unembed.head.weight.scales is None
+    assert_reproduces(model, unembed, stream)
+
+
+@pytest.mark.parametrize("adapter", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_head_with_an_adapter_is_merged(adapter, bits, rng):
+    model = tiny_llama()
+    if bits:
+        nn.quantize(model, bits=bits)
+    model.lm_head = adapter.from_base(model.lm_head, r=4, scale=3.0)
+    model.lm_head.lora_b = mx.array(rng.standard_normal(model.lm_head.lora_b.shape).astype(np.float32) * 0.1)
+    unembed, stream = unembedded(model)
+    assert unembed.paths["head"] == "lm_head"
+    assert_reproduces(model, unembed, stream)
+
+
+def test_a_tied_head_with_an_adapter_is_merged(rng):
+    model = tiny_llama(tied=True)
+    model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens, r=4, scale=3.0)
+    model.model.embed_tokens.lora_b = mx.array(rng.standard_normal(model.model.embed_tokens.lora_b.shape).astype(np.float32) * 0.1)
+    unembed, stream = unembedded(model)
+    assert unembed.tied
+    assert unembed.embedding_rows == 96
+    assert_reproduces(model, unembed, stream)
+
+
+# ---------------------------------------------------------------- what is found
+
+
+class Unusual(nn.Module):
+    """A model with names of its own, and decoys under the usual names."""
+
+    def __init__(self):
+        super().__init__()
+        inner = MockModel()
+        self.table, self.layers, self.last_norm, self.projection = inner.embed_tokens, inner.layers, inner.norm, inner.lm_head
+        self.norm, self.lm_head, self.embed_tokens = nn.RMSNorm(DIM), nn.Linear(DIM, VOCAB), nn.Embedding(VOCAB, DIM)
+
+    def __call__(self, ids):
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.projection(self.last_norm(x))
+
+
+def test_what_the_model_calls_counts_and_not_its_names():
+    model = Unusual()
+    unembed, stream = unembedded(model)
+    assert unembed.paths == {"embedding": "table", "norm": "last_norm", "head": "projection"}
+    assert not unembed.tied
+    assert_reproduces(model, unembed, stream)
+    assert list(InterpretableModel(model, WordTokenizer()).logit_lens("w1 w2")) == [0, 1, 2]
+
+
+def test_watching_leaves_nothing_behind():
+    model = MockModel()
+    before = [type(module) for _, module in model.named_modules()]
+    logits = model(IDS)
+    unembedded(model)
+    assert [type(module) for _, module in model.named_modules()] == before
+    assert mx.array_equal(model(IDS), logits)
+
+
+def test_watching_a_model_that_fails_leaves_nothing_behind():
+    class Failing(MockModel):
+        def __call__(self, ids):
+            super().__call__(ids)
+            raise ZeroDivisionError
+
+    model = Failing()
+    before = [type(module) for _, module in model.named_modules()]
+    with pytest.raises(ZeroDivisionError):
+        Unembed.from_model(model)
+    assert [type(module) for _, module in model.named_modules()] == before
+
+
+class Ending(MockModel):
+    """What happens after the last block is a method of its own."""
+
+    def __call__(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.end(x)
+
+    def end(self, x):
+        return self.lm_head(self.norm(x))
+
+
+def test_no_final_norm():
+    class NoNorm(Ending):
+        def end(self, x):
+            return self.lm_head(x)
+
+    model = NoNorm()
+    unembed, stream = unembedded(model)
+    assert unembed.norm is NO_NORM
+    assert unembed.paths["norm"] == ""
+    assert_reproduces(model, unembed, stream)
+
+
+def test_a_table_that_is_multiplied_as_an_array():
+    class Array(Ending):
+        def end(self, x):
+            return self.norm(x) @ self.embed_tokens.weight.T
+
+    model = Array()
+    unembed, stream = unembedded(model)
+    assert unembed.tied
+    assert_reproduces(model, unembed, stream)
+
+
+def test_a_smaller_vocabulary_than_the_heads_rows():
+    class Padded(Ending):
+        def end(self, x):
+            return super().end(x)[..., :61]
+
+    model = Padded()
+    unembed, stream = unembedded(model)
+    assert (unembed.vocab_size, unembed.head.tokens) == (VOCAB, 61)
+    found = np.array(unembed(stream.hidden[-1]))
+    np.testing.assert_allclose(found[..., :61], np.array(stream.logits), atol=1e-4)
+    assert (found[..., 61:] == -np.inf).all()
+
+
+class WithoutBias(Ending):
+    def __init__(self):
+        super().__init__()
+        del self.lm_head["bias"]
+
+
+class Args:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+ENDS = {
+    "softcap": (lambda self, x: 2.0 * mx.tanh(self.lm_head(self.norm(x)) / 2.0), {"final_logit_softcapping": 2.0}),
+    "logit_scale": (lambda self, x: 0.3 * self.lm_head(self.norm(x)), {"logit_scale": 0.3}),
+    "logits_scaling": (lambda self, x: self.lm_head(self.norm(x)) / 7, {"logits_scaling": 7}),
+    "both": (lambda self, x: 1.5 * mx.tanh(0.3 * self.lm_head(self.norm(x)) / 1.5), {"logit_scale": 0.3, "final_logit_softcapping": 1.5}),
+}
+
+
+def with_end(end, values, cls=Ending):
+    model = type("Ended", (cls,), {"end": end})()
+    model.args = Args(**values)
+    return model
+
+
+@pytest.mark.parametrize("holder", ["args", "text_config"])
+@pytest.mark.parametrize("name", ENDS)
+def test_transforms_are_found_with_the_configurations_numbers(name, holder):
+    end, values = ENDS[name]
+    model = with_end(end, values if holder == "args" else {"text_config": dict(values)})
+    unembed, stream = unembedded(model)
+    assert_reproduces(model, unembed, stream)
+    assert (unembed.head.scale != 1.0) == ("scal" in name or name == "both")
+    assert unembed.head.softcap == values.get("final_logit_softcapping")
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_configuration_whose_numbers_the_model_does_not_use(name):
+    model = MockModel()
+    model.args = Args(**ENDS[name][1])
+    unembed, stream = unembedded(model)
+    assert (unembed.head.scale, unembed.head.softcap) == (1.0, None)
+    assert_reproduces(model, unembed, stream)
+
+
+# ---------------------------------------------------------------- what is changed behind the resolver's back
+
+MUTATIONS = {
+    "a softcap": lambda self, x: 30.0 * mx.tanh(self.lm_head(self.norm(x)) / 30.0),
+    "a scale": lambda self, x: 1.01 * self.lm_head(self.norm(x)),
+    "a scale in place": lambda self, x: _in_place(self.lm_head(self.norm(x))),
+    "a scale of the head's input": lambda self, x: self.lm_head(0.5 * self.norm(x)),
+    "a scale of the stream": lambda self, x: self.lm_head(self.norm(x + 1.0)),
+    "a bias": lambda self, x: self.lm_head(self.norm(x)) + mx.arange(VOCAB) / VOCAB,
+    "an activation": lambda self, x: self.lm_head(mx.tanh(self.norm(x))),
+    "another stream": lambda self, x: self.lm_head(self.norm(0.5 * x + mx.roll(x, 1, axis=1))),
+    "ids that are forbidden": lambda self, x: mx.where(mx.arange(VOCAB) % 7 == 3, -mx.inf, self.lm_head(self.norm(x))),
+    "the norm's bias": lambda self, x: self.lm_head(self.norm(x) + 0.1),
+}
+
+
+def _in_place(logits):
+    logits *= 1.01
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_is_done_behind_the_resolvers_back_is_noticed(name, dtype):
+    model = with_end(MUTATIONS[name], {})
+    model.set_dtype(dtype)
+    with pytest.raises(
+        UnembedError, match=r"do not follow from its last block's output with the norm at 'norm' and the head at 'lm_head'.*logit_transform"
+    ):
+        Unembed.from_model(model)
+
+
+@pytest.mark.parametrize("label", ["llama", "gemma2", "cohere", "granite", "phi", "recurrent_gemma", "mamba", "mixtral", "gemma4", "rwkv7"])
+@pytest.mark.parametrize("what", ["a softcap", "a scale", "a bias"])
+def test_real_models_changed_behind_the_resolvers_back(label, what):
+    model = zoo.build(label)
+    original = type(model)
+    change = {
+        "a softcap": lambda z: 30 * mx.tanh(z / 30),
+        "a scale": lambda z: 1.01 * z,
+        "a bias": lambda z: z + mx.arange(z.shape[-1]) / z.shape[-1],
+    }[what]
+    model.__class__ = type(original.__name__, (original,), {"__call__": lambda self, *a, **k: change(original.__call__(self, *a, **k))})
+    with pytest.raises(UnembedError, match="do not follow"):
+        Unembed.from_model(model)
+
+
+@pytest.mark.parametrize("label", ["llama", "gemma", "phi", "nemotron"])
+def test_a_swapped_norm_is_followed(label):
+    """Another norm in the model's own place is the model's norm."""
+    model = zoo.build(label)
+    inner = model.model
+    name = "final_layernorm" if label == "phi" else "norm"
+    inner[name] = randomize(nn.LayerNorm(getattr(inner, name).weight.size))
+    unembed, stream = unembedded(model)
+    assert unembed.norm.kind == "layer"
+    assert_reproduces(model, unembed, stream)
+
+
+def test_the_error_says_where_the_difference_begins():
+    for mutation, words in (
+        ("a scale", r"the logits are not the output of 'lm_head', but 1\.01 times that"),
+        ("a scale of the head's input", r"the input of 'lm_head' is not the output of 'norm', but 0\.5 times that"),
+        ("a scale of the stream", r"the input of 'norm' is not the last block's output"),
+        ("a softcap", r"the logits are not the output of 'lm_head'\."),
+    ):
+        with pytest.raises(UnembedError, match=words):
+            Unembed.from_model(with_end(MUTATIONS[mutation], {}))
+
+
+def test_the_caller_knows_better():
+    model = with_end(MUTATIONS["a scale"], {})
+    unembed, stream = unembedded(model, None, LogitTransform(scale=1.01))
+    assert_reproduces(model, unembed, stream)
+    bare = with_end(lambda self, x: self.lm_head(0.5 * self.norm(x)), {}, WithoutBias)
+    unembed, stream = unembedded(bare, None, LogitTransform(scale=0.5))
+    assert_reproduces(bare, unembed, stream)
+    lens = InterpretableModel(with_end(MUTATIONS["a softcap"], {}), logit_transform=LogitTransform(softcap=30.0))
+    assert list(lens.logit_lens([1, 2])) == [0, 1, 2]
+    model = with_end(MUTATIONS["the norm's bias"], {})
+    shifted = InterpretableModel(model, norm=lambda h: model.norm(h) + 0.1)
+    assert shifted.unembed.paths["norm"] == "(given)"
+    assert list(shifted.logit_lens([1, 2])) == [0, 1, 2]
+    given = InterpretableModel(MockModel(), head=MockModel().lm_head)
+    assert given.unembed.paths["head"] == "(given)"
+    wrong = MockModel().lm_head
+    wrong.weight = wrong.weight[::-1]
+    with pytest.raises(UnembedError, match="do not follow"):
+        _ = InterpretableModel(MockModel(), head=wrong).unembed
+
+
+def test_a_caller_who_is_wrong_is_not_believed():
+    for transform in (LogitTransform(scale=1.01), LogitTransform(softcap=30.0)):
+        with pytest.raises(UnembedError, match="do not follow"):
+            Unembed.from_model(MockModel(), None, transform)
+
+
+# ---------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("label", ["gemma", "gemma2", "gemma3_text", "plamo2", "plamo3", "nemotron", "recurrent_gemma", "gear"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_norms_of_other_classes_are_recognized_by_what_they_do(label, dtype):
+    """Else they would not be fused: an unknown norm is run as the model's function."""
+    model = zoo.build(label)
+    model.set_dtype(dtype)
+    unembed, stream = unembedded(model)
+    assert unembed.norm.kind == ("layer" if label == "nemotron" else "rms")
+    h = stream.hidden[-1].astype(mx.float32)
+    by_kind = mx.fast.layer_norm if label == "nemotron" else mx.fast.rms_norm
+    parts = (unembed.norm.weight, unembed.norm.bias) if label == "nemotron" else (unembed.norm.weight,)
+    assert mx.array_equal(by_kind(h, *parts, unembed.norm.eps), unembed.norm(h))
+
+
+def test_a_norm_that_only_looks_like_one_is_a_function():
+    class Almost(nn.RMSNorm):
+        def __call__(self, x):
+            return super().__call__(x) + 1e-3
+
+    assert norm_of(randomize(Almost(DIM))).kind is None
+    assert norm_of(mx.tanh) == Norm(mx.tanh)
+
+
+# ---------------------------------------------------------------- paths
+
+
+def test_paths_that_the_caller_names():
+    model = Unusual()
+    unembed, stream = unembedded(model, Overrides("table", "last_norm", "projection"))
+    assert unembed.paths == {"embedding": "table", "norm": "last_norm", "head": "projection"}
+    assert_reproduces(model, unembed, stream)
+    own = InterpretableModel(model, WordTokenizer(), embedding_path="table", norm_path="last_norm", lm_head_path="projection")
+    assert own.embedding_rows == VOCAB
+
+
+@pytest.mark.parametrize("path", ["model.layers.0.input_layernorm", "model.layers.1.post_attention_layernorm"])
+def test_a_norm_path_to_another_norm(path):
+    model = InterpretableModel(tiny_llama(), norm_path=path)
+    for use in (
+        lambda: model.unembed,
+        lambda: model.logit_lens([1, 2]),
+        lambda: model.train_tuned_lens([[1] * 20], 1, max_seq_len=10, verbose=False),
+    ):
+        with pytest.raises(ValueError, match=rf"norm at '{path}' and the head at 'lm_head'.*off by up to"):
+            use()
+
+
+def test_a_head_path_to_another_matrix():
+    model = InterpretableModel(tiny_llama(), lm_head_path="model.layers.0.mlp.gate_proj")
+    with pytest.raises(
+        ValueError, match=r"head at 'model\.layers\.0\.mlp\.gate_proj' the logits are .*128\); the model's are .*96\).*head and logit_transform"
+    ):
+        model.logit_lens([1, 2])
+
+
+def test_a_head_path_to_a_matrix_of_the_same_shape():
+    model = InterpretableModel(tiny_llama(), lm_head_path="model.embed_tokens")
+    with pytest.raises(ValueError, match=r"head at 'model\.embed_tokens'.*off by up to"):
+        model.logit_lens([1, 2])
+
+
+def test_a_head_path_to_a_matrix_of_another_width():
+    model = InterpretableModel(tiny_llama(), lm_head_path="model.layers.0.mlp.down_proj")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj"):
+        model.logit_lens([1, 2])
+
+
+@pytest.mark.parametrize(("argument", "what"), [("embedding", "embedding"), ("norm", "final norm"), ("head", "output head")])
+def test_a_path_that_leads_nowhere_warns_and_falls_back(argument, what):
+    with pytest.warns(UserWarning, match=f"No {what} at the given path 'model.nowhere'"):
+        unembed = Unembed.from_model(tiny_llama(), Overrides(**{argument: "model.nowhere"}))
+    assert unembed.paths == {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+
+# ---------------------------------------------------------------- parts that are missing
+
+
+class Headless(nn.Module):
+    """Rows in, rows out of arrays: neither an embedding nor a head is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layers = mx.random.normal((VOCAB, DIM), key=mx.random.key(0)), [Block(DIM)]
+
+    def __call__(self, ids):
+        x = self.table[ids]
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.table.T
+
+
+def test_no_head_and_no_embedding():
+    message = r"Cannot find output projection layer: after its last block the model calls no linear layer.*It calls no module at all"
+    with pytest.raises(AttributeError, match=message):
+        Unembed.from_model(Headless())
+    with pytest.raises(ValueError, match=message):
+        InterpretableModel(Headless(), WordTokenizer()).logit_lens("w1")
+
+
+def test_a_head_alone_tells_the_number_of_ids():
+    head = nn.Linear(DIM, VOCAB, bias=False)
+    model = Headless()
+    head.weight = model.table
+    assert InterpretableModel(model, head=head).embedding_rows == VOCAB
+
+
+# ---------------------------------------------------------------- damaged models
+
+
+@pytest.mark.parametrize("where", ["lm_head", "norm", "embed_tokens"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights(where, value):
+    model = MockModel()
+    layer = getattr(model, where)
+    layer.weight = layer.weight * value
+    with pytest.raises(ValueError, match="weights are damaged"):
+        Unembed.from_model(model)
+    lens = InterpretableModel(model)
+    with pytest.raises(ValueError, match="weights are damaged"):
+        lens.logit_lens([1, 2])
+    with pytest.raises(ValueError, match="weights are damaged"):
+        lens.train_tuned_lens([[1] * 20], 1, max_seq_len=10, verbose=False)
+
+
+def test_the_check_spares_models_that_are_right_at_every_size_of_logits():
+    for factor in (1e-3, 1.0, 1e3):
+        model = MockModel()
+        model.lm_head.weight, model.lm_head.bias = model.lm_head.weight * factor, model.lm_head.bias * factor
+        Unembed.from_model(model)
+
+
+def test_a_vocabulary_smaller_than_the_checks_tokens():
+    model = MockModel(vocab=3)
+    Unembed.from_model(model)

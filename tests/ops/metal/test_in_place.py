@@ -1,0 +1,69 @@
+"""The gradient may overwrite the chunk of logits: what the ahead-of-time launcher does, and MLX's just-in-time kernels cannot."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mslcpu
+from metalens.ops.metal import descriptors, source
+from support import oracle
+from support.metal_emulation import needs_clang
+
+pytestmark = needs_clang
+
+# The chunk goes to the gradient's memory first, each element by the thread that owns it; from there on both are one buffer.
+COPY = """
+for (uint v = simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup; v < {width}; v += 256) {{
+  gradient[threadgroup_position_in_grid.x * {width} + v] = chunk[threadgroup_position_in_grid.x * {width} + v];
+}}
+"""
+
+
+@pytest.mark.parametrize("vocab", [131, 700])
+@pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
+def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
+    rows, tokens, width = 6, 3, vocab + 5
+    z_model = oracle.random_array(rng, tokens, width)
+    difference = oracle.random_array(rng, rows, width, scale=0.3)
+    lse = mx.logsumexp(z_model[:, :vocab], axis=-1)
+    kernel = descriptors.lens_softmax_grad(mx.float32)
+    values = {"rows": rows, "tokens": tokens, "width": width, "vocab": vocab, "is_delta": 1, "softcap": 0.0, "magnifier": 1.0}
+    problem = mx.array(source.pack(kernel.header, "SoftmaxGradProblem", values))
+    padded_lse = mx.concatenate([lse, mx.zeros(8)])
+
+    def run(body):
+        launch = mslcpu.metal_kernel(
+            name=kernel.name,
+            input_names=[a.name for a in kernel.inputs],
+            output_names=[a.name for a in kernel.outputs],
+            source=body,
+            header=source.inlined(kernel.header),
+        )
+        return launch(
+            inputs=[difference, z_model, padded_lse, problem],
+            grid=(rows * 256, 1, 1),
+            threadgroup=(256, 1, 1),
+            output_shapes=[(rows, width), (rows, map_columns_of(width)), *[(rows,)] * 4],
+            output_dtypes=[mx.float32] * 6,
+        )
+
+    with mslcpu.options(schedule=schedule):
+        apart = run(kernel.body)
+        together = run(COPY.format(width=width) + kernel.body.replace("(chunk, ", "(gradient, "))
+    for ours, expected in zip(together, apart, strict=True):
+        assert np.array_equal(np.array(ours), np.array(expected))
+    p_model, z = oracle.wide(z_model)[:, :vocab], oracle.wide(difference)[:, :vocab]
+    expected_kl, expected_gradient = oracle.kl_and_difference(np.tile(p_model, (2, 1)), np.tile(p_model, (2, 1)) + z)
+    np.testing.assert_allclose(oracle.wide(together[0])[:, :vocab], expected_gradient, atol=1e-7)
+    np.testing.assert_allclose(oracle.wide(together[3]), expected_kl, rtol=1e-5)
+    assert not np.any(oracle.wide(together[0])[:, vocab:])
+    z_lens = np.tile(p_model, (2, 1)) + z
+    np.testing.assert_allclose(oracle.wide(together[4]), z_lens[:, 0] - oracle.log_softmax(z_lens)[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(oracle.wide(together[5]), oracle.entropy(z_lens), rtol=1e-5)
+    by_32 = np.pad(np.abs(expected_gradient), ((0, 0), (0, -vocab % 32 + 32 * (map_columns_of(width) - map_columns_of(vocab)))))
+    np.testing.assert_allclose(oracle.wide(together[1]), by_32.reshape(rows, -1, 32).max(-1), atol=1e-7)
+    np.testing.assert_allclose(oracle.wide(together[2]), np.abs(expected_gradient).sum(-1), rtol=1e-5)
+
+
+def map_columns_of(width):
+    return -(-width // descriptors.MAP_WIDTH)

@@ -1,0 +1,270 @@
+"""Descriptors, sources, chunks and transformations of the Metal path."""
+
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mslcpu
+from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend
+from metalens.ops.backends import metal
+from metalens.ops.metal import descriptors, kernel, source, stats, tensor, tuning
+from metalens.ops.metal import kl as metal_kl
+from support import oracle
+from support.metal_emulation import M1, M3, emulated, needs_clang
+
+
+def test_headers_are_inlined_once_each():
+    text = source.inlined("lens_stats.h")
+    assert '#include "' not in text
+    assert "#pragma once" not in text
+    assert text.count("METAL_FUNC Slot slot_at(") == 1
+    assert text.count("struct Affine {") == 1
+
+
+def test_no_metal_text_lives_in_python():
+    for path in (source.folder().parent / "python" / "metalens" / "metal").glob("*.py"):
+        assert not re.search(r"threadgroup_barrier|simd_sum|METAL_FUNC", path.read_text()), path.name
+
+
+def test_a_problem_must_be_stated_whole():
+    words = source.pack("linear.h", "LinearProblem", {"rows": 1, "depth": 2, "columns": 3, "with_bias": 0, "scale": 0.5})
+    assert words[:4].tolist() == [1, 2, 3, 0]
+    assert words[4:5].view(np.float32)[0] == 0.5
+    assert words.size == 8
+    with pytest.raises(KeyError, match="LinearProblem has the fields"):
+        source.pack("linear.h", "LinearProblem", {"rows": 1})
+    with pytest.raises(KeyError, match="no struct"):
+        source.fields("linear.h", "Nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "value"),
+    [
+        ("MAP_WIDTH", "common.h", descriptors.MAP_WIDTH),
+        ("NORM_ROWS", "norm_grad.h", descriptors.NORM_ROWS),
+        ("GRAD_SIMDS", "lens_softmax_grad.h", descriptors.GRAD_THREADS // 32),
+        ("SIMDS", "common.h", descriptors.MERGE_ROWS),
+        ("SIMDS", "common.h", stats.SIMDS),
+        ("IDS", "lens_stats_few.h", stats.IDS),
+        ("FIELDS", "stats_rows.h", stats.FIELDS),
+    ],
+)
+def test_constants_agree(name, header, value):
+    (found,) = re.findall(rf"constexpr constant int {name} = (\d+);", source.inlined(header))
+    assert int(found) == value
+
+
+def test_the_backend_needs_a_gpu():
+    with use_backend("metal"), pytest.raises(RuntimeError, match="MLX finds no Metal GPU"):
+        metal()
+    with use_backend("auto"):
+        assert not metal()
+
+
+@needs_clang
+def test_one_kernel_for_one_descriptor(rng):
+    kernel._just_in_time.cache_clear()
+    head = oracle.make_head(rng, 131, 64)
+    with emulated():
+        for tokens in (9, 10, 12):
+            mx.eval(lens_stats(oracle.random_array(rng, 1, tokens, 64), head).lse)
+    assert kernel._just_in_time.cache_info().currsize == 2  # of the blocks of sixteen rows, and what merges them
+
+
+def test_planning_reads_no_values():
+    # mx.compile traces with arrays that have no values: a launch that looked at them could not be compiled.
+    def stand_in(**_):
+        def run(inputs, output_shapes, output_dtypes, **_):
+            total = sum(mx.sum(a.astype(mx.float32)) for a in inputs)
+            return [mx.zeros(s, d) + total.astype(d) * 0 for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+        return run
+
+    rng = np.random.default_rng(0)
+    head, norm = oracle.make_head(rng, 131, 64), Norm(lambda y: y, "rms", mx.ones(64), None, 1e-5)
+
+    def everything(h, w, b, labels):
+        n = translate_norm(h, w, b, norm)
+        kl, _ = lens_kl(n[None], lens_target(n, head), head)
+        return mx.sum(kl), lens_stats(n[None], head, 3, n, labels).nll
+
+    arguments = [oracle.random_array(rng, 20, 64), mx.eye(64), mx.zeros(64), mx.arange(20)]
+    before = kernel.factory
+    kernel.factory = stand_in
+    try:
+        with use_backend("metal"):
+            compiled = mx.compile(everything)
+            mx.eval(compiled(*arguments), compiled(*arguments))
+            mx.eval(mx.compile(mx.grad(lambda *a: everything(*a)[0], argnums=(0, 1, 2)))(*arguments))
+    finally:
+        kernel.factory = before
+        kernel._just_in_time.cache_clear()
+
+
+@needs_clang
+def test_the_kl_is_differentiable_through_translator_and_norm(rng):
+    head, norm = oracle.make_head(rng, 131, 64), Norm(lambda y: y, "rms", 1 + 0.1 * oracle.random_array(rng, 64), None, 1e-5)
+    h, w, b = oracle.random_array(rng, 5, 64), mx.eye(64) + 0.1 * oracle.random_array(rng, 64, 64), 0.1 * oracle.random_array(rng, 64)
+    n_model = oracle.random_array(rng, 5, 64)
+
+    def loss(h, w, b):
+        kl, _ = lens_kl(translate_norm(h, w, b, norm)[None], lens_target(n_model, head), head)
+        return mx.sum(kl * mx.arange(1, 6))
+
+    with use_backend("reference"):
+        expected = mx.value_and_grad(loss, argnums=(0, 1, 2))(h, w, b)
+    with emulated():
+        found = mx.value_and_grad(loss, argnums=(0, 1, 2))(h, w, b)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(oracle.wide(ours), oracle.wide(theirs), rtol=1e-4, atol=1e-5)
+
+
+@needs_clang
+@pytest.mark.parametrize("settings", oracle.HEADS.values(), ids=oracle.HEADS)
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_chunks_change_nothing(rng, monkeypatch, settings, rows):
+    head = oracle.make_head(rng, 131, 64, **settings)
+    n_model = oracle.random_array(rng, 5, 64)
+    n = n_model[None] + oracle.random_array(rng, 4, 5, 64, scale=0.3)
+    with emulated():
+        whole = [*lens_kl(n, lens_target(n_model, head), head), *vars(lens_stats(n, head, 3, n_model, mx.arange(5))).values()]
+        monkeypatch.setattr(tuning, "rows_per_dispatch", lambda *_: rows)
+        with mslcpu.recording() as reports:
+            parts = [*lens_kl(n, lens_target(n_model, head), head), *vars(lens_stats(n, head, 3, n_model, mx.arange(5))).values()]
+    assert sum("lens_softmax_grad" in r.name for r in reports) >= 20 // rows
+    for ours, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(oracle.wide(ours), oracle.wide(expected), atol=3e-6)
+
+
+@needs_clang
+def test_every_launch_gives_the_same_bits(rng):
+    head = oracle.make_head(rng, 515, 64, bias=True)
+    n_model = oracle.random_array(rng, 5, 64)
+    n = n_model[None] + oracle.random_array(rng, 4, 5, 64, scale=0.3)
+    results = []
+    for schedule in mslcpu.SCHEDULES:
+        with emulated(), mslcpu.options(schedule=schedule, seed=1):
+            found = [*lens_kl(n, lens_target(n_model, head), head), *vars(lens_stats(n, head, 5, n_model, mx.arange(5))).values()]
+            results.append([np.array(a).tobytes() for a in found])
+    assert all(r == results[0] for r in results[1:])
+
+
+@needs_clang
+@pytest.mark.parametrize("settings", [{"bias": True}, {"softcap": 6.0}, {"bias": True, "padding": 17}], ids=["linear", "softcap", "padding"])
+def test_vocabulary_beyond_16_bits(rng, settings):
+    head = oracle.make_head(rng, 70_001, 32, **settings)
+    n_model = oracle.random_array(rng, 3, 32)
+    n = n_model[None] + oracle.random_array(rng, 3, 3, 32, scale=0.3)
+    labels = mx.array([0, 69_000, 65_537])
+    with emulated(), mslcpu.options(checked=False):
+        found = lens_stats(n, head, 32, n_model, labels)
+        kl, dn = lens_kl(n, lens_target(n_model, head), head)
+    z = oracle.head_logits(oracle.wide(n), head)
+    np.testing.assert_array_equal(np.array(found.top_ids), np.argsort(-z, axis=-1, kind="stable")[..., :32])
+    of_label = np.take_along_axis(z, np.array(labels)[None, :, None].repeat(3, 0), axis=-1)
+    np.testing.assert_array_equal(np.array(found.rank), 1 + np.sum(z > of_label, axis=-1))
+    expected = oracle.lens_kl(n, n_model, head)
+    np.testing.assert_allclose(oracle.wide(found.kl), expected[0], atol=5e-6)
+    np.testing.assert_allclose(oracle.wide(kl), expected[0], rtol=1e-5)
+    assert oracle.row_errors(dn, expected[1]).max() < 1e-5
+
+
+@needs_clang
+def test_logits_beyond_2_to_the_31(rng):
+    """The last rows of a chunk of 16,800 x 128,001 logits lie past element 2^31; the kernel reads the first 64 ids of each, a few pages of 8.6 GB."""
+    vocab, rows = 128_001, 16_800
+    descriptor = descriptors.lens_pullback(mx.float32, _dense(), 8)
+    assert rows * vocab > 2**31
+    # A map that is zero but for the last row: every other tile is left out.
+    g = np.zeros((rows, vocab), np.float32)  # pages that nobody touches take no memory
+    g[-1, 5], g[-1, 60] = 1.0, -2.0
+    map_columns = -(-vocab // 32)
+    largest = np.zeros((rows, map_columns), np.float32)
+    largest[-1, 0], largest[-1, 1] = 1.0, 2.0
+    mass = np.ones(rows, np.float32)
+    u = oracle.random_array(rng, 64, 8)
+    problem = {"rows": rows, "width": vocab, "vocab": 64, "columns": 8, "share": 64, "negligible": 2.0**-24, "scale": 1.0}
+    run = mslcpu.metal_kernel(
+        name=descriptor.name,
+        input_names=[a.name for a in descriptor.inputs],
+        output_names=[a.name for a in descriptor.outputs],
+        source=descriptor.body,
+        header=source.inlined(descriptor.header),
+    )
+    with mslcpu.options(checked=False):
+        (dn,) = run(
+            inputs=[g, largest, mass, u, u, u, mx.array(source.pack("lens_pullback.h", "PullbackProblem", problem))],
+            grid=(128 * (rows // 8), 1, 1),
+            threadgroup=(128, 1, 1),
+            output_shapes=[(1, rows, 8)],
+            output_dtypes=[mx.float32],
+        )
+    expected = oracle.wide(u)[5] - 2 * oracle.wide(u)[60]
+    np.testing.assert_allclose(oracle.wide(dn)[0, -1], expected, rtol=1e-6)
+    assert not np.any(np.array(dn)[0, :-1])
+
+
+def _dense():
+    from metalens.ops.metal.formats import format_of
+
+    return format_of(Weight(mx.zeros((8, 8))))
+
+
+@needs_clang
+def test_a_head_that_the_kernels_do_not_read_runs_in_plain_mlx(rng):
+    w = oracle.random_array(rng, 131, 64)
+    head = Head(Weight(*mx.quantize(w, 64, 4), 64, 4, "affine"))
+    wide = Head(Weight(head.weight.values, head.weight.scales.astype(mx.float16), head.weight.biases, 64, 4))  # of two types
+    n = oracle.random_array(rng, 2, 3, 64)
+    with emulated(), mslcpu.recording() as reports:
+        mx.eval(lens_stats(n, wide).lse)
+        assert not reports
+        mx.eval(lens_stats(n, head, 33).lse)  # more than a simdgroup has lanes
+        assert not reports
+
+
+@pytest.mark.parametrize("family", tuning.FAMILIES.values(), ids=lambda f: f"generation {f.generation}")
+@pytest.mark.parametrize("with_model", [True, False])
+def test_blocks_hold_every_row(family, with_model):
+    for layers in (1, 2, 3, 16, 32, 80, 127):
+        for tokens in (1, 2, 7, 64, 513):
+            blocks = tuning.blocks(layers, tokens, with_model, family)
+            assert blocks.rows <= family.largest_block
+            stream = tokens * (layers + with_model)
+            assert (blocks.count - 1) * (blocks.rows - blocks.reserved) < stream <= blocks.count * (blocks.rows - blocks.reserved)
+            if tokens >= 64 and layers >= 16:  # padding and repeated rows
+                assert blocks.count * blocks.rows <= 1.08 * stream
+
+
+def test_an_unknown_gpu_is_taken_for_a_slow_one():
+    assert tuning.Device("", 0).family is tuning.DEFAULT
+    assert tuning.Device("applegpu_g99z", 0).family.generation == 17
+    assert (M1.family.generation, M3.family.generation) == (13, 15)
+    assert (M1.cores, M3.cores) == (14, 24)
+
+
+def test_dispatches_stay_short_and_chunks_small():
+    head = Head(Weight(mx.zeros((128, 64))))
+    for device in (M1, M3):
+        rows = tuning.rows_per_dispatch(128256, 4096, device)
+        assert 2 * rows * 128256 * 4096 <= tuning.DISPATCH_SECONDS * device.family.core_flops * device.cores
+        assert 32 * 2**20 <= tuning.chunk_bytes(device) <= device.working_set / 90
+    with emulated():
+        layers, tokens = metal_kl.chunk_shape(80, 4096, head, rounded=False)
+    assert layers == 80
+    assert layers * tokens * 128 * 8 <= tuning.chunk_bytes(M1)
+
+
+def test_descriptors_say_which_engine_they_are_for():
+    f = _dense()
+    for simdgroup, matrix_units in (
+        (descriptors.lens_stats(mx.float32, f, 32, False), descriptors.lens_stats(mx.float32, f, 32, False, tensor.Engine.TENSOR)),
+        (descriptors.lens_pullback(mx.float32, f, 32), descriptors.lens_pullback(mx.float32, f, 32, tensor.Engine.TENSOR)),
+    ):
+        assert matrix_units.name == simdgroup.name + "_tensor"
+        assert matrix_units.body == simdgroup.body.replace("metalens::Tile<", "metalens::TensorTile<") != simdgroup.body
+        assert (matrix_units.inputs, matrix_units.outputs) == (simdgroup.inputs, simdgroup.outputs)
+    assert tuning.Device("applegpu_g17c", 2**35).engine is tensor.Engine.SIMDGROUP  # until there are kernels

@@ -1,0 +1,79 @@
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from metalens.readings.heat_map import MAX_TOKEN, lens_figure, readable, save_figure
+
+
+def result_of(layers, tokens):
+    return {layer: [[(t, 1.0, f" w{layer}.{t}")] for t in range(tokens)] for layer in layers}
+
+
+def cell_texts(figure):
+    return [t.get_text() for t in figure.axes[0].texts]
+
+
+def test_deepest_layer_is_on_top_whatever_the_order_given():
+    figure = lens_figure(result_of([4, 0], 2), ["a", "b"], np.array([[0.4, 0.5], [0.0, 0.1]]), "p")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "layer 4"]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[0.0, 0.1], [0.4, 0.5]])
+    assert cell_texts(figure) == ["w0.0", "w0.1", "w4.0", "w4.1"]
+    assert axes.get_ylim()[0] < axes.get_ylim()[1]  # row 0 at the bottom
+
+
+def test_the_models_own_answer_stands_above_all_layers():
+    figure = lens_figure(result_of([0, 1], 2), ["a", "b"], np.zeros((2, 2)), "p", model_row=([" yes", " no"], [0.7, 0.8]))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][-1] == "model"
+    assert cell_texts(figure)[-2:] == ["yes", "no"]
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[-1], [0.7, 0.8])
+
+
+def test_only_the_last_tokens_are_shown():
+    figure = lens_figure(result_of([0], 40), [f"t{i}" for i in range(40)], np.arange(40.0)[None], "p", max_display_tokens=5)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["t35", "t36", "t37", "t38", "t39"]
+    assert cell_texts(figure)[0] == "w0.35"
+
+
+def test_ink_contrasts_with_the_cell():
+    figure = lens_figure(result_of([0], 2), ["a", "b"], np.array([[0.0, 1.0]]), "p", cmap="gray", limits=(0, 1))
+    assert [t.get_color() for t in figure.axes[0].texts] == ["white", "black"]
+
+
+def test_limits_fix_the_color_scale():
+    figure = lens_figure(result_of([0], 2), ["a", "b"], np.array([[0.2, 0.3]]), "p", limits=(0, 1))
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [(" the", "the"), ("\n", "⏎"), ("  ", "␣␣"), ("", ""), (" a\tb", "a⇥b"), ("x" * 40, "x" * (MAX_TOKEN - 1) + "…")]
+)
+def test_tokens_stay_visible_and_short(token, shown):
+    assert readable(token) == shown
+
+
+def test_dollar_signs_and_underscores_are_drawn_as_they_are(tmp_path):
+    # matplotlib reads a pair of dollar signs as mathematics, and fails on what is none.
+    figure = lens_figure({0: [[(1, 1.0, "$a_^$")]]}, ["$x$"], np.zeros((1, 1)), "p")
+    save_figure(figure, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_sizes_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="one value per layer and token"):
+        lens_figure(result_of([0], 2), ["a", "b"], np.zeros((2, 2)), "p")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        lens_figure({}, [], np.zeros((0, 0)), "p")
+
+
+def test_global_settings_of_matplotlib_stay_as_they_were():
+    before = dict(mpl.rcParams)
+    lens_figure(result_of([0], 1), ["a"], np.zeros((1, 1)), "p", font_family="DejaVu Serif")
+    assert dict(mpl.rcParams) == before
+
+
+def test_a_suffix_that_is_no_picture_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="suffix must be one of"):
+        save_figure(Figure(), tmp_path / "picture.doc")
+    assert list(tmp_path.iterdir()) == []
