@@ -15,7 +15,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import quantize_model
 
-from metalens import InterpretableModel, TunedLens
+from metalens import InterpretableModel, TunedLens, use_backend
 from metalens.models.architectures import REASONS, model_type
 from metalens.models.unembed import UnembedError
 from metalens.ops import lens_stats, normed
@@ -91,7 +91,7 @@ def _bfloat16(model: nn.Module, label: str) -> None:
 
 
 def _examined(label: str, model: nn.Module, plain: mx.array, exact: bool) -> str:
-    lens_model = InterpretableModel(model)
+    lens_model = InterpretableModel(model, accelerate=False)
     classes = [type(module) for _, module in model.named_modules()]
     unembed = lens_model.unembed
     assert unembed.embedding_rows == unembed.head.tokens == plain.shape[-1]
@@ -137,4 +137,14 @@ def _examined(label: str, model: nn.Module, plain: mx.array, exact: bool) -> str
             joined = mx.concatenate([part.hidden[i] for part in parts], axis=1)
             differences.append(mx.max(mx.abs(joined - whole)).item() / max(1.0, mx.max(mx.abs(whole)).item()))
         assert (max(differences) > 1e-4) == (module_of(label) in OTHER_WITH_A_CACHE)
+
+    # On the native kernels, which users get on a CPU, the same head is found, and the logits are the same but for rounding.
+    with use_backend("native"):
+        fast = InterpretableModel(model)
+        assert len(fast.acceleration) > 0
+        assert fast.unembed.paths == unembed.paths
+        spread = mx.max(mx.abs(own - mx.mean(own, axis=-1, keepdims=True))).item()
+        assert mx.max(mx.abs(fast(IDS).astype(mx.float32) - own)).item() <= (1e-3 if exact else 0.2) * spread  # mamba in bfloat16 takes 0.13
+        fast.acceleration.undo()
+    assert [type(module) for _, module in model.named_modules()] == classes
     return RIGHT
