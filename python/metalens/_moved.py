@@ -31,6 +31,7 @@ MODULES = {
     "metalens.plan": "metalens.estimate.memory",
     "metalens.plotting": "metalens.readings.heat_map",
     "metalens.readout": "metalens.readings.reading",
+    "metalens.report": "metalens.display.tables",
     "metalens.roofline": "metalens.estimate.roofline",
     "metalens.stream": "metalens.models.capture",
     "metalens.support": "metalens.models.support",
@@ -43,9 +44,11 @@ MODULES = {
     "metalens.weight": "metalens.ops.weight",
 }
 
-# {old name of a class or function: new name}, in any of these modules
+# {old name of a class or function: new name}, in any of these modules; "module:name" if the new module does not have it
 NAMES = {
+    "Dimensions": "metalens.models.facts:ModelDimensions",
     "GroupLost": "GroupLostError",
+    "MODELS": "metalens.models.facts:KNOWN_MODELS",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
@@ -53,6 +56,9 @@ NAMES = {
     "Stream": "HiddenStates",
     "StreamSource": "ResidualCapture",
     "TrainingInterrupted": "TrainingInterruptedError",
+    "dimensions": "metalens.models.facts:dimensions_of",
+    "gigabytes": "metalens.display.format:gigabytes",
+    "transfer_figure": "metalens.display.figures:transfer_figure",
 }
 
 
@@ -67,7 +73,8 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(self._new), NAMES.get(name, name))
+        module, _, new = NAMES.get(name, name).rpartition(":")
+        return getattr(importlib.import_module(module or self._new), new)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function of the same name: importing `metalens.evaluate` must not take `metalens.evaluate` away."""

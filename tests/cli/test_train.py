@@ -18,6 +18,7 @@ from metalens.cli.settings import DEFAULT_RECIPE, config_of, read_settings
 from metalens.lenses.provenance import origin_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import RECIPES, TrainingConfig
+from metalens.utils.errors import InvalidValueError
 
 # One sequence of 32 tokens per step.
 SMALL = ("--recipe", "mlxterp", "--max-seq-len", 32)
@@ -206,7 +207,7 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 
     def open_corpus(sources, tokenizer, **how):
         asked.update(how, sources=sources)
-        raise ValueError("enough seen")
+        raise InvalidValueError("enough seen")
 
     monkeypatch.setattr("metalens.cli.train.open_corpus", open_corpus)
     result = run("train", "demo", "--data", "hf:owner/name@main", "--out", "lens", *SMALL, "--steps", 5, "--split", "test")

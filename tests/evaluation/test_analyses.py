@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from metalens import InterpretableModel, TunedLens, evaluate
-from metalens.display.tables import evaluation_table, transfer_figure
+from metalens.display.figures import transfer_figure
+from metalens.display.tables import evaluation_table
 from metalens.evaluation import LogitStats, bias, dirichlet, marginals
 from metalens.evaluation.evaluator import Evaluation, Scores, write_results
 from metalens.evaluation.marginals import LogitSums
