@@ -122,10 +122,10 @@ def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
         required: whether a text is needed.
         split: default split of hub data sets.
     """
-    other = " `train` reads 'train'." if split == "test" else " `eval` reads 'test'."
+    other = "The default of `train` is 'train'." if split == "test" else "The default of `eval` is 'test'."
 
     def add(command: F) -> F:
-        command = click.option("--split", default=split, show_default=True, help=f"Split of hub data sets.{other}")(command)
+        command = click.option("--split", default=split, show_default=True, help=f"Split of hub data sets. {other}")(command)
         command = click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")(command)
         return click.option(
             "--data",
@@ -149,8 +149,13 @@ def lens_option(command: F) -> F:
     )(command)
 
 
-def save_option(picture: str, old: Sequence[str] = ()) -> Callable[[F], F]:
-    """Add --save PICTURE. `picture` says what the picture shows, `old` are older spellings of the option."""
+def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
+    """Add --save PICTURE.
+
+    Args:
+        shows: content of the picture, for the help text.
+        old: older spellings of the option.
+    """
     return click.option(
         "--save",
         "picture",
@@ -158,7 +163,7 @@ def save_option(picture: str, old: Sequence[str] = ()) -> Callable[[F], F]:
         old=old,
         type=click.Path(path_type=Path),
         metavar="PICTURE",
-        help=f"Also write {picture} as a picture, for example out.png.",
+        help=f"Also save a picture of {shows}, for example out.png.",
     )
 
 

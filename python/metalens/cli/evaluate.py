@@ -44,7 +44,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
-@save_option("the layer transfer", old=["--transfer"])
+@save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats)."
 )

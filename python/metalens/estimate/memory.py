@@ -88,7 +88,7 @@ def plan(
     """
     facts = model if isinstance(model, ModelFacts) else facts_of(path_of(str(model)))
     config = _settings(recipe, settings, facts.context_length)
-    _check(facts.dimensions, config, memory, processes)
+    _check(facts.dimensions, config, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
     layers = _layers(facts, config, processes, parallel)
     text = None if data is None else text_bytes(find_sources(data, field=field, split=split))
@@ -115,13 +115,15 @@ def _settings(recipe: str | TrainingConfig | None, settings: dict[str, Any], con
     return config_of(recipe, None, settings, context_length)[1]
 
 
-def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int) -> None:
+def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
     if config.layers is not None and not all(0 <= layer < d.num_layers for layer in config.layers):
         raise InvalidValueError(f"layers must be from 0 to {d.num_layers - 1}, got {list(config.layers)}.")
     if config.rank is not None and config.rank > d.hidden_size:
         raise InvalidValueError(f"rank must be from 1 to {d.hidden_size}, the hidden size, got {config.rank}.")
     if processes < 1:
         raise InvalidValueError(f"processes must be at least 1, got {processes}.")
+    if parallel not in ("data", "layers"):
+        raise InvalidValueError(f"parallel must be 'data' or 'layers', got {parallel!r}.")
     if memory is not None and memory < 1:
         raise InvalidValueError(f"memory must be at least 1 byte, got {memory}.")
 

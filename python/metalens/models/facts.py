@@ -118,7 +118,7 @@ def facts_of(model: str) -> ModelFacts:
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         if isinstance(error, InvalidValueError):
             raise
-        raise InvalidValueError(f"{folder / 'config.json'} holds a setting that is no whole number above 0 ({error}). Copy it again.") from error
+        raise InvalidValueError(f"{folder / 'config.json'} holds a setting that is not a whole number above 0 ({error}). Copy it again.") from error
 
 
 def dimensions_of(model: str) -> ModelDimensions:
@@ -188,6 +188,8 @@ def _dimensions(config: Config, path: Path) -> ModelDimensions:
     if min(layers, hidden_size, vocab_size) < 1:
         raise InvalidValueError(f"{path}: {', '.join(needed)} must be at least 1, got {layers}, {hidden_size}, {vocab_size}. Copy it again.")
     quantization = config.get("quantization") or {}
+    if not isinstance(quantization, dict):
+        raise InvalidValueError(f"{path}: quantization must be an object with bits and group_size, got {quantization!r}. Copy it again.")
     heads = int(config.get("num_attention_heads", 1))
     key_value_size = int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or hidden_size // heads)
     block_params = block_parameters(layers, hidden_size, int(config.get("intermediate_size", 4 * hidden_size)), key_value_size)
@@ -232,7 +234,8 @@ def _read_headers(folder: Path) -> Tensors:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             for name, tensor in header.items():
                 if name != "__metadata__":
-                    found[name] = (tensor["dtype"], tensor["shape"], tuple(tensor["data_offsets"]))
+                    start, end = map(int, tensor["data_offsets"])
+                    found[name] = (str(tensor["dtype"]), [int(n) for n in tensor["shape"]], (start, end))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, MemoryError, OverflowError, RecursionError) as error:
             raise InvalidValueError(f"{path} is damaged: its header can't be read ({error}). Copy it again.") from error
     return found
@@ -245,7 +248,7 @@ def _indexed_bytes(folder: Path) -> int | None:
         return None
     metadata = _read_json(path).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return int(total) if total else None
+    return total if isinstance(total, int) and total > 0 else None
 
 
 def _multiplied_params(tensors: Tensors, group_size: int, active: float) -> int:
