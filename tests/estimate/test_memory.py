@@ -2,7 +2,7 @@
 
 import gc
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,14 +10,17 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
+import metalens
 from metalens import InterpretableModel, accelerate
 from metalens.cli import main
 from metalens.display.tables import plan_remarks
 from metalens.estimate.memory import memory_of, plan
+from metalens.models.bundled import MODEL
 from metalens.models.capture import ResidualCapture
 from metalens.models.facts import KNOWN_MODELS, ModelDimensions, ModelFacts, facts_of
 from metalens.training import TrainingConfig, recipe, train
 from metalens.training.batching import steps_together
+from metalens.utils.errors import InvalidValueError
 
 LAYERS, WIDTH, VOCAB = 4, 256, 500
 SHORT = {"num_steps": 2, "max_seq_len": 64, "tokens_per_step": 1024, "learning_rate": 1e-3}
@@ -179,3 +182,52 @@ def test_the_command_says_what_would_fit(run):
     result = run("plan", "no-such-folder")
     assert result.exit_code == 1
     assert "config.json" in result.stderr
+
+
+# ------------------------------------------------------------------ from Python
+
+
+def test_a_plan_needs_no_more_than_a_name():
+    found = metalens.plan("demo")
+    assert found.config == recipe("fast", max_seq_len=256, seed=0, repeat=False)  # the model's context
+    assert found.memory.total == found.total == sum(asdict(found.memory).values())
+    assert found == plan(facts_of(str(MODEL)), "fast", max_seq_len=256)
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict() | {"advice": []}
+
+
+def test_settings_change_a_recipe_or_a_configuration():
+    by_name = plan("demo", "paper", num_steps=3, rank=4)
+    assert (by_name.config.num_steps, by_name.config.rank, by_name.config.optimizer) == (3, 4, "sgd")
+    config = TrainingConfig(num_steps=5, optimizer="adam")
+    assert plan("demo", config).config == config
+    assert plan("demo", config, num_steps=6).config == replace(config, num_steps=6)
+    for base in ("paper", config):
+        with pytest.raises(InvalidValueError, match="nonsense"):
+            plan("demo", base, nonsense=1)
+
+
+def test_the_given_text_is_measured(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 1000)
+    (tmp_path / "b.txt").write_text("word " * 600)
+    assert plan("demo", data=tmp_path).text_tokens == 2000
+    assert plan("demo", data=[tmp_path / "a.txt"]).text_tokens == 1250
+    (tmp_path / "c.jsonl").write_text('{"text": "word"}\n')
+    assert plan("demo", data=tmp_path).text_tokens is None
+    with pytest.raises(InvalidValueError, match="no file or folder"):
+        plan("demo", data=tmp_path / "nothing.txt")
+
+
+@pytest.mark.parametrize("wrong", [{"processes": 0}, {"memory": 0}, {"parallel": "both"}])
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(InvalidValueError, match=next(iter(wrong))):
+        plan("demo", **wrong)
+
+
+def test_older_names_of_arguments_and_attributes():
+    with pytest.warns(DeprecationWarning, match="The argument available of plan is called memory now"):
+        assert plan("demo", available=10**9).available == 10**9
+    with pytest.warns(DeprecationWarning, match="share of plan is called parallel"):
+        assert plan("demo", processes=2, share="layers") == plan("demo", processes=2, parallel="layers")
+    facts = facts_of(str(MODEL))
+    with pytest.warns(DeprecationWarning, match=r"ModelFacts\.weights is called weight_bytes now"):
+        assert facts.weights == facts.weight_bytes
