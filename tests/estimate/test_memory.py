@@ -100,21 +100,21 @@ def test_work_by_hand():
     d = ModelDimensions(4, 100, 1000, 4, 0, 10**6)
     facts = ModelFacts(d, 0, True, 200, 2, None)
     config = TrainingConfig(num_steps=10, max_seq_len=10, tokens_per_step=50, optimizer="muon", layers=(0, 1, 2), layers_at_once=2)
-    flops = plan(facts, config).flops_per_token
+    flops = plan(facts, config=config).flops_per_token
     assert flops.forward == 2 * 2e6
     assert flops.model_head == 2 * 4 * 1000 * 100
     assert flops.lens_head == 3 * 4 * 1000 * 100
     assert flops.translators == 3 * 6 * 100**2
     assert flops.optimizer == pytest.approx(3 * (3 * 6 * 100**3 + 6 * 10100) / 50)
-    assert plan(facts, config).flops == pytest.approx(500 * flops.total)
-    warm = plan(facts, replace(config, warm_start_tokens=500)).flops_per_token.warm_start
+    assert plan(facts, config=config).flops == pytest.approx(500 * flops.total)
+    warm = plan(facts, config=replace(config, warm_start_tokens=500)).flops_per_token.warm_start
     assert warm == pytest.approx(2 * 2e6 + 3 * 2 * 101 * 201)
 
 
 def test_advice_keeps_its_word():
     facts = facts_of("Llama-3.1-8B-4bit")
     config = recipe("paper", max_seq_len=2048)
-    found = plan(facts, config, memory=11 * 10**9)
+    found = plan(facts, config=config, memory=11 * 10**9)
     assert not found.fits
     advice = {entry.option: entry for entry in found.advice}
     assert all(entry.bytes < found.total for entry in advice.values())
@@ -124,9 +124,9 @@ def test_advice_keeps_its_word():
     assert advice[option].fits
     assert memory_of(facts, replace(shorter, layers_at_once=count)).total <= 11e9
     assert memory_of(facts, replace(shorter, layers_at_once=count + 1)).total > 11e9
-    assert plan(facts, config, memory=2**40).advice == ()
-    assert [entry.option for entry in plan(facts, config, memory=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
-    assert "The model alone takes" in plan_remarks(plan(facts, config, memory=10**9))[-1]
+    assert plan(facts, config=config, memory=2**40).advice == ()
+    assert [entry.option for entry in plan(facts, config=config, memory=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
+    assert "The model alone takes" in plan_remarks(plan(facts, config=config, memory=10**9))[-1]
 
 
 def test_processes_divide_layers_or_sequences():
@@ -134,7 +134,7 @@ def test_processes_divide_layers_or_sequences():
     alone = memory_of(facts, config)
     layers, data = memory_of(facts, config, 4, "layers"), memory_of(facts, config, 4, "data")
     assert layers.optimizer_state * 4 == alone.optimizer_state == data.optimizer_state
-    one, four = plan(facts, config, memory=2**50), plan(facts, config, memory=2**50, processes=4, parallel="layers")
+    one, four = plan(facts, config=config, memory=2**50), plan(facts, config=config, memory=2**50, processes=4, parallel="layers")
     assert four.flops_per_token.forward == 4 * one.flops_per_token.forward
     assert four.flops_per_token.lens_head == one.flops_per_token.lens_head
 
@@ -142,13 +142,13 @@ def test_processes_divide_layers_or_sequences():
 def test_settings_that_do_not_fit_the_model():
     facts = facts_of("Llama-3.1-8B-4bit")
     with pytest.raises(ValueError, match="layers must be from 0 to 31"):
-        plan(facts, TrainingConfig(layers=(32,)))
+        plan(facts, config=TrainingConfig(layers=(32,)))
     with pytest.raises(ValueError, match="rank must be from 1 to 4096"):
-        plan(facts, TrainingConfig(rank=5000))
+        plan(facts, config=TrainingConfig(rank=5000))
 
 
 def test_all_presets_have_a_plan():
-    totals = [plan(facts_of(name), recipe("muon", max_seq_len=512)).total for name in KNOWN_MODELS]
+    totals = [plan(facts_of(name), config=recipe("muon", max_seq_len=512)).total for name in KNOWN_MODELS]
     assert totals == sorted(totals)
 
 
@@ -195,15 +195,18 @@ def test_a_plan_needs_no_more_than_a_name():
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict() | {"advice": []}
 
 
-def test_settings_change_a_recipe_or_a_configuration():
+def test_settings_replace_those_of_a_recipe_a_file_or_a_configuration(tmp_path):
     by_name = plan("demo", "paper", num_steps=3, rank=4)
-    assert (by_name.config.num_steps, by_name.config.rank, by_name.config.optimizer) == (3, 4, "sgd")
+    assert (by_name.recipe, by_name.config.num_steps, by_name.config.rank, by_name.config.optimizer) == ("paper", 3, 4, "sgd")
+    (tmp_path / "settings.json").write_text('{"recipe": "adam", "num_steps": 7, "rank": 2}')
+    by_file = plan("demo", config=tmp_path / "settings.json", rank=3)
+    assert (by_file.recipe, by_file.config.num_steps, by_file.config.rank) == ("adam", 7, 3)
     config = TrainingConfig(num_steps=5, optimizer="adam")
-    assert plan("demo", config).config == config
-    assert plan("demo", config, num_steps=6).config == replace(config, num_steps=6)
-    for base in ("paper", config):
+    assert (plan("demo", config=config).recipe, plan("demo", config=config).config) == (None, config)
+    assert plan("demo", config=config, num_steps=6).config == replace(config, num_steps=6)
+    for base in ({"recipe": "paper"}, {"config": config}):
         with pytest.raises(InvalidValueError, match="nonsense"):
-            plan("demo", base, nonsense=1)
+            plan("demo", **base, nonsense=1)
 
 
 def test_the_given_text_is_measured(tmp_path):
@@ -228,6 +231,8 @@ def test_older_names_of_arguments_and_attributes():
         assert plan("demo", available=10**9).available == 10**9
     with pytest.warns(DeprecationWarning, match="share of plan is called parallel"):
         assert plan("demo", processes=2, share="layers") == plan("demo", processes=2, parallel="layers")
+    with pytest.warns(DeprecationWarning, match=r"plan\(facts, config\) is plan\(facts, config=config\) now"):
+        assert plan("demo", TrainingConfig()).config == TrainingConfig()
     facts = facts_of(str(MODEL))
     with pytest.warns(DeprecationWarning, match=r"ModelFacts\.weights is called weight_bytes now"):
         assert facts.weights == facts.weight_bytes

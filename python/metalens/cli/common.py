@@ -167,17 +167,22 @@ def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
     )
 
 
-PARALLEL = click.option(
-    "--parallel",
-    cls=Option,
-    old=["--share"],
-    type=click.Choice(["data", "layers"]),
-    default="data",
-    show_default=True,
-    help="Work that the processes of mlx.launch divide among them: the sequences of every step, or the layers.",
-)
+def parallel_option(command: F) -> F:
+    """Add --parallel."""
+    return click.option(
+        "--parallel",
+        cls=Option,
+        old=["--share"],
+        type=click.Choice(["data", "layers"]),
+        default="data",
+        show_default=True,
+        help="Work that the processes of mlx.launch divide among them: the sequences of every step, or the layers.",
+    )(command)
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+def json_option(command: F) -> F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
 
 
 # ------------------------------------------------------------------ arguments

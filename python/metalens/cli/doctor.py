@@ -6,11 +6,11 @@ import sys
 
 import click
 
-from metalens.cli.common import JSON, note, one_clear_error, print_json, print_table
+from metalens.cli.common import json_option, note, one_clear_error, print_json, print_table
 
 
 @click.command("doctor")
-@JSON
+@json_option
 @one_clear_error
 def doctor_command(as_json: bool) -> None:
     """Show the backends and kernels that are in use here, and why others are not.

@@ -10,10 +10,10 @@ import click
 
 from metalens.cli.common import (
     DEFAULT_LENGTH,
-    JSON,
     Option,
     SeveralFiles,
     data_options,
+    json_option,
     lens_option,
     load_model,
     note,
@@ -48,7 +48,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats)."
 )
-@JSON
+@json_option
 @one_clear_error
 def eval_command(
     model: str,

@@ -7,7 +7,18 @@ from typing import Literal
 
 import click
 
-from metalens.cli.common import JSON, Option, lens_option, load_model, note, one_clear_error, parse_layers, print_json, print_table, save_option
+from metalens.cli.common import (
+    Option,
+    json_option,
+    lens_option,
+    load_model,
+    note,
+    one_clear_error,
+    parse_layers,
+    print_json,
+    print_table,
+    save_option,
+)
 from metalens.utils.files import require_writable
 
 
@@ -17,7 +28,7 @@ from metalens.utils.files import require_writable
 @lens_option
 @click.option("--layers", callback=parse_layers, metavar="0,4-7,...", help="Blocks to read.  [default: all]")
 @click.option("--top-k", default=3, show_default=True, type=int, help="Number of predictions for each layer and token.")
-@JSON
+@json_option
 @save_option("the predictions")
 @click.option(
     "--color",

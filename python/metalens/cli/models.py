@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from metalens.cli.common import JSON, note, one_clear_error, print_json, print_table
+from metalens.cli.common import json_option, note, one_clear_error, print_json, print_table
 
 
 @click.command("models")
-@JSON
+@json_option
 @one_clear_error
 def models_command(as_json: bool) -> None:
     """List the models of the installed mlx-lm, whether a lens can read them, and why not.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import JSON, PARALLEL, SeveralFiles, data_options, note, one_clear_error, print_json, print_table, sources_of
-from metalens.cli.settings import config_of, training_options
+from metalens.cli.common import SeveralFiles, data_options, json_option, note, one_clear_error, parallel_option, print_json, print_table, sources_of
+from metalens.cli.settings import training_options
 
 
 def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) -> int | None:
@@ -26,7 +26,7 @@ def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) 
 @click.argument("model")
 @data_options(required=False)
 @training_options
-@PARALLEL
+@parallel_option
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Number of processes that mlx.launch would start.")
 @click.option(
     "--memory",
@@ -35,7 +35,7 @@ def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) 
     metavar="GB",
     help="Memory that each process may use, in gigabytes.  [default: the memory of this machine]",
 )
-@JSON
+@json_option
 @one_clear_error
 def plan_command(
     model: str,
@@ -56,18 +56,24 @@ def plan_command(
     weights too), a hub id, 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit, Llama-3.1-70B-4bit.
     """
     from metalens.estimate.memory import plan
-    from metalens.models.bundled import path_of
-    from metalens.models.facts import facts_of
 
-    facts = facts_of(path_of(model))
-    name, config = config_of(recipe, config_file, options, facts.context_length)
-    sources = sources_of(data) if data else None
-    found = plan(facts, config, memory=memory, processes=processes, parallel=parallel, data=sources, field=field, split=split)
+    found = plan(
+        model,
+        recipe,
+        config=config_file,
+        memory=memory,
+        processes=processes,
+        parallel=parallel,
+        data=sources_of(data) if data else None,
+        field=field,
+        split=split,
+        **options,
+    )
     if as_json:
-        print_json({"model": model, "recipe": name, **found.to_dict()})
+        print_json({"model": model, **found.to_dict()})
         return
     from metalens.display.tables import plan_remarks, plan_table
 
-    print_table(plan_table(found, f"{model}, recipe {name}"))
+    print_table(plan_table(found, f"{model}, recipe {found.recipe}"))
     for line in plan_remarks(found):
         note(line)

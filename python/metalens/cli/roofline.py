@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from metalens.cli.common import JSON, Option, note, one_clear_error, print_json, print_table
+from metalens.cli.common import Option, json_option, note, one_clear_error, print_json, print_table
 from metalens.estimate.roofline import CHIPS, WHAT, bounds
 from metalens.models.bundled import path_of
 from metalens.models.facts import dimensions_of
@@ -24,7 +24,7 @@ from metalens.models.facts import dimensions_of
     type=click.IntRange(min=1),
     help="Tokens of a batch. With few tokens, most of the time goes into reading the head.",
 )
-@JSON
+@json_option
 @one_clear_error
 def roofline_command(model: str, chips: tuple[str, ...], batch_tokens: int, as_json: bool) -> None:
     """Estimate the maximum speed of a lens on Apple GPUs, in tokens per second. This is a model, not a measurement.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from metalens.cli.common import PARALLEL, SeveralFiles, data_options, load_model, note, one_clear_error, sources_of
+from metalens.cli.common import SeveralFiles, data_options, load_model, note, one_clear_error, parallel_option, sources_of
 from metalens.cli.settings import config_of, training_options
 from metalens.lenses.lens import lens_files
 from metalens.lenses.provenance import origin_of
@@ -212,7 +212,7 @@ def tokens_of_newest(folder: Path) -> int | None:
 @click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl", help="A line of JSON for every step.")
 @click.option("--wandb", metavar="PROJECT", help="Report to Weights & Biases; needs wandb.")
 @click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="A folder for events; needs tensorboardX.")
-@PARALLEL
+@parallel_option
 @one_clear_error
 def train_command(
     model: str,

@@ -11,6 +11,7 @@ peak to be 0.6 to 1.05 of its estimate; on the machine of its last run the peaks
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,8 +60,9 @@ LOSS_ARRAYS = 3
 @renamed_arguments(available="memory", share="parallel")
 def plan(
     model: str | Path | ModelFacts,
-    recipe: str | TrainingConfig | None = None,
+    recipe: str | None = None,
     *,
+    config: TrainingConfig | str | Path | None = None,
     memory: int | None = None,
     processes: int = 1,
     parallel: Parallel = "data",
@@ -73,45 +75,51 @@ def plan(
 
     Args:
         model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
-        recipe: the name of a recipe, or a `TrainingConfig`. None = the default recipe of `train`.
+        recipe: name of a recipe. None = the one that `config` names, else 'fast'.
+        config: a JSON or TOML file of settings that replace the recipe's, or a complete `TrainingConfig`, which needs no recipe.
         memory: bytes that each process may use. None = the memory of this machine.
         processes: number of processes that run the training together.
         parallel: what the processes divide among them: the sequences of every step ('data') or the layers ('layers').
         data: files, folders or hub data sets with the text, as `train` takes them. None = the text is not known yet.
         field: field or column that holds the text.
         split: split of hub data sets.
-        settings: settings of `TrainingConfig` that differ from the recipe's.
+        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`.
 
     Raises:
         InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.
     """
     facts = model if isinstance(model, ModelFacts) else facts_of(path_of(str(model)))
-    config = _settings(recipe, settings, facts.context_length)
-    _check(facts.dimensions, config, memory, processes, parallel)
+    if isinstance(recipe, TrainingConfig):
+        warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
+        recipe, config = None, recipe
+    name, settled = _resolve(recipe, config, settings, facts.context_length)
+    _check(facts.dimensions, settled, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
-    layers = _layers(facts, config, processes, parallel)
-    text = None if data is None else text_bytes(find_sources(data, field=field, split=split))
+    layers = _layers(facts, settled, processes, parallel)
     found = Plan(
         facts=facts,
-        config=config,
+        recipe=name,
+        config=settled,
         processes=processes,
-        memory=memory_of(facts, config, processes, parallel),
+        memory=memory_of(facts, settled, processes, parallel),
         available=available,
-        flops_per_token=_work(facts.dimensions, config, layers, processes if parallel == "layers" else 1),
+        flops_per_token=_work(facts.dimensions, settled, layers, processes if parallel == "layers" else 1),
         passes=layers.passes,
-        text_tokens=None if text is None else text // BYTES_PER_TOKEN,
-        disk=_disk(facts.dimensions, config, layers),
+        text_tokens=None if data is None else _text_tokens(find_sources(data, field=field, split=split)),
+        disk=_disk(facts.dimensions, settled, layers),
     )
-    return found if found.fits else replace(found, advice=_advice(facts, config, available, processes, parallel))
+    return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
 
 
-def _settings(recipe: str | TrainingConfig | None, settings: dict[str, Any], context_length: int | None) -> TrainingConfig:
-    """Resolve the settings as `train` does."""
-    if isinstance(recipe, TrainingConfig):
-        return TrainingConfig.from_dict(recipe.to_dict() | settings)
+def _resolve(
+    recipe: str | None, config: TrainingConfig | str | Path | None, settings: dict[str, Any], context_length: int | None
+) -> tuple[str | None, TrainingConfig]:
+    """Return the name of the recipe and the settings, resolved as `train` does."""
+    if isinstance(config, TrainingConfig):
+        return recipe, TrainingConfig.from_dict(config.to_dict() | settings)
     from metalens.cli.settings import config_of
 
-    return config_of(recipe, None, settings, context_length)[1]
+    return config_of(recipe, None if config is None else Path(config), settings, context_length)
 
 
 def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
@@ -280,11 +288,11 @@ def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
     return iterations * matrices * (4 * rows**2 * hidden_size + 2 * rows**3)
 
 
-def text_bytes(sources: Sequence[Source]) -> int | None:
-    """Return the bytes of plain text files. None = there are other sources, whose text may be longer or shorter than the file."""
+def _text_tokens(sources: Sequence[Source]) -> int | None:
+    """Estimate the tokens of plain text files. None = there are other sources, whose text may be longer or shorter than the file."""
     if not all(isinstance(source, TextFile) and source.path.suffix != ".gz" for source in sources):
         return None
-    return sum(source.path.stat().st_size for source in sources if isinstance(source, FileSource))
+    return sum(source.path.stat().st_size for source in sources if isinstance(source, FileSource)) // BYTES_PER_TOKEN
 
 
 # ------------------------------------------------------------------ what to change

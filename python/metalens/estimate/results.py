@@ -113,6 +113,7 @@ class Plan:
 
     Attributes:
         facts: facts of the model.
+        recipe: name of the recipe. None = the settings come from no recipe.
         config: settings of the run.
         processes: processes that run it.
         memory: bytes of one process at its peak.
@@ -125,6 +126,7 @@ class Plan:
     """
 
     facts: ModelFacts
+    recipe: str | None
     config: TrainingConfig
     processes: int
     memory: Memory
@@ -158,6 +160,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON. Units are bytes, tokens, and multiplications and additions."""
         return {
+            "recipe": self.recipe,
             "dimensions": asdict(self.facts.dimensions),
             "weights_known": self.facts.exact,
             "config": self.config.to_dict(),
