@@ -20,7 +20,7 @@ from metalens.models.trace import LayerProxy, Trace, layer_index
 from metalens.models.unembed import NormFunction
 from metalens.ops import Head, Weight, lens_stats
 from metalens.ops.stats import check_top_k
-from metalens.ops.stats import top_k as largest
+from metalens.ops.stats import largest_logits as largest
 from metalens.readings.reader import read
 from metalens.readings.reading import Predictions, Reading
 from metalens.training import Progress, TrainingConfig, train
