@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.ops import Head, LensStats, Weight, lens_stats
-from metalens.ops.stats import check_top_k, top_k
+from metalens.ops.stats import check_top_k, largest_logits
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
@@ -79,7 +79,9 @@ def token_predictions(
         raise InvalidValueError(f"hidden_state must be [D] or [N, D], got {hidden_state.shape}. Index a batch before passing it.")
     rows = hidden_state.reshape(-1, hidden_state.shape[-1])
     if lm_head is not None:
-        ids, logits = _top_k(lm_head(rows).astype(mx.float32), top_k)
+        z = lm_head(rows).astype(mx.float32)
+        check_top_k(top_k, z.shape[-1])
+        ids, logits = largest_logits(z, top_k)
     else:
         stats = lens_stats(rows[None], head if embedding_layer is None else _head_of(embedding_layer), top_k)
         ids, logits = stats.top_ids[0], stats.top_logits[0]
@@ -87,11 +89,6 @@ def token_predictions(
     if return_scores:
         found = [list(zip(i, z, strict=True)) for i, z in zip(found, to_list(logits), strict=True)]
     return found[0] if hidden_state.ndim == 1 else found
-
-
-def _top_k(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    check_top_k(k, logits.shape[-1])
-    return top_k(logits, k)
 
 
 def _head_of(embedding: Any) -> Head:
