@@ -88,11 +88,12 @@ class InterpretableModel(LanguageModel):
 
         Args:
             inputs: a text, several texts (padded on the right with token 0, unmasked), token ids or an array of ids.
-            interventions: {block: function of its output [B, T, D] that returns the replacement}. A block is an index, or a name that ends in
-                layers.<i>.
+            interventions: {block: function of its output [B, T, D] that returns the replacement}. A block is an index,
+                or a name that ends in layers.<i>.
 
         Returns:
-            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]} and `output`.
+            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]}
+            and `output`.
 
         Raises:
             InvalidValueError: if the model has no such block.
@@ -139,7 +140,8 @@ class InterpretableModel(LanguageModel):
         """Return the tokens that the output of each block would predict if it were the last block: norm, head, top-k.
 
         Args:
-            text: a string, a list of token ids, or an array of ids [T] or [B, T], of which row 0 is read; or a list of texts.
+            text: a string, a list of token ids, or an array of ids [T] or [B, T], of which row 0 is read; or a list of
+                texts.
             top_k: predictions per position, 1 to V.
             layers: layer numbers, negative from the end; None = all. Layer i is the output of block i.
             position: the only token to read, negative from the end; None = all.
@@ -152,11 +154,12 @@ class InterpretableModel(LanguageModel):
             skip_norm: decode without a norm.
 
         Returns:
-            {layer: [[(token id, logit, token), ...] per position]}, most likely first; for a list of texts a list of such dicts.
+            {layer: [[(token id, logit, token), ...] per position]}, most likely first; for a list of texts a list of
+            such dicts.
 
         Raises:
-            InvalidValueError: for an empty text, ids outside the vocabulary, an unknown layer, a position or top_k out of range, and a model whose
-                own logits its norm and head do not reproduce.
+            InvalidValueError: for an empty text, ids outside the vocabulary, an unknown layer, a position or top_k out
+                of range, and a model whose own logits its norm and head do not reproduce.
         """
         look = PlotOptions(max_display_tokens=max_display_tokens, figsize=figsize, cmap=cmap, font_family=font_family)
         how = ReadOptions(top_k=top_k, layers=layers, position=position, final_norm=final_norm, skip_norm=skip_norm)
@@ -202,8 +205,10 @@ class InterpretableModel(LanguageModel):
         """Return the tokens that the output of each block predicts after a lens has translated it. Otherwise as `logit_lens`.
 
         Args:
-            tuned_lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D].
-            text, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm: as in `logit_lens`.
+            tuned_lens: a TunedLens of this model, the path of one, or any function
+                (hidden [..., D], layer) -> [..., D].
+            text, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm:
+                as in `logit_lens`.
 
         Raises:
             FileNotFoundError: if there is no lens at the path.
@@ -276,7 +281,8 @@ class InterpretableModel(LanguageModel):
     ) -> TokenPredictions:
         """Return the most likely tokens of hidden states [D] or [N, D] that come after the final norm.
 
-        See `metalens.readings.top_tokens.token_predictions`. `embedding_layer` and `lm_head` replace the model's own head.
+        See `metalens.readings.top_tokens.token_predictions`. `embedding_layer` and `lm_head` replace the model's own
+        head.
         """
         return token_predictions(hidden_state, self.unembed.head, top_k, return_scores, embedding_layer, lm_head)
 

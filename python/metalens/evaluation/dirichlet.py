@@ -1,8 +1,9 @@
 """Fit a Dirichlet distribution to predictions: the greatest likelihood, from the mean log-probabilities alone (upstream's LogitStats.mle).
 
-For a concentration a [V] the mean log-likelihood is F(a) = lgamma(sum a) - sum lgamma(a_k) + sum (a_k - 1) s_k. F is concave, and its Hessian is
-diagonal plus a constant, so a Newton step takes O(V) (Minka 2000, "Estimating a Dirichlet distribution"). If a step leaves the domain or overshoots,
-a step of Minka's fixed point replaces it, which never makes F smaller.
+For a concentration a [V] the mean log-likelihood is F(a) = lgamma(sum a) - sum lgamma(a_k) + sum (a_k - 1) s_k. F is
+concave, and its Hessian is diagonal plus a constant, so a Newton step takes O(V) (Minka 2000, "Estimating a Dirichlet
+distribution"). If a step leaves the domain or overshoots, a step of Minka's fixed point replaces it, which never makes
+F smaller.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Evaluate a lens on text: per layer KL to the model, cross-entropy, entropy, bits per byte and top-1 agreement, beside the logit lens.
 
-On request also layer transfer, and marginals with their bias. The conventions are those of upstream's `tuned-lens eval`, with two differences:
-layer i is the output of block i, and means are over tokens of sequences that may differ in length. (Upstream drops the tail of a text. Without
-tails the means are equal.)
+On request also layer transfer, and marginals with their bias. The conventions are those of upstream's `tuned-lens
+eval`, with two differences: layer i is the output of block i, and means are over tokens of sequences that may differ in
+length. (Upstream drops the tail of a text. Without tails the means are equal.)
 """
 
 from __future__ import annotations
@@ -41,28 +41,35 @@ def evaluate(
 ) -> Evaluation:
     """Measure the logit lens and, if given, a tuned lens on a text.
 
-    Each document is cut into sequences of max_seq_len tokens; the last one may be shorter, or one token longer. The first token of a sequence has no
-    prediction. One sequence is in memory at a time. KL and entropy are means over all positions, cross-entropy over the positions with a next token.
+    Each document is cut into sequences of max_seq_len tokens; the last one may be shorter, or one token longer. The
+    first token of a sequence has no prediction. One sequence is in memory at a time. KL and entropy are means over all
+    positions, cross-entropy over the positions with a next token.
 
-    Cost: each token takes 2 L + 1 rows through the head. layer_transfer adds 2 L^2 rows; logit_stats adds 2 L + 1 rows without a fused operation.
+    Cost: each token takes 2 L + 1 rows through the head. layer_transfer adds 2 L^2 rows; logit_stats adds 2 L + 1 rows
+    without a fused operation.
 
     Args:
         model: the model.
-        text: a string, token ids, or an array of ids [T], which may be memory-mapped; a corpus (`metalens.training.data.open_corpus`), whose prefix
-            goes before every sequence and counts as read; or documents: any iterable of strings or arrays of ids [T]. An endless iterable needs
-            max_tokens.
-        lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D]. None = the logit lens alone.
+        text: a string, token ids, or an array of ids [T], which may be memory-mapped; a corpus
+            (`metalens.training.data.open_corpus`), whose prefix goes before every sequence and counts as read; or
+            documents: any iterable of strings or arrays of ids [T]. An endless iterable needs max_tokens.
+        lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D]. None =
+            the logit lens alone.
         max_seq_len: tokens per sequence, at least 2; None = 512, or the model's context if that is shorter.
         max_tokens: tokens to read from the start, without prefixes; None = all.
-        layer_transfer: also apply the translator of every layer to the hidden states of every other layer. Needs a lens.
-        logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary and lens.
-        bytes_per_token: UTF-8 bytes of the text for each position read. None = the corpus's own number if it has one (upstream's ratio), else count
-            the bytes of the decoded text, special tokens as the tokenizer spells them. Without a tokenizer a token counts as one byte.
+        layer_transfer: also apply the translator of every layer to the hidden states of every other layer. Needs a
+            lens.
+        logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary
+            and lens.
+        bytes_per_token: UTF-8 bytes of the text for each position read. None = the corpus's own number if it has one
+            (upstream's ratio), else count the bytes of the decoded text, special tokens as the tokenizer spells them.
+            Without a tokenizer a token counts as one byte.
         show_progress: show a progress bar on stderr.
 
     Raises:
         FileNotFoundError: if there is no lens at the path.
-        InvalidValueError: for an empty text or one without a next token, a lens of another model, or settings out of range.
+        InvalidValueError: for an empty text or one without a next token, a lens of another model, or settings out of
+            range.
         InvalidTypeError: if the text is no text, or the lens no lens.
     """
     max_seq_len = model.default_sequence_length if max_seq_len is None else max_seq_len

@@ -1,7 +1,8 @@
 """Marginals: the mean prediction of a lens over a text. Its distance from the model's mean prediction is the bias of the lens.
 
-A lens may predict every token badly and still be unbiased. To tell bias from uncertainty, average the predictions first, then compare
-(Belrose et al. 2023, section 3, fig. 3). No fused operation computes means over rows, so the probabilities of a bounded chunk of rows are in memory.
+A lens may predict every token badly and still be unbiased. To tell bias from uncertainty, average the predictions
+first, then compare (Belrose et al. 2023, section 3, fig. 3). No fused operation computes means over rows, so the
+probabilities of a bounded chunk of rows are in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class LogitStats:
     Attributes:
         n: number of positions.
         marginal_probs: [L, V] mean probability of each token.
-        sufficient_stats: [L, V] mean log-probability of each token, in nats. With n, it determines the Dirichlet distribution of greatest
-            likelihood.
+        sufficient_stats: [L, V] mean log-probability of each token, in nats. With n, it determines the Dirichlet
+            distribution of greatest likelihood.
     """
 
     n: int

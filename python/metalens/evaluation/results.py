@@ -31,7 +31,8 @@ class Evaluation:
         logit: scores of the logit lens, one per layer; layer i is the output of block i.
         tuned: scores of the tuned lens, one per layer; None without a lens.
         transfer: layer transfer of the tuned lens; None if it was not asked for.
-        logit_stats: mean predictions {"model": one layer, "logit": L layers, "tuned": L layers if there is a lens}; None if not asked for.
+        logit_stats: mean predictions {"model": one layer, "logit": L layers, "tuned": L layers if there is a lens};
+            None if not asked for.
     """
 
     tokens: int
@@ -76,9 +77,10 @@ class Evaluation:
         """Return the result as JSON holds it, in nats per token unless a name gives the unit.
 
         Returns:
-            {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]}, where {...} has the fields of
-            `Scores`. With logit_stats, "logit" and "tuned" also have "bias" and "bias_bits" (bits per token). With transfer there is also
-            "transfer": {"ce", "kl", "kl_model"}, each [translator][layer].
+            {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]},
+            where {...} has the fields of `Scores`. With logit_stats, "logit" and "tuned" also have "bias" and
+            "bias_bits" (bits per token). With transfer there is also "transfer": {"ce", "kl", "kl_model"}, each
+            [translator][layer].
         """
         layers: list[dict[str, Any]] = [{"layer": i, "logit": asdict(scores)} for i, scores in enumerate(self.logit)]
         for entry, scores in zip(layers, self.tuned or [], strict=False):
@@ -92,13 +94,15 @@ class Evaluation:
     def to_upstream(self) -> dict[str, Any]:
         """Return the contents of the aggregate_metrics.json of upstream's `tuned-lens eval`: its names, its units and ITS numbering of layers.
 
-        Upstream's layer i is the INPUT of block i. So "layer_<i + 1>" here is the output of block i, which is layer i everywhere else in metalens:
-        equal names mean equal hidden states. There is no "layer_0" (the embedding). Upstream's file does not have the last layer (the model's own
-        output) and "kl_model". Only upstream's file has a "layer_transfer" of the logit lens, whose translators are all the same.
+        Upstream's layer i is the INPUT of block i. So "layer_<i + 1>" here is the output of block i, which is layer i
+        everywhere else in metalens: equal names mean equal hidden states. There is no "layer_0" (the embedding).
+        Upstream's file does not have the last layer (the model's own output) and "kl_model". Only upstream's file has a
+        "layer_transfer" of the logit lens, whose translators are all the same.
 
         Returns:
-            {"baseline": {"ce": {"final"}, "entropy": {"final"}}, "logit": {"ce": {"layer_1": ...}, "entropy": {...}, "kl": {...}}, "tuned": the
-            same}; with transfer "tuned" also has "layer_transfer": {"ce", "kl", "kl_model": {translator: {layer: ...}}}. All in bits per byte.
+            {"baseline": {"ce": {"final"}, "entropy": {"final"}}, "logit": {"ce": {"layer_1": ...}, "entropy": {...},
+            "kl": {...}}, "tuned": the same}; with transfer "tuned" also has "layer_transfer": {"ce", "kl", "kl_model":
+            {translator: {layer: ...}}}. All in bits per byte.
         """
         ratio = self.nats_to_bpb
 
@@ -135,10 +139,11 @@ def _cells(kl: float, top1: float) -> str:
 def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
     """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all.
 
-    evaluation.json: `Evaluation.to_dict`.
-    aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units and numbering of layers.
-    logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats [L, V] for the names model (L = 1), logit and tuned.
-        float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for large vocabularies.)
+    evaluation.json: `Evaluation.to_dict`. aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units
+    and numbering of layers. logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats
+    [L, V] for the names model (L = 1), logit and tuned.
+        float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for
+        large vocabularies.)
 
     Returns:
         the files written.

@@ -16,7 +16,8 @@ from metalens.utils.errors import InvalidValueError
 class Scores:
     """Means over tokens, in nats per token unless a unit is given.
 
-    `Evaluation.nats_to_bpb` converts nats per token to bits per byte of the text. Upstream reports kl, ce and entropy in bits per byte.
+    `Evaluation.nats_to_bpb` converts nats per token to bits per byte of the text. Upstream reports kl, ce and entropy
+    in bits per byte.
 
     Attributes:
         kl: KL(model || lens), mean over all positions.

@@ -51,8 +51,8 @@ def _corpus(text: Any) -> CorpusLike | None:
 def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarray]:
     """Yield the documents of a text as arrays of ids [T], lazily. NumPy arrays are not copied.
 
-    A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is a document, and so is each item of any other iterable. A
-    corpus is one document unless it is "packed".
+    A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is a document, and so is each
+    item of any other iterable. A corpus is one document unless it is "packed".
 
     Raises:
         InvalidValueError: for an array of more dimensions, or a string without a tokenizer.
@@ -93,9 +93,10 @@ def _rows(model: TokenizerMixin, text: Any) -> Iterator[np.ndarray]:
 class Sequences:
     """The sequences of a text: checked ids [T] with T <= length. Iterate once.
 
-    A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token would predict nothing, so it
-    joins the sequence before it, which then has length + 1 tokens. A document of one token is a sequence of its own. No document beyond max_tokens
-    is fetched, so a text may be endless. Iteration raises the errors of `documents`, and InvalidValueError for ids outside the vocabulary.
+    A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token
+    would predict nothing, so it joins the sequence before it, which then has length + 1 tokens. A document of one token
+    is a sequence of its own. No document beyond max_tokens is fetched, so a text may be endless. Iteration raises the
+    errors of `documents`, and InvalidValueError for ids outside the vocabulary.
 
     Attributes:
         prefix: ids before every sequence.
@@ -171,8 +172,9 @@ class Sequences:
 class ByteCount:
     """Counts the UTF-8 bytes of a text piece by piece. Without a tokenizer a token counts as one byte.
 
-    Each piece is decoded together with the last tokens before it, and the bytes of these tokens are subtracted. So a character that spans two pieces
-    is counted once. Some tokenizers drop a space at the start of a text; here it is dropped at the start of the first piece only.
+    Each piece is decoded together with the last tokens before it, and the bytes of these tokens are subtracted. So a
+    character that spans two pieces is counted once. Some tokenizers drop a space at the start of a text; here it is
+    dropped at the start of the first piece only.
     """
 
     def __init__(self, model: TokenizerMixin) -> None:

@@ -23,9 +23,10 @@ class Transfer:
     """Matrices [L, L] in nats per token. Entry [i][j] is a mean for translator i, applied to the output of block j.
 
     Attributes:
-        ce: cross-entropy of the next token, over all positions that have one. The diagonal is the lens's own cross-entropy.
-        kl: KL(lens_j(h_j) || lens_i(h_j)), over all positions. The reference is layer j's own translator, not the model (upstream's definition), so
-            the diagonal is 0.
+        ce: cross-entropy of the next token, over all positions that have one. The diagonal is the lens's own
+            cross-entropy.
+        kl: KL(lens_j(h_j) || lens_i(h_j)), over all positions. The reference is layer j's own translator, not the model
+            (upstream's definition), so the diagonal is 0.
         kl_model: KL(model || lens_i(h_j)), over all positions.
     """
 

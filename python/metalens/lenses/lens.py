@@ -1,6 +1,7 @@
 """Lenses: functions of a block's output that come before the unembedding.
 
-`LogitLens` is the identity. `TunedLens` applies a trained affine map per block. Any function (hidden [..., D], layer) -> [..., D] is a lens too.
+`LogitLens` is the identity. `TunedLens` applies a trained affine map per block. Any function
+(hidden [..., D], layer) -> [..., D] is a lens too.
 """
 
 from __future__ import annotations
@@ -47,19 +48,21 @@ class LogitLens:
 class TunedLens(nn.Module):
     """One affine translator per block (Belrose et al. 2023, section 3): y = W h + b, the identity before training.
 
-    The conventions are those of mlxterp: translator i reads the OUTPUT of block i, and W is stored whole. Upstream's tuned-lens stores W - I,
-    reads the input of block i, and has no translator for the last block; `metalens.compat.tuned_lens` reads and writes its files.
+    The conventions are those of mlxterp: translator i reads the OUTPUT of block i, and W is stored whole. Upstream's
+    tuned-lens stores W - I, reads the input of block i, and has no translator for the last block;
+    `metalens.compat.tuned_lens` reads and writes its files.
 
     Attributes:
         num_layers: L, blocks of the model, with or without a translator.
         hidden_dim: D, width of the model's residual stream.
         rank: rank of low-rank translators; None for the other variants.
         bias_only: whether the translators are y = h + b.
-        translators: L modules, one per block. A full lens has `nn.Linear(D, D)` in float32; for the variants see `metalens.lenses.translators`.
-            All have `weight` and `bias` to read.
-        provenance: the model, the training and the text of the lens, saved with it: see `metalens.lenses.provenance.provenance_of`. {} = unknown.
-        embedding: (A [D, D], b [D]) of y = h + A h + b for the embedding, which is no block's output. Nothing here uses it; it is kept because
-            tuned-lens's files may have it. None = none.
+        translators: L modules, one per block. A full lens has `nn.Linear(D, D)` in float32; for the variants see
+            `metalens.lenses.translators`. All have `weight` and `bias` to read.
+        provenance: the model, the training and the text of the lens, saved with it: see
+            `metalens.lenses.provenance.provenance_of`. {} = unknown.
+        embedding: (A [D, D], b [D]) of y = h + A h + b for the embedding, which is no block's output. Nothing here uses
+            it; it is kept because tuned-lens's files may have it. None = none.
     """
 
     provenance: dict[str, Any]
@@ -196,9 +199,10 @@ class TunedLens(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write `<path>.npz` (translators_<i>_weight [D, D], translators_<i>_bias [D], float32) and `<path>.json` (num_layers, hidden_dim).
 
-        A name that ends in .npz or .json means the same pair; other dots stay part of the name. Missing folders are created. Each file appears
-        whole or not at all. mlxterp reads both files of a full lens. A variant stores the arrays of `lenses.translators.VARIANTS`, and its .json
-        file names the variant and the layers. The .json file also holds the provenance.
+        A name that ends in .npz or .json means the same pair; other dots stay part of the name. Missing folders are
+        created. Each file appears whole or not at all. mlxterp reads both files of a full lens. A variant stores the
+        arrays of `lenses.translators.VARIANTS`, and its .json file names the variant and the layers. The .json file
+        also holds the provenance.
 
         Raises:
             InvalidValueError: if JSON cannot hold the provenance.

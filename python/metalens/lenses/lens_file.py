@@ -118,7 +118,8 @@ def read_lens(path: str | Path) -> LensData:
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        InvalidValueError: if a file is damaged or is not a lens, if the files disagree, or if an array holds NaN or infinity.
+        InvalidValueError: if a file is damaged or is not a lens, if the files disagree, or if an array holds NaN or
+            infinity.
     """
     weights, config = lens_files(path)
     for file in (weights, config):
@@ -206,7 +207,8 @@ def read_arrays(file: Path, expected: Callable[[set[str]], Mapping[str, tuple[in
 
     Args:
         file: the archive. Pickled objects in it are not read.
-        expected: a function from the stored names to {name: shape} of the required arrays. More or fewer arrays are an error.
+        expected: a function from the stored names to {name: shape} of the required arrays. More or fewer arrays are an
+            error.
         what: the expected contents, for error messages: 'a lens of 2 layers, as x.json says'.
 
     Raises:

@@ -24,8 +24,9 @@ _hashes: weakref.WeakKeyDictionary[Unembed, str] = weakref.WeakKeyDictionary()
 def head_hash(head: Head) -> str:
     """Return 'sha256:...' of a head as it is stored.
 
-    The hash covers the packed values, scales, biases and bias, their formats, and the scale, softcap and used rows of the logits. Equal weights give
-    equal hashes on every machine. A fine-tuned model, or another quantization, gives another hash.
+    The hash covers the packed values, scales, biases and bias, their formats, and the scale, softcap and used rows of
+    the logits. Equal weights give equal hashes on every machine. A fine-tuned model, or another quantization, gives
+    another hash.
 
     Cost: all weights are read, a piece at a time, about one second per GB.
     """
@@ -73,7 +74,8 @@ def provenance_of(
         training: settings of the training, as JSON holds them.
 
     Returns:
-        {"metalens": version, "head": `head_hash`, "quantization": format of the head, ...}, and the arguments that are not None.
+        {"metalens": version, "head": `head_hash`, "quantization": format of the head, ...}, and the arguments that are
+        not None.
     """
     facts = {"model": model, "revision": revision, "tokens": tokens, "recipe": recipe, "training": training}
     about = {"metalens": version("metalens"), "head": _hash_of(unembed), "quantization": _format_of(unembed.head)}
@@ -83,8 +85,8 @@ def provenance_of(
 def check_provenance(lens: TunedLens, unembed: Unembed, model: str | None = None) -> None:
     """Warn (UserWarning) if the lens remembers another model than the one it is used on.
 
-    Models with different heads are different models. If the lens does not know the head (tuned-lens's files do not), the last part of the model's
-    path or hub id decides.
+    Models with different heads are different models. If the lens does not know the head (tuned-lens's files do not),
+    the last part of the model's path or hub id decides.
 
     Args:
         lens: a lens, with or without a provenance.

@@ -5,8 +5,9 @@
     bias        y = h + b                      {"bias": b [D]}
     none        y = h                          {}
 
-Every variant is an `nn.Module` that is the identity before training and has `weight` [D, D] and `bias` [D] to read, whatever it stores. The names of
-the parameters tell the variant. So `translate` is a pure function of the parameters, which `mx.vjp` can differentiate.
+Every variant is an `nn.Module` that is the identity before training and has `weight` [D, D] and `bias` [D] to read,
+whatever it stores. The names of the parameters tell the variant. So `translate` is a pure function of the parameters,
+which `mx.vjp` can differentiate.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def translate(parameters: Mapping[str, mx.array], h: mx.array) -> mx.array:
     """Apply a translator to every row. Lazy; differentiable in the parameters and in h.
 
     Args:
-        parameters: parameters of one translator, as `parameters_of` returns them. Their names tell the variant. Without "bias", b = 0.
+        parameters: parameters of one translator, as `parameters_of` returns them. Their names tell the variant. Without
+            "bias", b = 0.
         h: [..., D], any float type; computed in float32.
 
     Returns:

@@ -62,7 +62,8 @@ def lens_figure(
         cmap: matplotlib color map.
         font_family: font that goes before the default fonts.
         limits: ends of the color scale; None = fit the values. Two pictures can be compared only with the same limits.
-        new_figure: a function that makes the empty figure. None = matplotlib's Figure; pyplot's own makes one that can be shown.
+        new_figure: a function that makes the empty figure. None = matplotlib's Figure; pyplot's own makes one that can
+            be shown.
 
     Raises:
         InvalidValueError: if there is no layer or the sizes disagree.

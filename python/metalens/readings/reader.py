@@ -62,8 +62,10 @@ def read(
 
     Args:
         model: the model.
-        text: a string, a list of token ids, or an array of ids [T] or [B, T], of which row 0 is read; or a list of texts.
-        lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D]. None = the logit lens.
+        text: a string, a list of token ids, or an array of ids [T] or [B, T], of which row 0 is read; or a list of
+            texts.
+        lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D]. None =
+            the logit lens.
         top_k: predictions per position, 1 to V.
         layers: layer numbers, negative from the end; None = all. Layer i is the output of block i.
         position: the only token to read, negative from the end; None = all.
@@ -75,8 +77,8 @@ def read(
 
     Raises:
         FileNotFoundError: if there is no lens at the path.
-        InvalidValueError: for an empty text, ids outside the vocabulary, an unknown layer or none, a position or top_k out of range, a lens of
-            another model, and a model whose own logits its norm and head do not reproduce.
+        InvalidValueError: for an empty text, ids outside the vocabulary, an unknown layer or none, a position or top_k
+            out of range, a lens of another model, and a model whose own logits its norm and head do not reproduce.
         InvalidTypeError: if the text is no text, or the lens no lens.
     """
     lens = as_lens(lens)

@@ -27,8 +27,8 @@ Color = Literal["probability", "entropy"]
 class Reading:
     """One text, read through one lens: the predictions of every layer, and the model's own beside them.
 
-    Row r of the arrays belongs to layer `layers[r]`; the methods take layer numbers. Layer i is the output of block i. A negative layer counts from
-    the model's last block, a negative position from the last token that was read.
+    Row r of the arrays belongs to layer `layers[r]`; the methods take layer numbers. Layer i is the output of block i.
+    A negative layer counts from the model's last block, a negative position from the last token that was read.
 
     Attributes:
         layers: layer numbers, in the order that was asked for.
@@ -103,8 +103,9 @@ class Reading:
         """Return the reading as JSON holds it.
 
         Returns:
-            {"lens", "num_layers", "tokens": [T], "token_ids": [T], "layers": [{"layer", "entropy": [T], "max_probability": [T], "top": [T][k] of
-            {"id", "probability", "logit", "token"}}, ...], "model": {"entropy": [T], "max_probability": [T], "tokens": [T]}}; entropies in nats.
+            {"lens", "num_layers", "tokens": [T], "token_ids": [T], "layers": [{"layer", "entropy": [T],
+            "max_probability": [T], "top": [T][k] of {"id", "probability", "logit", "token"}}, ...], "model":
+            {"entropy": [T], "max_probability": [T], "tokens": [T]}}; entropies in nats.
         """
         probabilities = to_list(self.probabilities)
         layers = [
@@ -127,7 +128,8 @@ class Reading:
     def to_pandas(self) -> Any:
         """Return a pandas DataFrame with one row per layer, position and rank.
 
-        Its columns: layer, position, token (the token that was read), rank (1 = most likely), id, prediction, probability, logit, and entropy (nats).
+        The columns are layer, position, token (the token that was read), rank (1 = most likely), id, prediction,
+        probability, logit, and entropy (nats).
 
         Raises:
             MissingPackageError: if pandas is not installed.
@@ -162,7 +164,8 @@ class Reading:
         Args:
             color: the value that the color shows: 'probability' of the top token, or 'entropy' in nats.
             title: text above the picture.
-            look: `max_display_tokens` (24), `figsize` in inches, `cmap` and `font_family`, as in `metalens.readings.heat_map.lens_figure`.
+            look: `max_display_tokens` (24), `figsize` in inches, `cmap` and `font_family`, as in
+                `metalens.readings.heat_map.lens_figure`.
 
         Raises:
             InvalidValueError: if `color` is another word.

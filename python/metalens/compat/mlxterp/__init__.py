@@ -25,8 +25,8 @@ __all__ = ["InterpretableModel", "TunedLens", "train_tuned_lens"]
 class InterpretableModel(_InterpretableModel):
     """`metalens.InterpretableModel` with two habits of mlxterp that its users' code relies on.
 
-    `_module_resolver` exists. Training data may hold ids beyond the vocabulary: mlxterp reads other memory for them, here they wrap around with a
-    warning.
+    `_module_resolver` exists. Training data may hold ids beyond the vocabulary: mlxterp reads other memory for them,
+    here they wrap around with a warning.
     """
 
     @cached_property

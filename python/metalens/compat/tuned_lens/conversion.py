@@ -16,7 +16,8 @@ def load_lens(path: str | Path, *, hub: bool = False) -> TunedLens:
     """Read a lens: a pair of metalens or mlxterp, or a folder of tuned-lens.
 
     Args:
-        path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or with `hub` an id.
+        path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or with `hub`
+            an id.
         hub: if no file has this name, read the lens with this id from tuned-lens's collection on the Hugging Face hub.
 
     Raises:
@@ -37,14 +38,17 @@ def convert(
 ) -> tuple[Path, Path]:
     """Read a lens of either format and write it in the other.
 
-    When the target is metalens, all translators are written as full matrices, whatever the variant of the source, so mlxterp can load the result.
+    When the target is metalens, all translators are written as full matrices, whatever the variant of the source, so
+    mlxterp can load the result.
 
     Args:
         source: a pair of .npz and .json, or a folder of tuned-lens.
         target: the pair or the folder to write.
         to: 'tuned-lens' or 'metalens'; None = the format that the source does not have.
-        model_name: path or hub id of the model, for tuned-lens's config.json and for the provenance; None = the name in the source.
-        hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging Face hub.
+        model_name: path or hub id of the model, for tuned-lens's config.json and for the provenance; None = the name in
+            the source.
+        hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging
+            Face hub.
         dtype: number format of the tensors in tuned-lens's file.
 
     Returns:

@@ -1,6 +1,7 @@
 """Folders of tuned-lens: params.pt and config.json, on this machine or on the hub.
 
-Upstream's translator i is y = h + A h + b of the INPUT of block i (0 is the embedding). The output of the last block has no translator:
+Upstream's translator i is y = h + A h + b of the INPUT of block i (0 is the embedding). The output of the last block
+has no translator:
 
     W_i = I + A_ref[i+1], b_i = b_ref[i+1] for i < L-1;  W_{L-1} = I, b_{L-1} = 0;  `lens.embedding` keeps (A_ref[0], b_ref[0])
 
@@ -35,8 +36,8 @@ CONFIG_LIMIT = 1 << 20
 class LensConfig:
     """The contents of config.json, with the fields of upstream's TunedLensConfig.
 
-    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding. It depends on NumPy's version and on the quantization, so it is
-    kept and never checked.
+    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding. It depends on NumPy's version and
+    on the quantization, so it is kept and never checked.
     """
 
     base_model_name_or_path: str
@@ -82,7 +83,8 @@ def load(
     """Read a lens of tuned-lens. This needs no torch, and runs nothing that the files contain.
 
     Args:
-        path_or_id: a folder with params.pt and config.json; else the id of a lens on the Hugging Face hub, e.g. 'EleutherAI/pythia-160m-deduped'.
+        path_or_id: a folder with params.pt and config.json; else the id of a lens on the Hugging Face hub, e.g.
+            'EleutherAI/pythia-160m-deduped'.
         repo_id: repository on the hub. None = $TUNED_LENS_REPO_ID, or AlignmentResearch/tuned-lens.
         repo_type: type of the repository. None = $TUNED_LENS_REPO_TYPE, or 'space'.
         revision: revision of the repository.
@@ -90,9 +92,9 @@ def load(
         cache_dir: folder for downloads; None = the hub's own cache.
 
     Returns:
-        a full lens in float32, with the identity as its last translator. `provenance` has the model's "model" and "revision", and the hash of the
-        unembedding under "tuned_lens". `embedding` is the translator of the embedding if it is not zero. Adding I rounds the diagonal of A to 6e-8;
-        all else is exact.
+        a full lens in float32, with the identity as its last translator. `provenance` has the model's "model" and
+        "revision", and the hash of the unembedding under "tuned_lens". `embedding` is the translator of the embedding
+        if it is not zero. Adding I rounds the diagonal of A to 6e-8; all else is exact.
 
     Raises:
         FileNotFoundError: if there is no such folder, and the hub has no such lens or cannot be reached.
@@ -132,8 +134,8 @@ def save(
 ) -> None:
     """Write a lens as params.pt and config.json, which upstream's TunedLens loads. Each file appears whole or not at all.
 
-    Upstream has no translator for the last block's output. That translator is left out, with a warning if it is not the identity. The translator of
-    the embedding is `lens.embedding`, or zero.
+    Upstream has no translator for the last block's output. That translator is left out, with a warning if it is not the
+    identity. The translator of the embedding is `lens.embedding`, or zero.
 
     Args:
         lens: a lens of any variant. Every translator is written as a full matrix.
@@ -143,7 +145,8 @@ def save(
         dtype: number format of the tensors.
 
     Raises:
-        InvalidValueError: if the name of the model is not known, the dtype is another, or a number has no finite form in this dtype.
+        InvalidValueError: if the name of the model is not known, the dtype is another, or a number has no finite form
+            in this dtype.
         OSError: if a file cannot be written.
     """
     if dtype not in WRITABLE:

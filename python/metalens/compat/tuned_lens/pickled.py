@@ -1,9 +1,10 @@
 """Read pickles of tensors without the pickle module, so that a file can call nothing.
 
-`torch.save` writes a pickle that builds its tensors by calling functions by name. Python's unpickler imports modules, calls functions and sets
-attributes because a file says so, even with restrictions. `read` is an interpreter for the two dozen opcodes that files of tensors need. Its only
-values are numbers, strings, tuples, lists, dicts, and the classes below. It looks a name up in a table of its own, which maps the name to an enum
-member and never to the object of that name.
+`torch.save` writes a pickle that builds its tensors by calling functions by name. Python's unpickler imports modules,
+calls functions and sets attributes because a file says so, even with restrictions. `read` is an interpreter for the two
+dozen opcodes that files of tensors need. Its only values are numbers, strings, tuples, lists, dicts, and the classes
+below. It looks a name up in a table of its own, which maps the name to an enum member and never to the object of that
+name.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def read(stream: IO[bytes]) -> Any:
         numbers, strings, tuples, lists, dicts (also for OrderedDict), `Tensor` and `Storage`.
 
     Raises:
-        ValueError: if the pickle is damaged, or has an opcode that files of tensors do not need; the message names the opcode and its position.
+        ValueError: if the pickle is damaged, or has an opcode that files of tensors do not need; the message names the
+            opcode and its position.
     """
     machine = _Machine()
     for opcode, argument, position in pickletools.genops(stream):

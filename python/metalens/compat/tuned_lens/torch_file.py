@@ -1,8 +1,8 @@
 """Read and write files of torch tensors without torch.
 
-Reads the zip archive that torch.save has written since version 1.6 (data.pkl, data/<key>, byteorder, version), and the older stream of pickles and
-bytes. Writes the zip archive, which `torch.load(weights_only=True)` reads. A file is not trusted: every size that it claims is compared with its
-number of bytes before memory is allocated.
+Reads the zip archive that torch.save has written since version 1.6 (data.pkl, data/<key>, byteorder, version), and the
+older stream of pickles and bytes. Writes the zip archive, which `torch.load(weights_only=True)` reads. A file is not
+trusted: every size that it claims is compared with its number of bytes before memory is allocated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
 
     Args:
         file: a file that torch.save wrote.
-        expected: a function from the number of tensors in the file to {name: shape} of the required tensors. More or fewer tensors are an error.
+        expected: a function from the number of tensors in the file to {name: shape} of the required tensors. More or
+            fewer tensors are an error.
 
     Yields:
         (name, array), in the order of the file's storages.
