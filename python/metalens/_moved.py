@@ -45,14 +45,24 @@ MODULES = {
 
 # {old name of a class or function: new name}, in any of these modules
 NAMES = {
+    "Call": "ModuleCall",
     "GroupLost": "GroupLostError",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
+    "Part": "FoundModule",
+    "Parts": "HeadModules",
     "Places": "Overrides",
     "Stream": "HiddenStates",
     "StreamSource": "ResidualCapture",
+    "TokenizerMixin": "Tokenization",
+    "Trail": "ModuleCalls",
     "TrainingInterrupted": "TrainingInterruptedError",
+    "as_it_is": "snapshot",
+    "find_parts": "find_head_modules",
+    "follow_calls": "probe_modules",
+    "other_methods": "replaced_methods",
+    "support": "supported_modules",
 }
 
 
