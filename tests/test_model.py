@@ -139,7 +139,7 @@ def test_norms_in_place_of_a_models_own_do_not_spare_it_the_check():
     """The head is checked with the model's own norm; `norm` is the way out where that is not found."""
     model = InterpretableModel(tiny_llama(), norm_path="model.layers.0.input_layernorm")
     for options in ({}, {"skip_norm": True}, {"final_norm": model.model.model.norm}):
-        with pytest.raises(ValueError, match="Say what the model does with norm"):
+        with pytest.raises(ValueError, match="Pass norm=, head= or logit_transform="):
             model.logit_lens(IDS, **options)
     assert list(InterpretableModel(model.model, norm=model.model.model.norm).logit_lens(IDS, skip_norm=True)) == [0, 1]
 

@@ -45,16 +45,27 @@ MODULES = {
 
 # {old name of a class or function: new name}, in any of these modules
 NAMES = {
+    "Call": "ModuleCall",
     "GroupLost": "GroupLostError",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
+    "Part": "FoundModule",
+    "Parts": "HeadModules",
     "Places": "Overrides",
     "Stream": "HiddenStates",
     "StreamSource": "ResidualCapture",
+    "TokenizerMixin": "Tokenization",
+    "Trail": "ModuleCalls",
     "TrainingInterrupted": "TrainingInterruptedError",
+    "as_it_is": "snapshot",
     "check_origin": "check_provenance",
+    "find_parts": "find_head_modules",
+    "follow_calls": "probe_modules",
     "origin_of": "provenance_of",
+    "other_methods": "replaced_methods",
+    "predictions": "predictions_of",
+    "support": "supported_modules",
 }
 
 # {old module: more modules that its names are now in}

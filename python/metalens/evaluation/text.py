@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from metalens.models.tokenization import TokenizerMixin
+from metalens.models.language_model import LanguageModel
+from metalens.models.tokenization import as_token_ids
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 
@@ -48,7 +49,7 @@ def _corpus(text: Any) -> CorpusLike | None:
     return text if all(hasattr(text, name) for name in ("ids", "documents", "join", "prefix", "joined_bytes")) else None
 
 
-def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarray]:
+def documents(model: LanguageModel, text: EvaluationText) -> Iterator[np.ndarray]:
     """Yield the documents of a text as arrays of ids [T], lazily. NumPy arrays are not copied.
 
     A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is a document, and so is each
@@ -75,18 +76,8 @@ def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarra
         raise InvalidTypeError(f"Expected text, token ids, or an iterable of them, got {type(text).__name__}.")
 
 
-def _rows(model: TokenizerMixin, text: Any) -> Iterator[np.ndarray]:
-    ids = model.encode(text) if isinstance(text, str) else text
-    if isinstance(ids, mx.array) and ids.dtype == mx.bfloat16:
-        ids = ids.astype(mx.float32)  # refused later, with a message; NumPy has no such type
-    try:
-        array = np.asarray(ids)
-    except (ValueError, TypeError):
-        array = np.asarray(None)
-    if array.ndim == 0 or array.dtype.kind in "US":
-        raise InvalidTypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
-    if array.ndim > 2:
-        raise InvalidValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
+def _rows(model: LanguageModel, text: Any) -> Iterator[np.ndarray]:
+    array = as_token_ids(model.encode(text) if isinstance(text, str) else text)
     yield from (array[None] if array.ndim == 1 else array)
 
 
@@ -103,7 +94,7 @@ class Sequences:
         tokens: number of tokens of the text that were read so far, without prefixes.
     """
 
-    def __init__(self, model: TokenizerMixin, text: EvaluationText, length: int, max_tokens: int | None = None) -> None:
+    def __init__(self, model: LanguageModel, text: EvaluationText, length: int, max_tokens: int | None = None) -> None:
         """Open a text.
 
         Args:
@@ -177,7 +168,7 @@ class ByteCount:
     dropped at the start of the first piece only.
     """
 
-    def __init__(self, model: TokenizerMixin) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.total = 0
         self._context: list[int] = []
