@@ -27,7 +27,7 @@ def reading(model):
 def test_the_text_form_is_one_short_line(model, reading):
     assert repr(reading) == "Reading(tuned lens, 2 of 3 layers, 5 tokens: 'w3w1w4w1w5')"
     assert repr(model.read([1] * 50)).endswith("50 tokens: 'w1w1w1w1w1w1w1w1w1w1w1w1w1w1w1w1w1w1w...')")
-    assert repr(model.read([1])).startswith("Reading(logit lens, 3 of 3 layers, 1 tokens")
+    assert repr(model.read([1])).startswith("Reading(logit lens, 3 of 3 layers, 1 token:")
     assert model.read([1], lambda h, layer: h).lens == "<lambda>"
 
 

@@ -55,7 +55,8 @@ class Reading:
     def __repr__(self) -> str:
         text = "".join(self.tokens)
         shown = text if len(text) <= 40 else f"{text[:37]}..."
-        return f"Reading({self.lens}, {len(self.layers)} of {self.num_layers} layers, {len(self.tokens)} tokens: {shown!r})"
+        count = f"{len(self.tokens)} token{'s' if len(self.tokens) != 1 else ''}"
+        return f"Reading({self.lens}, {len(self.layers)} of {self.num_layers} layers, {count}: {shown!r})"
 
     @property
     def probabilities(self) -> mx.array:
