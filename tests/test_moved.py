@@ -31,12 +31,12 @@ def test_an_old_module_is_the_new_one_with_a_warning(old, new):
 
 
 def test_old_names_of_classes():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.unembed import NoUnembed
     from metalens.models.unembed import UnembedError
 
     assert NoUnembed is UnembedError
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.stream import NoStream, StreamSource
     from metalens.models.capture import ResidualCapture, ResidualStreamError
 
@@ -56,7 +56,7 @@ def test_names_of_a_module_that_was_split():
 
 
 def test_modules_within_an_old_package():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.metal.kernel import Kernel
     from metalens.ops.metal import kernel
 
@@ -64,7 +64,7 @@ def test_modules_within_an_old_package():
 
 
 def test_an_old_module_does_not_hide_the_function_of_its_name():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         import metalens.evaluate
     from metalens.evaluation.evaluator import evaluate
 
