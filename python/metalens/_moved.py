@@ -44,21 +44,43 @@ MODULES = {
     "metalens.weight": "metalens.ops.weight",
 }
 
-# {old name of a class or function: new name}, in any of these modules; "module:name" if the new module does not have it
+# {old name of a class or function: new name}, in any of these modules
 NAMES = {
-    "Dimensions": "metalens.models.facts:ModelDimensions",
+    "Call": "ModuleCall",
+    "Dimensions": "ModelDimensions",
     "GroupLost": "GroupLostError",
-    "MODELS": "metalens.models.facts:KNOWN_MODELS",
+    "MODELS": "KNOWN_MODELS",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
+    "Part": "FoundModule",
+    "Parts": "HeadModules",
     "Places": "Overrides",
     "Stream": "HiddenStates",
     "StreamSource": "ResidualCapture",
+    "TokenizerMixin": "Tokenization",
+    "Trail": "ModuleCalls",
     "TrainingInterrupted": "TrainingInterruptedError",
-    "dimensions": "metalens.models.facts:dimensions_of",
-    "gigabytes": "metalens.display.format:gigabytes",
-    "transfer_figure": "metalens.display.figures:transfer_figure",
+    "as_it_is": "snapshot",
+    "check_origin": "check_provenance",
+    "dimensions": "dimensions_of",
+    "find_parts": "find_head_modules",
+    "follow_calls": "probe_modules",
+    "origin_of": "provenance_of",
+    "other_methods": "replaced_methods",
+    "predictions": "predictions_of",
+    "support": "supported_modules",
+}
+
+# {old module: more modules that its names are now in}
+SPLIT = {
+    "metalens.evaluate": ("metalens.evaluation",),
+    "metalens.lens": ("metalens.lenses.lens_file", "metalens.lenses.provenance"),
+    "metalens.plan": ("metalens.estimate.results", "metalens.display.format"),
+    "metalens.readout": ("metalens.readings.rows", "metalens.readings.top_tokens", "metalens.lenses.translators"),
+    "metalens.report": ("metalens.display.figures",),
+    "metalens.roofline": ("metalens.models.facts",),
+    "metalens.translators": ("metalens.lenses.lens_file",),
 }
 
 
@@ -73,8 +95,9 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        module, _, new = NAMES.get(name, name).rpartition(":")
-        return getattr(importlib.import_module(module or self._new), new)
+        modules = [importlib.import_module(module) for module in (self._new, *SPLIT.get(self.__name__, ()))]
+        name = NAMES.get(name, name)
+        return getattr(next((module for module in modules if hasattr(module, name)), modules[0]), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function of the same name: importing `metalens.evaluate` must not take `metalens.evaluate` away."""

@@ -1,28 +1,13 @@
-"""Pictures show the numbers of a reading."""
+"""The picture of layer transfer is tested with the evaluation; here is what is said on it."""
 
-import numpy as np
-import pytest
-
-from metalens import load
-from metalens.display.figures import MOST_TOKENS, reading_figure
+from metalens.display.figures import transfer_figure
+from metalens.evaluation import Transfer
 
 
-@pytest.fixture(scope="module")
-def reading():
-    return load("demo").read(
-        "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-    )
-
-
-@pytest.mark.parametrize("color", ["probability", "entropy"])
-def test_a_reading(reading, color):
-    assert len(reading.tokens) > MOST_TOKENS
-    figure = reading_figure(reading, "a title", color)
-    image = figure.axes[0].get_images()[0]
-    name = "max_probability" if color == "probability" else "entropy"
-    expected = np.concatenate([np.array(getattr(reading.stats, name)), np.array(getattr(reading.model, name))])[:, -MOST_TOKENS:]
-    np.testing.assert_allclose(image.get_array(), expected, rtol=1e-6)
-    assert figure.axes[0].get_title() == "a title"
-    assert figure.axes[0].get_yticklabels()[-1].get_text() == "model"
-    if color == "probability":
-        assert image.get_clim() == (0, 1)
+def test_what_the_picture_says():
+    transfer = Transfer(ce=[[1.0, 2.0], [3.0, 1.5]], kl=[[0.0, 1.0], [2.0, 0.0]], kl_model=[[0.0, 1.0], [2.0, 0.0]])
+    figure = transfer_figure(transfer, "layer transfer of $model")
+    axes = figure.axes[0]
+    assert axes.get_title() == "layer transfer of $model"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("output of block", "translator of block")
+    assert figure.axes[1].get_ylabel() == "transfer penalty (nats per token)"

@@ -18,6 +18,8 @@ from metalens.utils.errors import MetalensError
 
 if TYPE_CHECKING:
     from metalens.model import InterpretableModel
+else:
+    InterpretableModel = Any  # takes a while to import
 
 DEFAULT_LENGTH = "[default: 512, or the model's context if that is shorter]"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 from metalens.cli.common import load_model, note, one_clear_error, print_table
-from metalens.evaluation import Evaluation
-from metalens.evaluation.evaluator import evaluate
+from metalens.evaluation import Evaluation, evaluate
 from metalens.lenses.lens import TunedLens
 from metalens.model import InterpretableModel
 from metalens.models.bundled import HELD_OUT_TEXT, NAME, TRAINING_TEXT
@@ -85,10 +84,8 @@ def _write_table(table: object, path: Path) -> None:
 
 
 def _show_reading(reading: Reading, name: str, out: Path) -> None:
-    from metalens.display.figures import reading_figure
     from metalens.display.tables import reading_table
-    from metalens.readings.heat_map import save_figure
 
     title = f"{name} lens: what each layer would say next"
     print_table(reading_table(reading, title))
-    save_figure(reading_figure(reading, title), out / f"{name}_lens.png")
+    reading.save(out / f"{name}_lens.png", title=title)

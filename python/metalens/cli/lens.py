@@ -58,7 +58,7 @@ def lens_command(
 
     lens = None if lens_path is None else TunedLens.load(lens_path)
     if picture is not None:
-        from metalens.readings.heat_map import picture_format, save_figure
+        from metalens.readings.heat_map import picture_format
 
         picture_format(picture)
         require_writable(picture)
@@ -71,7 +71,5 @@ def lens_command(
 
         print_table(reading_table(reading, title))
     if picture is not None:
-        from metalens.display.figures import reading_figure
-
-        save_figure(reading_figure(reading, title, color), picture)
+        reading.save(picture, color, title)
         note(f"Picture written to {picture}.")

@@ -18,7 +18,7 @@ def models_command(as_json: bool) -> None:
     """
     from metalens.models import support
 
-    found, (version, _), installed = support.support(), support.tested(), support.installed()
+    found, (version, _), installed = support.supported_modules(), support.tested(), support.installed()
     if as_json:
         print_json({"tested_mlx_lm": version, "installed_mlx_lm": installed, "models": [vars(module) for module in found]})
         return

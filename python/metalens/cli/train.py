@@ -19,8 +19,8 @@ import numpy as np
 
 from metalens.cli.common import SeveralFiles, data_options, load_model, note, one_clear_error, parallel_option, sources_of
 from metalens.cli.settings import config_of, training_options
-from metalens.lenses.lens import lens_files
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.lens_file import lens_files
+from metalens.lenses.provenance import provenance_of
 from metalens.training import (
     CheckpointFolder,
     Corpus,
@@ -286,7 +286,7 @@ def train_command(
     passes = len(group.passes(lens.layers, config.layers_at_once))
     training = {**config.to_dict(), "data": corpus.identity()}
     seen = None if tokens is None else tokens // passes
-    lens.origin = {**lens.origin, **origin_of(unembed, loaded.name, tokens=seen, recipe=name, training=training)}
+    lens.provenance = {**lens.provenance, **provenance_of(unembed, loaded.name, tokens=seen, recipe=name, training=training)}
     lens.save(out)
     (folder / FINISHED).touch()
     note(f"Lens written to {files[0]} and {files[1].name}.")

@@ -1,44 +1,15 @@
-"""Pictures of a reading and of layer transfer."""
+"""The picture of layer transfer. (A reading draws its own: `Reading.plot`.)"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from metalens.evaluation import Transfer
-from metalens.readings.reading import Reading
-from metalens.utils.arrays import to_list
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MOST_TOKENS = 24  # columns of the picture of a reading
-
-
-def reading_figure(reading: Reading, title: str = "", color: Literal["probability", "entropy"] = "probability") -> Figure:
-    """Draw the heat map of a reading: a row for each layer, the model's own prediction on top, and a column for each of the last 24 tokens.
-
-    Args:
-        reading: the reading.
-        title: text above the picture.
-        color: statistic that the color shows: the probability of the top token, or the entropy (nats). Bright is certain in both.
-    """
-    from metalens.readings.heat_map import lens_figure  # matplotlib is slow to import
-
-    if color == "probability":
-        values, model_values, name = reading.stats.max_probability, reading.model.max_probability, "probability of the top token"
-    else:
-        values, model_values, name = reading.stats.entropy, reading.model.entropy, "entropy (nats)"
-    return lens_figure(
-        reading.predictions,
-        reading.tokens,
-        values,
-        name,
-        title=title,
-        model_row=(reading.model_tokens, to_list(model_values[0])),
-        max_display_tokens=MOST_TOKENS,
-        cmap="viridis" if color == "probability" else "viridis_r",
-        limits=(0.0, 1.0) if color == "probability" else None,  # two pictures of probabilities can be compared
-    )
+else:
+    Figure = Any  # matplotlib takes a second to import
 
 
 def transfer_figure(transfer: Transfer, title: str = "") -> Figure:
@@ -46,11 +17,11 @@ def transfer_figure(transfer: Transfer, title: str = "") -> Figure:
 
     The penalty says how many nats per token the cross-entropy rises if another layer's translator reads a layer.
     """
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure as NewFigure
 
     penalty = transfer.penalty
     size = max(4.0, 0.25 * len(penalty) + 2.5)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    figure = NewFigure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(penalty, cmap="viridis", origin="lower", vmin=min(0.0, *map(min, penalty)))
     axes.set_xlabel("output of block")

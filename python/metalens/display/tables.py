@@ -40,10 +40,11 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
         evaluation: the evaluation. If it has logit_stats, the table shows the bias of each layer too.
         entropy: also show the entropy of the predictions.
     """
+    biases = evaluation.bias
     names = ["kl", "ce", "bits_per_byte", "top1"]
     if entropy:
         names.append("entropy")
-    if evaluation.bias is not None:
+    if biases is not None:
         names.append("bias")
     lenses = {"logit": evaluation.logit}
     if evaluation.tuned is not None:
@@ -54,7 +55,7 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
     for lens, scores in lenses.items():
         for name in names:
             table.add_column(f"{lens} lens\n{SCORE_COLUMNS[name][0]}", justify="right")
-            columns.append(_column(evaluation, lens, scores, name))
+            columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
     formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
     for layer, values in enumerate(zip(*columns, strict=True)):
         table.add_row(str(layer), *_cells(formats, values))
@@ -68,12 +69,6 @@ def _nats(names: Sequence[str]) -> str:
     """Return the names of the columns that are in nats per token, as a list in words."""
     shown = ["KL(model || lens)", "cross-entropy", *(name for name in names if name in ("entropy", "bias"))]
     return f"{', '.join(shown[:-1])} and {shown[-1]}"
-
-
-def _column(evaluation: Evaluation, lens: str, scores: Sequence[Scores], name: str) -> list[float]:
-    if name == "bias":
-        return (evaluation.bias or {})[lens]
-    return [getattr(layer, name) for layer in scores]
 
 
 def _cells(formats: Sequence[Callable[[float], str]], values: Iterable[float]) -> list[str]:

@@ -235,7 +235,7 @@ def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
 def logit_bytes(d: ModelDimensions, layers: int, tokens: int) -> int:
     """Return the bytes of all logits and their gradients that exist at once, on the backend that would be used here."""
     if metal():
-        rounded = precision() == "bf16"
+        rounded = precision() == "bfloat16"
         head = Head(Weight(mx.zeros((d.vocab_size, d.hidden_size))))  # lazy: only its shape is read
         chunk_layers, chunk_tokens = chunk_shape(layers, tokens, head, rounded)
         return d.vocab_size * (chunk_layers * chunk_tokens * (4 + (2 if rounded else 4)) + 4 * chunk_tokens)
