@@ -77,12 +77,8 @@ def one_clear_error(command: F) -> F:
 # ------------------------------------------------------------------ options
 
 
-class Option(click.Option):
-    """An option that also accepts older spellings, which the help text leaves out.
-
-    Args:
-        old: the older spellings.
-    """
+class _RenamedOption(click.Option):
+    """An option that also accepts older spellings, which the help text leaves out."""
 
     def __init__(self, *args: Any, old: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,6 +90,17 @@ class Option(click.Option):
         self.opts = [*spellings, *self.old]
         super().add_to_parser(parser, ctx)
         self.opts = spellings
+
+
+def renamed_option(*declarations: str, old: Sequence[str], **attributes: Any) -> Callable[[F], F]:
+    """Add an option that also accepts older spellings, which the help text leaves out. Arguments as in `click.option`.
+
+    Args:
+        declarations: spellings of the option, and the name of its parameter.
+        old: older spellings.
+        attributes: attributes of the option.
+    """
+    return click.option(*declarations, cls=_RenamedOption, old=old, **attributes)
 
 
 class SeveralFiles(click.Command):
@@ -158,10 +165,9 @@ def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
         shows: content of the picture, for the help text.
         old: older spellings of the option.
     """
-    return click.option(
+    return renamed_option(
         "--save",
         "picture",
-        cls=Option,
         old=old,
         type=click.Path(path_type=Path),
         metavar="PICTURE",
@@ -171,9 +177,8 @@ def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
 
 def parallel_option(command: F) -> F:
     """Add --parallel."""
-    return click.option(
+    return renamed_option(
         "--parallel",
-        cls=Option,
         old=["--share"],
         type=click.Choice(["data", "layers"]),
         default="data",

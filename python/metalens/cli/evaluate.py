@@ -10,7 +10,6 @@ import click
 
 from metalens.cli.common import (
     DEFAULT_LENGTH,
-    Option,
     SeveralFiles,
     data_options,
     json_option,
@@ -20,6 +19,7 @@ from metalens.cli.common import (
     one_clear_error,
     print_json,
     print_table,
+    renamed_option,
     save_option,
     sources_of,
 )
@@ -39,7 +39,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @click.argument("model")
 @lens_option
 @data_options(required=True, split="test")
-@click.option("--max-tokens", cls=Option, old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
+@renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")

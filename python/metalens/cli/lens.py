@@ -8,7 +8,6 @@ from typing import Literal
 import click
 
 from metalens.cli.common import (
-    Option,
     json_option,
     lens_option,
     load_model,
@@ -17,6 +16,7 @@ from metalens.cli.common import (
     parse_layers,
     print_json,
     print_table,
+    renamed_option,
     save_option,
 )
 from metalens.utils.files import require_writable
@@ -30,9 +30,8 @@ from metalens.utils.files import require_writable
 @click.option("--top-k", default=3, show_default=True, type=int, help="Number of predictions for each layer and token.")
 @json_option
 @save_option("the predictions")
-@click.option(
+@renamed_option(
     "--color",
-    cls=Option,
     old=["--colour"],
     type=click.Choice(["probability", "entropy"]),
     default="probability",

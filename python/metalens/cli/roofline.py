@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from metalens.cli.common import Option, json_option, note, one_clear_error, print_json, print_table
+from metalens.cli.common import json_option, note, one_clear_error, print_json, print_table, renamed_option
 from metalens.estimate.roofline import CHIPS, WHAT, bounds
 from metalens.models.bundled import path_of
 from metalens.models.facts import dimensions_of
@@ -15,9 +15,8 @@ from metalens.models.facts import dimensions_of
 @click.command("roofline")
 @click.argument("model")
 @click.option("--chip", "chips", multiple=True, type=click.Choice(list(CHIPS)), help="Chip to show; may be given several times.  [default: all]")
-@click.option(
+@renamed_option(
     "--batch-tokens",
-    cls=Option,
     old=["--tokens"],
     default=512,
     show_default=True,

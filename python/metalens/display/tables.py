@@ -11,7 +11,7 @@ from rich.text import Text
 from metalens.display.format import decimals, gigabytes, percent, rate, yes_or_no
 from metalens.estimate.results import BYTES_PER_TOKEN, Plan
 from metalens.estimate.roofline import Bounds
-from metalens.evaluation import Evaluation, Scores, Transfer
+from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.ops.doctor import Diagnosis
 from metalens.readings.heat_map import readable
