@@ -4,18 +4,11 @@ import json
 from dataclasses import fields
 
 import pytest
-from click.testing import CliRunner
 
 from metalens import TunedLens
 from metalens.cli import COMMANDS, main
 from metalens.estimate.roofline import Bounds
 from metalens.models.bundled import HELD_OUT_TEXT
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
 
 
 def options(command):
