@@ -11,9 +11,10 @@ import sys
 
 import click
 
+from metalens.cli.plan import plan_command
 from metalens.cli.read import demo_command, eval_command, lens_command
 from metalens.cli.tools import convert_command, doctor_command, models_command, roofline_command
-from metalens.cli.train import plan_command, train_command
+from metalens.cli.train import train_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

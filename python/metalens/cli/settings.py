@@ -77,6 +77,36 @@ def training_options(command: F) -> F:
     return command
 
 
+def data_options(required: bool) -> Callable[[Any], Any]:
+    """--data and how it is read."""
+
+    def options(command: Any) -> Any:
+        for option in (
+            click.option("--split", default="train", show_default=True, help="Of hub data sets."),
+            click.option("--field", default="text", show_default=True, help="Field or column with the text."),
+            click.option(
+                "--data",
+                required=required,
+                multiple=True,
+                metavar="FILE...",
+                help="UTF-8 text, JSON Lines or Parquet; folders of these; hf:DATASET[:CONFIGURATION][@REVISION].",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return options
+
+
+SHARE = click.option(
+    "--share",
+    type=click.Choice(["data", "layers"]),
+    default="data",
+    show_default=True,
+    help="What the processes that mlx.launch starts divide among them.",
+)
+
+
 def config_of(recipe_name: str | None, config_file: Path | None, options: dict[str, Any], context: int | None = None) -> tuple[str, TrainingConfig]:
     """(name of the recipe, settings).
 

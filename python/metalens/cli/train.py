@@ -1,4 +1,4 @@
-"""metalens train and plan."""
+"""metalens train."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from metalens.cli.common import SeveralFiles, load_model, note, one_clear_error, print_json, print_table, sources_of
-from metalens.cli.settings import config_of, training_options
-from metalens.display import tables as report
-from metalens.estimate import memory as planning
+from metalens.cli.common import SeveralFiles, load_model, note, one_clear_error, sources_of
+from metalens.cli.settings import SHARE, config_of, data_options, training_options
 from metalens.lenses.lens import lens_files
 from metalens.lenses.provenance import origin_of
-from metalens.models.bundled import path_of
-from metalens.models.facts import facts_of
 from metalens.training import (
     CheckpointFolder,
     Corpus,
@@ -202,36 +198,6 @@ def tokens_of_newest(folder: Path) -> int | None:
 # ------------------------------------------------------------------ commands
 
 
-def data_options(required: bool) -> Callable[[Any], Any]:
-    """--data and how it is read."""
-
-    def options(command: Any) -> Any:
-        for option in (
-            click.option("--split", default="train", show_default=True, help="Of hub data sets."),
-            click.option("--field", default="text", show_default=True, help="Field or column with the text."),
-            click.option(
-                "--data",
-                required=required,
-                multiple=True,
-                metavar="FILE...",
-                help="UTF-8 text, JSON Lines or Parquet; folders of these; hf:DATASET[:CONFIGURATION][@REVISION].",
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return options
-
-
-SHARE = click.option(
-    "--share",
-    type=click.Choice(["data", "layers"]),
-    default="data",
-    show_default=True,
-    help="What the processes that mlx.launch starts divide among them.",
-)
-
-
 @click.command("train", cls=SeveralFiles)
 @click.argument("model")
 @data_options(required=True)
@@ -348,43 +314,3 @@ def _read(sources: list[str | Path], tokenizer: Any, show: bool, **how: Any) -> 
             bars[0].update(tokens)
 
         return open_corpus(sources, tokenizer, progress=progress, **how)
-
-
-@click.command("plan", cls=SeveralFiles)
-@click.argument("model")
-@data_options(required=False)
-@training_options
-@SHARE
-@click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="That mlx.launch would start.")
-@click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Of each process's machine.  [default: this one's]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@one_clear_error
-def plan_command(
-    model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    recipe: str | None,
-    config_file: Path | None,
-    share: Literal["data", "layers"],
-    processes: int,
-    memory: float | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Say what `train` with the same options would take: memory, work and text, and what to change if it does not fit. Loads no weights.
-
-    MODEL is a folder with a config.json (weights make the numbers better), a hub id, 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit,
-    Llama-3.1-70B-4bit.
-    """
-    facts = facts_of(path_of(model))
-    name, config = config_of(recipe, config_file, options, facts.context)
-    available = None if memory is None else round(memory * 1e9)
-    text_bytes = planning.text_bytes(find_sources(sources_of(data), field=field, split=split)) if data else None
-    found = planning.plan(facts, config, available=available, processes=processes, share=share, text_bytes=text_bytes)
-    if as_json:
-        print_json({"model": model, "recipe": name, **found.to_dict()})
-        return
-    print_table(report.plan_table(found, f"{model}, recipe {name}"))
-    for line in found.remarks:
-        note(line)
