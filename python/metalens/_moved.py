@@ -46,6 +46,7 @@ MODULES = {
 # {old name of a class or function: new name}, in any of these modules
 NAMES = {
     "GroupLost": "GroupLostError",
+    "Listener": "Callback",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from metalens.cli.common import SeveralFiles, note, one_clear_error, print_json, print_table, sources_of
-from metalens.cli.settings import SHARE, config_of, data_options, training_options
+from metalens.cli.settings import config_of, data_options, parallel_option, training_options
 from metalens.display import tables as report
 from metalens.estimate import memory as planning
 from metalens.models.bundled import path_of
@@ -20,7 +20,7 @@ from metalens.training.data import find_sources
 @click.argument("model")
 @data_options(required=False)
 @training_options
-@SHARE
+@parallel_option
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="That mlx.launch would start.")
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Of each process's machine.  [default: this one's]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -32,7 +32,7 @@ def plan_command(
     split: str,
     recipe: str | None,
     config_file: Path | None,
-    share: Literal["data", "layers"],
+    parallel: Literal["data", "layers"],
     processes: int,
     memory: float | None,
     as_json: bool,
@@ -47,7 +47,7 @@ def plan_command(
     name, config = config_of(recipe, config_file, options, facts.context)
     available = None if memory is None else round(memory * 1e9)
     text_bytes = planning.text_bytes(find_sources(sources_of(data), field=field, split=split)) if data else None
-    found = planning.plan(facts, config, available=available, processes=processes, share=share, text_bytes=text_bytes)
+    found = planning.plan(facts, config, available=available, processes=processes, share=parallel, text_bytes=text_bytes)
     if as_json:
         print_json({"model": model, "recipe": name, **found.to_dict()})
         return

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from metalens.ops import Weight, linear
+from metalens.ops import Norm, Weight, linear, translate_norm
 from metalens.utils.errors import InvalidValueError
 
 # {variant: the parameters that one translator of it stores}
@@ -48,6 +48,15 @@ def translate(parameters: Mapping[str, mx.array], h: mx.array) -> mx.array:
     elif "down" in parameters:
         h = h + linear(linear(h, Weight(parameters["down"])), Weight(parameters["up"]))
     return h + parameters["bias"] if "bias" in parameters else h
+
+
+def translated(parameters: Mapping[str, mx.array], h: mx.array, norm: Norm) -> mx.array:
+    """norm(translator(h)) [..., D] for a translator of any variant, given by its parameters. Lazy; differentiable in them."""
+    if "weight" in parameters:
+        return translate_norm(h, parameters["weight"], parameters["bias"], norm)
+    bias = parameters.get("bias", mx.zeros(h.shape[-1:]))
+    unbiased = translate({name: p for name, p in parameters.items() if name != "bias"}, h)
+    return translate_norm(unbiased, None, bias, norm)
 
 
 def dense(parameters: Mapping[str, mx.array], hidden_dim: int) -> tuple[mx.array, mx.array]:

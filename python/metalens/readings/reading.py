@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from metalens.lenses.lens import Lens, TunedLens
-from metalens.lenses.translators import parameters_of, translate
+from metalens.lenses.translators import parameters_of, translated
 from metalens.models.unembed import NormFunction
-from metalens.ops import LensStats, Norm, translate_norm
+from metalens.ops import LensStats, Norm
 from metalens.utils.arrays import to_float, to_list
 from metalens.utils.errors import InvalidValueError
 
@@ -45,15 +45,6 @@ def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, nor
         translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
         return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
     return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
-
-
-def translated(parameters: Mapping[str, mx.array], h: mx.array, norm: Norm) -> mx.array:
-    """norm(translator(h)) [..., D] for a translator of any variant, given by its parameters. Lazy; differentiable in them."""
-    if "weight" in parameters:
-        return translate_norm(h, parameters["weight"], parameters["bias"], norm)
-    bias = parameters.get("bias", mx.zeros(h.shape[-1:]))
-    unbiased = translate({name: p for name, p in parameters.items() if name != "bias"}, h)
-    return translate_norm(unbiased, None, bias, norm)
 
 
 def require_finite(stats: LensStats) -> None:

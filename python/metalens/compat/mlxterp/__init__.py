@@ -31,11 +31,11 @@ class InterpretableModel(_InterpretableModel):
         return ModuleResolver(self.model, self.overrides.embedding, self.overrides.norm, self.overrides.head)
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
-        """The ids, those outside the vocabulary wrapped around."""
+        """Wrap training ids outside the vocabulary around, with a warning."""
         if ids.size and (ids.min() < 0 or ids.max() >= self.embedding_rows):
             warnings.warn(
                 f"The tokenizer gives ids outside the model's vocabulary (0 to {self.embedding_rows - 1}); they are taken modulo its size. "
-                "Is this the model's own tokenizer?",
+                "Check whether this is the model's own tokenizer.",
                 UserWarning,
                 stacklevel=5,
             )
