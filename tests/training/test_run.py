@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from metalens import InterpretableModel, TunedLens
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import (
     Callback,
@@ -62,17 +62,17 @@ def bits(lens):
 def test_a_name_and_a_file_are_enough(file):
     lens = train("demo", str(file), **SMALL)
     assert isinstance(lens, TunedLens)
-    assert lens.origin["model"] == str(MODEL)
-    assert lens.origin["recipe"] == "mlxterp"
-    assert lens.origin["tokens"] == 64
-    assert (lens.origin["training"]["num_steps"], lens.origin["training"]["data"]["documents"]) == (2, 1)
+    assert lens.provenance["model"] == str(MODEL)
+    assert lens.provenance["recipe"] == "mlxterp"
+    assert lens.provenance["tokens"] == 64
+    assert (lens.provenance["training"]["num_steps"], lens.provenance["training"]["data"]["documents"]) == (2, 1)
     assert [path.name for path in file.parent.iterdir()] == ["text.txt"]
 
 
 def test_a_lens_remembers_its_model_however_it_was_trained(model):
     lens = model.train_tuned_lens(["Some words to train on, which are not many."] * 4, 2, max_seq_len=12, verbose=False)
-    assert lens.origin["head"] == origin_of(model.unembed)["head"]
-    assert (lens.origin["recipe"], lens.origin["tokens"]) == ("mlxterp", 24)
+    assert lens.provenance["head"] == provenance_of(model.unembed)["head"]
+    assert (lens.provenance["recipe"], lens.provenance["tokens"]) == ("mlxterp", 24)
 
 
 @pytest.mark.parametrize("given", ["ids", "array", "rows", "corpus"])
@@ -88,14 +88,14 @@ def test_texts_are_documents(model, tmp_path, text):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
     of_texts, of_file = train(model, texts, **SMALL), train(model, tmp_path, **SMALL)
     assert bits(of_texts) == bits(of_file)
-    assert of_texts.origin["training"]["data"]["documents"] == 2
+    assert of_texts.provenance["training"]["data"]["documents"] == 2
 
 
 def test_a_model_without_a_tokenizer_takes_ids_alone(model, text):
     bare = InterpretableModel(model.model)
     with pytest.raises(ValueError, match="No tokenizer available"):
         train(bare, [text], **SMALL)
-    assert "model" not in train(bare, list(range(100)), **SMALL).origin
+    assert "model" not in train(bare, list(range(100)), **SMALL).provenance
 
 
 def test_what_is_wrong_is_found_before_the_model_is_loaded(file):
@@ -186,10 +186,10 @@ def test_a_run_that_was_stopped_goes_on(model, file):
     with interruptible() as stop:
         resumed = train(model, file, **settings, resume=True, stop=stop)
     assert bits(resumed) == bits(straight)
-    assert resumed.origin == straight.origin == TunedLens.load(out).origin
+    assert resumed.provenance == straight.provenance == TunedLens.load(out).provenance
     assert (file.parent / "lens.checkpoints" / "finished").exists()
     again = train(model, file, **settings, resume=True)
-    assert again.origin == straight.origin
+    assert again.provenance == straight.provenance
     train(model, file, **settings)  # a finished run makes way
 
 
@@ -232,7 +232,7 @@ def test_the_call_of_the_first_version_still_works(model):
         lens = train(model.source, model.unembed, ids, config, callback=seen.append)
     assert bits(lens) == bits(train_loop(model.source, model.unembed, ids, config))
     assert [progress.step for progress in seen] == [0, 1]
-    assert lens.origin == {}
+    assert lens.provenance == {}
 
 
 def test_old_names_of_classes():

@@ -10,7 +10,7 @@ import click
 
 from metalens.cli.common import SeveralFiles, note, one_clear_error, sources_of
 from metalens.cli.settings import data_options, given_settings, in_options, parallel_option, training_options
-from metalens.lenses.lens import lens_files
+from metalens.lenses.lens_file import lens_files
 from metalens.training import (
     Callback,
     Group,

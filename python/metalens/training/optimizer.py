@@ -31,7 +31,7 @@ class LensMuon(optim.Muon):
         iterations: number of polynomials, see `polar.quintics`. None = chosen by the size of the matrix.
     """
 
-    precision: Precision = "bf16"
+    precision: Precision = "bfloat16"
     iterations: int | None = None
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.unembed import Unembed
 from metalens.training.batching import steps_together
@@ -40,7 +40,7 @@ class RunFacts:
 
     def model(self) -> dict[str, Any]:
         """Return the sizes of the model and the hash of its head."""
-        head = origin_of(self.unembed)["head"]
+        head = provenance_of(self.unembed)["head"]
         return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
 
     def record(self) -> dict[str, Any]:

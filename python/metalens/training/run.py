@@ -15,8 +15,9 @@ from typing import Any, Literal, ParamSpec, cast
 import mlx.nn as nn
 import numpy as np
 
-from metalens.lenses.lens import TunedLens, lens_files
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.lens import TunedLens
+from metalens.lenses.lens_file import lens_files
+from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import NO_TOKENIZER
@@ -196,4 +197,4 @@ def _tokenized(sources: list[Source], model: LanguageModel, config: TrainingConf
 def _remember(lens: TunedLens, model: LanguageModel, recipe: str | None, config: TrainingConfig, corpus: Corpus, tokens: int | None) -> None:
     """Write into a lens which model, recipe, settings and text it was trained with. `tokens` are those that each layer has seen."""
     training = {**config.to_dict(), "data": corpus.identity()}
-    lens.origin = {**lens.origin, **origin_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}
+    lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metalens.models.tokenization import as_token_ids
 from metalens.training.data.cache import StoredTokens, TokenCache
 from metalens.training.data.readers import Piece, Source
 from metalens.training.data.sources import find_sources
@@ -74,7 +75,7 @@ class Corpus:
             InvalidTypeError: if they are not integers.
             InvalidValueError: if there are none, if they are not one-dimensional, or if one is negative or too large.
         """
-        array = np.asarray(ids)
+        array = as_token_ids(ids)
         if array.dtype.kind not in "iu":
             raise InvalidTypeError(
                 f"Token ids must be integers, got {array.dtype}." if array.size else "There are no token ids. Give text that is not empty."

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.tokenization import as_token_ids
 from metalens.training.data.corpus import Corpus
 from metalens.training.data.readers import Source, TextList
 from metalens.training.data.sources import SUFFIXES, find_sources
@@ -42,7 +43,7 @@ def read_inputs(data: TrainingData, *, field: str = "text", split: str = "train"
     if isinstance(data, (str, Path, Source)):
         return _named([data], field, split)
     if isinstance(data, (mx.array, np.ndarray)):
-        return Corpus.from_ids(np.array(data).reshape(-1))
+        return Corpus.from_ids(as_token_ids(data).reshape(-1))
     if not isinstance(data, Sequence):
         raise InvalidTypeError(f"Training data are names, texts, token ids or a Corpus, not {type(data).__name__}.")
     if not data:
@@ -74,10 +75,10 @@ def _kind_of(entry: str | Path | Source) -> Literal["name", "text", "word"]:
 
 
 def joined_ids(rows: Sequence[Any]) -> np.ndarray:
-    """Return token ids, or lists and arrays of them, as one array [tokens]. Rows without ids are left out."""
-    arrays = [np.asarray(row).reshape(-1) for row in rows]
-    kept = [array for array in arrays if array.size]
-    return np.concatenate(kept) if kept else np.zeros(0, np.int64)
+    """Return token ids, or several lists and arrays of them, as one array [tokens]."""
+    if all(isinstance(row, (int, np.integer)) for row in rows):
+        return as_token_ids(rows)
+    return np.concatenate([as_token_ids(row).reshape(-1) for row in rows if len(row)] or [np.zeros(0, np.int64)])
 
 
 def _named(names: Sequence[str | Path | Source], field: str, split: str) -> list[Source]:
