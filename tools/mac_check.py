@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from metalens import InterpretableModel, use_backend  # noqa: E402
+from metalens.display.tables import diagnosis_facts  # noqa: E402
 from metalens.models import bundled  # noqa: E402
 from metalens.ops import (  # noqa: E402
     Head,
@@ -54,7 +55,7 @@ def facts() -> list[str]:
     found = {
         "chip": chip.stdout.strip() if chip else platform.processor() or platform.machine(),
         "macOS": platform.mac_ver()[0] or "none",
-        **doctor.examine(),
+        **diagnosis_facts(doctor.examine()),
     }
     return [f"| {name} | {value} |" for name, value in found.items()]
 

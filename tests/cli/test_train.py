@@ -15,10 +15,11 @@ from click.testing import CliRunner
 
 from metalens import InterpretableModel, TunedLens
 from metalens.cli import main
-from metalens.cli.settings import config_of
+from metalens.cli.settings import given_settings
 from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import TrainingConfig, recipe
+from metalens.training.settings import resolve
 from metalens.utils.errors import InvalidValueError
 
 # One sequence of 32 tokens per step.
@@ -89,9 +90,8 @@ def test_options_have_the_types_choices_and_help_of_the_settings():
 
 
 def test_options_are_settings():
-    assert config_of("adam", None, {"num_steps": 9, "seed": "none", "momentum": None})[1] == recipe(
-        "adam", num_steps=9, seed=None, repeat=False, max_seq_len=512
-    )
+    given = given_settings({"num_steps": 9, "seed": "none", "momentum": None})
+    assert resolve("adam", None, given)[1] == recipe("adam", num_steps=9, seed=None, repeat=False, max_seq_len=512)
 
 
 def test_the_old_spelling_of_parallel_is_accepted_and_not_shown(run, text):

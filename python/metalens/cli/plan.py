@@ -1,19 +1,25 @@
-"""metalens plan."""
+"""metalens plan: what a training run would need."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import SeveralFiles, note, one_clear_error, print_json, print_table, sources_of
-from metalens.cli.settings import config_of, data_options, parallel_option, training_options
-from metalens.display import tables as report
-from metalens.estimate import memory as planning
-from metalens.models.bundled import path_of
-from metalens.models.facts import facts_of
-from metalens.training.data import find_sources
+from metalens.cli.common import SeveralFiles, data_options, json_option, note, one_clear_error, parallel_option, print_json, print_table, sources_of
+from metalens.cli.settings import given_settings, training_options
+
+
+def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) -> int | None:
+    """Return gigabytes as bytes."""
+    if value is None:
+        return None
+    count = value * 1e9
+    if not math.isfinite(count) or count < 1:
+        raise click.BadParameter(f"{value} is not a number of gigabytes above 0.")
+    return round(count)
 
 
 @click.command("plan", cls=SeveralFiles)
@@ -21,9 +27,15 @@ from metalens.training.data import find_sources
 @data_options(required=False)
 @training_options
 @parallel_option
-@click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="That mlx.launch would start.")
-@click.option("--memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Of each process's machine.  [default: this one's]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Number of processes that mlx.launch would start.")
+@click.option(
+    "--memory",
+    type=float,
+    callback=parse_gigabytes,
+    metavar="GB",
+    help="Memory that each process may use, in gigabytes.  [default: the memory of this machine]",
+)
+@json_option
 @one_clear_error
 def plan_command(
     model: str,
@@ -34,23 +46,34 @@ def plan_command(
     config_file: Path | None,
     parallel: Literal["data", "layers"],
     processes: int,
-    memory: float | None,
+    memory: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say what `train` with the same options would take: memory, work and text, and what to change if it does not fit. Loads no weights.
+    """Estimate what `train` would need with the same options, without loading the model: memory, work, text and disk.
 
-    MODEL is a folder with a config.json (weights make the numbers better), a hub id, 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit,
-    Llama-3.1-70B-4bit.
+    If the run does not fit, the estimate lists changes that would make it fit. MODEL is a folder with a config.json (the estimate is better if it has
+    weights too), a hub id, 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit, Llama-3.1-70B-4bit.
     """
-    facts = facts_of(path_of(model))
-    name, config = config_of(recipe, config_file, options, facts.context)
-    available = None if memory is None else round(memory * 1e9)
-    text_bytes = planning.text_bytes(find_sources(sources_of(data), field=field, split=split)) if data else None
-    found = planning.plan(facts, config, available=available, processes=processes, share=parallel, text_bytes=text_bytes)
+    from metalens.estimate.memory import plan
+
+    found = plan(
+        model,
+        recipe,
+        config=config_file,
+        memory=memory,
+        processes=processes,
+        parallel=parallel,
+        data=sources_of(data) if data else None,
+        field=field,
+        split=split,
+        **given_settings(options),
+    )
     if as_json:
-        print_json({"model": model, "recipe": name, **found.to_dict()})
+        print_json({"model": model, **found.to_dict()})
         return
-    print_table(report.plan_table(found, f"{model}, recipe {name}"))
-    for line in found.remarks:
+    from metalens.display.tables import plan_remarks, plan_table
+
+    print_table(plan_table(found, f"{model}, recipe {found.recipe}"))
+    for line in plan_remarks(found):
         note(line)

@@ -1,4 +1,4 @@
-"""Options for data, for the settings of a run, and for its processes. Those of settings follow from the fields of TrainingConfig."""
+"""Options for the settings of a run. They follow from the fields of TrainingConfig."""
 
 from __future__ import annotations
 
@@ -13,32 +13,9 @@ import click
 from metalens.cli.common import parse_layers
 from metalens.training.config import TrainingConfig, choices_of, setting_types
 from metalens.training.recipes import RECIPES
-from metalens.training.settings import DEFAULT_RECIPE, MAX_SEQ_LEN_DEFAULT, resolve
+from metalens.training.settings import DEFAULT_RECIPE, MAX_SEQ_LEN_DEFAULT
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class RenamedOption(click.Option):
-    """An option that has old spellings, which are accepted and not shown.
-
-    Args:
-        old: the old spellings.
-    """
-
-    def __init__(self, declarations: Sequence[str], *, old: Sequence[str], **attributes: Any) -> None:
-        super().__init__([*declarations, *old], **attributes)
-        self.old = tuple(old)
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the help without the old spellings."""
-        shown, self.opts = self.opts, [each for each in self.opts if each not in self.old]
-        try:
-            return super().get_help_record(ctx)
-        finally:
-            self.opts = shown
-
-
-# ------------------------------------------------------------------ settings
 
 
 def parse_seed(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
@@ -123,51 +100,6 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if value == "none" else value for name, value in options.items() if value is not None}
 
 
-def config_of(
-    recipe: str | None, config_file: Path | None, options: Mapping[str, Any], context: int | None = None
-) -> tuple[str | None, TrainingConfig]:
-    """Return the name of the recipe and the settings: see `metalens.training.settings.resolve`."""
-    return resolve(recipe, config_file, given_settings(options), context)
-
-
 def in_options(changes: Mapping[str, Any]) -> str:
     """Return changes of settings in the words of the command line: '--steps 12', '--repeat'."""
     return " ".join(spelling_of(name) if value is True else f"{spelling_of(name)} {value}" for name, value in changes.items())
-
-
-# ------------------------------------------------------------------ data and processes
-
-
-def data_options(required: bool) -> Callable[[F], F]:
-    """Return a decorator that adds --data and the options about how it is read."""
-
-    def options(command: F) -> F:
-        for option in (
-            click.option("--split", default="train", show_default=True, help="Split of hub data sets."),
-            click.option("--field", default="text", show_default=True, help="Field or column with the text."),
-            click.option(
-                "--data",
-                required=required,
-                multiple=True,
-                metavar="FILE...",
-                help="UTF-8 text, JSON Lines or Parquet; folders of these; hf:DATASET[:CONFIGURATION][@REVISION].",
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return options
-
-
-def parallel_option(command: F) -> F:
-    """Add --parallel."""
-    return click.option(
-        "--parallel",
-        "parallel",
-        cls=RenamedOption,
-        old=["--share"],
-        type=click.Choice(["data", "layers"]),
-        default="data",
-        show_default=True,
-        help="What the processes that mlx.launch starts divide among them.",
-    )(command)

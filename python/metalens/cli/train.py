@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import SeveralFiles, note, one_clear_error, sources_of
-from metalens.cli.settings import data_options, given_settings, in_options, parallel_option, training_options
+from metalens.cli.common import SeveralFiles, data_options, note, one_clear_error, parallel_option, sources_of
+from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
 from metalens.training import (
     Callback,
