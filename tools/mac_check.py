@@ -108,7 +108,7 @@ def train_both(steps: int) -> tuple[list[str], int]:
     for backend in ("metal", "reference"):
         with use_backend(backend):  # type: ignore[arg-type]
             found = losses.setdefault(backend, [])
-            train(model.source, model.unembed, ids, config, callback=lambda p, found=found: found.append(p.loss))
+            train(model, ids, recipe="mlxterp", config=config, callbacks=[lambda p, found=found: found.append(p.loss)])
     worst = max(abs(a - b) / b for a, b in zip(losses["metal"], losses["reference"], strict=True))
     return [f"{steps} steps: losses {losses['metal'][0]:.4f} ... {losses['metal'][-1]:.4f}, largest relative difference {worst:.1e}"], int(
         worst > 1e-3

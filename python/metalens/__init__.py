@@ -23,7 +23,7 @@ _DEFINED_IN = {
     "evaluate": "metalens.evaluation.evaluator",
     "load": "metalens.model",
     "plan": "metalens.estimate.memory",
-    "recipe": "metalens.training.config",
+    "recipe": "metalens.training.recipes",
     "train_tuned_lens": "metalens.model",
     "use_backend": "metalens.ops.backends",
     "use_precision": "metalens.ops.backends",
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from metalens.models.acceleration import Acceleration, accelerate
     from metalens.ops.backends import use_backend, use_precision
     from metalens.readings.reading import Reading
-    from metalens.training.config import TrainingConfig, recipe
+    from metalens.training.config import TrainingConfig
+    from metalens.training.recipes import recipe
 
 _moved.install()
 

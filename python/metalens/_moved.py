@@ -49,6 +49,7 @@ NAMES = {
     "Call": "ModuleCall",
     "Dimensions": "ModelDimensions",
     "GroupLost": "GroupLostError",
+    "Listener": "Callback",
     "MODELS": "KNOWN_MODELS",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",

@@ -18,7 +18,7 @@ from metalens.estimate.memory import memory_of, plan
 from metalens.models.bundled import MODEL
 from metalens.models.capture import ResidualCapture
 from metalens.models.facts import KNOWN_MODELS, ModelDimensions, ModelFacts, facts_of
-from metalens.training import TrainingConfig, recipe, train
+from metalens.training import TrainingConfig, recipe, train_loop
 from metalens.training.batching import steps_together
 from metalens.utils.errors import InvalidValueError
 
@@ -83,7 +83,7 @@ def test_memory_is_what_a_run_allocates(small, settings, dtype):
         gc.collect()
         kept.append(mx.get_active_memory() - before)
 
-    train(model.source, unembed, ids, config, callback=look)
+    train_loop(model.source, unembed, ids, config, callbacks=[look])
     peak = mx.get_peak_memory() - before
     memory = memory_of(facts, config)
     layer = 4 * (WIDTH if config.bias_only else WIDTH * (2 * config.rank + 1) if config.rank else WIDTH * (WIDTH + 1))

@@ -44,7 +44,7 @@ class Demo:
 def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
     """Train on the bundled text, evaluate on the held-out text, read the prompt."""
     ids = model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")])
-    lens = train(model.source, model.unembed, ids, CONFIG, show_progress=show_progress)
+    lens = train(model, ids, recipe="fast", config=CONFIG, show_progress=show_progress)
     text = HELD_OUT_TEXT.read_text(encoding="utf-8")
     evaluation = evaluate(model, text, lens, max_seq_len=CONFIG.max_seq_len, max_tokens=HELD_OUT_TOKENS, show_progress=show_progress)
     return Demo(lens, evaluation, model.read(PROMPT), model.read(PROMPT, lens))

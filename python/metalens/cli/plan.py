@@ -9,7 +9,7 @@ from typing import Any, Literal
 import click
 
 from metalens.cli.common import SeveralFiles, data_options, json_option, note, one_clear_error, parallel_option, print_json, print_table, sources_of
-from metalens.cli.settings import training_options
+from metalens.cli.settings import given_settings, training_options
 
 
 def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) -> int | None:
@@ -67,7 +67,7 @@ def plan_command(
         data=sources_of(data) if data else None,
         field=field,
         split=split,
-        **options,
+        **given_settings(options),
     )
     if as_json:
         print_json({"model": model, **found.to_dict()})

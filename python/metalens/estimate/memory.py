@@ -32,6 +32,7 @@ from metalens.training.config import TrainingConfig
 from metalens.training.data import find_sources
 from metalens.training.data.readers import FileSource, Source, TextFile
 from metalens.training.polar import quintics
+from metalens.training.settings import resolve
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_arguments
 
@@ -92,7 +93,7 @@ def plan(
     if isinstance(recipe, TrainingConfig):
         warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
         recipe, config = None, recipe
-    name, settled = _resolve(recipe, config, settings, facts.context_length)
+    name, settled = resolve(recipe, config, settings, facts.context_length)
     _check(facts.dimensions, settled, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
     layers = _layers(facts, settled, processes, parallel)
@@ -109,17 +110,6 @@ def plan(
         disk=_disk(facts.dimensions, settled, layers),
     )
     return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
-
-
-def _resolve(
-    recipe: str | None, config: TrainingConfig | str | Path | None, settings: dict[str, Any], context_length: int | None
-) -> tuple[str | None, TrainingConfig]:
-    """Return the name of the recipe and the settings, resolved as `train` does."""
-    if isinstance(config, TrainingConfig):
-        return recipe, TrainingConfig.from_dict(config.to_dict() | settings)
-    from metalens.cli.settings import config_of
-
-    return config_of(recipe, None if config is None else Path(config), settings, context_length)
 
 
 def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
