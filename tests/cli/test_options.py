@@ -89,6 +89,11 @@ def test_older_spelling_of_plan(run):
     assert new["processes"] == 3
 
 
+def test_numbers_that_json_does_not_have(run):
+    result = run("plan", "demo", "--gradient-clip", "inf", "--json")
+    assert json.loads(result.stdout)["config"]["gradient_clip"] == "inf"
+
+
 def identifiers(value):
     """All keys of a JSON value."""
     if isinstance(value, dict):
