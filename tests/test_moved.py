@@ -31,20 +31,32 @@ def test_an_old_module_is_the_new_one_with_a_warning(old, new):
 
 
 def test_old_names_of_classes():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.unembed import NoUnembed
     from metalens.models.unembed import UnembedError
 
     assert NoUnembed is UnembedError
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.stream import NoStream, StreamSource
     from metalens.models.capture import ResidualCapture, ResidualStreamError
 
     assert (StreamSource, NoStream) == (ResidualCapture, ResidualStreamError)
 
 
+def test_names_of_a_module_that_was_split():
+    with pytest.warns(DeprecationWarning, match=r"metalens\.lens has moved"):
+        from metalens.lens import TunedLens, lens_files, origin_of
+    with pytest.warns(DeprecationWarning, match=r"metalens\.readout has moved"):
+        from metalens.readout import Reading, lens_rows, translated
+    from metalens.lenses import lens, lens_file, provenance, translators
+    from metalens.readings import reading, rows
+
+    assert (TunedLens, lens_files, origin_of) == (lens.TunedLens, lens_file.lens_files, provenance.provenance_of)
+    assert (Reading, lens_rows, translated) == (reading.Reading, rows.lens_rows, translators.translated)
+
+
 def test_modules_within_an_old_package():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         from metalens.metal.kernel import Kernel
     from metalens.ops.metal import kernel
 
@@ -52,7 +64,7 @@ def test_modules_within_an_old_package():
 
 
 def test_an_old_module_does_not_hide_the_function_of_its_name():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="has moved to"):
         import metalens.evaluate
     from metalens.evaluation.evaluator import evaluate
 
@@ -69,6 +81,8 @@ def test_a_name_that_never_was():
 
 
 def test_every_old_name_of_a_class_is_somewhere():
-    places = [importlib.import_module(new) for new in set(_moved.MODULES.values())] + [importlib.import_module(f"metalens.training{name}") for name in ("", ".distributed")]
+    places = [importlib.import_module(new) for new in {*_moved.MODULES.values(), *sum(_moved.SPLIT.values(), ())}] + [
+        importlib.import_module(f"metalens.training{name}") for name in ("", ".distributed")
+    ]
     missing = [new for new in _moved.NAMES.values() if not any(hasattr(place, new) for place in places)]
     assert not missing
