@@ -1,4 +1,4 @@
-"""Run one case of a suite: make the competitors, check that they agree, time them in turn, and leave the numbers in `extra_info`."""
+"""Run one case of a suite: make the competitors, check that they agree, time them in turn, and write the numbers into `extra_info`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.interleaved import Rounds, Side, interleave, percentiles
 from benchmarks.peaks import BURST_SECONDS, FMA, Peaks
 from benchmarks.worker import Worker, extra_memory
 
-# Largest difference relative to the norm. Loose: it only keeps a wrong result from being timed; tests/ holds the kernels to their accuracy.
+# Largest difference relative to the norm. It is loose, because it only prevents the timing of a wrong result; tests/ checks accuracy.
 TOLERANCE, TOLERANCE_BF16 = 2e-3, 0.1
 # Quick mode divides the limit and the budget by this.
 QUICK_DIVISOR = 4
@@ -121,7 +121,7 @@ class Suite:
     quick: bool
 
     def measure(self, case: Case, effort: Effort | None = None) -> None:
-        """Time our competitor beside its peers, and leave the numbers in pytest-benchmark's `extra_info`.
+        """Time our competitor and its peers, and write the numbers into pytest-benchmark's `extra_info`.
 
         Skips the test if ours cannot run here.
         """
@@ -140,7 +140,10 @@ class Suite:
 
 
 def enter(case: Case, limit: float) -> Entrants:
-    """Make the competitors of a case, check that each agrees with ours, and leave out those that cannot run or take longer than `limit` seconds."""
+    """Make the competitors of a case, and check that each agrees with ours.
+
+    Competitors that cannot run, or whose call takes longer than `limit` seconds, are left out.
+    """
     entrants = Entrants()
     expected: list[np.ndarray] | None = None
     for name in case.names:

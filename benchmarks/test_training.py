@@ -42,7 +42,10 @@ def test_training(suite, same_model, ours):
 
 @pytest.mark.parametrize("sequences", [1, 4])
 def test_training_beside_plain_mlx(suite, sequences):
-    """Use few sequences, because MLX's matrix products are slow on Linux CPUs. Both run the same loop; memory must not grow with the step."""
+    """Use few sequences, because MLX's matrix products are slow on Linux CPUs.
+
+    Both competitors run the same loop, and their memory must not grow with the length of the step.
+    """
     tokens = sequences * CONFIG.max_seq_len
     arguments = {"operation": "train", "steps": 1, "sequences": sequences}
     label = f"training, one step of {tokens} tokens"

@@ -77,7 +77,7 @@ class Worker:
 
 
 def extra_memory(module: str, name: str, arguments: dict[str, Any]) -> float | None:
-    """Return the bytes that one call needs beyond its inputs, in a fresh process; None where they cannot be measured (only Linux reports them)."""
+    """Return the bytes that one call needs in a fresh process, without its inputs; None where the system does not report them (only Linux does)."""
     try:
         with Worker(module, name, arguments, RETURN_MEMORY) as worker:
             return worker.memory()

@@ -107,7 +107,10 @@ def compare(cells: list[metal_cells.Cell]) -> tuple[list[str], int]:
 
 
 def train_both(steps: int) -> tuple[list[str], int]:
-    """Train the demo model's lens with the kernels and with plain MLX; return the report's lines, and 1 if the losses differ, else 0."""
+    """Train the demo model's lens with the kernels and with plain MLX.
+
+    Returns the report's lines, and 1 if the losses differ, else 0.
+    """
     model = InterpretableModel(str(bundled.MODEL))
     ids = model.training_ids([bundled.TRAINING_TEXT.read_text()[:4000]])
     config = TrainingConfig(num_steps=steps, max_seq_len=32, learning_rate=0.3)

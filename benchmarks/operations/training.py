@@ -86,7 +86,10 @@ def make_capture(name: str, tokens: int) -> Competitor:
 
 
 def make_evaluation(name: str, tokens: int) -> Competitor:
-    """Return a competitor that evaluates the logit lens and an untrained tuned lens; its result is their KL and cross-entropy per layer."""
+    """Return a competitor that evaluates the logit lens and an untrained tuned lens.
+
+    Its result is [KL and cross-entropy of the logit lens, KL and cross-entropy of the tuned lens], each per layer.
+    """
     model = demo_model()
     lens = TunedLens(len(model.source), model.unembed.hidden_dim)
     ids = model.ids(HELD_OUT_TEXT.read_text(encoding="utf-8"))[0]
