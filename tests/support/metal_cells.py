@@ -22,7 +22,7 @@ from support import oracle
 TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # float16 cells allow operands to be rounded, so that they are half; those of the other types are float32, into which bfloat16 is widened.
-PRECISION: dict[str, Literal["float32", "bf16"]] = {"float32": "float32", "float16": "bf16", "bfloat16": "float32"}
+PRECISION: dict[str, Literal["float32", "bfloat16"]] = {"float32": "float32", "float16": "bfloat16", "bfloat16": "float32"}
 # What float32 sums of a few hundred terms may lose, relative to the values; and what one rounding of the operands costs.
 EPSILON = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 3e-6}
 
