@@ -78,12 +78,12 @@ def measure(model_name: str, run: Run) -> dict[str, Any]:
     accelerate(model.model)
     corpus = Corpus.from_ids(np.array(model.training_ids([bundled.TRAINING_TEXT.read_text()])))
     ids = model.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT]
-    config, unembed = run.config, model.unembed
+    config = run.config
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointFolder(folder, keep=10**6)
         start = time.perf_counter()
         every = max(1, config.num_steps // CHECKPOINTS)
-        lens = train(model.source, unembed, corpus, config, checkpoints=checkpoints, checkpoint_every=every, show_progress=True)
+        lens = train(model, corpus, config=config, checkpoint_dir=checkpoints, checkpoint_every=every, show_progress=True)
         seconds = time.perf_counter() - start
         curve = []
         for step in checkpoints.steps():

@@ -86,3 +86,13 @@ def test_every_old_name_of_a_class_is_somewhere():
     ]
     missing = [new for new in _moved.NAMES.values() if not any(hasattr(place, new) for place in places)]
     assert not missing
+
+
+def test_names_that_left_their_module():
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        from metalens.roofline import MODELS, Dimensions
+    from metalens.models.facts import KNOWN_MODELS, ModelDimensions
+
+    assert (MODELS, Dimensions) == (KNOWN_MODELS, ModelDimensions)
+    with pytest.warns(DeprecationWarning, match=r"ModelDimensions.depth is called hidden_size now"):
+        assert KNOWN_MODELS["Llama-3.1-8B-4bit"].depth == 4096

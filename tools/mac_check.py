@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from metalens import InterpretableModel, use_backend  # noqa: E402
+from metalens.display.tables import diagnosis_facts  # noqa: E402
 from metalens.models import bundled  # noqa: E402
 from metalens.ops import (  # noqa: E402
     Head,
@@ -56,7 +57,7 @@ def facts() -> list[str]:
     found = {
         "chip": chip.stdout.strip() if chip else platform.processor() or platform.machine(),
         "macOS": platform.mac_ver()[0] or "none",
-        **doctor.examine(),
+        **diagnosis_facts(doctor.examine()),
     }
     return [f"| {name} | {value} |" for name, value in found.items()]
 
@@ -118,7 +119,7 @@ def train_both(steps: int) -> tuple[list[str], int]:
     for backend in ("metal", "reference"):
         with use_backend(backend):  # type: ignore[arg-type]
             found = losses.setdefault(backend, [])
-            train(model.source, model.unembed, ids, config, callback=lambda p, found=found: found.append(p.loss))
+            train(model, ids, recipe="mlxterp", config=config, callbacks=[lambda p, found=found: found.append(p.loss)])
     worst = max(abs(a - b) / b for a, b in zip(losses["metal"], losses["reference"], strict=True))
     return [f"{steps} steps: losses {losses['metal'][0]:.4f} ... {losses['metal'][-1]:.4f}, largest relative difference {worst:.1e}"], int(
         worst > 1e-3

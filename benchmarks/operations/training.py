@@ -14,7 +14,7 @@ from benchmarks.torch_lens import train as torch_train
 
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
-from metalens.training import Corpus, Sampler, TrainingConfig, train
+from metalens.training import Corpus, Sampler, TrainingConfig, train_loop
 from metalens.utils.arrays import to_float
 
 # SGD on whole sequences, as in the PyTorch implementation.
@@ -64,7 +64,7 @@ def make_training(name: str, steps: int, sequences: int) -> Competitor:
         return torch_competitor(steps * sequences, lambda units: torch_train(torch_model, batches, settings(units), name == TORCH_BF16))
 
     def compute(units: int) -> list[mx.array]:
-        lens = train(model.source, model.unembed, ids, settings(units))
+        lens = train_loop(model.source, model.unembed, ids, settings(units))
         return [mx.stack([t.weight - mx.eye(lens.hidden_dim) for t in lens.translators]), mx.stack([t.bias for t in lens.translators])]
 
     return mlx_competitor(name, steps * sequences, compute)

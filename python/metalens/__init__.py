@@ -22,7 +22,8 @@ _DEFINED_IN = {
     "accelerate": "metalens.models.acceleration",
     "evaluate": "metalens.evaluation.evaluator",
     "load": "metalens.model",
-    "recipe": "metalens.training.config",
+    "plan": "metalens.estimate.memory",
+    "recipe": "metalens.training.recipes",
     "train_tuned_lens": "metalens.model",
     "use_backend": "metalens.ops.backends",
     "use_precision": "metalens.ops.backends",
@@ -39,6 +40,7 @@ __all__ = [
     "accelerate",
     "evaluate",
     "load",
+    "plan",
     "recipe",
     "train_tuned_lens",
     "use_backend",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from metalens.estimate.memory import plan
     from metalens.evaluation.evaluator import evaluate
     from metalens.evaluation.results import Evaluation
     from metalens.lenses.lens import LogitLens, TunedLens
@@ -53,7 +56,8 @@ if TYPE_CHECKING:
     from metalens.models.acceleration import Acceleration, accelerate
     from metalens.ops.backends import use_backend, use_precision
     from metalens.readings.reading import Reading
-    from metalens.training.config import TrainingConfig, recipe
+    from metalens.training.config import TrainingConfig
+    from metalens.training.recipes import recipe
 
 _moved.install()
 

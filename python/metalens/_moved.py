@@ -31,6 +31,7 @@ MODULES = {
     "metalens.plan": "metalens.estimate.memory",
     "metalens.plotting": "metalens.readings.heat_map",
     "metalens.readout": "metalens.readings.reading",
+    "metalens.report": "metalens.display.tables",
     "metalens.roofline": "metalens.estimate.roofline",
     "metalens.stream": "metalens.models.capture",
     "metalens.support": "metalens.models.support",
@@ -46,7 +47,10 @@ MODULES = {
 # {old name of a class or function: new name}, in any of these modules
 NAMES = {
     "Call": "ModuleCall",
+    "Dimensions": "ModelDimensions",
     "GroupLost": "GroupLostError",
+    "Listener": "Callback",
+    "MODELS": "KNOWN_MODELS",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
@@ -60,6 +64,7 @@ NAMES = {
     "TrainingInterrupted": "TrainingInterruptedError",
     "as_it_is": "snapshot",
     "check_origin": "check_provenance",
+    "dimensions": "dimensions_of",
     "find_parts": "find_head_modules",
     "follow_calls": "probe_modules",
     "origin_of": "provenance_of",
@@ -72,7 +77,10 @@ NAMES = {
 SPLIT = {
     "metalens.evaluate": ("metalens.evaluation",),
     "metalens.lens": ("metalens.lenses.lens_file", "metalens.lenses.provenance"),
+    "metalens.plan": ("metalens.estimate.results", "metalens.display.format"),
     "metalens.readout": ("metalens.readings.rows", "metalens.readings.top_tokens", "metalens.lenses.translators"),
+    "metalens.report": ("metalens.display.figures",),
+    "metalens.roofline": ("metalens.models.facts",),
     "metalens.translators": ("metalens.lenses.lens_file",),
 }
 

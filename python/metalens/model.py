@@ -12,7 +12,6 @@ import mlx.nn as nn
 import numpy as np
 
 from metalens.lenses.lens import Lens, LogitLens, TunedLens
-from metalens.lenses.lens_file import lens_files
 from metalens.lenses.provenance import check_lens
 from metalens.models.capture import Edit
 from metalens.models.language_model import LanguageModel
@@ -24,8 +23,8 @@ from metalens.readings.reader import Texts, are_several, read
 from metalens.readings.reading import Reading
 from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
 from metalens.training import Progress, TrainingConfig, train
+from metalens.training.data.inputs import joined_ids
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import require_writable
 
 
 class ReadOptions(TypedDict):
@@ -298,29 +297,28 @@ class InterpretableModel(LanguageModel):
         verbose: bool = True,
         callback: Callable[[int, float], None] | None = None,
     ) -> TunedLens:
-        """Train a lens for this model, one sequence per step (mlxterp's convention; `metalens.training` has the paper's batches).
+        """Train a lens for this model with the arguments and the recipe of mlxterp: one sequence per step, SGD with Nesterov momentum.
+
+        `metalens.train` has all recipes, reads files, and writes checkpoints.
 
         Args:
-            dataset: texts, joined with a space; or lists of ids, joined.
-            num_steps: optimizer steps.
-            learning_rate: SGD with Nesterov momentum; falls linearly to 0.
-            momentum: of SGD.
+            dataset: texts, which are joined with a space; or lists of ids, which are joined.
+            num_steps: number of optimizer steps.
+            learning_rate: learning rate at the first step; it falls linearly to 0.
+            momentum: momentum of SGD.
             max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
-            gradient_clip: largest gradient norm over all layers.
-            save_path: where to save the lens; checked before training starts.
-            verbose: a progress bar on stderr.
-            callback: called with (step, loss before the update) after every step.
+            gradient_clip: largest gradient norm over all layers together.
+            save_path: path of the lens, which is checked before the training. None = only return it.
+            verbose: show a progress bar on stderr.
+            callback: function of (step, loss before the update) that is called after every step.
 
         Raises:
-            ValueError: for an empty or too short dataset, settings out of range, or a model without a head.
+            InvalidValueError: for an empty or too short dataset, settings out of range, or a model without a head.
             OSError: if save_path can't be written.
         """
         config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
-        if save_path is not None:
-            for file in lens_files(save_path):
-                require_writable(file)
         try:
-            ids, unembed = self.training_ids(dataset), self.unembed
+            ids, _ = self.training_ids(dataset), self.unembed
         except AttributeError as error:
             raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 
@@ -328,28 +326,28 @@ class InterpretableModel(LanguageModel):
             if callback is not None:
                 callback(progress.step, progress.loss)
 
-        lens = train(self.source, unembed, ids, config, callback=report, show_progress=verbose)
-        if save_path is not None:
-            lens.save(save_path)
-        return lens
+        return train(self, ids, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
 
     def training_ids(self, dataset: Sequence[Any]) -> mx.array:
-        """The dataset as one stream of token ids [tokens].
+        """Return texts, joined with a space, or lists of ids, joined, as token ids [tokens].
 
         Raises:
-            ValueError: if it is empty, blank, or holds ids outside the vocabulary.
+            InvalidValueError: if there are none, if all texts are blank, or if ids lie outside the vocabulary.
         """
         dataset = [dataset] if isinstance(dataset, str) else dataset
         if len(dataset) == 0:
             raise InvalidValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):
-            return self.admit_training_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
+            ids = joined_ids(dataset)
+            if not ids.size:
+                raise InvalidValueError("Dataset is empty. Provide token ids to train on.")
+            return self.admit_training_ids(ids)
         if not any(entry.strip() for entry in dataset):
             raise InvalidValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
         return self.admit_training_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
-        """Which ids training accepts: those of the vocabulary (ValueError for others)."""
+        """Check training ids against the vocabulary (InvalidValueError)."""
         return self.check_ids(ids)
 
     def load_tuned_lens(self, path: str | Path) -> TunedLens:

@@ -11,7 +11,7 @@ from metalens import TunedLens
 from metalens.cli import main
 from metalens.models.bundled import HELD_OUT_TEXT
 
-FEW = ("--tokens", 60, "--max-seq-len", 30)
+FEW = ("--max-tokens", 60, "--max-seq-len", 30)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,7 @@ def lens(tmp_path_factory):
 
 
 def test_eval_writes_all_its_results(run, lens, tmp_path):
-    result = run("eval", "demo", "--lens", lens, "--data", HELD_OUT_TEXT, *FEW, "--logit-stats", "--out", "new/results", "--transfer", "new/t.png")
+    result = run("eval", "demo", "--lens", lens, "--data", HELD_OUT_TEXT, *FEW, "--logit-stats", "--out", "new/results", "--save", "new/t.png")
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "new" / "results").iterdir()) == ["aggregate_metrics.json", "evaluation.json", "logit_stats.npz"]
     found = json.loads((tmp_path / "new" / "results" / "evaluation.json").read_text())
@@ -59,8 +59,8 @@ def test_eval_shows_entropy_on_request(run):
     ("arguments", "message"),
     [
         (["--layer-transfer"], "give --lens"),
-        (["--lens", "LENS", "--transfer", "out.nonsense"], "Can't write a picture"),
-        (["--lens", "LENS", "--transfer", "file/out.png"], "Can't write"),
+        (["--lens", "LENS", "--save", "out.nonsense"], "Can't write a picture"),
+        (["--lens", "LENS", "--save", "file/out.png"], "Can't write"),
         (["--out", "file/results"], "Can't write"),
         (["--data", "nowhere"], "no file or folder"),
     ],
