@@ -64,6 +64,7 @@ lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tools/roofline_page.py --check
 	$(BIN)/python tools/models_page.py --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)

@@ -25,7 +25,7 @@ from benchmarks.operations.training import CONFIG, demo_model, training_ids
 from metalens import TunedLens, _extension, use_backend
 from metalens.lenses.translators import parameters_of
 from metalens.ops import lens_kl, lens_target, translate_norm
-from metalens.readings.reading import lens_rows
+from metalens.readings.rows import lens_rows
 from metalens.training import loss_and_gradient
 from metalens.training.optimizer import LensOptimizer, gradient_norm
 

@@ -27,7 +27,7 @@ import numpy as np
 from metalens import InterpretableModel, TunedLens, accelerate
 from metalens.models import bundled
 from metalens.ops import lens_stats, normed
-from metalens.readings.reading import lens_rows
+from metalens.readings.rows import lens_rows
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, recipe, train
 
 HERE = Path(__file__).parent

@@ -84,7 +84,7 @@ def test_eval_reads_several_files_as_one_corpus(run, tmp_path):
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_lens_of_another_head_is_a_note_and_no_error(run, lens, tmp_path):
     other = TunedLens.load(lens)
-    other.origin = {"model": "another/model", "head": "sha256:0"}
+    other.provenance = {"model": "another/model", "head": "sha256:0"}
     other.save(tmp_path / "other")
     result = run("lens", "demo", "A prompt", "--lens", "other", "--json")
     assert result.exit_code == 0
@@ -104,7 +104,7 @@ def test_convert_there_and_back(run, lens, tmp_path, to):
     result = run("convert", "theirs", "back")
     assert result.exit_code == 0, result.stderr
     before, after = TunedLens.load(lens), TunedLens.load("back")
-    assert after.origin["model"] == "owner/model"
+    assert after.provenance["model"] == "owner/model"
     for i in range(7):  # tuned-lens has no translator for the last layer
         np.testing.assert_allclose(np.array(before.dense(i)[0]), np.array(after.dense(i)[0]), atol=1e-6)
         assert mx.array_equal(before.dense(i)[1], after.dense(i)[1])

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from metalens import InterpretableModel, TunedLens
 from metalens.cli import main
 from metalens.cli.settings import DEFAULT_RECIPE, config_of, read_settings
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import RECIPES, TrainingConfig
 
@@ -198,7 +198,7 @@ def test_folders_and_json_lines(run, tmp_path):
     result = run("train", "demo", "--data", "folder", "b.jsonl", *options)
     assert result.exit_code == 0, result.stderr
     assert list((tmp_path / "cache").glob("*.ids"))
-    assert TunedLens.load("lens").origin["training"]["data"]["documents"] == 10
+    assert TunedLens.load("lens").provenance["training"]["data"]["documents"] == 10
 
 
 def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
@@ -220,10 +220,10 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 
 def test_the_lens_remembers_its_training(train):
     train(*SMALL, "--steps", 3, "--lr", 0.25)
-    origin = TunedLens.load("lens").origin
+    origin = TunedLens.load("lens").provenance
     model = InterpretableModel(str(MODEL))
     assert origin["model"] == str(MODEL)
-    assert origin["head"] == origin_of(model.unembed)["head"]
+    assert origin["head"] == provenance_of(model.unembed)["head"]
     assert origin["recipe"] == "mlxterp"
     assert origin["tokens"] == 96
     assert origin["training"]["learning_rate"] == 0.25
@@ -237,7 +237,7 @@ def test_variants_and_some_layers(train):
     train(*SMALL, "--steps", 2, "--bias-only", "--dtype", "bfloat16", "--layers-at-once", 3)
     lens = TunedLens.load("lens")
     assert (lens.variant, lens.layers) == ("bias", list(range(8)))
-    assert lens.origin["tokens"] == 64  # of each layer
+    assert lens.provenance["tokens"] == 64  # of each layer
 
 
 def test_metrics_and_weights_and_biases(train, tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_checkpoints_of_a_finished_run_make_way(train, tmp_path):
     message = train(*SMALL, "--steps", 4, "--resume")
     assert "This run had finished" in message
     assert equal(weights("lens.npz"), first)
-    assert TunedLens.load("lens").origin["tokens"] == 128
+    assert TunedLens.load("lens").provenance["tokens"] == 128
     assert "num_steps was 4 and is 3" in train(*SMALL, "--steps", 3, "--resume", code=1)
     train(*SMALL, "--steps", 3)
     assert [p.name for p in (tmp_path / "lens.checkpoints").glob("step-*")] == ["step-00000003"]
@@ -323,10 +323,10 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     message = train(*options, "--metrics", "metrics.jsonl", "--resume")
     assert "Going on after step" in message
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(24))
-    resumed, origin = weights("lens.npz"), TunedLens.load("lens").origin
+    resumed, origin = weights("lens.npz"), TunedLens.load("lens").provenance
     train(*options)
     assert equal(weights("lens.npz"), resumed)
-    assert TunedLens.load("lens").origin == origin
+    assert TunedLens.load("lens").provenance == origin
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalens.evaluation.evaluator import Evaluation, evaluate
+from metalens.evaluation import Evaluation, evaluate
 from metalens.lenses.lens import TunedLens
 from metalens.model import InterpretableModel
 from metalens.models.bundled import HELD_OUT_TEXT, TRAINING_TEXT

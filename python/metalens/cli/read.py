@@ -21,7 +21,7 @@ from metalens.cli.common import (
     sources_of,
 )
 from metalens.display import tables as report
-from metalens.evaluation.evaluator import EvaluationText, evaluate, write_results
+from metalens.evaluation import EvaluationText, evaluate, write_results
 from metalens.lenses.lens import TunedLens
 from metalens.models.bundled import NAME
 from metalens.readings.heat_map import lens_figure, picture_format, save_figure

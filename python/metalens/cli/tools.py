@@ -46,7 +46,7 @@ def models_command(as_json: bool) -> None:
 
     Whatever the table says, no lens is trained or shown on a model before its norm and head have given the model's own logits.
     """
-    found, (version, _) = support.support(), support.tested()
+    found, (version, _) = support.supported_modules(), support.tested()
     if as_json:
         print_json({"tested with mlx-lm": version, "installed": support.installed(), "models": [vars(module) for module in found]})
         return

@@ -21,8 +21,8 @@ from metalens.cli.common import SeveralFiles, load_model, note, one_clear_error,
 from metalens.cli.settings import config_of, training_options
 from metalens.display import tables as report
 from metalens.estimate import memory as planning
-from metalens.lenses.lens import lens_files
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.lens_file import lens_files
+from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import path_of
 from metalens.models.facts import facts_of
 from metalens.training import (
@@ -320,7 +320,7 @@ def train_command(
     passes = len(group.passes(lens.layers, config.layers_at_once))
     training = {**config.to_dict(), "data": corpus.identity()}
     seen = None if tokens is None else tokens // passes
-    lens.origin = {**lens.origin, **origin_of(unembed, loaded.name, tokens=seen, recipe=name, training=training)}
+    lens.provenance = {**lens.provenance, **provenance_of(unembed, loaded.name, tokens=seen, recipe=name, training=training)}
     lens.save(out)
     (folder / FINISHED).touch()
     note(f"Lens written to {files[0]} and {files[1].name}.")

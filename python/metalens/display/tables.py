@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metalens.estimate.memory import BYTES_PER_TOKEN, Plan, gigabytes
-from metalens.evaluation.evaluator import Evaluation, Transfer
+from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.readings.heat_map import readable
 from metalens.readings.reading import Reading

@@ -245,7 +245,7 @@ def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
 def logit_bytes(d: Dimensions, layers: int, tokens: int) -> int:
     """Of all logits and their gradients that exist at a time, with the backend that would be used here."""
     if metal():
-        rounded = precision() == "bf16"
+        rounded = precision() == "bfloat16"
         head = Head(Weight(mx.zeros((d.vocab, d.depth))))  # lazy: its shape is all that counts
         per_layers, per_tokens = chunk_shape(layers, tokens, head, rounded)
         return d.vocab * (per_layers * per_tokens * (4 + (2 if rounded else 4)) + 4 * per_tokens)

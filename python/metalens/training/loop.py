@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.provenance import origin_of
+from metalens.lenses.provenance import provenance_of
 from metalens.lenses.translators import parameters_of
 from metalens.models.capture import HiddenStates, ResidualCapture
 from metalens.models.unembed import Unembed
@@ -300,7 +300,7 @@ class _Run:
 
     def _model(self) -> dict[str, Any]:
         """What of the model a checkpoint must agree with."""
-        head = origin_of(self.unembed)["head"]
+        head = provenance_of(self.unembed)["head"]
         return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
 
     def _captured_together(self) -> dict[str, Any]:

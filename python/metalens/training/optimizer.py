@@ -31,7 +31,7 @@ class LensMuon(optim.Muon):
         iterations: of polar.quintics; None = by the size of the matrix.
     """
 
-    precision: Precision = "bf16"
+    precision: Precision = "bfloat16"
     iterations: int | None = None
 
     def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:  # noqa: N803 (MLX's names)

@@ -13,11 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.translators import parameters_of
+from metalens.lenses.translators import parameters_of, translated
 from metalens.models.capture import HiddenStates
 from metalens.models.unembed import Unembed
 from metalens.ops import Norm, lens_kl, lens_target, normed
-from metalens.readings.reading import translated
 from metalens.training.optimizer import Parameters
 
 # {"translators": [{"weight": [D, D], "bias": [D]}, ...]}, the tree of TunedLens.parameters()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metalens.models.tokenization import as_token_ids
 from metalens.training.data.cache import StoredTokens, TokenCache
 from metalens.training.data.readers import Piece, Source
 from metalens.training.data.sources import find_sources
@@ -73,7 +74,7 @@ class Corpus:
             TypeError: if they are not integers.
             ValueError: if they are not one-dimensional, not ids, or none.
         """
-        array = np.asarray(ids)
+        array = as_token_ids(ids)
         if array.dtype.kind not in "iu":
             raise InvalidTypeError(
                 f"Token ids must be integers, got {array.dtype}." if array.size else "There are no token ids. Provide text that is not empty."
