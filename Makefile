@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
-.PHONY: demo test bench lint format mac-check clean
+.PHONY: demo test docs bench lint format mac-check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -27,6 +27,16 @@ demo: $(VENV)/.requirements $(VENV)/.installed
 test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
 	$(BIN)/python -m pytest
+
+# The site, in build/site, without the network. `python -m http.server -d build/site` serves it, with its search.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.requirements
+	$(BIN)/python tools/requirements.py docs > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/docs.txt
+	touch $@
+
+docs: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site."
 
 # On a Mac: compile every Metal kernel, compare the GPU with float64, measure, and write build/mac-check.md. See docs/on-a-mac.md.
 mac-check: $(VENV)/.requirements $(VENV)/.installed

@@ -133,7 +133,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _cells(kl: float, top1: float) -> str:
-    return f"  {kl:9.3f}  {100 * top1:5.1f}%"
+    return f"  {kl:z9.3f}  {100 * top1:5.1f}%"
 
 
 def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:

@@ -182,9 +182,9 @@ def __getattr__(name: str) -> Any:
     """Find the recipes, which have moved to a module of their own."""
     if name not in ("RECIPES", "recipe"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
     import warnings
 
-    from metalens.training import recipes
-
-    warnings.warn(f"{__name__}.{name} has moved to metalens.training.recipes.", DeprecationWarning, stacklevel=2)
-    return getattr(recipes, name)
+    new = "metalens.training.recipes"
+    warnings.warn(f"{__name__}.{name} has moved to {new}; the old name will be removed in the next release.", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(new), name)
