@@ -7,7 +7,7 @@ import pytest
 import metalens
 from metalens.cli import COMMANDS, main
 
-SLOW = ("mlx_lm", "transformers", "matplotlib", "torch", "datasets")
+SLOW = ("mlx_lm", "transformers", "matplotlib", "torch", "datasets", "huggingface_hub", "pyarrow", "pandas")
 
 # Says which slow packages are loaded, whether the native kernels are, and how many bytes MLX has allocated.
 WHAT_IS_LOADED = f"""
@@ -43,14 +43,25 @@ def test_the_command_line_says_what_it_is(run_python, option):
     assert loaded(run_python, f"{command_line(option)}\nimport sys\nassert 'rich' not in sys.modules and 'numpy' not in sys.modules") == NOTHING
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "plan", "demo")])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command(run_python, command):
     assert loaded(run_python, command_line(command, "--help")) == NOTHING
 
 
 @pytest.mark.parametrize("name", metalens.__all__)
 def test_public_names_are_imported_when_they_are_used(run_python, name):
-    run_python(f"import metalens\nassert {name!r} not in vars(metalens)\nassert metalens.{name} is not None\nassert {name!r} in vars(metalens)")
+    script = f"import metalens\nassert {name!r} not in vars(metalens)\nassert metalens.{name} is not None\nassert {name!r} in vars(metalens)"
+    assert loaded(run_python, script) == NOTHING
+
+
+def test_no_module_loads_a_slow_package(run_python):
+    every_module = """
+import importlib, pkgutil, metalens
+for info in pkgutil.walk_packages(metalens.__path__, "metalens."):
+    if info.name != "metalens._ext":
+        importlib.import_module(info.name)
+"""
+    assert loaded(run_python, every_module) == NOTHING
 
 
 def test_public_names_are_listed():

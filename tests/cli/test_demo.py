@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +10,8 @@ import pytest
 from mlx_lm import load
 
 from metalens import InterpretableModel, accelerate
-from metalens.cli.demo import CONFIG, run
+from metalens.cli import demo
+from metalens.cli.demo import CONFIG
 from metalens.models.bundled import ASSETS, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 
 
@@ -50,16 +52,35 @@ def test_the_model_has_learnt_english(model):
     assert bits_per_byte < 1.6  # about 2.2 for a unigram model, 8 for none
 
 
-def test_a_short_demo_trains_evaluates_and_reads(model, monkeypatch):
-    from dataclasses import replace
-
-    from metalens.cli import demo
-
+@pytest.fixture
+def _short(monkeypatch):
     monkeypatch.setattr(demo, "CONFIG", replace(CONFIG, num_steps=4, max_seq_len=32, tokens_per_step=64, warm_start_tokens=1024))
     monkeypatch.setattr(demo, "HELD_OUT_TOKENS", 96)
-    result = run(model)
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_short_demo_trains_evaluates_and_reads(model):
+    result = demo.run(model)
     assert result.evaluation.tokens == 96
     assert result.evaluation.tuned is not None
     assert sum(s.kl for s in result.evaluation.tuned) < sum(s.kl for s in result.evaluation.logit)
     assert result.tuned.model_tokens == result.logit.model_tokens
     assert mx.array_equal(result.tuned.model.lse, result.logit.model.lse)
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_command_writes_its_results_into_a_folder(run, tmp_path):
+    result = run("demo", "--out", "demo")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == [
+        "evaluation.json",
+        "evaluation.txt",
+        "lens.json",
+        "lens.npz",
+        "logit_lens.png",
+        "tuned_lens.png",
+    ]
+    assert json.loads((tmp_path / "demo" / "evaluation.json").read_text())["tokens"] == 96
+    for shown in (result.stdout, (tmp_path / "demo" / "evaluation.txt").read_text(encoding="utf-8")):
+        assert "tuned lens" in shown
+    assert "metalens lens demo" in result.stderr

@@ -135,7 +135,12 @@ def test_texts_without_text(fails, folder):
     fails("eval", "demo", "--data", "binary.txt", message="not UTF-8")
     fails("eval", "demo", "--data", "numbers.jsonl", message="must be text, got int")
     fails("eval", "demo", "--data", "broken.parquet", message="can't be read as Parquet")
+    (folder / "nested.jsonl").write_text('{"text": ' + "[" * 100_000)
+    (folder / "digits.jsonl").write_text('{"text": ' + "9" * 10_000 + "}")
+    fails("eval", "demo", "--data", "nested.jsonl", message="nested.jsonl, line 1: can't be read as JSON")
+    fails("eval", "demo", "--data", "digits.jsonl", message="digits.jsonl, line 1: can't be read as JSON")
     fails("lens", "demo", "", message="no tokens")
+    fails("lens", "demo", "\udcff", message="The text is not Unicode (surrogates not allowed at character 0)")
 
 
 def test_what_is_no_lens(fails, folder):
@@ -183,6 +188,17 @@ def test_numbers_out_of_range(fails, arguments, message):
 )
 def test_results_that_cannot_be_written(fails, arguments):
     fails(*arguments, message="Can't write file/")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", "{"), ("a.json", "[" * 100_000), ("a.toml", "= 3"), ("a.json", '{"steps": 3}'), ("a.json", '{"num_steps": "x"}')],
+    ids=["cut off", "nested without end", "no TOML", "unknown", "wrong type"],
+)
+def test_a_damaged_file_of_settings(fails, folder, name, content):
+    (folder / name).write_text(content)
+    fails("plan", "demo", "--config", name, message=name)
+    fails(*TRAIN, "--out", "lens", "--config", name, message=name)
 
 
 def test_a_missing_package(fails, monkeypatch):

@@ -1,40 +1,42 @@
-"""metalens eval with everything it can write, and metalens convert."""
+"""metalens eval with everything it can write, in process on the bundled model."""
 
 import json
+import math
 
-import mlx.core as mx
-import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from metalens import TunedLens
-from metalens.cli import main
 from metalens.models.bundled import HELD_OUT_TEXT
 
 FEW = ("--max-tokens", 60, "--max-seq-len", 30)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METALENS_CACHE", str(tmp_path_factory.mktemp("tokens")))
-        yield
+def test_eval_prints_json_alone(lens, text, run):
+    result = run("eval", "demo", "--lens", lens, "--data", text, "--max-tokens", 100, "--max-seq-len", 50, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == 100
+    assert [layer["layer"] for layer in answer["layers"]] == list(range(8))
+    for layer in answer["layers"]:
+        for name in ("logit", "tuned"):
+            assert set(layer[name]) == {"kl", "ce", "entropy", "kl_bits_per_byte", "bits_per_byte", "entropy_bits_per_byte", "top1"}
+            assert all(math.isfinite(v) for v in layer[name].values())
+    assert answer["layers"][-1]["logit"]["ce"] == pytest.approx(answer["model"]["ce"], abs=1e-5)
+    assert answer["layers"][-1]["logit"]["kl"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
+def test_eval_prints_a_table(lens, text, run):
+    result = run("eval", "demo", "--lens", lens, "--data", text, "--max-tokens", 40)
+    assert result.exit_code == 0, result.stderr
+    assert "logit lens" in result.stdout
+    assert "tuned lens" in result.stdout
+    assert "mean" in result.stdout
 
 
-@pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    lens = TunedLens(8, 256)
-    for i, translator in enumerate(lens.translators):
-        translator.bias = 0.1 * mx.random.normal((256,), key=mx.random.key(i))
-    path = tmp_path_factory.mktemp("lens") / "lens"
-    lens.save(path)
-    return path
+def test_eval_without_a_lens_reads_the_logit_lens_alone(text, run):
+    result = run("eval", "demo", "--data", text, "--max-tokens", 40, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert all(set(layer) == {"layer", "logit"} for layer in json.loads(result.stdout)["layers"])
+    assert "tuned" not in run("eval", "demo", "--data", text, "--max-tokens", 40).stdout
 
 
 def test_eval_writes_all_its_results(run, lens, tmp_path):
@@ -79,41 +81,3 @@ def test_eval_reads_several_files_as_one_corpus(run, tmp_path):
     result = run("eval", "demo", "--data", "a.txt", "b.jsonl", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["tokens"] > 12
-
-
-@pytest.mark.filterwarnings("default::UserWarning")
-def test_a_lens_of_another_head_is_a_note_and_no_error(run, lens, tmp_path):
-    other = TunedLens.load(lens)
-    other.provenance = {"model": "another/model", "head": "sha256:0"}
-    other.save(tmp_path / "other")
-    result = run("lens", "demo", "A prompt", "--lens", "other", "--json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)
-    assert "Warning: The lens remembers another model" in result.stderr
-
-
-@pytest.mark.filterwarnings("default::UserWarning")
-@pytest.mark.parametrize("to", [(), ("--to", "tuned-lens")])
-def test_convert_there_and_back(run, lens, tmp_path, to):
-    result = run("convert", lens, "theirs", *to, "--model", "owner/model")
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout == ""
-    assert "params.pt" in result.stderr
-    assert "Warning: tuned-lens has no translator for the last block" in result.stderr
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["base_model_name_or_path"] == "owner/model"
-    result = run("convert", "theirs", "back")
-    assert result.exit_code == 0, result.stderr
-    before, after = TunedLens.load(lens), TunedLens.load("back")
-    assert after.provenance["model"] == "owner/model"
-    for i in range(7):  # tuned-lens has no translator for the last layer
-        np.testing.assert_allclose(np.array(before.dense(i)[0]), np.array(after.dense(i)[0]), atol=1e-6)
-        assert mx.array_equal(before.dense(i)[1], after.dense(i)[1])
-
-
-def test_convert_says_what_is_missing(run, lens):
-    result = run("convert", "nothing", "out")
-    assert result.exit_code == 1
-    assert "No lens at nothing" in result.stderr
-    result = run("convert", lens, "out")
-    assert result.exit_code == 1
-    assert "model" in result.stderr

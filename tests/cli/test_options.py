@@ -4,18 +4,11 @@ import json
 from dataclasses import fields
 
 import pytest
-from click.testing import CliRunner
 
 from metalens import TunedLens
 from metalens.cli import COMMANDS, main
 from metalens.estimate.roofline import Bounds
 from metalens.models.bundled import HELD_OUT_TEXT
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
 
 
 def options(command):
@@ -94,6 +87,11 @@ def test_older_spelling_of_plan(run):
     old, new = (json.loads(run("plan", "demo", "--processes", 3, option, "layers", "--json").stdout) for option in ("--share", "--parallel"))
     assert old == new
     assert new["processes"] == 3
+
+
+def test_numbers_that_json_does_not_have(run):
+    result = run("plan", "demo", "--gradient-clip", "inf", "--json")
+    assert json.loads(result.stdout)["config"]["gradient_clip"] == "inf"
 
 
 def identifiers(value):

@@ -216,8 +216,11 @@ def test_the_given_text_is_measured(tmp_path):
     assert plan("demo", data=[tmp_path / "a.txt"]).text_tokens == 1250
     (tmp_path / "c.jsonl").write_text('{"text": "word"}\n')
     assert plan("demo", data=tmp_path).text_tokens is None
-    with pytest.raises(InvalidValueError, match="no file or folder"):
-        plan("demo", data=tmp_path / "nothing.txt")
+    assert plan("demo", data=["A text of words.", "And another."]).text_tokens == 28 // 4
+    assert plan("demo", data=np.arange(100)).text_tokens == 100
+    for nothing in (tmp_path / "nothing.txt", "nothing.txt", ["nothing.txt"]):
+        with pytest.raises(InvalidValueError, match="no file or folder"):
+            plan("demo", data=nothing)
 
 
 @pytest.mark.parametrize("wrong", [{"processes": 0}, {"memory": 0}, {"parallel": "both"}])

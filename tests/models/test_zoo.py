@@ -51,7 +51,7 @@ def test_the_command_prints_the_table():
     done = CliRunner().invoke(main, ["models", "--json"])
     found = json.loads(done.stdout)
     assert {m["name"] for m in found["models"]} == set(modules())
-    assert found["installed"] == found["tested with mlx-lm"] == version("mlx-lm")
+    assert found["installed_mlx_lm"] == found["tested_mlx_lm"] == version("mlx-lm")
 
 
 def test_remarks_name_the_variants_that_mlx_lm_itself_cant_run():

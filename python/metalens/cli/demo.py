@@ -12,7 +12,7 @@ from metalens.cli.common import load_model, note, one_clear_error, print_table
 from metalens.evaluation import Evaluation, evaluate
 from metalens.lenses.lens import TunedLens
 from metalens.model import InterpretableModel
-from metalens.models.bundled import HELD_OUT_TEXT, NAME, TRAINING_TEXT
+from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 from metalens.readings.reading import Reading
 from metalens.training import recipe, train
 from metalens.utils.files import atomic_write, require_writable
@@ -64,7 +64,7 @@ def demo_command(out: Path) -> None:
     from metalens.display.tables import evaluation_table
 
     require_writable(out / "lens.npz")
-    result = run(load_model(NAME), show_progress=True)
+    result = run(load_model(str(MODEL)), show_progress=True)  # by its path: OUT may be called 'demo'
     result.lens.save(out / "lens")
     with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result.evaluation.to_dict(), indent=2) + "\n")

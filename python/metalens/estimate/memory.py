@@ -29,8 +29,8 @@ from metalens.ops.metal import tuning
 from metalens.ops.metal.kl import chunk_shape
 from metalens.training.batching import PASS_TOKENS, steps_together
 from metalens.training.config import TrainingConfig
-from metalens.training.data import find_sources
-from metalens.training.data.readers import FileSource, Source, TextFile
+from metalens.training.data import Corpus, TrainingData, read_inputs
+from metalens.training.data.readers import Source, TextFile, TextList
 from metalens.training.polar import quintics
 from metalens.training.settings import resolve
 from metalens.utils.errors import InvalidValueError
@@ -67,7 +67,7 @@ def plan(
     memory: int | None = None,
     processes: int = 1,
     parallel: Parallel = "data",
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: TrainingData | None = None,
     field: str = "text",
     split: str = "train",
     **settings: Any,
@@ -81,7 +81,7 @@ def plan(
         memory: bytes that each process may use. None = the memory of this machine.
         processes: number of processes that run the training together.
         parallel: what the processes divide among them: the sequences of every step ('data') or the layers ('layers').
-        data: files, folders or hub data sets with the text, as `train` takes them. None = the text is not known yet.
+        data: the text, in the forms that `train` takes: names of files, folders or hub data sets, texts, or token ids. None = not known yet.
         field: field or column that holds the text.
         split: split of hub data sets.
         settings: settings of `TrainingConfig` that replace those of the recipe and of `config`.
@@ -106,7 +106,7 @@ def plan(
         available=available,
         flops_per_token=_work(facts.dimensions, settled, layers, processes if parallel == "layers" else 1),
         passes=layers.passes,
-        text_tokens=None if data is None else _text_tokens(find_sources(data, field=field, split=split)),
+        text_tokens=None if data is None else _given_tokens(read_inputs(data, field=field, split=split)),
         disk=_disk(facts.dimensions, settled, layers),
     )
     return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
@@ -278,11 +278,21 @@ def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
     return iterations * matrices * (4 * rows**2 * hidden_size + 2 * rows**3)
 
 
-def _text_tokens(sources: Sequence[Source]) -> int | None:
-    """Estimate the tokens of plain text files. None = there are other sources, whose text may be longer or shorter than the file."""
-    if not all(isinstance(source, TextFile) and source.path.suffix != ".gz" for source in sources):
-        return None
-    return sum(source.path.stat().st_size for source in sources if isinstance(source, FileSource)) // BYTES_PER_TOKEN
+def _given_tokens(data: Corpus | Sequence[Source]) -> int | None:
+    """Return the tokens of a corpus, or estimate those of texts and plain text files. None = there are other sources."""
+    if isinstance(data, Corpus):
+        return data.tokens
+    sizes = [_text_bytes(source) for source in data]
+    return None if None in sizes else sum(filter(None, sizes)) // BYTES_PER_TOKEN
+
+
+def _text_bytes(source: Source) -> int | None:
+    """Return the bytes of a text. None = it may be longer or shorter than its file."""
+    if isinstance(source, TextList):
+        return sum(len(text.encode("utf-8", "replace")) for text in source.texts)
+    if isinstance(source, TextFile) and source.path.suffix != ".gz":
+        return source.path.stat().st_size
+    return None
 
 
 # ------------------------------------------------------------------ what to change

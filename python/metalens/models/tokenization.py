@@ -67,7 +67,12 @@ class Tokenization(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the tokenizer adds."""
-        return list(self._require_tokenizer().encode(text))
+        tokenizer = self._require_tokenizer()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidValueError(f"The text is not Unicode ({error.reason} at character {error.start}). Fix or remove that character.") from error
+        return list(tokenizer.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""

@@ -71,7 +71,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         found: Any = tomllib.loads(text) if is_toml else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidValueError(f"{file} can't be read as {'TOML' if is_toml else 'JSON'}: {error}.") from error
     if not isinstance(found, dict):
         raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')

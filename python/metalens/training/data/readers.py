@@ -255,6 +255,8 @@ class JsonLines(FileSource):
                     raise InvalidValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}). Convert the file to UTF-8.") from error
                 except json.JSONDecodeError as error:
                     raise InvalidValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
+                except (ValueError, RecursionError) as error:  # a number of too many digits, lists that are nested too deep
+                    raise InvalidValueError(f"{where}: can't be read as JSON ({error}). Fix or remove that document.") from error
                 yield Piece(text_of(record, self.field, where), starts=True)
         if empty:
             raise self._empty()

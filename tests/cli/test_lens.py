@@ -1,0 +1,90 @@
+"""metalens lens, in process on the bundled model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metalens import TunedLens
+
+PROMPT = "The free software movement"
+
+
+def test_lens_prints_json_alone(run):
+    result = run("lens", "demo", PROMPT, "--layers", "0,4", "--top-k", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert "".join(answer["tokens"]) == PROMPT
+    assert set(answer["layers"]) == {"0", "4"}
+    for positions in answer["layers"].values():
+        assert len(positions) == len(answer["tokens"])
+        for best in positions:
+            (id0, score0, text0), (_, score1, _) = best
+            assert isinstance(id0, int)
+            assert isinstance(text0, str)
+            assert score0 >= score1
+
+
+def test_lens_without_a_tuned_lens_is_the_logit_lens(run, tmp_path):
+    TunedLens(8, 256).save(tmp_path / "identity")
+    plain = json.loads(run("lens", "demo", PROMPT, "--json").stdout)
+    identity = json.loads(run("lens", "demo", PROMPT, "--lens", tmp_path / "identity", "--json").stdout)
+    for layer in plain["layers"]:
+        scores = [np.array([[s for _, s, _ in best] for best in answer["layers"][layer]]) for answer in (plain, identity)]
+        np.testing.assert_allclose(*scores, atol=1e-3)
+
+
+@pytest.mark.parametrize("color", ["probability", "entropy"])
+def test_lens_saves_a_picture_beside_the_table(run, lens, tmp_path, color):
+    picture = tmp_path / "new" / "out.png"
+    result = run("lens", "demo", PROMPT, "--lens", lens, "--save", picture, "--color", color)
+    assert result.exit_code == 0, result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "layer 7" in result.stdout
+    assert "model" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lens", "demo", ""], "no tokens"),
+        (["lens", "demo", PROMPT, "--top-k", "0"], "top_k must be from 1 to 6000"),
+        (["lens", "demo", PROMPT, "--top-k", "6001"], "top_k must be from 1 to 6000"),
+        (["lens", "demo", PROMPT, "--layers", "0,8"], "no layer 8"),
+        (["lens", "demo", PROMPT, "--lens", "nowhere/lens"], "No lens at"),
+        (["lens", "demo", PROMPT, "--save", "out.nonsense"], "Can't write a picture"),
+    ],
+)
+def test_bad_input_gives_one_clear_line(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_list_of_layers_is_a_usage_error(run):
+    result = run("lens", "demo", PROMPT, "--layers", "first")
+    assert result.exit_code == 2
+    assert "not a list of layer numbers" in result.stderr
+
+
+def test_a_lens_of_another_model_is_refused(run, tmp_path, text):
+    TunedLens(4, 64).save(tmp_path / "other")
+    for command in (["lens", "demo", PROMPT, "--lens", tmp_path / "other"], ["eval", "demo", "--lens", tmp_path / "other", "--data", text]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "4 layers of width 64; the model has 8 of width 256" in result.stderr
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_lens_of_another_head_is_a_note_and_no_error(run, lens, tmp_path):
+    other = TunedLens.load(lens)
+    other.provenance = {"model": "another/model", "head": "sha256:0"}
+    other.save(tmp_path / "other")
+    result = run("lens", "demo", "A prompt", "--lens", "other", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)
+    assert "Warning: The lens remembers another model" in result.stderr
