@@ -68,3 +68,14 @@ def test_public_names_are_found():
 
 def test_every_public_name_at_the_top_is_documented():
     assert all(getattr(metalens, name).__doc__ for name in metalens.__all__)
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    """`import metalens.x` gives the module, and `metalens.x` never something else: debuggers, reload and patches by name rely on it."""
+    hidden = []
+    for name in modules():
+        module = importlib.import_module(name)
+        parent, _, own = name.rpartition(".")
+        if getattr(importlib.import_module(parent), own) is not module:
+            hidden.append(name)
+    assert not hidden

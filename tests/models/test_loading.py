@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from metalens import InterpretableModel
+from metalens.models.bundled import MODEL
 from support.mocks import LAYERS, MockModel, WordTokenizer, assert_close, llama_config, tiny_llama
 
 TEXT = "w3 w1 w4 w1 w5"
@@ -111,3 +112,12 @@ def test_layer_attr():
         InterpretableModel(Renamed())
     model = InterpretableModel(Renamed(), layer_attr="stages")
     assert_close(model.logit_lens(IDS), InterpretableModel(MockModel()).logit_lens(IDS))
+
+
+def test_the_bundled_model_is_hidden_by_a_model_of_its_name_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert InterpretableModel("demo").name == str(MODEL)
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="demo"):
+        InterpretableModel("demo")

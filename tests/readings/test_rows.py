@@ -54,3 +54,20 @@ def test_rows_are_translated_and_normed_layer_by_layer():
 def test_the_logit_lens_leaves_rows_alone():
     hidden = [mx.arange(6).reshape(2, 3).astype(mx.float32)]
     np.testing.assert_array_equal(np.array(lens_rows(hidden, [0], LogitLens(), lambda h: h)[0]), np.array(hidden[0]))
+
+
+@pytest.mark.parametrize("layers", ["0", 3, [0.5], [None]])
+def test_layers_that_are_no_numbers(layers):
+    with pytest.raises(TypeError, match="list of layer numbers like"):
+        select_layers(layers, 3)
+
+
+def test_a_position_that_is_no_number():
+    with pytest.raises(TypeError, match="whole number, got 1.0"):
+        select_position(1.0, 3)
+
+
+@pytest.mark.parametrize("lens", [lambda h, layer: h[:-1], lambda h, layer: h[:, :-1], lambda h, layer: h[None]], ids=["rows", "width", "rank"])
+def test_a_lens_that_returns_another_shape(lens):
+    with pytest.raises(ValueError, match=r"turned hidden states \(3, 4\) of layer 1 into"):
+        lens_rows([mx.zeros((3, 4))] * 2, [1], lens, lambda h: h)

@@ -23,6 +23,8 @@ def test_the_defaults_are_mlxterp_s():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": -1.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
         ({"gradient_clip": 0.0}, "gradient_clip"),
         ({"gradient_clip": float("nan")}, "gradient_clip"),
         ({"max_seq_len": 64, "tokens_per_step": 63}, "tokens_per_step"),

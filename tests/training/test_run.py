@@ -262,3 +262,8 @@ def test_nothing_warns(model, file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, file, **SMALL)
+
+
+def test_a_run_without_clipping_is_saved(file, tmp_path):
+    train("demo", file, out=tmp_path / "lens", gradient_clip=float("inf"), **SMALL)
+    assert TunedLens.load(tmp_path / "lens").provenance["training"]["gradient_clip"] == "inf"

@@ -13,5 +13,5 @@ HELD_OUT_TEXT = ASSETS / "heldout.txt"
 
 
 def path_of(model: str) -> str:
-    """Return a path or hub id as it is. Return the bundled model's path for 'demo', unless the current folder has a file of that name."""
-    return str(MODEL) if model == NAME and not Path(model).exists() else model
+    """Return a path or hub id as it is. Return the bundled model's path for 'demo', unless a model is in a folder of that name here."""
+    return str(MODEL) if model == NAME and not (Path(model) / "config.json").exists() else model

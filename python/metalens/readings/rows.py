@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from metalens.lenses.lens import Lens, TunedLens
 from metalens.lenses.translators import parameters_of, translated
 from metalens.models.unembed import NormFunction
 from metalens.ops import LensStats, Norm
 from metalens.utils.arrays import to_float
-from metalens.utils.errors import InvalidValueError
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 
 def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: NormFunction) -> mx.array:
@@ -25,11 +26,20 @@ def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, nor
 
     Returns:
         [len(layers), T, D], ready for the head.
+
+    Raises:
+        InvalidValueError: if the lens returns another shape.
     """
     if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may have a __call__ of its own
         translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
         return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
-    return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+    rows = [norm(lens(hidden[layer], layer)) for layer in layers]
+    for layer, translated_rows in zip(layers, rows, strict=True):
+        if translated_rows.shape != hidden[layer].shape:
+            raise InvalidValueError(
+                f"The lens turned hidden states {hidden[layer].shape} of layer {layer} into {translated_rows.shape}. Both must be equal."
+            )
+    return mx.stack(rows)
 
 
 def require_finite(stats: LensStats) -> None:
@@ -56,9 +66,12 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
 
     Raises:
         InvalidValueError: if the model does not have one of the layers; the message names it.
+        InvalidTypeError: if these are no layer numbers.
     """
     if layers is None:
         return list(range(num_layers))
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(layer, (int, np.integer)) for layer in layers):
+        raise InvalidTypeError(f"layers must be None or a list of layer numbers like [0, -1], got {layers!r:.100}.")
     unknown = [layer for layer in layers if not -num_layers <= layer < num_layers]
     if unknown:
         raise InvalidValueError(
@@ -73,9 +86,12 @@ def select_position(position: int | None, length: int) -> slice:
 
     Raises:
         InvalidValueError: if the text does not have this position.
+        InvalidTypeError: if it is no whole number.
     """
     if position is None:
         return slice(None)
+    if not isinstance(position, (int, np.integer)):
+        raise InvalidTypeError(f"position must be None or a whole number, got {position!r:.100}.")
     if not -length <= position < length:
         raise InvalidValueError(f"Position {position} is out of bounds for sequence length {length}. Valid range: [{-length}, {length - 1}]")
     position %= length

@@ -7,6 +7,7 @@ and by examples/train.toml. Two runs with equal settings on the same model, text
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -110,6 +111,8 @@ class TrainingConfig:
         """Check every setting against the choices of its type and its smallest value."""
         for each in fields(self):
             value, choices, smallest = getattr(self, each.name), choices_of(setting_types()[each.name]), each.metadata["at_least"]
+            if isinstance(value, float) and not math.isfinite(value) and (each.name != "gradient_clip" or math.isnan(value)):
+                raise InvalidValueError(f"{each.name} must be a finite number, got {value}.")
             if choices and value not in choices:
                 raise InvalidValueError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}.")
             if smallest is not None and value is not None and not value >= smallest:

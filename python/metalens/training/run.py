@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -197,4 +198,6 @@ def _tokenized(sources: list[Source], model: LanguageModel, config: TrainingConf
 def _remember(lens: TunedLens, model: LanguageModel, recipe: str | None, config: TrainingConfig, corpus: Corpus, tokens: int | None) -> None:
     """Write into a lens which model, recipe, settings and text it was trained with. `tokens` are those that each layer has seen."""
     training = {**config.to_dict(), "data": corpus.identity()}
+    if math.isinf(config.gradient_clip):
+        training["gradient_clip"] = "inf"  # JSON has no infinity
     lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}
