@@ -251,7 +251,7 @@ def logit_bytes(d: Dimensions, layers: int, tokens: int) -> int:
         return d.vocab * (per_layers * per_tokens * (4 + (2 if rounded else 4)) + 4 * per_tokens)
     extension = native()
     if extension is not None:
-        rows, ids = 256, 256  # kRowBlock and kVocabularyBlock of csrc/cpu/product.h
+        rows, ids = int(extension.row_block), int(extension.vocabulary_block)
         return int(extension.num_threads()) * 4 * (4 * rows * d.depth + 4 * rows * ids)
     return 8 * max(LOGITS_BYTES[mx.default_device().type], 4 * d.vocab * layers)
 
