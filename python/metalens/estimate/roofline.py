@@ -14,7 +14,7 @@ from typing import Any
 
 from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
-from metalens.ops.metal.tuning import FAMILIES, Family
+from metalens.ops.metal.tuning import GENERATIONS, GpuGeneration
 from metalens.utils.errors import InvalidValueError
 
 WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
@@ -37,9 +37,9 @@ class Chip:
     source: str
 
     @property
-    def family(self) -> Family:
+    def family(self) -> GpuGeneration:
         """How it is tuned for."""
-        return FAMILIES[self.generation]
+        return GENERATIONS[self.generation]
 
     @property
     def matrix_flops(self) -> float:
@@ -177,6 +177,6 @@ def _sequence(d: Dimensions, chip: Chip, tokens: int) -> float:
         cost.linear(tokens, d.vocab, d.depth, d.head_bytes, family),
         cost.linear(rows, d.vocab, d.depth, d.head_bytes, family),
         cost.softmax_grad(rows, tokens, d.vocab, 4),
-        cost.pullback(rows, d.vocab, d.depth, d.head_bytes, 4, family),
+        cost.lens_backward(rows, d.vocab, d.depth, d.head_bytes, 4, family),
     ]
     return sum(chip.seconds(kernel) for kernel in kernels)

@@ -83,7 +83,7 @@ def native() -> ModuleType | None:
 def metal() -> bool:
     """Whether the next operation should use the Metal kernels."""
     wanted = backend()
-    available = mx.metal.is_available() or kernel.factory is not None
+    available = mx.metal.is_available() or kernel.is_emulated()
     if wanted == "metal" and not available:
         raise UnavailableError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")
     return wanted == "metal" or (wanted == "auto" and available and mx.default_device().type == mx.DeviceType.gpu)

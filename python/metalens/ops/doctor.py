@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from metalens import _extension
 from metalens.ops import Weight, backend, linear, precision, use_backend
-from metalens.ops.metal import tensor, tuning
+from metalens.ops.metal import tuning
 from metalens.utils.arrays import to_float
 
 
@@ -54,11 +54,9 @@ def _metal_facts() -> dict[str, str]:
     if not mx.metal.is_available():
         return {"metal": "not available here"}
     gpu, kernels = tuning.device(), _extension.metallib_kernels()
-    able, reason = tensor.supported(gpu.family.generation)
     return {
-        "metal": f"available: {gpu.architecture}, tuned as generation {gpu.family.generation}",
+        "metal": f"available: {gpu.architecture}, tuned as generation {gpu.generation.number}",
         "metal kernels": f"{len(kernels)} compiled ahead of time, others just in time" if kernels else "compiled just in time: there is no metallib",
-        "matrix units": "present, but there are no kernels for them yet" if able else f"not used: {reason}",
     }
 
 
