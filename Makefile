@@ -1,17 +1,17 @@
-# Every target creates .venv, or reuses it, and installs what it needs. `make demo` and `make test` are all a newcomer has to know.
+# Every target creates .venv, or reuses it, and installs its requirements there. A newcomer needs only `make demo` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
-.PHONY: demo test bench lint format mac-check clean
+.PHONY: demo test docs bench lint format mac-check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# The build's own requirements, from pyproject.toml; without build isolation the extension is built against the very mlx that it will run beside.
+# The requirements come from pyproject.toml. Without build isolation, the extension is built against the mlx that it will run with.
 $(VENV)/.requirements: pyproject.toml tools/requirements.py | $(BIN)/python
 	$(BIN)/python tools/requirements.py build runtime test lint > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
@@ -28,16 +28,26 @@ test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
 	$(BIN)/python -m pytest
 
-# On a Mac: compiles every Metal kernel, compares the GPU with float64, measures, and writes build/mac-check.md. See docs/on-a-mac.md.
+# The site, in build/site, without the network. `python -m http.server -d build/site` serves it, with its search.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.requirements
+	$(BIN)/python tools/requirements.py docs > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/docs.txt
+	touch $@
+
+docs: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site."
+
+# On a Mac: compile every Metal kernel, compare the GPU with float64, measure, and write build/mac-check.md. See docs/on-a-mac.md.
 mac-check: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/python tools/mac_check.py
 
-# PyTorch, which the benchmarks compare with; without it its columns stay empty.
+# The benchmarks compare with PyTorch; without it, its rows are left out.
 $(VENV)/.peers: pyproject.toml | $(VENV)/.requirements
 	$(BIN)/python tools/requirements.py bench > $(VENV)/peers.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/peers.txt && touch $@ || echo "PyTorch can't be installed here."
+	$(BIN)/python -m pip install --quiet -r $(VENV)/peers.txt && touch $@ || echo "PyTorch could not be installed; the benchmarks leave it out."
 
-# `make bench` renews benchmarks/results/*.json and docs/benchmarks*; `make bench QUICK=1` runs the small shapes only and writes into build/quick.
+# `make bench` renews benchmarks/results/*.json and docs/benchmarks*. `make bench QUICK=1` runs only the small shapes and writes into build/quick.
 BENCH_OUT := $(if $(QUICK),build/quick,.)
 TRAINING_SUITE := benchmarks/test_training.py benchmarks/test_profile.py
 bench: bench-operations bench-training
@@ -48,12 +58,13 @@ bench-%: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
 	METALENS_BENCH_QUICK=$(QUICK) $(BIN)/python -m pytest $(SUITE) --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=build/bench-$*.json
 	$(BIN)/python -m benchmarks.report $* build/bench-$*.json --out $(BENCH_OUT)
 
-# The shim of tests/mslcpu/include is a language of its own.
+# clang-format leaves out tests/mslcpu/include, which emulates Metal's own language.
 CXX_FILES := $(shell find csrc metal tests tools \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) ! -path '*/mslcpu/include/*')
 lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tools/roofline_page.py --check
 	$(BIN)/python tools/models_page.py --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)

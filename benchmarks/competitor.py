@@ -1,4 +1,4 @@
-"""One way of computing a problem, and the reasons for leaving one out."""
+"""Describe one implementation of a problem, and the reasons to leave it out."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ TORCH, TORCH_BF16, TORCH_INT4 = "PyTorch float32", "PyTorch bf16", "PyTorch int4
 
 
 class LeftOutError(Exception):
-    """Why a competitor does not take part, in a sentence."""
+    """Raised with the reason, in a sentence, why a competitor does not take part."""
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One way of computing a problem.
+    """One implementation of a problem.
 
     Attributes:
-        run: computes so many units (rows or tokens) of the problem, None = all, and returns when the result is there.
-        arrays: that result as NumPy arrays, in an order that all competitors of a problem share.
-        units: how many there are.
+        run: function that computes the given number of units (rows or tokens) of the problem, None = all, and returns the
+            finished result.
+        arrays: function that converts a result to NumPy arrays; all competitors of a problem use the same order.
+        units: number of units in the problem.
     """
 
     run: Callable[[int | None], Any]
@@ -40,19 +41,19 @@ class Competitor:
     units: int
 
     def seconds(self, units: int | None = None) -> float:
-        """Of one call."""
+        """Run one call and return its seconds."""
         start = time.perf_counter()
         self.run(units)
         return time.perf_counter() - start
 
 
 def mlx_competitor(name: str, units: int, compute: Callable[[int], list[mx.array]]) -> Competitor:
-    """metalens's own operation, on the backend and with the precision that the name stands for."""
+    """Return a competitor that runs metalens, on the backend and with the precision that `name` stands for."""
 
     def run(wanted: int | None) -> list[mx.array]:
         with ExitStack() as stack:
             stack.enter_context(use_backend("reference" if name == PLAIN else "native"))
-            stack.enter_context(use_precision("bf16" if name == OURS_BF16 else "float32"))
+            stack.enter_context(use_precision("bfloat16" if name == OURS_BF16 else "float32"))
             results = compute(units if wanted is None else wanted)
             mx.eval(results)
         return results
@@ -61,17 +62,17 @@ def mlx_competitor(name: str, units: int, compute: Callable[[int], list[mx.array
 
 
 def torch_competitor(units: int, compute: Callable[[int], list[Any]]) -> Competitor:
-    """A PyTorch function."""
+    """Return a competitor that runs a PyTorch function."""
     return Competitor(
         lambda wanted: compute(units if wanted is None else wanted), lambda results: [a.detach().float().numpy() for a in results], units
     )
 
 
 def torch_module() -> ModuleType:
-    """PyTorch, on all cores.
+    """Return the PyTorch module, set to use all cores.
 
     Raises:
-        LeftOutError: where it is not installed.
+        LeftOutError: if PyTorch is not installed.
     """
     try:
         torch = importlib.import_module("torch")
@@ -82,13 +83,13 @@ def torch_module() -> ModuleType:
 
 
 def tensor(a: mx.array) -> Any:
-    """An MLX array as a float32 (or int64) tensor with memory of its own."""
+    """Copy an MLX array into a float32 tensor, or into an int64 tensor if it holds integers."""
     integer = mx.issubdtype(a.dtype, mx.integer)
     return torch_module().from_numpy(np.array(a.astype(mx.int64 if integer else mx.float32)))
 
 
 def probe(competitor: Competitor, limit: float) -> None:
-    """Time a small slice first, so that nobody waits for a competitor that is pathologically slow here.
+    """Time a small part first, so that a run never waits for a competitor that is pathologically slow here.
 
     Raises:
         LeftOutError: if one call would take longer than `limit` seconds.
@@ -96,11 +97,11 @@ def probe(competitor: Competitor, limit: float) -> None:
     for units in (1, max(1, competitor.units // 8)):
         seconds = competitor.seconds(units)
         if seconds < 1:
-            seconds = min(seconds, competitor.seconds(units), competitor.seconds(units))  # without what only the first call does
+            seconds = min(seconds, competitor.seconds(units), competitor.seconds(units))  # without the cost of the first call
         expected = seconds * competitor.units / units
         if expected <= limit:
             return
-        if expected > 8 * limit:  # then the second slice would itself take as long as is allowed
+        if expected > 8 * limit:  # then the second part alone would take as long as the limit
             break
     measured = f"{seconds:.2g} s for {units} of {competitor.units} tokens or rows"
     raise LeftOutError(f"One call would take about {expected:.0f} s here ({measured}); the limit is {limit:.0f} s.")

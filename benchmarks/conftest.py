@@ -1,4 +1,4 @@
-"""Settings and fixtures of the suites, and what the report says about the machine."""
+"""Define the settings and fixtures of the suites, and describe the machine for the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTRUCTION_SETS = ("fma", "avx2", "avx512f", "avx512vl", "avx512_vnni", "avx512
 
 
 def quick_mode() -> bool:
-    """Small shapes and few rounds only: METALENS_BENCH_QUICK=1."""
+    """Return whether METALENS_BENCH_QUICK=1 asks for the small shapes only, for a shorter time."""
     return os.environ.get("METALENS_BENCH_QUICK", "") not in ("", "0")
 
 
@@ -42,13 +42,13 @@ def suite(benchmark: Any, peaks: Peaks) -> Suite:
 
 @pytest.fixture
 def full_only() -> None:
-    """For cases that quick mode leaves out."""
+    """Skip the test in quick mode."""
     if quick_mode():
         pytest.skip("Quick mode runs the small shapes only.")
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def version(package: str) -> str | None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Instruction sets, cores and versions, for the report; a hook of pytest-benchmark."""
+    """Add instruction sets, cores and versions to pytest-benchmark's record of the machine; a hook of pytest-benchmark."""
     extension, reason = _extension.find()
     flags = set(machine_info.get("cpu", {}).get("flags", []))
     machine_info["metalens"] = {

@@ -1,11 +1,11 @@
-"""Times competitors in turn, so that what the machine does meanwhile (other users, frequency, heat) hits all of them alike.
+"""Time competitors in turn, so that other load, frequency changes and heat affect all of them alike.
 
-One round is: every peer once, a burst at the machine's peak, our own implementation once, another burst. (A slow peer takes part in the first
-rounds only.) Ratios are taken within a round and summed up
-by their median and percentiles; so is the fraction of the peak, which is that of the two bursts around our own call. On a shared machine such
-ratios stay put while times drift by a factor of two or three.
+One round runs every peer once, a burst at the machine's peak, our own implementation once, and another burst. A slow peer takes part
+in the first rounds only. Ratios are taken within a round; their median and percentiles are reported. The fraction of the peak is our
+speed divided by the mean of the two bursts around our call. On a shared machine these ratios stay constant while times drift by a factor
+of two or three.
 
-Our own call is timed by pytest-benchmark, the peers in its `setup`.
+pytest-benchmark times our own call; its `setup` runs the peers.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 
 import numpy as np
 
-# A call shorter than this is preceded by an untimed one, so that caches and threads are as they would be in a loop ...
+# An untimed call precedes every call shorter than this, so that caches and threads are in the state that a loop would leave them in.
 QUICK_SECONDS = 0.05
-# ... and by a pause, in which the threads of the competitor before it stop spinning for work: OpenMP's do so for some milliseconds.
+# A pause precedes it too: the previous competitor's OpenMP threads spin for some milliseconds after their work.
 PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
 class Side:
-    """A competitor as a round sees it.
+    """A competitor in a round.
 
     Attributes:
-        name: for the report.
-        call: one call.
-        expected: seconds that a call took before.
-        seconds: the time of one call, measured by the competitor; None = time `call`.
+        name: name in the report.
+        call: function that runs the competitor once.
+        expected: seconds that an earlier call took.
+        seconds: function that runs the competitor once and returns its own measurement of the time; None = `call` is timed.
     """
 
     name: str
@@ -41,17 +41,17 @@ class Side:
 
     @property
     def round_seconds(self) -> float:
-        """What a round with it takes."""
+        """Return the seconds that this competitor adds to a round."""
         return self.expected * (2 if self.expected < QUICK_SECONDS else 1)
 
     def settle(self) -> None:
-        """Whatever must come between the call before and this one."""
+        """Pause and run an untimed call, if the timed call will be short."""
         if self.expected < QUICK_SECONDS:
             time.sleep(PAUSE_SECONDS)
             self.call()
 
     def timed(self) -> float:
-        """Seconds of one call, after it has settled."""
+        """Settle, run one call, and return its seconds."""
         if self.seconds is not None:
             time.sleep(PAUSE_SECONDS)
             return self.seconds()
@@ -63,12 +63,12 @@ class Side:
 
 @dataclass
 class Rounds:
-    """What n rounds gave, in their order.
+    """Measurements of n rounds, in order.
 
     Attributes:
-        ours: seconds of our call.
-        peers: seconds of each peer's.
-        bursts: (before, after) our call, FLOP/s or bytes/s; empty without a burst.
+        ours: seconds of our call in each round.
+        peers: seconds of each peer's call in each round that it took part in.
+        bursts: (before, after) pairs of the bursts around our call, in FLOP/s or bytes/s; empty if no burst was run.
     """
 
     ours: list[float] = field(default_factory=list)
@@ -76,48 +76,49 @@ class Rounds:
     bursts: list[tuple[float, float]] = field(default_factory=list)
 
     def ratios(self, peer: str) -> dict[str, float]:
-        """How many times as long the peer took, within a round."""
+        """Return the percentiles of the peer's time divided by ours, taken within a round."""
         return percentiles([theirs / ours for theirs, ours in zip(self.peers[peer], self.ours, strict=False)])
 
     def peak(self) -> dict[str, float]:
-        """The bursts around our calls."""
+        """Return the percentiles of the bursts around our calls."""
         return percentiles([sum(pair) / 2 for pair in self.bursts])
 
     def fractions(self, amount: float) -> dict[str, float]:
-        """Of the bursts around it, the speed of a call that does `amount` of work."""
+        """Return the percentiles of our speed divided by that of the bursts around it, for calls that do `amount` of work."""
         return percentiles([amount / ours / (sum(pair) / 2) for ours, pair in zip(self.ours, self.bursts, strict=True)])
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th."""
+    """Return the 20th, 50th and 80th percentile."""
     return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
 
 
 def number_of_rounds(side: Side, budget: float, most: int, least: int = 3) -> int:
-    """As many rounds of one competitor as fit into `budget` seconds."""
+    """Return the number of rounds of one competitor that fit into `budget` seconds, between `least` and `most`."""
     return max(least, min(most, int(budget / (0.1 + side.round_seconds))))
 
 
-def interleave(benchmark: Any, ours: Side, peers: list[Side], budget: float, most: int, least: int, burst: Callable[[], float] | None) -> Rounds:
+def interleave(benchmark: Any, sides: list[Side], budget: float, most: int, least: int, burst: Callable[[], float] | None) -> Rounds:
     """Run rounds for about `budget` seconds.
 
     Args:
-        benchmark: pytest-benchmark's fixture; it times `ours`.
-        ours: timed by pytest-benchmark.
-        peers: run before it, in this order.
-        budget: seconds for all rounds, shared equally by all competitors: a slow one takes part in the first rounds only.
-        most, least: bounds of the number of rounds.
-        burst: runs for some 50 ms at the machine's peak and returns its rate; None = no bursts.
+        benchmark: pytest-benchmark's fixture.
+        sides: competitors; pytest-benchmark times the first, ours, and the others run before it in this order.
+        budget: seconds for all rounds, divided equally between the competitors: a slow one takes part in the first rounds only.
+        most: largest number of rounds.
+        least: smallest number of rounds.
+        burst: function that runs for some 50 ms at the machine's peak and returns its rate; None = no bursts.
     """
+    ours, *peers = sides
     result = Rounds(peers={peer.name: [] for peer in peers})
     before: list[float] = []
-    share = budget / (1 + len(peers))
-    rounds = number_of_rounds(ours, share, most, least)
-    takes_part = {peer.name: number_of_rounds(peer, share, rounds, least) for peer in peers}
+    budget_of_each = budget / len(sides)
+    rounds = number_of_rounds(ours, budget_of_each, most, least)
+    rounds_of = {peer.name: number_of_rounds(peer, budget_of_each, rounds, least) for peer in peers}
 
     def setup() -> None:
         for peer in peers:
-            if len(before) < takes_part[peer.name]:
+            if len(before) < rounds_of[peer.name]:
                 result.peers[peer.name].append(peer.timed())
         before.append(burst() if burst is not None else 0.0)
         ours.settle()

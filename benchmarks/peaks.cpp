@@ -1,7 +1,7 @@
-// What this machine can do at most, measured on all usable cores at once: multiply-adds on registers alone, and reading memory once.
+// Measures the peaks of this machine on all usable cores at once: multiply-adds on registers alone, and reading memory once.
 //
-// Built by peaks.py as a shared library with -O2 -march=native. Each call is a burst of about the length asked for, short enough to stand right
-// before and right after a measurement: on a shared machine the peak itself moves by a factor of two within minutes.
+// peaks.py builds this file as a shared library with -O2 -march=native. Each call is a burst of about the requested length, short enough to run
+// just before and just after a measurement: on a shared machine the peak itself changes by a factor of two within minutes.
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -31,8 +31,8 @@ typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
 constexpr int kLanes = kVectorBytes / 4;
 
-// Enough independent sums to hide the latency of every multiply-add known (4 cycles, two a cycle), few enough to stay in 16 registers with two
-// factors.
+// Enough independent sums to hide the latency of a multiply-add (4 cycles, two per cycle, on every known CPU), and few enough to stay in
+// 16 registers together with two factors.
 constexpr int kSums = 12;
 constexpr int kStepsBetweenClocks = 4096;
 
@@ -42,7 +42,7 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Keeps a value alive and the loop in place, at no cost.
+// Keeps the compiler from removing a value or its loop, at no cost.
 template <typename T>
 void keep(T& value) {
 #if defined(__x86_64__)
@@ -94,7 +94,7 @@ struct TileConfig {
   uint8_t rows[16] = {};
 };
 
-// The kernel hands out tile state on request only; threads made afterward inherit the permission.
+// Linux grants tile state on request only; threads that are created afterward inherit the permission.
 bool amx_permitted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -129,7 +129,7 @@ double amx_flop() {
 }
 #endif
 
-std::vector<Words> buffer;  // for reading; made at the first call, larger than any cache
+std::vector<Words> buffer;  // read by read_peak, which allocates it at its first call; larger than any cache
 
 template <size_t... I>
 double read_bytes(const Words* from, size_t count, std::index_sequence<I...>) {
@@ -141,7 +141,7 @@ double read_bytes(const Words* from, size_t count, std::index_sequence<I...>) {
   return double(count) * kVectorBytes;
 }
 
-// Runs `work` on every thread, all starting together, each until `seconds` have passed; the sum of the threads' rates.
+// Runs `work` on every thread until `seconds` have passed, with a common start, and returns the sum of the threads' rates.
 template <typename Begin, typename Work, typename End>
 double all_cores(int threads, double seconds, Begin begin, Work work, End end) {
   std::atomic<int> waiting{threads};
@@ -175,17 +175,17 @@ void nothing() {
 
 extern "C" {
 
-// Bits per vector register that the float32 burst uses.
+// Returns the bits of a vector register in the float32 burst.
 int vector_bits() {
   return 8 * kVectorBytes;
 }
 
-// float32 multiply-adds on registers, FLOP/s.
+// Returns the FLOP/s of float32 multiply-adds on registers.
 double fma_peak(int threads, double seconds) {
   return all_cores(threads, seconds, nothing, [](int) { return fma_flop(); }, nothing);
 }
 
-// bfloat16 dot products on registers (AVX-512 BF16), FLOP/s; 0 if the CPU has none.
+// Returns the FLOP/s of bfloat16 dot products on registers (AVX-512 BF16); 0 if the CPU has none.
 double bf16_dot_peak(int threads, double seconds) {
 #if defined(__AVX512BF16__)
   return all_cores(threads, seconds, nothing, [](int) { return bf16_dot_flop(); }, nothing);
@@ -194,7 +194,7 @@ double bf16_dot_peak(int threads, double seconds) {
 #endif
 }
 
-// bfloat16 products on tile registers (AMX), FLOP/s; 0 if the CPU or the kernel has none.
+// Returns the FLOP/s of bfloat16 products on tile registers (AMX); 0 if the CPU or the operating system has none.
 double amx_peak(int threads, double seconds) {
 #if defined(__AMX_BF16__)
   if (!amx_permitted()) return 0.0;
@@ -204,7 +204,7 @@ double amx_peak(int threads, double seconds) {
 #endif
 }
 
-// Reading memory that no cache holds, bytes/s. Each thread reads a part of its own, in pieces of 1 MiB, over and over.
+// Returns the bytes/s of reading memory that no cache holds. Each thread reads its own part repeatedly, in pieces of 1 MiB.
 double read_peak(int threads, double seconds) {
   constexpr size_t kBytes = size_t{384} << 20, kPiece = (size_t{1} << 20) / kVectorBytes;
   if (buffer.empty()) buffer.assign(kBytes / kVectorBytes, Words{} + 1);

@@ -1,4 +1,4 @@
-"""The peaks of this machine (see peaks.cpp): what a measured speed is a fraction of."""
+"""Measure the peaks of this machine (see peaks.cpp), with which measured speeds are compared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FUNCTIONS = {FMA: "fma_peak", BF16_DOT: "bf16_dot_peak", AMX: "amx_peak", READ: 
 
 
 class UnavailableError(RuntimeError):
-    """Why there are no peaks here, in a sentence."""
+    """Raised with the reason, in a sentence, why no peaks can be measured here."""
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -28,13 +28,13 @@ class Peaks:
     """Bursts at full load on all usable cores.
 
     Raises:
-        UnavailableError: without a C++ compiler.
+        UnavailableError: if no C++ compiler is found, or if peaks.cpp does not compile.
     """
 
     def __init__(self) -> None:
         compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
         if compiler is None:
-            raise UnavailableError("No C++ compiler was found to build peaks.cpp. Install g++, or name one in CXX.")
+            raise UnavailableError("No C++ compiler was found to build peaks.cpp. Install g++, or set CXX to a compiler.")
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "peaks.so"
             command = [compiler, "-std=c++20", "-O2", "-march=native", "-shared", "-fPIC", "-pthread", str(SOURCE), "-o", str(library)]
@@ -50,12 +50,12 @@ class Peaks:
         self.available = [name for name in FUNCTIONS if self.burst(name, 0.001) > 0]
 
     def burst(self, name: str, seconds: float = BURST_SECONDS) -> float:
-        """FLOP/s (bytes/s for READ) of a burst of this length; 0 where the CPU cannot do it."""
+        """Run a burst of this length and return its FLOP/s (bytes/s for READ); 0 if the CPU lacks the instructions."""
         return float(getattr(self._library, FUNCTIONS[name])(self.threads, seconds))
 
     @property
     def bf16(self) -> str | None:
-        """The faster of the CPU's ways to multiply bfloat16, or None if it has none."""
+        """Return the CPU's fastest bfloat16 multiply, or None if it has none."""
         return AMX if AMX in self.available else BF16_DOT if BF16_DOT in self.available else None
 
 

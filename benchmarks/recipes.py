@@ -1,13 +1,13 @@
-"""Every recipe on two models: KL to the model, layer by layer, against the tokens seen.
+"""Compare the recipes on two models: KL to the model, layer by layer, against the number of training tokens.
 
     python -m benchmarks.recipes [--models demo small] [--recipes paper fast ...] [--tokens 409600] [--out docs]
 
-A run trains with `metalens.training.train` as a user would, writing checkpoints; afterward the lens of each checkpoint is read on held-out text.
-What was measured is kept in benchmarks/results/recipes.json, run by run, so that the command can be interrupted and goes on; --fresh starts anew.
-Then it writes docs/recipes.md and docs/recipes.png.
+A run trains with `metalens.training.train` as a user would, and writes checkpoints; afterward the lens of each checkpoint is read on
+held-out text. Each run is saved in benchmarks/results/recipes.json, so that the command can be interrupted and continued; --fresh starts
+again. The command then writes docs/recipes.md and docs/recipes.png.
 
-The budget of `paper` is scaled to models of this size: 200 steps of 2048 tokens (2^18 and 250 for models of billions). `fast` runs with about a
-tenth of these tokens, its warm start included, and with all of them.
+The budget of `paper` is scaled to models of this size: 200 steps of 2048 tokens (250 steps of 2^18 for models with billions of
+parameters). `fast` runs with about a tenth of these tokens, its warm start included, and with all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ import numpy as np
 from metalens import InterpretableModel, TunedLens, accelerate
 from metalens.models import bundled
 from metalens.ops import lens_stats, normed
-from metalens.readings.reading import lens_rows
+from metalens.readings.rows import lens_rows
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, recipe, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recipes.json"
-# The second has another depth and width (tools/demo_models/README.md); its vocabulary and text are the demo's.
+# The small model has fewer layers and a smaller hidden size (tools/demo_models/README.md); its vocabulary and text are the demo model's.
 MODELS = {"demo": bundled.MODEL, "small": HERE.parent / "tools" / "demo_models" / "small"}
 BUDGET = 200 * 2048
 LENGTH = 128
@@ -42,42 +43,47 @@ CHECKPOINTS = 8
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the comparison."""
+    """One line of the comparison.
+
+    Attributes:
+        name: name of the line.
+        config: settings of its training.
+    """
 
     name: str
     config: TrainingConfig
 
 
 def runs(tokens: int) -> list[Run]:
-    """What is compared, for a budget of so many tokens."""
+    """Return the runs to compare, for a budget of `tokens` training tokens."""
 
-    def made(name: str, label: str, per_step: int, budget: int, **settings: Any) -> Run:
+    def make(name: str, label: str, per_step: int, budget: int, **settings: Any) -> Run:
         settings = {"max_seq_len": LENGTH, "tokens_per_step": per_step, "seed": 0, "repeat": True, **settings}
         warm = settings.get("warm_start_tokens", 0)
         return Run(label, recipe(name, num_steps=(budget - warm) // per_step, **settings))
 
     return [
-        made("paper", "paper", 2048, tokens),
-        made("fast", "fast, short", 128, tokens * 105 // 1000, warm_start_tokens=12288),
-        made("fast", "fast", 1024, tokens, warm_start_tokens=12288),
-        made("muon", "muon", 1024, tokens),
-        made("adam", "adam", 1024, tokens),
-        made("mlxterp", "mlxterp", 512, tokens),
+        make("paper", "paper", 2048, tokens),
+        make("fast", "fast, short", 128, tokens * 105 // 1000, warm_start_tokens=12288),
+        make("fast", "fast", 1024, tokens, warm_start_tokens=12288),
+        make("muon", "muon", 1024, tokens),
+        make("adam", "adam", 1024, tokens),
+        make("mlxterp", "mlxterp", 512, tokens),
     ]
 
 
 def measure(model_name: str, run: Run) -> dict[str, Any]:
-    """Train, then read held-out text with the lens of each checkpoint."""
+    """Train a lens, then score the lens of each checkpoint on held-out text."""
     model = InterpretableModel(str(MODELS[model_name]))
     accelerate(model.model)
     corpus = Corpus.from_ids(np.array(model.training_ids([bundled.TRAINING_TEXT.read_text()])))
     ids = model.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT]
-    config, unembed = run.config, model.unembed
+    config = run.config
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointFolder(folder, keep=10**6)
         start = time.perf_counter()
         every = max(1, config.num_steps // CHECKPOINTS)
-        lens = train(model.source, unembed, corpus, config, checkpoints=checkpoints, checkpoint_every=every, show_progress=True)
+        lens = train(model, corpus, config=config, checkpoint_dir=checkpoints, checkpoint_every=every, show_progress=True)
         seconds = time.perf_counter() - start
         curve = []
         for step in checkpoints.steps():
@@ -90,7 +96,7 @@ def measure(model_name: str, run: Run) -> dict[str, Any]:
 
 
 def held_out_kl(model: InterpretableModel, lens: TunedLens | None, ids: mx.array) -> list[float]:
-    """Mean KL(model || lens) of every layer, nats per token."""
+    """Return the mean KL(model || lens) of every layer, in nats per token; None is the logit lens."""
     unembed, layers = model.unembed, len(model.source)
     total = np.zeros(layers)
     for start in range(0, ids.size - LENGTH + 1, 4 * LENGTH):
@@ -103,55 +109,68 @@ def held_out_kl(model: InterpretableModel, lens: TunedLens | None, ids: mx.array
     return [float(value) for value in total / (ids.size // LENGTH * LENGTH)]
 
 
+def logit_lens_kl(model_name: str) -> list[float]:
+    """Return the logit lens's mean KL of every layer on the held-out text, in nats per token."""
+    model = InterpretableModel(str(MODELS[model_name]))
+    accelerate(model.model)
+    return held_out_kl(model, None, model.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT])
+
+
+def is_measured(found: list[dict[str, Any]], model: str, run: Run) -> bool:
+    """Return whether the results hold this run of the model, with the same settings."""
+    config = json.loads(json.dumps(run.config.to_dict()))
+    return any(entry["model"] == model and entry["run"] == run.name and entry["config"] == config for entry in found)
+
+
 def spent(entry: dict[str, Any]) -> tuple[int, float]:
-    """(tokens, seconds) of a run."""
+    """Return the training tokens and the seconds of a run."""
     return entry["curve"][-1]["tokens"], entry["seconds"]
 
 
 def mean(kl: list[float]) -> float:
-    """Over layers."""
+    """Return the mean over layers."""
     return sum(kl) / len(kl)
 
 
 def page(found: list[dict[str, Any]], logit: dict[str, list[float]]) -> str:
-    """docs/recipes.md."""
+    """Return docs/recipes.md from the runs and the logit lens's KL of each model."""
     parts = [
         "# Recipes compared\n",
-        "Mean held-out KL(model || lens) over layers, nats per token, after so many training tokens (a warm start's included), and the wall time of",
-        f"the whole loop. {HELD_OUT} held-out tokens that neither model nor lens has seen; sequences of {LENGTH}. Written by",
-        "`python -m benchmarks.recipes`, one run per line, on two shared CPU cores: times compare within one model only, and roughly.\n",
+        "The tables show KL(model || lens) on held-out text, in nats per token, by layer and as the mean over layers; the number of training",
+        "tokens, a warm start's included; and the wall time of the whole training. The held-out text has",
+        f"{HELD_OUT} tokens that neither model nor lens has seen, in sequences of {LENGTH}.\n",
+        "`python -m benchmarks.recipes` wrote this page from one run per line, on two shared CPU cores: compare times within one model only,",
+        "and only roughly.\n",
         "![KL against tokens](recipes.png)\n",
     ]
     for model in dict.fromkeys(entry["model"] for entry in found):
-        of_model = [entry for entry in found if entry["model"] == model]
-        layers = len(of_model[0]["curve"][-1]["kl"])
-        parts.append(f"## {model}: {layers} layers\n\nLogit lens: {mean(logit[model]):.3f}\n")
-        parts.append("| recipe | tokens per step | tokens | wall time, s | mean KL | " + " | ".join(f"layer {i}" for i in range(layers)) + " |")
-        parts.append("|---|---:|---:|---:|---:|" + "---:|" * layers)
-        for entry in of_model:
-            last = entry["curve"][-1]
-            cells = [
-                entry["run"],
-                str(entry["config"]["tokens_per_step"]),
-                f"{last['tokens']:,}",
-                f"{entry['seconds']:.0f}",
-                f"{mean(last['kl']):.3f}",
-            ]
-            parts.append("| " + " | ".join([*cells, *(f"{kl:.3f}" for kl in last["kl"])]) + " |")
-        by_run = {entry["run"]: entry for entry in of_model}
-        if {"paper", "fast, short", "fast"} <= set(by_run):
-            paper, short, whole = (by_run[name] for name in ("paper", "fast, short", "fast"))
-            kl = [mean(entry["curve"][-1]["kl"]) for entry in (paper, short, whole)]
-            tokens, seconds = (100 * ours / theirs for ours, theirs in zip(spent(short), spent(paper), strict=True))
-            parts.append(
-                f"\nWith {tokens:.1f} % of paper's tokens and {seconds:.1f} % of its wall time fast is at {kl[1]:.4f} nats, paper at {kl[0]:.4f}; "
-                f"with as many tokens fast is at {kl[2]:.4f}.\n"
-            )
+        parts += section(model, [entry for entry in found if entry["model"] == model], logit[model])
     return "\n".join(parts) + "\n"
 
 
+def section(model: str, entries: list[dict[str, Any]], logit: list[float]) -> Iterator[str]:
+    """Yield the page's section about one model."""
+    layers = len(logit)
+    yield f"## {model}: {layers} layers\n\nMean KL of the logit lens: {mean(logit):.3f}\n"
+    yield "| recipe | tokens per step | tokens | wall time, s | mean KL | " + " | ".join(f"layer {i}" for i in range(layers)) + " |"
+    yield "|---|---:|---:|---:|---:|" + "---:|" * layers
+    for entry in entries:
+        kl, (tokens, seconds) = entry["curve"][-1]["kl"], spent(entry)
+        cells = [entry["run"], str(entry["config"]["tokens_per_step"]), f"{tokens:,}", f"{seconds:.0f}", f"{mean(kl):.3f}"]
+        yield "| " + " | ".join([*cells, *(f"{value:.3f}" for value in kl)]) + " |"
+    by_run = {entry["run"]: entry for entry in entries}
+    if {"paper", "fast, short", "fast"} <= set(by_run):
+        paper, short, whole = (by_run[name] for name in ("paper", "fast, short", "fast"))
+        kl = [mean(entry["curve"][-1]["kl"]) for entry in (paper, short, whole)]
+        tokens, seconds = (100 * ours / theirs for ours, theirs in zip(spent(short), spent(paper), strict=True))
+        yield (
+            f"\nWith {tokens:.1f} % of paper's tokens and {seconds:.1f} % of its wall time, fast reaches {kl[1]:.4f} nats; paper reaches "
+            f"{kl[0]:.4f}. With the same number of tokens, fast reaches {kl[2]:.4f}.\n"
+        )
+
+
 def picture(found: list[dict[str, Any]], path: Path) -> None:
-    """Mean KL against tokens, one panel per model."""
+    """Plot the mean KL against training tokens, one panel per model, and save the picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -177,29 +196,25 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, write the page."""
+    """Measure the runs that have no result yet, then write the page and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=[name for name, path in MODELS.items() if path.exists()], choices=list(MODELS))
-    parser.add_argument("--recipes", nargs="*")
-    parser.add_argument("--tokens", type=int, default=BUDGET)
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
+    models = [name for name, path in MODELS.items() if path.exists()]
+    parser.add_argument("--models", nargs="*", default=models, choices=list(MODELS), help="models to measure; none = only write the page again")
+    parser.add_argument("--recipes", nargs="*", help="names of the runs to measure [default: all]")
+    parser.add_argument("--tokens", type=int, default=BUDGET, help="training tokens of a run [default: %(default)s]")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="folder of the page and the picture")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = [] if arguments.fresh or not RESULTS.exists() else json.loads(RESULTS.read_text())
     for model in arguments.models:
         for run in runs(arguments.tokens):
-            known = any(e["model"] == model and e["run"] == run.name and e["config"] == json.loads(json.dumps(run.config.to_dict())) for e in found)
-            if known or (arguments.recipes and run.name not in arguments.recipes):
+            if is_measured(found, model, run) or (arguments.recipes and run.name not in arguments.recipes):
                 continue
             entry = measure(model, run)
             sys.stderr.write(f"{model} {run.name}: {mean(entry['curve'][-1]['kl']):.4f} after {entry['seconds']:.0f} s\n")
             found = [e for e in found if (e["model"], e["run"]) != (model, run.name)] + [entry]
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    logit = {}
-    for model in dict.fromkeys(entry["model"] for entry in found):
-        loaded = InterpretableModel(str(MODELS[model]))
-        accelerate(loaded.model)
-        logit[model] = held_out_kl(loaded, None, loaded.ids(bundled.HELD_OUT_TEXT.read_text())[0][:HELD_OUT])
+    logit = {model: logit_lens_kl(model) for model in dict.fromkeys(entry["model"] for entry in found)}
     (arguments.out / "recipes.md").write_text(page(found, logit))
     picture(found, arguments.out / "recipes.png")
 

@@ -1,4 +1,4 @@
-"""The picture of the report: bars of how many times as long the other implementations take."""
+"""Draw the picture of the report: bars of the other implementations' times divided by ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAR_INCHES, GAP_BARS = 0.17, 0.7
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """One panel per table; one group of bars per case, one bar per peer, with the 20th and 80th percentile."""
+    """Draw one panel per table, one group of bars per case and one bar per peer, with the 20th and 80th percentile."""
     titles = [t for t in dict.fromkeys(case["title"] for case in results["cases"]) if any(c["peers"] for c in results["cases"] if c["title"] == t)]
     panels = [[case for case in results["cases"] if case["title"] == title and case["peers"]] for title in titles]
     heights = [sum(len(case["peers"]) + GAP_BARS for case in cases) for cases in panels]
@@ -38,6 +38,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def _panel(axis: Any, title: str, cases: list[dict[str, Any]]) -> None:
+    """Draw the bars of one table."""
     top, ticks, labels = 0.0, [], []
     for case in cases:
         ticks.append(top + (len(case["peers"]) - 1) / 2)
@@ -45,7 +46,7 @@ def _panel(axis: Any, title: str, cases: list[dict[str, Any]]) -> None:
         for name, peer in case["peers"].items():
             ratio = peer["ratio"]
             errors = [[max(0.0, ratio["p50"] - ratio["p20"])], [max(0.0, ratio["p80"] - ratio["p50"])]]
-            # From 1 outwards: on a logarithmic axis a bar to the left means that the other one is faster.
+            # Bars begin at 1: on the logarithmic axis, a bar to the left means that the other implementation is faster.
             axis.barh(top, ratio["p50"] - 1, left=1, height=0.85, color=COLORS.get(name, OTHER), xerr=errors, error_kw={"lw": 0.8, "alpha": 0.6})
             end = max(ratio["p80"], 1)
             axis.text(end * 1.05, top, f"{ratio['p50']:.2g}  {name}", va="center", fontsize=6.5)

@@ -1,10 +1,10 @@
-"""lens_kl as a whole, with its target and its gradient, on a 4-bit head: what a training step does at the unembedding."""
+"""Time lens_kl with its target and its gradient on a 4-bit head: the work of a training step at the unembedding."""
 
 import pytest
 from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16
 from benchmarks.operations import lens
 from benchmarks.operations.lens import Shape
-from benchmarks.suite import Suite, Work
+from benchmarks.suite import Case, Effort, Suite, Work
 
 TITLE = "lens_kl: KL to the model and its gradient, 8 layers"
 SMALL = [Shape(256, 6000, 64), Shape(320, 6007, 64)]
@@ -13,13 +13,14 @@ HUGE = Shape(2048, 128256, 256)
 
 
 def label(shape: Shape) -> str:
-    return f"D {shape.width}, V {shape.vocab}, {shape.rows} rows"
+    return f"D {shape.hidden_size}, V {shape.vocab_size}, {shape.rows} rows"
 
 
-def measure(suite: Suite, shape: Shape, ours: str, peers: list[str], **settings) -> None:
+def measure(suite: Suite, shape: Shape, ours: str, peers: list[str], memory_of: list[str], effort: Effort | None = None) -> None:
     peak = suite.peaks.bf16 if ours == OURS_BF16 else None
     work = Work(shape.kl_flop, peak=peak) if peak else Work(shape.kl_flop)
-    suite.measure(lens, {"operation": "kl"} | shape.to_dict(), [ours, *peers], label(shape), work, title=TITLE, **settings)
+    arguments = {"operation": "kl"} | shape.to_dict()
+    suite.measure(Case(lens, arguments, [ours, *peers], TITLE, label(shape), work, memory_of=memory_of), effort)
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=label)
@@ -29,12 +30,13 @@ def test_small(suite, shape):
 
 @pytest.mark.parametrize("shape", LARGE, ids=label)
 def test_large(full_only, suite, shape):
-    measure(suite, shape, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], budget=20)
+    measure(suite, shape, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], effort=Effort(budget=20))
 
 
 def test_memory_of_the_largest(full_only, suite):
-    """One round: this case is here for its memory."""
-    measure(suite, HUGE, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], limit=60, least_rounds=1, most_rounds=1)
+    """Run a single round, because this case is here for its memory."""
+    one_round = Effort(limit=60, least_rounds=1, most_rounds=1)
+    measure(suite, HUGE, OURS, [TORCH, TORCH_BF16], memory_of=[OURS, TORCH, TORCH_BF16], effort=one_round)
 
 
 @pytest.mark.parametrize("shape", SMALL + LARGE, ids=label)
@@ -45,5 +47,5 @@ def test_bf16(request, suite, shape):
 
 
 def test_beside_plain_mlx(suite):
-    """Few rows, because MLX's matrix products are slow on Linux CPUs."""
+    """Use few rows, because MLX's matrix products are slow on Linux CPUs."""
     measure(suite, Shape(256, 6000, 8), OURS, [PLAIN], memory_of=[OURS, PLAIN])

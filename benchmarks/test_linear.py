@@ -1,10 +1,10 @@
-"""quantized_matmul with a 4-bit W: a layer's product on many rows, and on the one row of a decoding step."""
+"""Time quantized_matmul with a 4-bit W: a layer's product on many rows, and on the single row of a decoding step."""
 
 import pytest
 from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16, TORCH_INT4
 from benchmarks.operations import linear
 from benchmarks.peaks import READ
-from benchmarks.suite import Suite, Work
+from benchmarks.suite import Case, Effort, Suite, Work
 
 from metalens import _extension
 
@@ -20,15 +20,15 @@ def label(shape: tuple[int, int, int]) -> str:
     return f"{rows} row{'s' if rows > 1 else ''}, W [{outputs}, {inputs}]"
 
 
-def measure(suite: Suite, shape: tuple[int, int, int], names: list[str], title: str | None = None, transpose: bool = True, **settings) -> None:
+def measure(suite: Suite, shape: tuple[int, int, int], names: list[str], title: str | None = None, transpose: bool = True, **options) -> None:
     rows, inputs, outputs = shape
     if title is None:
         title = MANY if rows > 1 else ONE if transpose else ONE_BACKWARD
-    packed = outputs * inputs * (0.5 + 4 / 64)  # codes, and a scale and a bias of 16 bits per 64 of them
+    packed = outputs * inputs * (0.5 + 4 / 64)  # bytes of the codes, and of a scale and a bias of 16 bits per 64 codes
     peak = suite.peaks.bf16 if names[0] == OURS_BF16 else None
     work = Work(packed, "B/s", READ) if rows == 1 else Work(2.0 * rows * inputs * outputs, **({"peak": peak} if peak else {}))
     arguments = {"rows": rows, "inputs": inputs, "outputs": outputs, "transpose": transpose}
-    suite.measure(linear, arguments, names, label(shape), work, title=title, budget=5, **settings)
+    suite.measure(Case(linear, arguments, names, title, label(shape), work, **options), Effort(budget=5))
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=label)
@@ -44,7 +44,7 @@ def test_large(full_only, suite, shape):
 
 @pytest.mark.parametrize("shape", [(1, 256, 6000), (1, 1024, 3072), (1, 2048, 2048)], ids=label)
 def test_one_row_backward(suite, shape):
-    """The gradient's direction: x [1, outputs] times W."""
+    """Time the product of the gradient: x [1, outputs] times W."""
     measure(suite, shape, [OURS, TORCH, TORCH_BF16, PLAIN], transpose=False)
 
 
@@ -55,7 +55,7 @@ def test_bf16(suite, shape):
 
 @pytest.mark.parametrize("shape", [(128, 256, 704), (128, 1024, 1024), (1, 2048, 2048)], ids=label)
 def test_instruction_sets(suite, shape):
-    """The widest instruction set that this CPU has, beside the narrower ones, each in a process of its own."""
+    """Compare this CPU's widest instruction set with the narrower ones, each in a process of its own."""
     extension, reason = _extension.find()
     if extension is None:
         pytest.skip(reason)

@@ -1,9 +1,12 @@
-"""Lens training in plain PyTorch, as upstream's tuned-lens does it: one layer after another, each with its own logits, loss and way back.
+"""Train a lens in plain PyTorch as upstream's tuned-lens does: one layer after another, each with its own logits, loss and backward pass.
 
-The model is the demo model with its weights dequantized. What upstream's loop does is kept: per sequence a forward pass without gradient, the model's
-log-probabilities once, then per layer translator, norm, all logits, KL and `backward`; per step one clipped SGD step with Nesterov momentum and a
-linearly falling rate. So that the two trained lenses can be compared, settings are metalens's where the two differ: the loss is the mean over layers
-(upstream: the sum), there is no weight decay, and translator i reads the output of block i (upstream: its input). None of this changes the work.
+The model is the demo model with its weights dequantized. The work is that of upstream's loop: per sequence, a forward pass without
+gradient and the model's log-probabilities once, then per layer the translator, the norm, all logits, the KL and `backward`; per step, one
+clipped SGD step with Nesterov momentum and a linearly falling learning rate.
+
+The settings are metalens's where the two differ, so that the trained lenses can be compared: the loss is the mean over layers (upstream:
+the sum), there is no weight decay, and translator i reads the output of block i (upstream: its input). These differences do not change
+the work.
 """
 
 from __future__ import annotations
@@ -39,14 +42,15 @@ class TorchModel:
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def normed(self, h: Any, gain: Any) -> Any:
+        """Return the RMS norm of h."""
         return torch_module().nn.functional.rms_norm(h, (h.shape[-1],), gain, self.args.rms_norm_eps)
 
     def unembed(self, h: Any) -> Any:
-        """Logits [..., V]."""
+        """Return the logits [..., V] of hidden states [..., D]."""
         return torch_module().nn.functional.linear(self.normed(h, self.norm), self.embedding)
 
     def hidden(self, ids: Any) -> list[Any]:
-        """Every block's output [B, T, D] for ids [B, T]."""
+        """Return the output [B, T, D] of every block for ids [B, T]."""
         functional = torch_module().nn.functional
         h, outputs = functional.embedding(ids, self.embedding), []
         for block in self.blocks:
@@ -70,21 +74,21 @@ class TorchModel:
 
 
 def _matrix(layer: nn.Module) -> Any:
-    """The dequantized weight of an MLX layer."""
+    """Return the dequantized weight of an MLX layer."""
     return tensor(dense(Weight.from_layer(layer)))
 
 
 def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:
-    """The translators' weights W - I [L, D, D] and biases [L, D] after `config.num_steps` steps on the given sequences [1, T].
+    """Train for `config.num_steps` steps on sequences [1, T]; return the weights W - I [L, D, D] and the biases [L, D].
 
     bf16 runs model and lens under autocast, as upstream does.
     """
     torch = torch_module()
-    layers, width = len(model.blocks), model.embedding.shape[1]
-    translators = [torch.nn.Linear(width, width) for _ in range(layers)]
+    num_layers, hidden_size = len(model.blocks), model.embedding.shape[1]
+    translators = [torch.nn.Linear(hidden_size, hidden_size) for _ in range(num_layers)]
     parameters = [p for translator in translators for p in translator.parameters()]
     for p in parameters:
-        torch.nn.init.zeros_(p)  # of the residual form h + W h + b
+        torch.nn.init.zeros_(p)  # the residual form is h + W h + b
     optimizer = torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.num_steps)
     for step in range(config.num_steps):
@@ -96,7 +100,7 @@ def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig
                 for translator, h in zip(translators, hidden, strict=True):
                     log_q = model.unembed(h + translator(h)).float().log_softmax(-1)
                     loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-                    (loss / (layers * config.sequences_per_step)).backward()
+                    (loss / (num_layers * config.sequences_per_step)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""A competitor in a process of its own: for its memory, and for settings that are read once per process (METALENS_ISA).
+"""Run a competitor in a process of its own, to measure its memory, or for settings that a process reads only once (METALENS_ISA).
 
     python -m benchmarks.worker operations.linear "metalens" '{"rows": 1, "inputs": 256, "outputs": 6000}'
 
-makes the competitor, prints a line, and answers every line on stdin with one on stdout: "seconds" with the seconds of one call, "memory" with the
-bytes by which the process's peak grew during one call.
+The process makes the competitor and prints a line. It then answers every line on stdin with one line on stdout: "seconds" with the
+seconds of one call, "memory" with the bytes by which one call raised the process's peak.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any
 
 import mlx.core as mx
 from benchmarks.competitor import Competitor, LeftOutError
+from benchmarks.interleaved import Side
 
 ROOT = Path(__file__).parent.parent
-# Every block of 64 kB or more straight from the system and straight back, so that a peak is not hidden by memory that the allocator has kept.
+# The allocator takes blocks of 64 kB or more directly from the system and returns them at once: memory that it kept would hide a peak.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 class Worker:
-    """A competitor in a fresh process. A context manager; leaving it ends the process.
+    """A competitor in a fresh process; a context manager that ends the process.
 
     Raises:
         LeftOutError: if the process ends instead of answering.
@@ -45,7 +46,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise LeftOutError(f"Its process ended with code {self._process.wait()}.")
+            raise LeftOutError(f"Its process ended with exit code {self._process.wait()}.")
         return line.strip()
 
     def _ask(self, question: str) -> float:
@@ -55,12 +56,16 @@ class Worker:
         return float(self._answer())
 
     def seconds(self) -> float:
-        """Of one call."""
+        """Return the seconds of one call."""
         return self._ask("seconds")
 
     def memory(self) -> float:
-        """Bytes by which the process's peak grew during one call."""
+        """Return the bytes by which one call raised the process's peak."""
         return self._ask("memory")
+
+    def side(self, name: str) -> Side:
+        """Return this competitor as a side of a round, under `name`."""
+        return Side(name, self.seconds, self.seconds(), self.seconds)
 
     def __enter__(self) -> Worker:
         return self
@@ -72,7 +77,7 @@ class Worker:
 
 
 def extra_memory(module: str, name: str, arguments: dict[str, Any]) -> float | None:
-    """Bytes that one call needs beyond its inputs, in a fresh process; None where the system does not tell (it is Linux that does)."""
+    """Return the bytes that one call needs in a fresh process, without its inputs; None where the system does not report them (only Linux does)."""
     try:
         with Worker(module, name, arguments, RETURN_MEMORY) as worker:
             return worker.memory()
@@ -81,25 +86,26 @@ def extra_memory(module: str, name: str, arguments: dict[str, Any]) -> float | N
 
 
 def _status(field: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process, in bytes."""
+    """Return VmRSS or VmHWM (its peak) of this process, in bytes."""
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return 1024.0 * int(match[1])
 
 
 def _growth(competitor: Competitor) -> float:
-    competitor.run(1)  # what only the first call allocates (threads, a library's own tables) is not the operation's
+    """Run one call and return the bytes by which it raised the peak."""
+    competitor.run(1)  # a library's threads and tables, which only the first call allocates, do not count as the operation's
     gc.collect()
     mx.clear_cache()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     competitor.run(None)
     return max(0.0, _status("VmHWM") - before)
 
 
 def main() -> None:
-    """Serve stdin."""
+    """Answer the questions on stdin."""
     module, name, arguments = sys.argv[1:]
     competitor = importlib.import_module(f"benchmarks.{module}").make(name, **json.loads(arguments))
     print("ready", flush=True)

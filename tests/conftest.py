@@ -3,8 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The oracle's float64 products are small: on busy cores OpenBLAS's threads wait for each other ten times longer than they compute. Read by NumPy when
-# it is loaded, and by the processes that the tests start.
+# The oracle's float64 products are small: on busy cores, OpenBLAS's threads wait for each other ten times longer than they compute.
+# NumPy reads the variable when it is loaded; the processes that the tests start inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
@@ -18,14 +18,14 @@ from mlx_lm.models import llama
 from metalens import InterpretableModel, use_backend
 from support.metal_emulation import emulated, needs_clang
 
-# Reproducible, and without a time limit per example: a busy machine is not a failure.
+# Examples are reproducible, and have no time limit: a busy machine is not a failure.
 settings.register_profile("metalens", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("metalens")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cpu():
-    """The tests are about the CPU kernels and their reference, also where MLX would choose a GPU."""
+    """Run the tests on the CPU, also where MLX would choose a GPU: they check the CPU kernels and their reference."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -39,28 +39,31 @@ def rng():
 
 @pytest.fixture(params=["native", "reference", pytest.param("metal-emulated", marks=needs_clang)])
 def each_backend(request):
-    """Runs the test once with the extension's kernels, once in plain MLX, and once with the Metal kernels in emulation."""
+    """Run the test once with the extension's kernels, once in plain MLX, and once with the Metal kernels in emulation."""
     with emulated() if request.param == "metal-emulated" else use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=["native", "reference"])
 def cpu_backend(request):
-    """As each_backend, for operations without a Metal kernel, and for what the emulation cannot show: it computes when it is called, where the others
-    are lazy. What a launch looks like to mx.compile is shown in tests/metal/test_launch.py."""
+    """Run the test on the two CPU backends, for operations without a Metal kernel and for tests of laziness.
+
+    The emulation computes at the call, where the other backends are lazy. tests/ops/metal/test_launch.py tests launches under mx.compile.
+    """
     with use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def native():
+    """Run the test with the extension's kernels."""
     with use_backend("native"):
         yield
 
 
 @pytest.fixture(scope="session")
 def make_llama():
-    """A function that builds a tiny Llama with random weights, the same for the same arguments."""
+    """Return a function that builds a tiny Llama with random weights, the same for the same arguments."""
 
     def make(*, tied=False, bits=4, group_size=32, mode="affine", dtype=mx.float32, layers=3, hidden=64, vocab=131, context=None, seed=0):
         args = llama.ModelArgs(
@@ -77,7 +80,7 @@ def make_llama():
         )
         mx.random.seed(seed)
         model = llama.Model(args)
-        # Larger than the usual initial values and with uneven norms, so that layers differ and a norm that was left out would show.
+        # Weights are larger than usual initial values and norms are uneven, so that layers differ and a missing norm changes the result.
         model.update(tree_map(lambda p: p * 2 if p.ndim == 2 else 1 + 0.3 * mx.random.normal(p.shape), model.parameters()))
         model.set_dtype(dtype)
         if bits is not None:
@@ -91,13 +94,13 @@ def make_llama():
 
 @pytest.fixture(params=["tied", "untied"])
 def quantized_model(request, make_llama):
-    """A 4-bit Llama of 3 layers, width 64 and 131 tokens."""
+    """Return a 4-bit Llama with 3 layers, hidden size 64 and 131 tokens."""
     return InterpretableModel(make_llama(tied=request.param == "tied"))
 
 
 @pytest.fixture
 def tiny(make_llama):
-    """An untied 4-bit Llama of 3 layers, width 64 and 131 tokens; its norm and head are found already, and the passes for that over."""
+    """Return an untied 4-bit Llama with 3 layers, hidden size 64 and 131 tokens, whose norm and head have been found already."""
     model = InterpretableModel(make_llama())
     _ = model.unembed
     return model
@@ -105,7 +108,7 @@ def tiny(make_llama):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """A function that runs a script in a process of its own, which can import `support`, and returns what it printed."""
+    """Return a function that runs a script in a process of its own and returns its output; the script can import `support`."""
 
     def run(script, **variables):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("METALENS_")}

@@ -16,7 +16,7 @@ from support import oracle
 
 @pytest.fixture
 def fresh():
-    """Nothing found or warned about yet; what the test makes of it is forgotten afterward."""
+    """Forget what was found and warned about, before the test and after it."""
     for cached in (_extension.find, _extension._warn_once):
         cached.cache_clear()
     yield
@@ -26,7 +26,7 @@ def fresh():
 
 @pytest.fixture
 def build_info(monkeypatch, tmp_path, fresh):
-    """A function that puts another text in place of _build_info.json."""
+    """Return a function that replaces the text of _build_info.json."""
 
     def write(text):
         file = tmp_path / "_build_info.json"
@@ -95,7 +95,7 @@ def test_an_extension_that_does_not_load(rng, monkeypatch, fresh, error):
 
 
 def test_an_extension_that_does_not_know_mlx_arrays(rng, monkeypatch, fresh):
-    # As when nanobind's internals differ: it imports, and every call that takes an array is a TypeError.
+    # An extension with other nanobind internals imports, but every call that takes an array is a TypeError.
     class Foreign:
         @staticmethod
         def matmul(*args):
@@ -107,7 +107,7 @@ def test_an_extension_that_does_not_know_mlx_arrays(rng, monkeypatch, fresh):
 
 
 def test_loading_it_again_after_it_was_missing(monkeypatch, tmp_path, fresh):
-    # Found once, found for the process: the file is not read at every call.
+    # The search runs once per process: the file is not read at every call.
     assert _extension.load() is not None
     monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "none.json")
     assert _extension.load() is not None
@@ -144,12 +144,20 @@ def test_a_warning_comes_at_the_first_operation_and_only_where_it_matters(run_py
     assert run_python(TWO_PRODUCTS).strip() == ""
 
 
+def test_the_warning_points_at_the_caller_of_the_operation(rng, monkeypatch, tmp_path, fresh):
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path / "none.json")
+    x, w = oracle.random_array(rng, 3, 128), oracle.random_weight(rng, 5, 128)
+    with use_backend("auto"), pytest.warns(RuntimeWarning, match="not built") as caught:
+        linear(x, w)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_empty_settings_are_no_settings(run_python):
     assert run_python(TWO_PRODUCTS, METALENS_ISA="", METALENS_NUM_THREADS="", METALENS_BACKEND="").strip() == ""
 
 
 def test_the_package_works_where_the_extension_is_missing(run_python, tmp_path):
-    # A copy of the package as plain Python: no _ext, no _build_info.json.
+    # Copy the package as plain Python: no _ext, no _build_info.json.
     package = Path(metalens.__file__).parent
     shutil.copytree(package, tmp_path / "metalens", ignore=shutil.ignore_patterns("_ext.*", "_build_info.json", "__pycache__"))
     script = (

@@ -139,7 +139,7 @@ def test_norms_in_place_of_a_models_own_do_not_spare_it_the_check():
     """The head is checked with the model's own norm; `norm` is the way out where that is not found."""
     model = InterpretableModel(tiny_llama(), norm_path="model.layers.0.input_layernorm")
     for options in ({}, {"skip_norm": True}, {"final_norm": model.model.model.norm}):
-        with pytest.raises(ValueError, match="Say what the model does with norm"):
+        with pytest.raises(ValueError, match="Pass norm=, head= or logit_transform="):
             model.logit_lens(IDS, **options)
     assert list(InterpretableModel(model.model, norm=model.model.model.norm).logit_lens(IDS, skip_norm=True)) == [0, 1]
 
@@ -172,7 +172,7 @@ def test_float_ids(lens):
         lens(mx.array([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("layers", [[LAYERS], [-1], [0, 17]])
+@pytest.mark.parametrize("layers", [[LAYERS], [-LAYERS - 1], [0, 17]])
 def test_unknown_layers(lens, layers):
     with pytest.raises(ValueError, match=f"The model has layers 0 to {LAYERS - 1}; there is no layer {layers[-1]}"):
         lens(TEXT, layers=layers)
@@ -219,7 +219,58 @@ def test_any_function_is_a_lens(model):
     lens = random_lens()
     assert_close(model.tuned_lens(TEXT, lambda h, layer: lens.translators[layer](h)), model.tuned_lens(TEXT, lens))
     with pytest.raises(TypeError, match="A lens is a TunedLens or a function"):
-        model.tuned_lens(TEXT, "lens.npz")
+        model.tuned_lens(TEXT, 3)
+
+
+def test_a_lens_may_be_given_by_its_path(model, tmp_path):
+    lens = random_lens()
+    lens.save(tmp_path / "lens")
+    expected = model.tuned_lens(TEXT, lens)
+    assert model.tuned_lens(TEXT, tmp_path / "lens") == expected
+    assert model.tuned_lens(TEXT, str(tmp_path / "lens.npz")) == expected
+    assert model.read(TEXT, lens=str(tmp_path / "lens")).predictions == expected
+    with pytest.raises(FileNotFoundError, match="No lens at"):
+        model.tuned_lens(TEXT, "no such lens")
+
+
+# ---------------------------------------------------------------- negative layers, several texts
+
+
+def test_negative_layers(model):
+    everything = model.logit_lens(TEXT)
+    assert_close(model.logit_lens(TEXT, layers=[-1, 0]), {LAYERS - 1: everything[LAYERS - 1], 0: everything[0]})
+    assert model.read(TEXT, layers=[-1]).layers == [LAYERS - 1]
+
+
+@pytest.mark.parametrize("lens", [None, random_lens()], ids=["logit", "tuned"])
+@pytest.mark.parametrize(
+    "texts",
+    [[TEXT, "w7", "w9 w2 w2"], (TEXT, "w7"), [IDS, [7]], [mx.array(IDS), np.array([7, 7])], [TEXT]],
+    ids=["strings", "tuple", "lists of ids", "arrays", "one text"],
+)
+def test_several_texts_are_read_as_each_alone(model, lens, texts):
+    readings = model.read(texts, lens, top_k=2, position=-1)
+    assert len(readings) == len(texts)
+    for reading, text in zip(readings, texts, strict=True):
+        alone = model.read(text, lens, top_k=2, position=-1)
+        assert reading.to_dict() == alone.to_dict()
+    found = model.logit_lens(texts, top_k=2) if lens is None else model.tuned_lens(texts, lens, top_k=2)
+    assert found == [each.predictions for each in model.read(texts, lens, top_k=2)]
+
+
+def test_several_texts_without_layers(model):
+    assert model.logit_lens([TEXT, "w7"], layers=[]) == [{}, {}]
+
+
+def test_every_one_of_several_texts_is_shown(model, pictures):
+    found = model.logit_lens([TEXT, "w7"], plot=True, figsize=(3, 2))
+    assert found == model.logit_lens([TEXT, "w7"])
+    assert len(pictures) == 2
+
+
+def test_an_empty_text_among_several(model):
+    with pytest.raises(ValueError, match="no tokens in the input"):
+        model.read([TEXT, ""])
 
 
 # ---------------------------------------------------------------- read

@@ -6,7 +6,6 @@ import pytest
 
 import metalens
 from metalens import InterpretableModel, TunedLens, train_tuned_lens
-from metalens import model as module
 from metalens.models.capture import ResidualCapture
 from support.mocks import DIM, LAYERS, VOCAB, MockModel, WordTokenizer, random_lens
 
@@ -219,7 +218,7 @@ def test_a_path_that_cannot_be_written_is_found_before_training(model, tmp_path,
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "folder2.json").mkdir()
-    monkeypatch.setattr(module, "train", lambda *args, **options: pytest.fail("training started"))
+    monkeypatch.setattr("metalens.training.run.train_loop", lambda *args, **options: pytest.fail("training started"))
     with pytest.raises(OSError, match=r"Can't write .*Choose a path"):
         model.train_tuned_lens(DATASET, save_path=tmp_path / path, **QUICK)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.npz", "folder2.json"]

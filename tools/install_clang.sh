@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests run the Metal kernels on the CPU through clang 19 or later (tests/mslcpu). Installs it where that needs no question to anybody: as root, with
-# apt-get. Elsewhere those tests are skipped and say why; nothing else needs clang.
+# Installs clang 19 or later, with which the tests run the Metal kernels on the CPU (tests/mslcpu). It installs only as root and with apt-get, where
+# nobody must be asked. Without clang those tests are skipped and say why; nothing else needs clang.
 set -uo pipefail
 
 found() {
@@ -16,4 +16,4 @@ if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq && apt-get install -y -qq --no-install-recommends clang-19 llvm-19 > /dev/null
 fi
-found || echo "No clang 19 or later here, and none could be installed: the tests of the Metal kernels will be skipped." >&2
+found || echo "clang 19 or later was not found and could not be installed: the tests of the Metal kernels will be skipped. Install it to run them." >&2

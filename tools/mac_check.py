@@ -1,6 +1,7 @@
-"""`make mac-check`: compile every Metal kernel with Apple's compiler, compare the GPU with float64, measure. Writes build/mac-check.md.
+"""Check metalens on a Mac and write build/mac-check.md; `make mac-check` runs this script.
 
---emulated goes through the same steps without a Mac, on a few cells: that is how this script is tested.
+It compiles every Metal kernel with Apple's compiler, compares the GPU's results with float64, and measures the speed. With --emulated it
+runs the same steps without a Mac, on a few cells; the tests run it in this way.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 import mlx.core as mx
 
 ROOT = Path(__file__).resolve().parent.parent
+# The matrix of cells and the emulation are the tests' own (tests/support): a Mac must check exactly the cells that the tests check.
 sys.path.insert(0, str(ROOT / "tests"))
 
 from metalens import InterpretableModel, use_backend  # noqa: E402
+from metalens.display.tables import diagnosis_facts  # noqa: E402
 from metalens.models import bundled  # noqa: E402
 from metalens.ops import (  # noqa: E402
     Head,
@@ -34,7 +37,7 @@ from metalens.ops.metal import library, source, tuning  # noqa: E402
 from metalens.training import TrainingConfig, train  # noqa: E402
 from support import metal_cells  # noqa: E402
 
-# (name, layers, tokens, D, V) of the measured cases, 4-bit heads.
+# (name, layers, tokens, hidden size, vocabulary size) of the measured cases, which have 4-bit heads.
 CASES = [
     ("1B", 16, 16, 2048, 128256),
     ("8B", 32, 8, 4096, 128256),
@@ -45,7 +48,7 @@ TINY = [("tiny", 3, 4, 64, 131)]
 
 
 def facts() -> list[str]:
-    """Chip, system and versions, as a table."""
+    """Return the chip, the system and the versions as rows of a table."""
     chip = (
         subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
         if sys.platform == "darwin"
@@ -54,35 +57,41 @@ def facts() -> list[str]:
     found = {
         "chip": chip.stdout.strip() if chip else platform.processor() or platform.machine(),
         "macOS": platform.mac_ver()[0] or "none",
-        **doctor.examine(),
+        **diagnosis_facts(doctor.examine()),
     }
     return [f"| {name} | {value} |" for name, value in found.items()]
 
 
-def compile_all(emulated: bool) -> tuple[list[str], int]:
-    """Every file of the library with Apple's compiler; (lines, failures)."""
-    units = library.translation_units()
-    if emulated:
-        import mslcpu
+def compile_emulated() -> tuple[list[str], int]:
+    """Compile one file of the library in emulation; return the report's lines and the number of failures."""
+    import mslcpu
 
-        mslcpu.compile_library(library.text(units["shared"]), name="shared.metal", include_dirs=[source.folder()])
-        return ["compiled shared.metal in emulation"], 0
+    kernels = library.translation_units()["shared"]
+    mslcpu.compile_library(library.text(kernels), name="shared.metal", include_dirs=[source.folder()])
+    return ["compiled shared.metal in emulation"], 0
+
+
+def compile_all() -> tuple[list[str], int]:
+    """Compile every file of the library with Apple's compiler; return the report's lines and the number of failures."""
     compiler = ["xcrun", "-sdk", "macosx", "metal"]
-    with contextlib.suppress(FileNotFoundError):
-        if subprocess.run([*compiler, "--version"], capture_output=True, check=False).returncode == 0:
-            lines, failures = [], 0
-            for name, kernels in units.items():
-                options = ["-std=metal3.1", "-fno-fast-math", "-Wall", "-Wextra", f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
-                done = subprocess.run([*compiler, *options], input=library.text(kernels), capture_output=True, text=True, check=False)
-                failures += done.returncode != 0
-                if done.stderr:
-                    lines += [f"{name}: {'failed' if done.returncode else 'warnings'}", *[f"    {line}" for line in done.stderr.splitlines()[:8]]]
-            return [f"{len(units) - failures} of {len(units)} files, {sum(map(len, units.values()))} kernels", *lines], failures
-    return ["there is no Metal compiler here (xcode-select --install, or Xcode's Metal toolchain): kernels are compiled just in time"], 0
+    try:
+        missing = subprocess.run([*compiler, "--version"], capture_output=True, check=False).returncode != 0
+    except FileNotFoundError:
+        missing = True
+    if missing:
+        return ["no Metal compiler was found (xcode-select --install, or Xcode's Metal toolchain): kernels are compiled just in time"], 0
+    options = ["-std=metal3.1", "-fno-fast-math", "-Wall", "-Wextra", f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
+    units, lines, failures = library.translation_units(), [], 0
+    for name, kernels in units.items():
+        done = subprocess.run([*compiler, *options], input=library.text(kernels), capture_output=True, text=True, check=False)
+        failures += done.returncode != 0
+        if done.stderr:
+            lines += [f"{name}: {'failed' if done.returncode else 'warnings'}", *[f"    {line}" for line in done.stderr.splitlines()[:8]]]
+    return [f"{len(units) - failures} of {len(units)} files compile, {sum(map(len, units.values()))} kernels", *lines], failures
 
 
 def compare(cells: list[metal_cells.Cell]) -> tuple[list[str], int]:
-    """The matrix; (lines, cells that are worse than plain MLX plus an epsilon)."""
+    """Compare every cell with float64; return the report's lines and the number of cells worse than plain MLX plus an epsilon."""
     lines, failures, worst = [], 0, 0.0
     for cell in cells:
         try:
@@ -94,12 +103,15 @@ def compare(cells: list[metal_cells.Cell]) -> tuple[list[str], int]:
         worst = max(worst, errors.ours / (errors.plain + errors.epsilon))
         if not errors.good:
             failures += 1
-            lines.append(f"{cell}: off by {errors.ours:.2e}; plain MLX by {errors.plain:.2e}, allowed on top {errors.epsilon:.0e}")
-    return [f"{len(cells) - failures} of {len(cells)} cells good; the worst used {worst:.0%} of what is allowed", *lines], failures
+            lines.append(f"{cell}: error {errors.ours:.2e}; plain MLX has {errors.plain:.2e}, and {errors.epsilon:.0e} more is allowed")
+    return [f"{len(cells) - failures} of {len(cells)} cells good; the largest error is {worst:.0%} of the allowed error", *lines], failures
 
 
 def train_both(steps: int) -> tuple[list[str], int]:
-    """The demo model's lens on the kernels and in plain MLX: losses must agree."""
+    """Train the demo model's lens with the kernels and with plain MLX.
+
+    Returns the report's lines, and 1 if the losses differ, else 0.
+    """
     model = InterpretableModel(str(bundled.MODEL))
     ids = model.training_ids([bundled.TRAINING_TEXT.read_text()[:4000]])
     config = TrainingConfig(num_steps=steps, max_seq_len=32, learning_rate=0.3)
@@ -107,7 +119,7 @@ def train_both(steps: int) -> tuple[list[str], int]:
     for backend in ("metal", "reference"):
         with use_backend(backend):  # type: ignore[arg-type]
             found = losses.setdefault(backend, [])
-            train(model.source, model.unembed, ids, config, callback=lambda p, found=found: found.append(p.loss))
+            train(model, ids, recipe="mlxterp", config=config, callbacks=[lambda p, found=found: found.append(p.loss)])
     worst = max(abs(a - b) / b for a, b in zip(losses["metal"], losses["reference"], strict=True))
     return [f"{steps} steps: losses {losses['metal'][0]:.4f} ... {losses['metal'][-1]:.4f}, largest relative difference {worst:.1e}"], int(
         worst > 1e-3
@@ -115,13 +127,13 @@ def train_both(steps: int) -> tuple[list[str], int]:
 
 
 def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[str]:
-    """Medians of metalens and plain MLX, in turn, and the operations per second of the products alone."""
+    """Time metalens and plain MLX in turn; return a table of medians, with the TFLOP/s of the matrix products."""
     lines = ["| case | operation | metalens, ms | plain MLX, ms | ratio | TFLOP/s |", "|---|---|---:|---:|---:|---:|"]
-    for name, layers, tokens, depth, vocab in cases:
-        u = mx.random.normal((vocab, depth), key=mx.random.key(0)) * 0.02
+    for name, num_layers, tokens, hidden_size, vocab_size in cases:
+        u = mx.random.normal((vocab_size, hidden_size), key=mx.random.key(0)) * 0.02
         head = Head(Weight(*mx.quantize(u, 64, 4), 64, 4))
-        n_model = mx.random.normal((tokens, depth), key=mx.random.key(1))
-        n = n_model[None] + 0.3 * mx.random.normal((layers, tokens, depth), key=mx.random.key(2))
+        n_model = mx.random.normal((tokens, hidden_size), key=mx.random.key(1))
+        n = n_model[None] + 0.3 * mx.random.normal((num_layers, tokens, hidden_size), key=mx.random.key(2))
         mx.eval(head.weight.values, n, n_model)
         del u
 
@@ -133,14 +145,14 @@ def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[st
 
         for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2)):
             ours, plain = in_turn(run, rounds)
-            rate = 2 * products * layers * tokens * depth * vocab / ours / 1e12
-            case = f"{name}: L {layers}, T {tokens}, D {depth}, V {vocab}"
+            rate = 2 * products * num_layers * tokens * hidden_size * vocab_size / ours / 1e12
+            case = f"{name}: L {num_layers}, T {tokens}, D {hidden_size}, V {vocab_size}"
             lines.append(f"| {case} | {operation} | {1e3 * ours:.2f} | {1e3 * plain:.2f} | {plain / ours:.2f} | {rate:.2f} |")
     return lines
 
 
 def in_turn(run: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Median seconds on the kernels and in plain MLX, one after the other in every round; the first round is not counted."""
+    """Return the median seconds with the kernels and with plain MLX, which run in turn; the first round is not counted."""
     times: dict[str, list[float]] = {"metal": [], "reference": []}
     for _ in range(rounds + 1):
         for backend, found in times.items():
@@ -153,10 +165,10 @@ def in_turn(run: Callable[[], None], rounds: int) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def device(emulated: bool) -> Iterator[None]:
-    """The GPU, or what stands in for it."""
+    """Run a block on the GPU, or on its emulation."""
     if not emulated:
         if not mx.metal.is_available():
-            sys.exit("mac-check needs a Mac with Apple silicon: MLX finds no Metal GPU here. --emulated tries this script without one.")
+            sys.exit("mac-check needs a Mac with Apple silicon: MLX finds no Metal GPU here. Use --emulated to try the script without a GPU.")
         mx.set_default_device(mx.gpu)
         with use_backend("metal"):
             yield
@@ -168,15 +180,15 @@ def device(emulated: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the four steps; exit with 1 if something does not compile or agree."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mac-check.md")
+    """Run all steps and write the report; exit with 1 if a kernel does not compile or a result differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emulated", action="store_true", help="run a few cells in emulation, without a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mac-check.md", help="file of the report [default: build/mac-check.md]")
     arguments = parser.parse_args()
     emulated: bool = arguments.emulated
     with device(emulated):
         cells = [c for c in metal_cells.cells() if not emulated or "affine4g64-float32" in str(c)]
-        compiled, broken = compile_all(emulated)
+        compiled, broken = compile_emulated() if emulated else compile_all()
         compared, differing = compare(cells)
         trained, diverging = train_both(2 if emulated else 20)
         measured = measure(TINY if emulated else CASES, 1 if emulated else 5)

@@ -1,6 +1,6 @@
-"""Writes docs/roofline.md: the bounds that `metalens roofline` gives for the models of roofline.MODELS.
+"""Write docs/roofline.md: the bounds that `metalens roofline` gives for the models that it knows by name.
 
---check fails if the page is not as it would be written.
+With --check, fail if the file is not what would be written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from metalens.estimate.roofline import CHIPS, MODELS, bounds
+from metalens.display.tables import ROOFLINE_LABELS
+from metalens.estimate.roofline import CHIPS, bounds
+from metalens.models.facts import KNOWN_MODELS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 SHOWN = ("M1", "M1-Max", "M2-Max", "M2-Ultra", "M3-Max", "M4-Max", "M5-Max")
@@ -33,21 +35,21 @@ chips: `metalens roofline MODEL --chip M2-Max`.
 
 
 def page(tokens: int = 512) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [HEAD.format(tokens=tokens)]
-    for name, model in MODELS.items():
+    for name, model in KNOWN_MODELS.items():
         found = {chip: bounds(model, CHIPS[chip], tokens) for chip in SHOWN}
         parts.append(f"## {name}\n\n| tokens/s at most | {' | '.join(SHOWN)} |\n|---|{'---:|' * len(SHOWN)}")
-        for task in found[SHOWN[0]]:
-            parts.append(f"| {task} | {' | '.join(f'{found[chip][task]:.3g}' for chip in SHOWN)} |")
-        one = {chip: bounds(model, CHIPS[chip], 1)["statistics, metalens"] for chip in SHOWN}
+        for task, label in ROOFLINE_LABELS.items():
+            parts.append(f"| {label} | {' | '.join(f'{getattr(found[chip], task):.3g}' for chip in SHOWN)} |")
+        one = {chip: bounds(model, CHIPS[chip], 1).statistics for chip in SHOWN}
         parts.append(f"| statistics of one token at a time | {' | '.join(f'{one[chip]:.3g}' for chip in SHOWN)} |\n")
     sources = "\n".join(f"* {name}: {chip.tflops} TFLOP/s, {chip.bandwidth:g} GB/s ({chip.source})" for name, chip in CHIPS.items())
     return "\n".join(parts) + f"\n## The chips' numbers\n\n{sources}\n"
 
 
 def main() -> None:
-    """Write the page, or compare."""
+    """Write the page, or compare it with the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:

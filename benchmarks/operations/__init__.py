@@ -1,4 +1,4 @@
-"""The problems that the suites time, each in every competitor's way: `make(name, **shape)` of a module gives one competitor.
+"""Define the problems that the suites time: `make(name, **arguments)` of a module returns one competitor for its problem.
 
-A module here is used twice: by a suite, in its own process, and by `benchmarks.worker`, in a fresh process per competitor.
+Two callers use a module: a suite in its own process, and `benchmarks.worker` in a fresh process per competitor.
 """

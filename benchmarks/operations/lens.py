@@ -1,7 +1,7 @@
-"""The two lens operations on a 4-bit head: `lens_kl` with its target and gradient, and `lens_stats`.
+"""Compute the two lens operations on a 4-bit head: `lens_kl` with its target and gradient, and `lens_stats`.
 
-Inputs are random: an unembedding with codes of equal frequency, scaled so that logits have a standard deviation of 3, and lens rows that share 0.8 of
-their direction with the model's row of the same token.
+Inputs are random. The unembedding has codes of equal frequency, scaled so that logits have a standard deviation of 3. Each lens row has
+a correlation of 0.8 with the model's row of the same token.
 """
 
 from __future__ import annotations
@@ -17,43 +17,53 @@ from benchmarks.competitor import TORCH_BF16, Competitor, mlx_competitor, tensor
 from metalens.ops import Head, Weight, lens_kl, lens_stats, lens_target
 
 GROUP_SIZE, BITS, TOP_K = 64, 4, 10
-CODE_DEVIATION = 4.61  # of 4-bit codes that are all equally frequent
+CODE_DEVIATION = 4.61  # standard deviation of equally frequent 4-bit codes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """L layers of `tokens` rows of width D, and V rows of U."""
+    """The shape of a problem.
 
-    width: int
-    vocab: int
+    Attributes:
+        hidden_size: D, columns of the unembedding U.
+        vocab_size: V, rows of U.
+        tokens: N, rows of one layer.
+        num_layers: L, number of layers.
+    """
+
+    hidden_size: int
+    vocab_size: int
     tokens: int
-    layers: int = 8
+    num_layers: int = 8
 
     @property
     def rows(self) -> int:
-        return self.layers * self.tokens
+        """Return the rows of all layers."""
+        return self.num_layers * self.tokens
 
     @property
     def kl_flop(self) -> float:
-        """That the task needs: the model's logits, the lens's, and the gradient's product with U."""
-        return 2.0 * self.width * self.vocab * (self.tokens + 2 * self.rows)
+        """Return the FLOP that `lens_kl` needs: the model's logits, the lens's logits, and the gradient's product with U."""
+        return 2.0 * self.hidden_size * self.vocab_size * (self.tokens + 2 * self.rows)
 
     @property
     def stats_flop(self) -> float:
-        return 2.0 * self.width * self.vocab * (self.tokens + self.rows)
+        """Return the FLOP that `lens_stats` needs: the model's logits and the lens's logits."""
+        return 2.0 * self.hidden_size * self.vocab_size * (self.tokens + self.rows)
 
     @property
     def packed_bytes(self) -> float:
-        """Of U: codes, and a scale and a bias of 16 bits per group."""
-        return self.vocab * self.width * (BITS / 8 + 4 / GROUP_SIZE)
+        """Return the bytes of the packed U: codes, and a scale and a bias of 16 bits per group."""
+        return self.vocab_size * self.hidden_size * (BITS / 8 + 4 / GROUP_SIZE)
 
     def to_dict(self) -> dict[str, int]:
+        """Return the shape as arguments of `make`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The inputs of one shape."""
+    """The inputs of one shape: lens rows n [L, N, D], the model's rows n_model [N, D], labels [N] and a head."""
 
     n: mx.array
     n_model: mx.array
@@ -62,7 +72,7 @@ class Problem:
 
 
 def random_weight(rng: np.random.Generator, outputs: int, inputs: int, deviation: float) -> Weight:
-    """A 4-bit matrix [outputs, inputs] whose entries have this standard deviation, with 16-bit scales as models have them."""
+    """Return a 4-bit matrix [outputs, inputs] whose entries have this standard deviation, with 16-bit scales as in real models."""
     codes = mx.array(rng.integers(0, 2**32, (outputs, inputs * BITS // 32), dtype=np.uint32))
     spread = rng.uniform(0.5, 1.5, (outputs, inputs // GROUP_SIZE)) * deviation / CODE_DEVIATION
     scales = mx.array(spread.astype(np.float32)).astype(mx.bfloat16)
@@ -72,7 +82,7 @@ def random_weight(rng: np.random.Generator, outputs: int, inputs: int, deviation
 
 
 def dense(weight: Weight) -> mx.array:
-    """The same matrix in float32."""
+    """Return a quantized matrix in float32."""
     parts = (weight.scales, weight.biases)
     values = mx.dequantize(weight.values, *(a.astype(mx.float32) for a in parts if a is not None), weight.group_size, weight.bits)
     mx.eval(values)
@@ -80,18 +90,18 @@ def dense(weight: Weight) -> mx.array:
 
 
 def make_problem(shape: Shape) -> Problem:
-    """The inputs of this shape, the same in every process."""
+    """Return the inputs of this shape, the same in every process."""
     rng = np.random.default_rng(0)
-    of_model = rng.standard_normal((shape.tokens, shape.width)).astype(np.float32)
-    own = rng.standard_normal((shape.layers, shape.tokens, shape.width)).astype(np.float32)
+    of_model = rng.standard_normal((shape.tokens, shape.hidden_size)).astype(np.float32)
+    own = rng.standard_normal((shape.num_layers, shape.tokens, shape.hidden_size)).astype(np.float32)
     n, n_model = mx.array(0.8 * of_model + 0.6 * own), mx.array(of_model)
-    labels = mx.array(rng.integers(0, shape.vocab, shape.tokens))
+    labels = mx.array(rng.integers(0, shape.vocab_size, shape.tokens))
     mx.eval(n, n_model, labels)
-    return Problem(n, n_model, labels, Head(random_weight(rng, shape.vocab, shape.width, 3 / shape.width**0.5)))
+    return Problem(n, n_model, labels, Head(random_weight(rng, shape.vocab_size, shape.hidden_size, 3 / shape.hidden_size**0.5)))
 
 
 def make(name: str, operation: str, **sizes: int) -> Competitor:
-    """A competitor in 'kl' or 'stats'."""
+    """Return a competitor for the operation 'kl' or 'stats'."""
     shape = Shape(**sizes)
     problem = make_problem(shape)
     if name.startswith("PyTorch"):
@@ -100,12 +110,12 @@ def make(name: str, operation: str, **sizes: int) -> Competitor:
 
 
 def _mlx_kl(p: Problem) -> Callable[[int], list[mx.array]]:
-    """[kl [L, N], its gradient [L, N, D]]."""
+    """Return a function that computes [kl [L, N], its gradient [L, N, D]] with metalens."""
     return lambda tokens: list(lens_kl(p.n[:, :tokens], lens_target(p.n_model[:tokens], p.head), p.head))
 
 
 def _mlx_stats(p: Problem) -> Callable[[int], list[mx.array]]:
-    """[entropy, kl, nll, top logits]."""
+    """Return a function that computes [entropy, kl, nll, top logits] with metalens."""
 
     def compute(tokens: int) -> list[mx.array]:
         stats = lens_stats(p.n[:, :tokens], p.head, TOP_K, p.n_model[:tokens], p.labels[:tokens])
@@ -116,13 +126,14 @@ def _mlx_stats(p: Problem) -> Callable[[int], list[mx.array]]:
 
 
 def _torch_inputs(p: Problem, bf16: bool) -> tuple[Any, Any, Any, Any]:
+    """Return n, n_model, labels and the dense U as tensors."""
     torch = torch_module()
     u = tensor(dense(p.head.weight))
     return tensor(p.n), tensor(p.n_model), tensor(p.labels), u.to(torch.bfloat16) if bf16 else u
 
 
 def _torch_kl(p: Problem, bf16: bool) -> Callable[[int], list[Any]]:
-    """The straightforward way, with a dense U: all logits, log-softmax, KL, and the way back by autograd. bf16 by autocast."""
+    """Return the textbook computation with a dense U: all logits, log-softmax, KL, and autograd. bf16 runs it under autocast."""
     torch = torch_module()
     n, n_model, _, u = _torch_inputs(p, bf16)
 
@@ -140,7 +151,7 @@ def _torch_kl(p: Problem, bf16: bool) -> Callable[[int], list[Any]]:
 
 
 def _torch_stats(p: Problem, bf16: bool) -> Callable[[int], list[Any]]:
-    """Everything that `lens_stats` returns, from all logits at once."""
+    """Return a computation of all results of `lens_stats` from all logits at once."""
     torch = torch_module()
     n, n_model, labels, u = _torch_inputs(p, bf16)
 

@@ -1,4 +1,4 @@
-"""x W^T (or x W) with a 4-bit W."""
+"""Compute x W^T (or x W) with a 4-bit W."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metalens.ops import Weight, quantized_matmul
 
 
 def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True) -> Competitor:
-    """W [outputs, inputs]; x [rows, inputs], or [rows, outputs] with transpose=False."""
+    """Return a competitor for W [outputs, inputs] and x [rows, inputs], or x [rows, outputs] with transpose=False."""
     rng = np.random.default_rng(0)
     w = random_weight(rng, outputs, inputs, inputs**-0.5)
     x = mx.array(rng.standard_normal((rows, inputs if transpose else outputs)).astype(np.float32))
@@ -29,7 +29,10 @@ def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True
 
 
 def _torch_int4(x: mx.array, w: Weight, transpose: bool) -> Competitor:
-    """PyTorch's own kernel for 4-bit weights, which stores w = (code - 8) scale + zero with the groups along the columns as MLX does."""
+    """Return a competitor that runs PyTorch's own kernel for 4-bit weights.
+
+    It stores w = (code - 8) scale + zero, with groups along the columns as in MLX.
+    """
     torch = torch_module()
     if not transpose:
         raise LeftOutError("PyTorch's int4 kernel multiplies with W^T only.")

@@ -1,4 +1,4 @@
-"""Whole pipelines on the demo model, in tokens per second: training with the capture of the streams, the capture alone, and evaluation."""
+"""Run whole pipelines on the demo model: training with the capture of the hidden states, the capture alone, and evaluation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.torch_lens import train as torch_train
 
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
-from metalens.training import Corpus, Sampler, TrainingConfig, train
+from metalens.training import Corpus, Sampler, TrainingConfig, train_loop
 from metalens.utils.arrays import to_float
 
-# SGD on whole sequences, which PyTorch's side does too.
+# SGD on whole sequences, as in the PyTorch implementation.
 CONFIG = TrainingConfig(num_steps=1, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
 
 
 @cache
 def demo_model() -> InterpretableModel:
-    """As `metalens demo` runs it. On the reference backend its layers are plain MLX."""
+    """Return the model of `metalens demo`. On the reference backend its layers are plain MLX."""
     model = InterpretableModel(str(MODEL))
     accelerate(model.model)
     return model
@@ -31,23 +31,25 @@ def demo_model() -> InterpretableModel:
 
 @cache
 def training_ids() -> mx.array:
+    """Return the ids of the bundled training text."""
     return demo_model().training_ids([TRAINING_TEXT.read_text(encoding="utf-8")])
 
 
 def config(steps: int, sequences: int) -> TrainingConfig:
-    """`steps` steps of `sequences` sequences."""
+    """Return the settings for `steps` steps of `sequences` sequences."""
     return replace(CONFIG, num_steps=steps, tokens_per_step=sequences * CONFIG.max_seq_len)
 
 
 def make(name: str, operation: str, **sizes: int) -> Competitor:
-    """A competitor in 'train', 'capture' or 'evaluate'."""
+    """Return a competitor for the operation 'train', 'capture' or 'evaluate'."""
     return {"train": make_training, "capture": make_capture, "evaluate": make_evaluation}[operation](name, **sizes)
 
 
 def make_training(name: str, steps: int, sequences: int) -> Competitor:
-    """[what was added to every W, every b]. A unit is a sequence; a part of the run is one step of so many of them.
+    """Return a competitor that trains a lens; its result is [W - I of all layers, b of all layers].
 
-    All layers in one array each: the last layer's share is rounding errors alone, which no two implementations have in common.
+    A unit is a sequence; a run on fewer units is one step on that number of sequences. Each array holds all layers, because the last
+    layer's values are only rounding errors, which differ between implementations.
     """
     whole = config(steps, sequences)
     model, ids = demo_model(), training_ids()
@@ -62,14 +64,14 @@ def make_training(name: str, steps: int, sequences: int) -> Competitor:
         return torch_competitor(steps * sequences, lambda units: torch_train(torch_model, batches, settings(units), name == TORCH_BF16))
 
     def compute(units: int) -> list[mx.array]:
-        lens = train(model.source, model.unembed, ids, settings(units))
+        lens = train_loop(model.source, model.unembed, ids, settings(units))
         return [mx.stack([t.weight - mx.eye(lens.hidden_dim) for t in lens.translators]), mx.stack([t.bias for t in lens.translators])]
 
     return mlx_competitor(name, steps * sequences, compute)
 
 
 def make_capture(name: str, tokens: int) -> Competitor:
-    """[every block's output]."""
+    """Return a competitor that captures [the output of every block]."""
     model, ids = demo_model(), training_ids()[None]
     if not name.startswith("PyTorch"):
         return mlx_competitor(name, tokens, lambda units: model.source.capture(ids[:, :units]).hidden)
@@ -84,7 +86,10 @@ def make_capture(name: str, tokens: int) -> Competitor:
 
 
 def make_evaluation(name: str, tokens: int) -> Competitor:
-    """[KL of the logit lens and of a tuned lens per layer, and their cross-entropies]; the tuned lens is a fresh one."""
+    """Return a competitor that evaluates the logit lens and an untrained tuned lens.
+
+    Its result is [KL and cross-entropy of the logit lens, KL and cross-entropy of the tuned lens], each per layer.
+    """
     model = demo_model()
     lens = TunedLens(len(model.source), model.unembed.hidden_dim)
     ids = model.ids(HELD_OUT_TEXT.read_text(encoding="utf-8"))[0]
@@ -97,7 +102,7 @@ def make_evaluation(name: str, tokens: int) -> Competitor:
 
 
 def largest_logit_difference(tokens: int = 128) -> float:
-    """Between the demo model in MLX and in PyTorch, on training text."""
+    """Return the largest difference between the demo model's logits in MLX and in PyTorch, on training text."""
     model, ids = demo_model(), training_ids()[None, :tokens]
     torch = torch_module()
     torch_model = TorchModel(model.model)

@@ -1,4 +1,4 @@
-"""RMSNorm(W h + b) for a layer's rows, and its gradient at W and b: a step's work on one translator."""
+"""Compute RMSNorm(W h + b) for a layer's rows, and its gradient at W and b: the work of a step on one translator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from metalens.ops import Norm, translate_norm
 EPS = 1e-5
 
 
-def make(name: str, rows: int, width: int, gradient: bool) -> Competitor:
-    """[n], or [n, dW, db] with gradient."""
+def make(name: str, rows: int, hidden_size: int, gradient: bool) -> Competitor:
+    """Return a competitor whose result is [n], or [n, dW, db] with gradient."""
     rng = np.random.default_rng(0)
-    normal = [rng.standard_normal(shape).astype(np.float32) for shape in ((rows, width), (width, width), (width,), (width,), (rows, width))]
+    d = hidden_size
+    normal = [rng.standard_normal(shape).astype(np.float32) for shape in ((rows, d), (d, d), (d,), (d,), (rows, d))]
     h, noise, bias, gain, cotangent = map(mx.array, normal)
-    weight = mx.eye(width) + 0.3 * noise / width**0.5
+    weight = mx.eye(d) + 0.3 * noise / d**0.5
     mx.eval(h, weight, bias, gain, cotangent)
     if name.startswith("PyTorch"):
         return _torch(gradient, *map(tensor, (h, weight, bias, gain, cotangent)))

@@ -16,13 +16,21 @@ _DEFINED_IN = {
     "Evaluation": "metalens.evaluation.results",
     "InterpretableModel": "metalens.model",
     "LogitLens": "metalens.lenses.lens",
+    "MetalensError": "metalens.utils.errors",
+    "Plan": "metalens.estimate.results",
     "Reading": "metalens.readings.reading",
+    "Scores": "metalens.evaluation.scores",
+    "TopToken": "metalens.readings.top_tokens",
     "TrainingConfig": "metalens.training.config",
     "TunedLens": "metalens.lenses.lens",
     "accelerate": "metalens.models.acceleration",
+    "convert": "metalens.compat.tuned_lens.conversion",
     "evaluate": "metalens.evaluation.evaluator",
     "load": "metalens.model",
-    "recipe": "metalens.training.config",
+    "load_lens": "metalens.compat.tuned_lens.conversion",
+    "plan": "metalens.estimate.memory",
+    "recipe": "metalens.training.recipes",
+    "train": "metalens.training.run",
     "train_tuned_lens": "metalens.model",
     "use_backend": "metalens.ops.backends",
     "use_precision": "metalens.ops.backends",
@@ -33,27 +41,43 @@ __all__ = [
     "Evaluation",
     "InterpretableModel",
     "LogitLens",
+    "MetalensError",
+    "Plan",
     "Reading",
+    "Scores",
+    "TopToken",
     "TrainingConfig",
     "TunedLens",
     "accelerate",
+    "convert",
     "evaluate",
     "load",
+    "load_lens",
+    "plan",
     "recipe",
+    "train",
     "train_tuned_lens",
     "use_backend",
     "use_precision",
 ]
 
 if TYPE_CHECKING:
+    from metalens.compat.tuned_lens.conversion import convert, load_lens
+    from metalens.estimate.memory import plan
+    from metalens.estimate.results import Plan
     from metalens.evaluation.evaluator import evaluate
     from metalens.evaluation.results import Evaluation
+    from metalens.evaluation.scores import Scores
     from metalens.lenses.lens import LogitLens, TunedLens
     from metalens.model import InterpretableModel, load, train_tuned_lens
     from metalens.models.acceleration import Acceleration, accelerate
     from metalens.ops.backends import use_backend, use_precision
     from metalens.readings.reading import Reading
-    from metalens.training.config import TrainingConfig, recipe
+    from metalens.readings.top_tokens import TopToken
+    from metalens.training.config import TrainingConfig
+    from metalens.training.recipes import recipe
+    from metalens.training.run import train
+    from metalens.utils.errors import MetalensError
 
 _moved.install()
 

@@ -31,6 +31,7 @@ MODULES = {
     "metalens.plan": "metalens.estimate.memory",
     "metalens.plotting": "metalens.readings.heat_map",
     "metalens.readout": "metalens.readings.reading",
+    "metalens.report": "metalens.display.tables",
     "metalens.roofline": "metalens.estimate.roofline",
     "metalens.stream": "metalens.models.capture",
     "metalens.support": "metalens.models.support",
@@ -45,14 +46,42 @@ MODULES = {
 
 # {old name of a class or function: new name}, in any of these modules
 NAMES = {
+    "Call": "ModuleCall",
+    "Dimensions": "ModelDimensions",
     "GroupLost": "GroupLostError",
+    "Listener": "Callback",
+    "MODELS": "KNOWN_MODELS",
     "NoStream": "ResidualStreamError",
     "NoUnembed": "UnembedError",
     "NotEnoughData": "NotEnoughDataError",
+    "Part": "FoundModule",
+    "Parts": "HeadModules",
     "Places": "Overrides",
     "Stream": "HiddenStates",
     "StreamSource": "ResidualCapture",
+    "TokenizerMixin": "Tokenization",
+    "Trail": "ModuleCalls",
     "TrainingInterrupted": "TrainingInterruptedError",
+    "as_it_is": "snapshot",
+    "check_origin": "check_provenance",
+    "dimensions": "dimensions_of",
+    "find_parts": "find_head_modules",
+    "follow_calls": "probe_modules",
+    "origin_of": "provenance_of",
+    "other_methods": "replaced_methods",
+    "predictions": "predictions_of",
+    "support": "supported_modules",
+}
+
+# {old module: more modules that its names are now in}
+SPLIT = {
+    "metalens.evaluate": ("metalens.evaluation",),
+    "metalens.lens": ("metalens.lenses.lens_file", "metalens.lenses.provenance"),
+    "metalens.plan": ("metalens.estimate.results", "metalens.display.format"),
+    "metalens.readout": ("metalens.readings.rows", "metalens.readings.top_tokens", "metalens.lenses.translators"),
+    "metalens.report": ("metalens.display.figures",),
+    "metalens.roofline": ("metalens.models.facts",),
+    "metalens.translators": ("metalens.lenses.lens_file",),
 }
 
 
@@ -67,7 +96,9 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(self._new), NAMES.get(name, name))
+        modules = [importlib.import_module(module) for module in (self._new, *SPLIT.get(self.__name__, ()))]
+        name = NAMES.get(name, name)
+        return getattr(next((module for module in modules if hasattr(module, name)), modules[0]), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function of the same name: importing `metalens.evaluate` must not take `metalens.evaluate` away."""

@@ -1,38 +1,66 @@
-"""InterpretableModel: a language model with its lenses, in the API of mlxterp's Tutorials 1 and 2."""
+"""InterpretableModel: a language model with its lenses. Its methods have the names and arguments of mlxterp's Tutorials 1 and 2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from metalens.lenses.lens import Lens, LogitLens, TunedLens, lens_files
+from metalens.lenses.lens import Lens, LogitLens, TunedLens
 from metalens.lenses.provenance import check_lens
 from metalens.models.capture import Edit
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import TokenInput
 from metalens.models.trace import LayerProxy, Trace, layer_index
 from metalens.models.unembed import NormFunction
-from metalens.ops import Head, Weight, lens_stats
-from metalens.ops.stats import check_top_k
-from metalens.ops.stats import top_k as largest
-from metalens.readings.reader import read
-from metalens.readings.reading import Predictions, Reading
+from metalens.readings.heat_map import show_lens
+from metalens.readings.reader import Texts, are_several, read
+from metalens.readings.reading import Reading
+from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
 from metalens.training import Progress, TrainingConfig, train
-from metalens.utils.arrays import to_list
-from metalens.utils.errors import InvalidTypeError, InvalidValueError
-from metalens.utils.files import require_writable
+from metalens.training.data.inputs import joined_ids
+from metalens.utils.errors import InvalidValueError
+
+
+class ReadOptions(TypedDict):
+    """Options of `metalens.readings.read`."""
+
+    top_k: int
+    layers: Sequence[int] | None
+    position: int | None
+    final_norm: NormFunction | None
+    skip_norm: bool
+
+
+class PlotOptions(TypedDict):
+    """Look of the plot that `logit_lens` and `tuned_lens` show."""
+
+    max_display_tokens: int
+    figsize: tuple[float, float]
+    cmap: str
+    font_family: str | None
+
+
+class LensOptions(TypedDict, total=False):
+    """Options of `logit_lens` and `tuned_lens` that are given by name."""
+
+    max_display_tokens: int
+    figsize: tuple[float, float]
+    cmap: str
+    font_family: str | None
+    final_norm: NormFunction | None
+    skip_norm: bool
 
 
 class InterpretableModel(LanguageModel):
-    """A frozen language model, seen through lenses.
+    """A frozen language model with lenses.
 
-    Takes the arguments of `LanguageModel`, and has its attributes.
+    It takes the arguments of `LanguageModel` and has its attributes.
     """
 
     _trace: Trace | None = None
@@ -55,20 +83,26 @@ class InterpretableModel(LanguageModel):
         return self.model.named_modules()
 
     def trace(self, inputs: TokenInput | list[str], interventions: Mapping[str | int, Edit] | None = None) -> Trace:
-        """Run the model once, at the start of a `with` block, and offer what its blocks returned.
+        """Run the model once, at the start of a `with` block, and keep the output of every block.
 
         Args:
-            inputs: text, texts (padded on the right with token 0, unmasked), ids or an array of ids.
-            interventions: for some blocks (by index, or by a name that ends in layers.<i>), a function of their output [B, T, D] to put in its place.
+            inputs: a text, several texts (padded on the right with token 0, unmasked), token ids or an array of ids.
+            interventions: {block: function of its output [B, T, D] that returns the replacement}. A block is an index,
+                or a name that ends in layers.<i>.
 
         Returns:
-            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]} and `output`.
+            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]}
+            and `output`.
+
+        Raises:
+            InvalidValueError: if the model has no such block.
         """
         edits = {layer_index(key, self.num_layers): edit for key, edit in (interventions or {}).items()}
         return Trace(self, self.ids(inputs), edits)
 
     # ------------------------------------------------------------------ lenses
 
+    @overload
     def logit_lens(
         self,
         text: TokenInput,
@@ -76,41 +110,21 @@ class InterpretableModel(LanguageModel):
         layers: Sequence[int] | None = None,
         position: int | None = None,
         plot: bool = False,
-        max_display_tokens: int = 15,
-        figsize: tuple[float, float] = (16, 10),
-        cmap: str = "viridis",
-        font_family: str | None = None,
-        final_norm: NormFunction | None = None,
-        skip_norm: bool = False,
-    ) -> Predictions:
-        """What each block's output would predict if it were the last: norm, head, top-k.
-
-        Args:
-            text: a string, a list of ids or an array of ids; of a batch, row 0 is read.
-            top_k: predictions per position, 1 to V.
-            layers: block indices, None for all.
-            position: one token only, negative from the end; None for all.
-            plot: also show a layer x token heat map.
-            max_display_tokens: the plot's last columns.
-            figsize, cmap, font_family: of the plot.
-            final_norm: used in place of the model's own.
-            skip_norm: decode without a norm.
-
-        Returns:
-            {layer: [[(token id, logit, token), ...] per position]}, best first. Layer i is the output of block i.
-
-        Raises:
-            ValueError: for empty text, ids outside the vocabulary, an unknown layer, a position or top_k out of range, and a model whose own logits
-                its norm and head do not reproduce.
-        """
-        return self.tuned_lens(
-            text, LogitLens(), top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm
-        )
-
-    def tuned_lens(
+        **options: Unpack[LensOptions],
+    ) -> Predictions: ...
+    @overload
+    def logit_lens(
         self,
-        text: TokenInput,
-        tuned_lens: TunedLens | Lens,
+        text: Texts,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        **options: Unpack[LensOptions],
+    ) -> list[Predictions]: ...
+    def logit_lens(
+        self,
+        text: TokenInput | Texts,
         top_k: int = 1,
         layers: Sequence[int] | None = None,
         position: int | None = None,
@@ -121,79 +135,155 @@ class InterpretableModel(LanguageModel):
         font_family: str | None = None,
         final_norm: NormFunction | None = None,
         skip_norm: bool = False,
-    ) -> Predictions:
-        """`logit_lens`, with each block's output first translated by a lens.
+    ) -> Predictions | list[Predictions]:
+        """Return the tokens that the output of each block would predict if it were the last block: norm, head, top-k.
 
         Args:
-            tuned_lens: a TunedLens of this model, or any function (hidden [..., D], layer) -> [..., D].
-            text, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm: as in `logit_lens`.
+            text: a string, a list of token ids, or an array of ids [T] or [B, T], of which row 0 is read; or a list of
+                texts.
+            top_k: predictions per position, 1 to V.
+            layers: layer numbers, negative from the end; None = all. Layer i is the output of block i.
+            position: the only token to read, negative from the end; None = all.
+            plot: also show a heat map of layers by tokens.
+            max_display_tokens: columns of the plot; the last tokens are shown.
+            figsize: size of the plot in inches.
+            cmap: matplotlib color map of the plot.
+            font_family: font of the plot that goes before the default fonts.
+            final_norm: a function that replaces the model's final norm.
+            skip_norm: decode without a norm.
+
+        Returns:
+            {layer: [[(token id, logit, token), ...] per position]}, most likely first; for a list of texts a list of
+            such dicts.
 
         Raises:
-            ValueError: as `logit_lens`, and if the lens was made for another model.
+            InvalidValueError: for an empty text, ids outside the vocabulary, an unknown layer, a position or top_k out
+                of range, and a model whose own logits its norm and head do not reproduce.
         """
-        if layers is not None and len(layers) == 0:
-            return {}
-        reading = self.read(text, tuned_lens, top_k, layers, position, final_norm, skip_norm)
-        if plot:
-            from metalens.readings.heat_map import show_lens  # matplotlib takes a second to import
+        look = PlotOptions(max_display_tokens=max_display_tokens, figsize=figsize, cmap=cmap, font_family=font_family)
+        how = ReadOptions(top_k=top_k, layers=layers, position=position, final_norm=final_norm, skip_norm=skip_norm)
+        return self._predictions(text, LogitLens(), how, look if plot else None)
 
-            look = {"max_display_tokens": max_display_tokens, "figsize": figsize, "cmap": cmap, "font_family": font_family}
-            show_lens(reading.predictions, reading.tokens, reading.stats.max_probability, "probability of the top token", **look)
-        return reading.predictions
+    @overload
+    def tuned_lens(
+        self,
+        text: TokenInput,
+        tuned_lens: Lens | str | Path,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        **options: Unpack[LensOptions],
+    ) -> Predictions: ...
+    @overload
+    def tuned_lens(
+        self,
+        text: Texts,
+        tuned_lens: Lens | str | Path,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        **options: Unpack[LensOptions],
+    ) -> list[Predictions]: ...
+    def tuned_lens(
+        self,
+        text: TokenInput | Texts,
+        tuned_lens: Lens | str | Path,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        plot: bool = False,
+        max_display_tokens: int = 15,
+        figsize: tuple[float, float] = (16, 10),
+        cmap: str = "viridis",
+        font_family: str | None = None,
+        final_norm: NormFunction | None = None,
+        skip_norm: bool = False,
+    ) -> Predictions | list[Predictions]:
+        """Return the tokens that the output of each block predicts after a lens has translated it. Otherwise as `logit_lens`.
 
+        Args:
+            tuned_lens: a TunedLens of this model, the path of one, or any function
+                (hidden [..., D], layer) -> [..., D].
+            text, top_k, layers, position, plot, max_display_tokens, figsize, cmap, font_family, final_norm, skip_norm:
+                as in `logit_lens`.
+
+        Raises:
+            FileNotFoundError: if there is no lens at the path.
+            InvalidValueError: as `logit_lens`, and if the lens was made for another model.
+        """
+        look = PlotOptions(max_display_tokens=max_display_tokens, figsize=figsize, cmap=cmap, font_family=font_family)
+        how = ReadOptions(top_k=top_k, layers=layers, position=position, final_norm=final_norm, skip_norm=skip_norm)
+        return self._predictions(text, tuned_lens, how, look if plot else None)
+
+    def _predictions(
+        self, text: TokenInput | Texts, lens: Lens | str | Path, how: ReadOptions, look: PlotOptions | None
+    ) -> Predictions | list[Predictions]:
+        """Read, show the plot if `look` is given, and return the predictions in mlxterp's form."""
+        if how["layers"] is not None and len(how["layers"]) == 0:
+            return [{} for _ in text] if are_several(text) else {}
+        found = read(self, text, lens, **how)
+        readings = found if isinstance(found, list) else [found]
+        if look is not None:
+            for each in readings:
+                show_lens(each.predictions, each.tokens, each.stats.max_probability, "probability of the top token", **look)
+        return [each.predictions for each in found] if isinstance(found, list) else found.predictions
+
+    @overload
     def read(
         self,
         text: TokenInput,
-        lens: Lens | None = None,
+        lens: Lens | str | Path | None = None,
         top_k: int = 1,
         layers: Sequence[int] | None = None,
         position: int | None = None,
         final_norm: NormFunction | None = None,
         skip_norm: bool = False,
-    ) -> Reading:
-        """Read a text through a lens: see `metalens.readings.read`."""
-        return read(self, text, lens, top_k, layers, position, final_norm, skip_norm)
+    ) -> Reading: ...
+    @overload
+    def read(
+        self,
+        text: Texts,
+        lens: Lens | str | Path | None = None,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        final_norm: NormFunction | None = None,
+        skip_norm: bool = False,
+    ) -> list[Reading]: ...
+    def read(
+        self,
+        text: TokenInput | Texts,
+        lens: Lens | str | Path | None = None,
+        top_k: int = 1,
+        layers: Sequence[int] | None = None,
+        position: int | None = None,
+        final_norm: NormFunction | None = None,
+        skip_norm: bool = False,
+    ) -> Reading | list[Reading]:
+        """Read a text, or a list of texts, through a lens: see `metalens.readings.read`."""
+        how = ReadOptions(top_k=top_k, layers=layers, position=position, final_norm=final_norm, skip_norm=skip_norm)
+        return read(self, text, lens, **how)
 
     def check_lens(self, lens: Lens) -> None:
         """Check that a lens fits this model: see `metalens.lenses.provenance.check_lens`."""
-        check_lens(lens, self, stacklevel=4)
+        check_lens(lens, self)
 
     def get_token_predictions(
         self,
         hidden_state: mx.array,
         top_k: int = 10,
         return_scores: bool = False,
-        embedding_layer: Any = None,
-        lm_head: Any = None,
-    ) -> list[Any]:
-        """The most likely tokens of hidden states that are ready for the head (after the final norm).
+        embedding_layer: nn.Module | None = None,
+        lm_head: Callable[[mx.array], mx.array] | None = None,
+    ) -> TokenPredictions:
+        """Return the most likely tokens of hidden states [D] or [N, D] that come after the final norm.
 
-        Args:
-            hidden_state: [D] or [N, D].
-            top_k: 1 to V.
-            return_scores: return (id, logit) pairs instead of ids.
-            embedding_layer, lm_head: used in place of the model's own head (lm_head goes first).
-
-        Returns:
-            a list of ids or pairs, best first; for [N, D] one such list per row.
-
-        Raises:
-            ValueError: for another number of dimensions, or top_k out of range.
+        See `metalens.readings.top_tokens.token_predictions`. `embedding_layer` and `lm_head` replace the model's own
+        head.
         """
-        if hidden_state.ndim not in (1, 2):
-            raise InvalidValueError(f"hidden_state must be [D] or [N, D], got {hidden_state.shape}. Index a batch before passing it.")
-        rows = hidden_state.reshape(-1, hidden_state.shape[-1])
-        if lm_head is not None:
-            logits = lm_head(rows).astype(mx.float32)
-            check_top_k(top_k, logits.shape[-1])
-            ids, scores = largest(logits, top_k)
-        else:
-            stats = lens_stats(rows[None], self.unembed.head if embedding_layer is None else _head_of(embedding_layer), top_k)
-            ids, scores = stats.top_ids[0], stats.top_logits[0]
-        result = to_list(ids)
-        if return_scores:
-            result = [list(zip(i, z, strict=True)) for i, z in zip(result, to_list(scores), strict=True)]
-        return result[0] if hidden_state.ndim == 1 else result
+        return token_predictions(hidden_state, self.unembed.head, top_k, return_scores, embedding_layer, lm_head)
 
     def train_tuned_lens(
         self,
@@ -207,29 +297,28 @@ class InterpretableModel(LanguageModel):
         verbose: bool = True,
         callback: Callable[[int, float], None] | None = None,
     ) -> TunedLens:
-        """Train a lens for this model, one sequence per step (mlxterp's convention; `metalens.training` has the paper's batches).
+        """Train a lens for this model with the arguments and the recipe of mlxterp: one sequence per step, SGD with Nesterov momentum.
+
+        `metalens.train` has all recipes, reads files, and writes checkpoints.
 
         Args:
-            dataset: texts, joined with a space; or lists of ids, joined.
-            num_steps: optimizer steps.
-            learning_rate: SGD with Nesterov momentum; falls linearly to 0.
-            momentum: of SGD.
+            dataset: texts, which are joined with a space; or lists of ids, which are joined.
+            num_steps: number of optimizer steps.
+            learning_rate: learning rate at the first step; it falls linearly to 0.
+            momentum: momentum of SGD.
             max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
-            gradient_clip: largest gradient norm over all layers.
-            save_path: where to save the lens; checked before training starts.
-            verbose: a progress bar on stderr.
-            callback: called with (step, loss before the update) after every step.
+            gradient_clip: largest gradient norm over all layers together.
+            save_path: path of the lens, which is checked before the training. None = only return it.
+            verbose: show a progress bar on stderr.
+            callback: function of (step, loss before the update) that is called after every step.
 
         Raises:
-            ValueError: for an empty or too short dataset, settings out of range, or a model without a head.
+            InvalidValueError: for an empty or too short dataset, settings out of range, or a model without a head.
             OSError: if save_path can't be written.
         """
         config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
-        if save_path is not None:
-            for file in lens_files(save_path):
-                require_writable(file)
         try:
-            ids, unembed = self.training_ids(dataset), self.unembed
+            ids, _ = self.training_ids(dataset), self.unembed
         except AttributeError as error:
             raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 
@@ -237,35 +326,36 @@ class InterpretableModel(LanguageModel):
             if callback is not None:
                 callback(progress.step, progress.loss)
 
-        lens = train(self.source, unembed, ids, config, callback=report, show_progress=verbose)
-        if save_path is not None:
-            lens.save(save_path)
-        return lens
+        return train(self, ids, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
 
     def training_ids(self, dataset: Sequence[Any]) -> mx.array:
-        """The dataset as one stream of token ids [tokens].
+        """Return texts, joined with a space, or lists of ids, joined, as token ids [tokens].
 
         Raises:
-            ValueError: if it is empty, blank, or holds ids outside the vocabulary.
+            InvalidValueError: if there are none, if all texts are blank, or if ids lie outside the vocabulary.
         """
         dataset = [dataset] if isinstance(dataset, str) else dataset
         if len(dataset) == 0:
             raise InvalidValueError("Dataset is empty. Provide a list of texts to train on.")
         if not all(isinstance(entry, str) for entry in dataset):
-            return self.admit_training_ids(np.concatenate([np.asarray(entry if len(entry) else np.zeros(0, int)).reshape(-1) for entry in dataset]))
+            ids = joined_ids(dataset)
+            if not ids.size:
+                raise InvalidValueError("Dataset is empty. Provide token ids to train on.")
+            return self.admit_training_ids(ids)
         if not any(entry.strip() for entry in dataset):
             raise InvalidValueError("Dataset contains only empty or whitespace strings. Provide texts with content.")
         return self.admit_training_ids(np.asarray(self.encode(" ".join(dataset)), dtype=np.int64))
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
-        """Which ids training accepts: those of the vocabulary (ValueError for others)."""
+        """Check training ids against the vocabulary (InvalidValueError)."""
         return self.check_ids(ids)
 
     def load_tuned_lens(self, path: str | Path) -> TunedLens:
         """Read a lens from `<path>.npz` and `<path>.json`.
 
         Raises:
-            FileNotFoundError, ValueError: as `TunedLens.load`, and if the lens was made for another model.
+            FileNotFoundError: if one of the two files is missing.
+            InvalidValueError: as `TunedLens.load`, and if the lens was made for another model.
         """
         lens = TunedLens.load(path)
         self.check_lens(lens)
@@ -286,12 +376,6 @@ def train_tuned_lens(
 ) -> TunedLens:
     """`InterpretableModel.train_tuned_lens` as a function."""
     return model.train_tuned_lens(dataset, num_steps, learning_rate, momentum, max_seq_len, gradient_clip, save_path, verbose, callback)
-
-
-def _head_of(embedding: Any) -> Head:
-    if not isinstance(embedding, nn.Module) or "weight" not in embedding:
-        raise InvalidTypeError(f"embedding_layer must be an mlx.nn embedding or linear layer, not {type(embedding).__name__}.")
-    return Head(Weight.from_layer(embedding))
 
 
 def load(name: str | Path, **options: Any) -> InterpretableModel:

@@ -11,7 +11,7 @@ from metalens import TunedLens
 from metalens.cli import main
 from metalens.models.bundled import HELD_OUT_TEXT
 
-FEW = ("--tokens", 60, "--max-seq-len", 30)
+FEW = ("--max-tokens", 60, "--max-seq-len", 30)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,7 @@ def lens(tmp_path_factory):
 
 
 def test_eval_writes_all_its_results(run, lens, tmp_path):
-    result = run("eval", "demo", "--lens", lens, "--data", HELD_OUT_TEXT, *FEW, "--logit-stats", "--out", "new/results", "--transfer", "new/t.png")
+    result = run("eval", "demo", "--lens", lens, "--data", HELD_OUT_TEXT, *FEW, "--logit-stats", "--out", "new/results", "--save", "new/t.png")
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "new" / "results").iterdir()) == ["aggregate_metrics.json", "evaluation.json", "logit_stats.npz"]
     found = json.loads((tmp_path / "new" / "results" / "evaluation.json").read_text())
@@ -59,8 +59,8 @@ def test_eval_shows_entropy_on_request(run):
     ("arguments", "message"),
     [
         (["--layer-transfer"], "give --lens"),
-        (["--lens", "LENS", "--transfer", "out.nonsense"], "Can't write a picture"),
-        (["--lens", "LENS", "--transfer", "file/out.png"], "Can't write"),
+        (["--lens", "LENS", "--save", "out.nonsense"], "Can't write a picture"),
+        (["--lens", "LENS", "--save", "file/out.png"], "Can't write"),
         (["--out", "file/results"], "Can't write"),
         (["--data", "nowhere"], "no file or folder"),
     ],
@@ -84,7 +84,7 @@ def test_eval_reads_several_files_as_one_corpus(run, tmp_path):
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_lens_of_another_head_is_a_note_and_no_error(run, lens, tmp_path):
     other = TunedLens.load(lens)
-    other.origin = {"model": "another/model", "head": "sha256:0"}
+    other.provenance = {"model": "another/model", "head": "sha256:0"}
     other.save(tmp_path / "other")
     result = run("lens", "demo", "A prompt", "--lens", "other", "--json")
     assert result.exit_code == 0
@@ -104,7 +104,7 @@ def test_convert_there_and_back(run, lens, tmp_path, to):
     result = run("convert", "theirs", "back")
     assert result.exit_code == 0, result.stderr
     before, after = TunedLens.load(lens), TunedLens.load("back")
-    assert after.origin["model"] == "owner/model"
+    assert after.provenance["model"] == "owner/model"
     for i in range(7):  # tuned-lens has no translator for the last layer
         np.testing.assert_allclose(np.array(before.dense(i)[0]), np.array(after.dense(i)[0]), atol=1e-6)
         assert mx.array_equal(before.dense(i)[1], after.dense(i)[1])

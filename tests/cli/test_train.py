@@ -1,5 +1,6 @@
 """metalens train, in process on the bundled model, and as a process of its own where signals matter."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,10 +15,12 @@ from click.testing import CliRunner
 
 from metalens import InterpretableModel, TunedLens
 from metalens.cli import main
-from metalens.cli.settings import DEFAULT_RECIPE, config_of, read_settings
-from metalens.lenses.provenance import origin_of
+from metalens.cli.settings import given_settings
+from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
-from metalens.training import RECIPES, TrainingConfig
+from metalens.training import TrainingConfig, recipe
+from metalens.training.settings import resolve
+from metalens.utils.errors import InvalidValueError
 
 # One sequence of 32 tokens per step.
 SMALL = ("--recipe", "mlxterp", "--max-seq-len", 32)
@@ -70,78 +73,38 @@ def equal(a, b):
 # ------------------------------------------------------------------ settings
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_the_library_has_with_the_command_lines_defaults(name):
-    found, config = config_of(name, None, {})
-    assert found == name
-    of_recipe = {key: value for key, value in RECIPES[name].items() if key != "max_seq_len"}
-    assert {key: getattr(config, key) for key in of_recipe} == of_recipe
-    assert not config.repeat
-    assert config.max_seq_len <= RECIPES[name].get("max_seq_len", 512)
-    assert config_of(name, None, {}, context=128)[1].max_seq_len == 128
-
-
-def test_the_default_recipe_exists():
-    assert config_of(None, None, {})[0] == DEFAULT_RECIPE
-
-
-@pytest.mark.parametrize(
-    ("suffix", "content"),
-    [
-        (".json", '{"recipe": "adam", "num_steps": 7, "learning_rate": 1, "layers": [0, 2], "seed": null}'),
-        (".toml", 'recipe = "adam"\nnum_steps = 7\nlearning_rate = 1.0\nlayers = [0, 2]\n'),
-    ],
-)
-def test_files_change_the_recipe_and_options_change_files(tmp_path, suffix, content):
-    file = tmp_path / f"settings{suffix}"
-    file.write_text(content)
-    name, config = config_of(None, file, {"num_steps": 9, "seed": "none", "momentum": None})
-    assert name == "adam"
-    assert (config.num_steps, config.learning_rate, config.layers, config.seed) == (9, 1, (0, 2), None)
-    assert config.optimizer == "adam"
-    assert config_of("paper", file, {})[1].optimizer == "sgd"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"steps": 3}', "there is no setting steps. Settings are: recipe, bias_only"),
-        ('{"num_steps": "many"}', "num_steps can't be 'many'; it takes a whole number."),
-        ('{"num_steps": 2.5}', "num_steps can't be 2.5"),
-        ('{"repeat": 1}', "it takes true or false"),
-        ('{"optimizer": "lion"}', "it takes 'sgd' or 'adam' or 'muon'"),
-        ('{"layers": [0, "1"]}', "it takes a list of whole numbers or null"),
-        ('{"rank": true}', "rank can't be True"),
-        ("[1]", "must hold one object"),
-        ("{", "can't be read as JSON"),
-    ],
-)
-def test_wrong_files_are_refused_by_name(tmp_path, content, message):
-    file = tmp_path / "settings.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=r"settings\.json") as error:
-        read_settings(file)
-    assert message in str(error.value)
-
-
 def test_every_field_is_an_option():
     names = {parameter.name for parameter in main.commands["train"].params}
     assert set(TrainingConfig.__dataclass_fields__) <= names
     assert set(TrainingConfig.__dataclass_fields__) <= {parameter.name for parameter in main.commands["plan"].params}
 
 
-def test_a_variant_needs_no_word_about_the_recipes_warm_start(monkeypatch):
-    monkeypatch.setitem(RECIPES, "warm", {"warm_start_tokens": 512})
-    assert config_of("warm", None, {})[1].warm_start_tokens == 512
-    assert config_of("warm", None, {"rank": 4})[1].warm_start_tokens == 0
-    with pytest.raises(ValueError, match="warm start gives full matrices"):
-        config_of("warm", None, {"rank": 4, "warm_start_tokens": 100})
+def test_options_have_the_types_choices_and_help_of_the_settings():
+    options = {parameter.name: parameter for parameter in main.commands["train"].params}
+    for field in dataclasses.fields(TrainingConfig):
+        assert options[field.name].help.startswith(field.metadata["help"])
+        assert options[field.name].default is None
+    assert options["optimizer"].type.choices == ("sgd", "adam", "muon")
+    assert [options[name].opts for name in ("num_steps", "learning_rate", "layers_at_once")] == [["--steps"], ["--lr"], ["--layers-at-once"]]
+    assert (options["repeat"].secondary_opts, options["bias_only"].is_flag, options["warmup_steps"].type.min) == (["--no-repeat"], True, 0)
+
+
+def test_options_are_settings():
+    given = given_settings({"num_steps": 9, "seed": "none", "momentum": None})
+    assert resolve("adam", None, given)[1] == recipe("adam", num_steps=9, seed=None, repeat=False, max_seq_len=512)
+
+
+def test_the_old_spelling_of_parallel_is_accepted_and_not_shown(run, text):
+    assert "--share" not in run("train", "--help").output
+    assert "--parallel [data|layers]" in run("train", "--help").output
+    result = run("train", "demo", "--data", text, "--out", "lens", *SMALL, "--steps", 1, "--share", "layers")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--recipe", "secret"], 1, "There is no recipe 'secret'"),
+        (["--recipe", "secret"], 1, "Unknown recipe 'secret'"),
         (["--layers", "4-2"], 2, "is not a list of layer numbers"),
         (["--seed", "some"], 2, "neither a number nor 'none'"),
         (["--rank", "4", "--bias-only"], 1, "rank or bias_only, not both"),
@@ -198,7 +161,7 @@ def test_folders_and_json_lines(run, tmp_path):
     result = run("train", "demo", "--data", "folder", "b.jsonl", *options)
     assert result.exit_code == 0, result.stderr
     assert list((tmp_path / "cache").glob("*.ids"))
-    assert TunedLens.load("lens").origin["training"]["data"]["documents"] == 10
+    assert TunedLens.load("lens").provenance["training"]["data"]["documents"] == 10
 
 
 def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
@@ -206,12 +169,12 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 
     def open_corpus(sources, tokenizer, **how):
         asked.update(how, sources=sources)
-        raise ValueError("enough seen")
+        raise InvalidValueError("enough seen")
 
-    monkeypatch.setattr("metalens.cli.train.open_corpus", open_corpus)
+    monkeypatch.setattr("metalens.training.run.open_corpus", open_corpus)
     result = run("train", "demo", "--data", "hf:owner/name@main", "--out", "lens", *SMALL, "--steps", 5, "--split", "test")
     assert "enough seen" in result.stderr
-    assert asked["sources"] == ["hf:owner/name@main"]
+    assert [source.name for source in asked["sources"]] == ["owner/name@main (test)"]
     assert (asked["split"], asked["max_tokens"]) == ("test", 5 * 32 + 6 * 32)
 
 
@@ -220,10 +183,10 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 
 def test_the_lens_remembers_its_training(train):
     train(*SMALL, "--steps", 3, "--lr", 0.25)
-    origin = TunedLens.load("lens").origin
+    origin = TunedLens.load("lens").provenance
     model = InterpretableModel(str(MODEL))
     assert origin["model"] == str(MODEL)
-    assert origin["head"] == origin_of(model.unembed)["head"]
+    assert origin["head"] == provenance_of(model.unembed)["head"]
     assert origin["recipe"] == "mlxterp"
     assert origin["tokens"] == 96
     assert origin["training"]["learning_rate"] == 0.25
@@ -237,7 +200,7 @@ def test_variants_and_some_layers(train):
     train(*SMALL, "--steps", 2, "--bias-only", "--dtype", "bfloat16", "--layers-at-once", 3)
     lens = TunedLens.load("lens")
     assert (lens.variant, lens.layers) == ("bias", list(range(8)))
-    assert lens.origin["tokens"] == 64  # of each layer
+    assert lens.provenance["tokens"] == 64  # of each layer
 
 
 def test_metrics_and_weights_and_biases(train, tmp_path, monkeypatch):
@@ -258,7 +221,7 @@ def test_checkpoints_of_a_finished_run_make_way(train, tmp_path):
     message = train(*SMALL, "--steps", 4, "--resume")
     assert "This run had finished" in message
     assert equal(weights("lens.npz"), first)
-    assert TunedLens.load("lens").origin["tokens"] == 128
+    assert TunedLens.load("lens").provenance["tokens"] == 128
     assert "num_steps was 4 and is 3" in train(*SMALL, "--steps", 3, "--resume", code=1)
     train(*SMALL, "--steps", 3)
     assert [p.name for p in (tmp_path / "lens.checkpoints").glob("step-*")] == ["step-00000003"]
@@ -323,10 +286,10 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     message = train(*options, "--metrics", "metrics.jsonl", "--resume")
     assert "Going on after step" in message
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(24))
-    resumed, origin = weights("lens.npz"), TunedLens.load("lens").origin
+    resumed, origin = weights("lens.npz"), TunedLens.load("lens").provenance
     train(*options)
     assert equal(weights("lens.npz"), resumed)
-    assert TunedLens.load("lens").origin == origin
+    assert TunedLens.load("lens").provenance == origin
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):

@@ -130,9 +130,9 @@ def test_the_older_format_is_read_to_its_end(folder):
     pickles, data = legacy_parts()
     (folder / "params.pt").write_bytes(legacy(*pickles, after=data))
     files.load(folder)
-    refused(folder, legacy(*pickles, after=data + b"\x00"), "bytes where its tensors take")
-    refused(folder, legacy(*pickles, after=data[:-1]), "bytes where its tensors take")
-    refused(folder, legacy(*pickles), "bytes where its tensors take")
+    refused(folder, legacy(*pickles, after=data + b"\x00"), "bytes, and its tensors take")
+    refused(folder, legacy(*pickles, after=data[:-1]), "bytes, and its tensors take")
+    refused(folder, legacy(*pickles), "bytes, and its tensors take")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
 
 def test_a_lens_that_is_nowhere(hub, monkeypatch):
     message = (
-        r"No lens at 'org/none': it is no folder with params\.pt and config\.json, and 'lens/org/none' could not be had from the hub's space "
+        r"No lens at 'org/none': it is no folder with params\.pt and config\.json, and 'lens/org/none' could not be downloaded from the hub's space "
         r"AlignmentResearch/tuned-lens: 404 Client Error\.$"
     )
     with pytest.raises(FileNotFoundError, match=message):

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,15 +10,17 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
+import metalens
 from metalens import InterpretableModel, accelerate
 from metalens.cli import main
+from metalens.display.tables import plan_remarks
 from metalens.estimate.memory import memory_of, plan
-from metalens.estimate.roofline import MODELS, Dimensions
 from metalens.models.bundled import MODEL
 from metalens.models.capture import ResidualCapture
-from metalens.models.facts import ModelFacts, facts_of
-from metalens.training import TrainingConfig, recipe, train
+from metalens.models.facts import KNOWN_MODELS, ModelDimensions, ModelFacts, facts_of
+from metalens.training import TrainingConfig, recipe, train_loop
 from metalens.training.batching import steps_together
+from metalens.utils.errors import InvalidValueError
 
 LAYERS, WIDTH, VOCAB = 4, 256, 500
 SHORT = {"num_steps": 2, "max_seq_len": 64, "tokens_per_step": 1024, "learning_rate": 1e-3}
@@ -43,7 +45,7 @@ def small(make_llama, monkeypatch):
         model = InterpretableModel(make_llama(layers=LAYERS, hidden=WIDTH, vocab=VOCAB, dtype=dtype))
         accelerate(model.model)
         body = LAYERS * (WIDTH * (2 * WIDTH + 2 * WIDTH // 2) + 3 * WIDTH * 2 * WIDTH)
-        dimensions = Dimensions(LAYERS, WIDTH, VOCAB, 4, 32, body)
+        dimensions = ModelDimensions(LAYERS, WIDTH, VOCAB, 4, 32, body)
         return model, ModelFacts(dimensions, nbytes(model.model), True, 2 * WIDTH, dtype.size, None)
 
     return make
@@ -81,111 +83,72 @@ def test_memory_is_what_a_run_allocates(small, settings, dtype):
         gc.collect()
         kept.append(mx.get_active_memory() - before)
 
-    train(model.source, unembed, ids, config, callback=look)
+    train_loop(model.source, unembed, ids, config, callbacks=[look])
     peak = mx.get_peak_memory() - before
     memory = memory_of(facts, config)
     layer = 4 * (WIDTH if config.bias_only else WIDTH * (2 * config.rank + 1) if config.rank else WIDTH * (WIDTH + 1))
-    stays = sum(memory[name] for name in ("translators in training", "optimizer state", "gradients")) - layer
-    if steps_together(config) > 1:  # the streams of the steps to come
+    stays = memory.translators + memory.optimizer_state + memory.gradients - layer
+    if steps_together(config) > 1:  # the hidden states of the steps to come
         stays += 512 * LAYERS * WIDTH * dtype.size
     if not config.bias_only:  # whose few bytes drown in the sequences at hand
         assert kept[-1] == pytest.approx(stays, rel=0.03, abs=60_000)
-    counted = sum(memory.values()) - memory["program"] - memory["model"] - memory["logits"]  # the native kernels' blocks are not MLX's
+    counted = memory.total - memory.program - memory.model - memory.logits  # the native kernels' blocks are not MLX's
     assert 0.6 * counted < peak < 1.05 * counted
 
 
-def test_the_model_is_read_from_headers():
-    facts = facts_of(str(MODEL))
-    model = InterpretableModel(str(MODEL))
-    assert facts.exact
-    assert facts.weights == nbytes(model.model)
-    assert (facts.dimensions.layers, facts.dimensions.depth, facts.dimensions.vocab) == (8, 256, 6000)
-    assert facts.dimensions.body == 8 * 256 * (2 * 256 + 2 * 128 + 3 * 704)
-    assert (facts.context, facts.intermediate) == (256, 704)
-
-
-def test_without_weights_the_model_is_estimated(tmp_path):
-    (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
-    known, facts = facts_of(str(MODEL)), facts_of(str(tmp_path))
-    assert not facts.exact
-    assert facts.dimensions == known.dimensions
-    assert facts.weights == pytest.approx(known.weights, rel=0.25)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 123}}))
-    assert facts_of(str(tmp_path)).weights == 123
-
-
-def test_of_experts_the_active_ones_count(tmp_path):
-    config = json.loads((MODEL / "config.json").read_text())
-    config |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "quantization": None}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(
-        str(tmp_path / "model.safetensors"), {"model.embed_tokens.weight": mx.zeros((60, 4)), "model.layers.0.mlp.up.weight": mx.zeros((8, 3, 4))}
-    )
-    facts = facts_of(str(tmp_path))
-    assert facts.dimensions.body == 2 * 3 * 4
-    assert facts.intermediate == 2 * 96
-
-
-def test_a_damaged_header_is_named(tmp_path):
-    (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00hello")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        facts_of(str(tmp_path))
-
-
 def test_work_by_hand():
-    d = Dimensions(4, 100, 1000, 4, 0, 10**6)
+    d = ModelDimensions(4, 100, 1000, 4, 0, 10**6)
     facts = ModelFacts(d, 0, True, 200, 2, None)
     config = TrainingConfig(num_steps=10, max_seq_len=10, tokens_per_step=50, optimizer="muon", layers=(0, 1, 2), layers_at_once=2)
-    flops = plan(facts, config).flops_per_token
-    assert flops["the model's forward pass"] == 2 * 2e6
-    assert flops["head, for the model"] == 2 * 4 * 1000 * 100
-    assert flops["head, for the lens"] == 3 * 4 * 1000 * 100
-    assert flops["translators"] == 3 * 6 * 100**2
-    assert flops["optimizer"] == pytest.approx(3 * (3 * 6 * 100**3 + 6 * 10100) / 50)
-    assert plan(facts, config).flops == pytest.approx(500 * sum(flops.values()))
-    warm = plan(facts, replace(config, warm_start_tokens=500)).flops_per_token["warm start"]
+    flops = plan(facts, config=config).flops_per_token
+    assert flops.forward == 2 * 2e6
+    assert flops.model_head == 2 * 4 * 1000 * 100
+    assert flops.lens_head == 3 * 4 * 1000 * 100
+    assert flops.translators == 3 * 6 * 100**2
+    assert flops.optimizer == pytest.approx(3 * (3 * 6 * 100**3 + 6 * 10100) / 50)
+    assert plan(facts, config=config).flops == pytest.approx(500 * flops.total)
+    warm = plan(facts, config=replace(config, warm_start_tokens=500)).flops_per_token.warm_start
     assert warm == pytest.approx(2 * 2e6 + 3 * 2 * 101 * 201)
 
 
 def test_advice_keeps_its_word():
     facts = facts_of("Llama-3.1-8B-4bit")
     config = recipe("paper", max_seq_len=2048)
-    found = plan(facts, config, available=11 * 10**9)
+    found = plan(facts, config=config, memory=11 * 10**9)
     assert not found.fits
-    advice = {entry["option"]: entry for entry in found.advice}
-    assert all(entry["bytes"] < found.total for entry in advice.values())
+    advice = {entry.option: entry for entry in found.advice}
+    assert all(entry.bytes < found.total for entry in advice.values())
     option = next(o for o in advice if "--layers-at-once" in o and "bfloat16" not in o)
     count = int(option.split()[-1])
     shorter = replace(config, max_seq_len=512)
-    assert advice[option]["fits"]
-    assert sum(memory_of(facts, replace(shorter, layers_at_once=count)).values()) <= 11e9
-    assert sum(memory_of(facts, replace(shorter, layers_at_once=count + 1)).values()) > 11e9
-    assert plan(facts, config, available=2**40).advice == []
-    assert [entry["option"] for entry in plan(facts, config, available=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
-    assert "The model alone takes" in plan(facts, config, available=10**9).remarks[-1]
+    assert advice[option].fits
+    assert memory_of(facts, replace(shorter, layers_at_once=count)).total <= 11e9
+    assert memory_of(facts, replace(shorter, layers_at_once=count + 1)).total > 11e9
+    assert plan(facts, config=config, memory=2**40).advice == ()
+    assert [entry.option for entry in plan(facts, config=config, memory=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
+    assert "The model alone takes" in plan_remarks(plan(facts, config=config, memory=10**9))[-1]
 
 
 def test_processes_divide_layers_or_sequences():
     facts, config = facts_of("Llama-3.1-8B-4bit"), recipe("paper", max_seq_len=512)
     alone = memory_of(facts, config)
     layers, data = memory_of(facts, config, 4, "layers"), memory_of(facts, config, 4, "data")
-    assert layers["optimizer state"] * 4 == alone["optimizer state"] == data["optimizer state"]
-    one, four = plan(facts, config, available=2**50), plan(facts, config, available=2**50, processes=4, share="layers")
-    assert four.flops_per_token["the model's forward pass"] == 4 * one.flops_per_token["the model's forward pass"]
-    assert four.flops_per_token["head, for the lens"] == one.flops_per_token["head, for the lens"]
+    assert layers.optimizer_state * 4 == alone.optimizer_state == data.optimizer_state
+    one, four = plan(facts, config=config, memory=2**50), plan(facts, config=config, memory=2**50, processes=4, parallel="layers")
+    assert four.flops_per_token.forward == 4 * one.flops_per_token.forward
+    assert four.flops_per_token.lens_head == one.flops_per_token.lens_head
 
 
 def test_settings_that_do_not_fit_the_model():
     facts = facts_of("Llama-3.1-8B-4bit")
     with pytest.raises(ValueError, match="layers must be from 0 to 31"):
-        plan(facts, TrainingConfig(layers=(32,)))
+        plan(facts, config=TrainingConfig(layers=(32,)))
     with pytest.raises(ValueError, match="rank must be from 1 to 4096"):
-        plan(facts, TrainingConfig(rank=5000))
+        plan(facts, config=TrainingConfig(rank=5000))
 
 
 def test_all_presets_have_a_plan():
-    totals = [plan(facts_of(name), recipe("muon", max_seq_len=512)).total for name in MODELS]
+    totals = [plan(facts_of(name), config=recipe("muon", max_seq_len=512)).total for name in KNOWN_MODELS]
     assert totals == sorted(totals)
 
 
@@ -219,3 +182,57 @@ def test_the_command_says_what_would_fit(run):
     result = run("plan", "no-such-folder")
     assert result.exit_code == 1
     assert "config.json" in result.stderr
+
+
+# ------------------------------------------------------------------ from Python
+
+
+def test_a_plan_needs_no_more_than_a_name():
+    found = metalens.plan("demo")
+    assert found.config == recipe("fast", max_seq_len=256, seed=0, repeat=False)  # the model's context
+    assert found.memory.total == found.total == sum(asdict(found.memory).values())
+    assert found == plan(facts_of(str(MODEL)), "fast", max_seq_len=256)
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict() | {"advice": []}
+
+
+def test_settings_replace_those_of_a_recipe_a_file_or_a_configuration(tmp_path):
+    by_name = plan("demo", "paper", num_steps=3, rank=4)
+    assert (by_name.recipe, by_name.config.num_steps, by_name.config.rank, by_name.config.optimizer) == ("paper", 3, 4, "sgd")
+    (tmp_path / "settings.json").write_text('{"recipe": "adam", "num_steps": 7, "rank": 2}')
+    by_file = plan("demo", config=tmp_path / "settings.json", rank=3)
+    assert (by_file.recipe, by_file.config.num_steps, by_file.config.rank) == ("adam", 7, 3)
+    config = TrainingConfig(num_steps=5, optimizer="adam")
+    assert (plan("demo", config=config).recipe, plan("demo", config=config).config) == (None, config)
+    assert plan("demo", config=config, num_steps=6).config == replace(config, num_steps=6)
+    for base in ({"recipe": "paper"}, {"config": config}):
+        with pytest.raises(InvalidValueError, match="nonsense"):
+            plan("demo", **base, nonsense=1)
+
+
+def test_the_given_text_is_measured(tmp_path):
+    (tmp_path / "a.txt").write_text("word " * 1000)
+    (tmp_path / "b.txt").write_text("word " * 600)
+    assert plan("demo", data=tmp_path).text_tokens == 2000
+    assert plan("demo", data=[tmp_path / "a.txt"]).text_tokens == 1250
+    (tmp_path / "c.jsonl").write_text('{"text": "word"}\n')
+    assert plan("demo", data=tmp_path).text_tokens is None
+    with pytest.raises(InvalidValueError, match="no file or folder"):
+        plan("demo", data=tmp_path / "nothing.txt")
+
+
+@pytest.mark.parametrize("wrong", [{"processes": 0}, {"memory": 0}, {"parallel": "both"}])
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(InvalidValueError, match=next(iter(wrong))):
+        plan("demo", **wrong)
+
+
+def test_older_names_of_arguments_and_attributes():
+    with pytest.warns(DeprecationWarning, match="The argument available of plan is called memory now"):
+        assert plan("demo", available=10**9).available == 10**9
+    with pytest.warns(DeprecationWarning, match="share of plan is called parallel"):
+        assert plan("demo", processes=2, share="layers") == plan("demo", processes=2, parallel="layers")
+    with pytest.warns(DeprecationWarning, match=r"plan\(facts, config\) is plan\(facts, config=config\) now"):
+        assert plan("demo", TrainingConfig()).config == TrainingConfig()
+    facts = facts_of(str(MODEL))
+    with pytest.warns(DeprecationWarning, match=r"ModelFacts\.weights is called weight_bytes now"):
+        assert facts.weights == facts.weight_bytes

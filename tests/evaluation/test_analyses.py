@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from metalens import InterpretableModel, TunedLens, evaluate
-from metalens.display.tables import evaluation_table, transfer_figure
-from metalens.evaluation import LogitStats, bias, dirichlet, marginals
-from metalens.evaluation.evaluator import Evaluation, Scores, write_results
+from metalens.display.figures import transfer_figure
+from metalens.display.tables import evaluation_table
+from metalens.evaluation import Evaluation, LogitStats, Scores, bias, dirichlet, marginals, write_results
 from metalens.evaluation.marginals import LogitSums
 from metalens.readings.heat_map import save_figure
 from support import oracle

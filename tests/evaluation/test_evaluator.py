@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalens import InterpretableModel, TunedLens, evaluate
+from metalens.evaluation import Evaluation, Scores
 from metalens.evaluation.text import ByteCount, Sequences
 from metalens.training.data import Corpus
 from support import oracle
@@ -328,6 +329,35 @@ def test_the_dictionary_is_the_documented_one(rng, tiny):
     assert data["layers"][1]["logit"].keys() == FIELDS
     without = evaluate(tiny, ids).to_dict()
     assert all(entry.keys() == {"layer", "logit"} for entry in without["layers"])
+
+
+def test_the_text_form_is_a_short_table(rng, tiny):
+    result = evaluate(tiny, random_ids(rng, 12), oracle.random_lens(rng), max_seq_len=LENGTH)
+    title, heading, *rows = repr(result).splitlines()
+    assert title == "Evaluation of 12 tokens: KL(model || lens) in nats per token, top-1 agreement with the model"
+    assert heading.split() == ["layer", "logit", "KL", "top-1", "tuned", "KL", "top-1"]
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "mean"]
+    assert rows[1].split()[1:] == [f"{s[1].kl:.3f}" if kind else f"{100 * s[1].top1:.1f}%" for s in (result.logit, result.tuned) for kind in (1, 0)]
+    assert float(rows[3].split()[3]) == pytest.approx(np.mean([s.kl for s in result.tuned]), abs=1e-3)
+    alone = repr(evaluate(tiny, random_ids(rng, 12), max_seq_len=LENGTH))
+    assert "tuned" not in alone
+    assert repr(result) == str(result)
+
+
+def test_the_text_form_of_many_layers_leaves_the_middle_out():
+    scores = [Scores(float(i), 0.0, 0.0, 0.5, 0.0, 0.0, 0.0) for i in range(80)]
+    rows = repr(Evaluation(2, 1.0, scores[0], scores, None)).splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [*map(str, range(12)), "...", *map(str, range(68, 80)), "mean"]
+    assert rows[-1].split()[1] == "39.500"
+
+
+def test_a_lens_may_be_given_by_its_path(rng, tiny, tmp_path):
+    ids, lens = random_ids(rng, 12), oracle.random_lens(rng)
+    lens.save(tmp_path / "lens")
+    expected = evaluate(tiny, ids, lens)
+    assert evaluate(tiny, ids, tmp_path / "lens") == evaluate(tiny, ids, str(tmp_path / "lens.npz")) == expected
+    with pytest.raises(FileNotFoundError, match="No lens at"):
+        evaluate(tiny, ids, "no such lens")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from metalens import InterpretableModel, LogitLens, TunedLens
-from metalens.lenses.lens import lens_files
+from metalens.lenses.lens_file import lens_files
 from support.mocks import DIM, LAYERS, MockModel
 
 
@@ -96,6 +96,14 @@ def test_vectors_of_another_width(shape):
 def test_the_logit_lens_changes_nothing():
     h = mx.array([1.0, 2.0])
     assert LogitLens()(h, 5) is h
+
+
+def test_the_text_form_of_the_logit_lens():
+    assert repr(LogitLens()) == "LogitLens()"
+
+
+def test_help_describes_the_arguments():
+    assert "num_layers: L, blocks of the model." in TunedLens.__init__.__doc__
 
 
 def test_fitting_a_model():

@@ -1,5 +1,6 @@
 """A lens remembers the model that it was trained for, and says so when it is used on another."""
 
+import importlib
 import json
 import warnings
 from importlib.metadata import version
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel, TunedLens, accelerate
-from metalens.lenses.provenance import check_origin, head_hash, origin_of
+from metalens.lenses.lens_file import lens_files
+from metalens.lenses.provenance import check_provenance, head_hash, provenance_of
 from metalens.models.unembed import NO_NORM, Unembed
 from metalens.ops import Head, Weight
 from support.mocks import MockModel
@@ -29,7 +31,7 @@ def unembed_of(found):
 
 def lens_for(found, model=None, **facts):
     lens = TunedLens(1, 32)
-    lens.origin = origin_of(unembed_of(found), model, **facts)
+    lens.provenance = provenance_of(unembed_of(found), model, **facts)
     return lens
 
 
@@ -37,7 +39,7 @@ def warned(lens, found, model=None):
     """The one warning's text, or None."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_origin(lens, unembed_of(found), model)
+        check_provenance(lens, unembed_of(found), model)
     assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
     assert len(caught) <= 1
     return str(caught[0].message) if caught else None
@@ -99,12 +101,12 @@ def test_accelerating_a_model_leaves_its_hash(make_llama):
     assert head_hash(model.unembed.head) == before
 
 
-# ---------------------------------------------------------------- the origin
+# ---------------------------------------------------------------- the provenance
 
 
-def test_what_an_origin_holds(tmp_path):
+def test_what_a_provenance_holds(tmp_path):
     lens = lens_for(head(), "org/model", revision="abc", tokens=1000, recipe="paper", training={"num_steps": 5})
-    assert lens.origin == {
+    assert lens.provenance == {
         "metalens": version("metalens"),
         "head": head_hash(head()),
         "quantization": "float32",
@@ -114,15 +116,50 @@ def test_what_an_origin_holds(tmp_path):
         "recipe": "paper",
         "training": {"num_steps": 5},
     }
-    assert set(lens_for(head()).origin) == {"metalens", "head", "quantization"}
-    assert lens_for(quantized(head().weight.values)).origin["quantization"] == "affine 4-bit, groups of 32"
+    assert set(lens_for(head()).provenance) == {"metalens", "head", "quantization"}
+    assert lens_for(quantized(head().weight.values)).provenance["quantization"] == "affine 4-bit, groups of 32"
     lens.save(tmp_path / "x")
-    assert json.loads((tmp_path / "x.json").read_text())["origin"] == lens.origin
-    assert TunedLens.load(tmp_path / "x").origin == lens.origin
+    assert json.loads((tmp_path / "x.json").read_text())["origin"] == lens.provenance
+    assert TunedLens.load(tmp_path / "x").provenance == lens.provenance
+
+
+def test_the_old_name_of_the_provenance():
+    lens = TunedLens(1, 32)
+    with pytest.warns(DeprecationWarning, match=r"TunedLens.origin is now TunedLens.provenance") as found:
+        lens.origin = {"model": "m"}
+    assert found[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="is now") as found:
+        assert lens.origin is lens.provenance
+    assert found[0].filename == __file__
+    assert lens.provenance == {"model": "m"}
+    assert "origin" not in lens
+
+
+def test_the_old_names_of_functions():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = importlib.import_module("metalens.lens")
+    assert (old.origin_of, old.check_origin, old.head_hash) == (provenance_of, check_provenance, head_hash)
+    assert (old.TunedLens, old.lens_files) == (TunedLens, lens_files)
+
+
+def test_files_of_the_first_version_spell_quantization_otherwise(tmp_path):
+    lens = lens_for(quantized(head().weight.values), "m")
+    lens.save(tmp_path / "x")
+    now = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").write_text(now.replace('"quantization"', '"quantisation"'))
+    assert TunedLens.load(tmp_path / "x").provenance == lens.provenance
+    assert '"quantisation"' not in now
+
+
+def test_the_warning_points_at_the_users_line():
+    with pytest.warns(UserWarning, match="another model") as found:
+        check_provenance(lens_for(head()), unembed_of(head(seed=1)))
+    assert found[0].filename == __file__
 
 
 def test_a_lens_without_a_memory_fits_everything():
-    assert TunedLens(1, 32).origin == {}
+    assert TunedLens(1, 32).provenance == {}
     assert warned(TunedLens(1, 32), head(), "a/b") is None
 
 
@@ -164,16 +201,16 @@ def test_another_quantization_is_named():
 )
 def test_without_a_head_names_decide(remembered, used, same):
     lens = TunedLens(1, 32)
-    lens.origin = {"model": remembered}
+    lens.provenance = {"model": remembered}
     message = warned(lens, head(), used)
     assert (message is None) == same
     if not same:
         assert f"trained for {remembered!r}, and this is {used!r}" in message
 
 
-def test_a_damaged_origin_is_no_error():
+def test_a_damaged_provenance_is_no_error():
     lens = TunedLens(1, 32)
-    lens.origin = {"head": ["?"], "quantization": {"bits": 4}, "model": None}
+    lens.provenance = {"head": ["?"], "quantization": {"bits": 4}, "model": None}
     assert "output head" in warned(lens, head()) or "head was" in warned(lens, head())
 
 
@@ -181,9 +218,9 @@ def test_the_head_is_read_once(monkeypatch):
     calls = []
     monkeypatch.setattr("metalens.lenses.provenance.head_hash", lambda found: calls.append(1) or "sha256:x")
     unembed, lens = unembed_of(head()), TunedLens(1, 32)
-    lens.origin = {"head": "sha256:x"}
+    lens.provenance = {"head": "sha256:x"}
     for _ in range(3):
-        check_origin(lens, unembed)
+        check_provenance(lens, unembed)
     assert len(calls) == 1
 
 
@@ -193,7 +230,7 @@ def test_the_head_is_read_once(monkeypatch):
 def test_a_model_warns_about_a_lens_of_another(tmp_path):
     mine, other = InterpretableModel(MockModel(seed=0)), InterpretableModel(MockModel(seed=1))
     lens = TunedLens(len(mine.layers), mine.unembed.hidden_dim)
-    lens.origin = origin_of(mine.unembed, "mine")
+    lens.provenance = provenance_of(mine.unembed, "mine")
     lens.save(tmp_path / "x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from metalens import InterpretableModel, _ext, _extension, accelerate, use_backend
+from metalens.models.language_model import LanguageModel
 from metalens.ops.weight import Weight
 from support import oracle
 
@@ -14,8 +17,8 @@ KINDS = {"dense": {"bits": None}, "4 bits": {"bits": 4}, "3 bits in groups of 64
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the extension's operations that were called, while they are what is asked for."""
-    _extension.find()  # tries the extension with a product of its own, once per process
+    """The names of the extension's operations that were called, with the native backend."""
+    _extension.find()  # calls the extension itself, once per process
     counted = []
 
     def spy_on(name):
@@ -54,7 +57,7 @@ def test_outputs_are_the_model_s_own_within_rounding(make_llama, calls, kind, ti
 @pytest.mark.parametrize("bits", [None, 4])
 def test_16_bit_models_are_no_further_from_the_truth_than_before(make_llama, tied, dtype, bits):
     model, exact = (make_llama(tied=tied, bits=bits, dtype=dtype) for _ in range(2))
-    exact.set_dtype(mx.float32)  # the same numbers, computed with in float32
+    exact.set_dtype(mx.float32)  # the same weights, computed in float32
     truth = oracle.wide(exact(IDS))
     before = model(IDS)
     with accelerate(model):
@@ -180,7 +183,7 @@ def test_the_reference_backend_is_the_model_as_it_was(make_llama, calls):
 
 
 class Adapted(nn.Linear):
-    """As LoRA layers are: a linear layer with a call of its own."""
+    """A linear layer with a call of its own, like LoRA layers."""
 
     def __call__(self, x):
         return super().__call__(x) + 1
@@ -204,25 +207,123 @@ def test_subclasses_keep_their_own_call(rng):
 
 
 @pytest.mark.parametrize("thing", [None, "model", 3, lambda x: x])
-def test_what_is_not_a_module_is_refused(thing):
+def test_other_objects_are_refused(thing):
     with pytest.raises(TypeError, match=r"mlx\.nn\.Module"):
         accelerate(thing)
 
 
-def test_an_interpretable_model_is_pointed_to_its_model(make_llama):
-    model = InterpretableModel(make_llama())
-    with pytest.raises(TypeError, match=r"\.model"):
-        accelerate(model)
+@pytest.mark.parametrize("kind", [LanguageModel, InterpretableModel])
+def test_a_wrapped_model_is_accelerated_like_its_module(make_llama, kind):
+    model = kind(make_llama(), accelerate=False)
+    before, logits = classes(model.model), oracle.wide(model(IDS))
+    with accelerate(model) as acceleration:
+        assert len(acceleration) == 29
+        np.testing.assert_allclose(oracle.wide(model(IDS)), logits, atol=1e-4)
+    assert classes(model.model) == before
 
 
-def test_streams_and_heads_are_found_in_an_accelerated_model(quantized_model):
-    expected = quantized_model.source.capture(IDS)
-    with accelerate(quantized_model.model):
-        stream = quantized_model.source.capture(IDS)
-        unembed = quantized_model.unembed
-    for ours, theirs in zip([*stream.hidden, stream.logits], [*expected.hidden, expected.logits], strict=True):
-        np.testing.assert_allclose(oracle.wide(ours), oracle.wide(theirs), atol=1e-4)
-    np.testing.assert_allclose(oracle.wide(unembed(stream.hidden[-1])), oracle.wide(expected.logits), atol=1e-4)
+# ---------------------------------------------------------------- LanguageModel(accelerate=...)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+
+
+def test_a_loaded_model_uses_the_native_kernels_by_itself_and_undo_gives_it_back(make_llama, native):
+    plain, module = make_llama(), make_llama()
+    before, logits = classes(module), oracle.wide(plain(IDS))
+    model = LanguageModel(module)
+    assert len(model.acceleration) == 29
+    assert classes(module) != before
+    np.testing.assert_allclose(oracle.wide(model(IDS)), logits, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(oracle.wide(model.unembed(model.source.capture(IDS).hidden[-1])), logits, atol=1e-4)
+    model.acceleration.undo()
+    assert classes(module) == before
+    assert mx.array_equal(model(IDS), plain(IDS))
+
+
+def test_auto_means_the_default_backend_on_a_cpu_too(make_llama, monkeypatch):
+    monkeypatch.delenv("METALENS_BACKEND", raising=False)
+    assert len(LanguageModel(make_llama()).acceleration) == 29
+
+
+@pytest.mark.parametrize("wanted", ["auto", False])
+def test_the_reference_backend_and_false_leave_a_model_as_it_was(make_llama, monkeypatch, wanted):
+    if wanted == "auto":
+        monkeypatch.setenv("METALENS_BACKEND", "reference")
+    module = make_llama()
+    before = classes(module)
+    model = LanguageModel(module, accelerate=wanted)
+    assert classes(module) == before
+    reason = "the backend is 'reference'" if wanted == "auto" else "accelerate=False"
+    assert repr(model.acceleration) == f"0 layers on native kernels ({reason})"
+
+
+def test_auto_leaves_a_model_on_a_gpu_as_it_was(make_llama, on_a_gpu):
+    module = make_llama()
+    before = classes(module)
+    model = LanguageModel(module)
+    assert classes(module) == before
+    assert repr(model.acceleration) == "0 layers on native kernels (the default device is not a CPU)"
+
+
+def test_auto_without_the_extension_leaves_a_model_as_it_was(make_llama, monkeypatch):
+    monkeypatch.setattr(_extension, "find", lambda: (None, "it was not built"))
+    model = LanguageModel(make_llama())
+    assert repr(model.acceleration) == "0 layers on native kernels (there is no native extension: it was not built)"
+
+
+def test_true_switches_a_model_on_a_gpu_which_then_runs_as_before(make_llama, monkeypatch):
+    plain = make_llama()
+    logits = plain(IDS)
+    model = LanguageModel(make_llama(), accelerate=True)
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+    assert len(model.acceleration) == 29
+    assert repr(model.acceleration) == "0 layers on native kernels (the default device is not a CPU); 29 layers are switched"
+    assert mx.array_equal(model(IDS), logits)
+
+
+def test_the_repr_says_what_was_done(make_llama, native):
+    module = make_llama()
+    acceleration = accelerate(module)
+    assert repr(acceleration) == f"29 layers on native kernels ({_ext.isa()})"
+    assert repr(accelerate(module)) == "0 layers on native kernels (all were switched before)"
+    acceleration.undo()
+    assert repr(acceleration) == "0 layers on native kernels (undone)"
+    assert repr(accelerate(nn.Tanh())) == "0 layers on native kernels (the model has no layer for them)"
+
+
+def test_a_model_that_is_switched_is_not_switched_again(make_llama, native):
+    model = LanguageModel(make_llama())
+    switched_once = classes(model.model)
+    with accelerate(model) as second:
+        assert len(second) == 0
+    assert len(LanguageModel(model.model).acceleration) == 0
+    assert classes(model.model) == switched_once
+    assert len(model.acceleration) == 29
+
+
+def test_the_module_loads_no_mlx_lm(run_python):
+    script = "import sys, metalens.models.acceleration as a; print(sorted({n.partition('.')[0] for n in sys.modules} & {'mlx_lm', 'transformers'}))"
+    assert run_python(script).strip() == "[]"
+    layer = "import mlx.core as mx, mlx.nn as nn; mx.set_default_device(mx.cpu); l = nn.Linear(8, 8); print(a.accelerate(l))"
+    assert "mlx_lm" not in run_python(f"{script}; {layer}; print([n for n in sys.modules if n.startswith('mlx_lm')])").splitlines()[-1]
+
+
+# ---------------------------------------------------------------- other modules see the same
+
+
+def test_hidden_states_and_heads_are_found_in_an_accelerated_model(make_llama):
+    for tied in (True, False):
+        model = InterpretableModel(make_llama(tied=tied), accelerate=False)
+        expected = model.source.capture(IDS)
+        with accelerate(model):
+            states = model.source.capture(IDS)
+            unembed = model.unembed
+        for ours, theirs in zip([*states.hidden, states.logits], [*expected.hidden, expected.logits], strict=True):
+            np.testing.assert_allclose(oracle.wide(ours), oracle.wide(theirs), atol=1e-4)
+        np.testing.assert_allclose(oracle.wide(unembed(states.hidden[-1])), oracle.wide(expected.logits), atol=1e-4)
 
 
 def test_a_weight_is_read_from_layers_of_every_kind(rng):

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +10,8 @@ from mlx_lm.models import mamba
 from mlx_lm.models.base import create_attention_mask
 
 from metalens import InterpretableModel
-from metalens.models.capture import ResidualCapture, find_layers, follow
+from metalens.models.capture import LayersNotFoundError, ResidualCapture, find_layers, follow
+from metalens.utils.errors import MetalensError
 from support.mocks import DIM, LAYERS, Block, MockModel, WordTokenizer, tiny_llama
 
 IDS = mx.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -19,14 +22,14 @@ def same(a, b):
 
 
 class TupleBlock(Block):
-    """Returns (hidden, something else), as blocks with a state do."""
+    """Returns (hidden states, something else), as blocks with a state do."""
 
     def __call__(self, x):
         return super().__call__(x), "state"
 
 
 class TupleModel(MockModel):
-    """Reads the second part of what its blocks return."""
+    """Reads the second part of the outputs of its blocks."""
 
     def __init__(self, outputs: Any = tuple):
         super().__init__(block=TupleBlock)
@@ -56,7 +59,7 @@ class Repeating(MockModel):
 
 
 class Skipping(MockModel):
-    """Leaves its last block out."""
+    """Does not run its last block."""
 
     def __call__(self, ids):
         x = self.embed_tokens(ids)
@@ -68,35 +71,35 @@ class Skipping(MockModel):
 # ---------------------------------------------------------------- capture
 
 
-def test_streams_are_the_outputs_of_the_blocks():
+def test_hidden_states_are_the_outputs_of_the_blocks():
     model = MockModel()
-    stream = ResidualCapture(model).capture(IDS)
+    states = ResidualCapture(model).capture(IDS)
     x = model.embed_tokens(IDS)
-    assert len(stream.hidden) == LAYERS
-    for block, hidden in zip(model.layers, stream.hidden, strict=True):
+    assert len(states.hidden) == LAYERS
+    for block, hidden in zip(model.layers, states.hidden, strict=True):
         x = block(x)
         assert hidden.shape == (2, 5, DIM)
         same(hidden, x)
-    same(stream.logits, model.lm_head(model.norm(x)))
-    same(stream.logits, model(IDS))
+    same(states.logits, model.lm_head(model.norm(x)))
+    same(states.logits, model(IDS))
 
 
-def test_streams_of_an_mlx_lm_model():
+def test_hidden_states_of_an_mlx_lm_model():
     model = tiny_llama(layers=3)
-    stream = ResidualCapture(model).capture(IDS)
+    states = ResidualCapture(model).capture(IDS)
     x = model.model.embed_tokens(IDS)
     mask = create_attention_mask(x, None)
-    for block, hidden in zip(model.model.layers, stream.hidden, strict=True):
+    for block, hidden in zip(model.model.layers, states.hidden, strict=True):
         x = block(x, mask, None)
         same(hidden, x)
-    same(stream.logits, model(IDS))
+    same(states.logits, model(IDS))
 
 
 # ---------------------------------------------------------------- padding, long sequences
 
 
 def test_padding_changes_nothing_before_it(rng):
-    """A causal model computes a padded sequence's tokens as if the padding were not there."""
+    """A causal model computes the tokens of a padded sequence as if there were no padding."""
     source = ResidualCapture(tiny_llama(layers=3))
     rows = [rng.integers(0, 96, n) for n in (7, 1, 4)]
     ids = np.zeros((3, 7), np.int32)
@@ -107,49 +110,51 @@ def test_padding_changes_nothing_before_it(rng):
     for layer in range(3):
         found = padded.rows(layer)
         assert found.shape == (12, 64)
-        same(found, mx.concatenate([stream.rows(layer) for stream in alone]))
+        same(found, mx.concatenate([states.rows(layer) for states in alone]))
 
 
 def test_rows_without_padding_are_all():
-    stream = ResidualCapture(MockModel()).capture(IDS)
-    assert mx.array_equal(stream.rows(1), stream.hidden[1].reshape(10, DIM))
+    states = ResidualCapture(MockModel()).capture(IDS)
+    assert mx.array_equal(states.rows(1), states.hidden[1].reshape(10, DIM))
     whole = ResidualCapture(MockModel()).capture(IDS, mask=mx.ones(IDS.shape, mx.bool_))
-    assert mx.array_equal(whole.rows(1), stream.rows(1))
+    assert mx.array_equal(whole.rows(1), states.rows(1))
 
 
 @pytest.mark.parametrize(
     ("mask", "words"), [([[0, 1, 1, 1, 1], [1] * 5], "follows padding"), ([[1, 0, 1, 1, 0], [1] * 5], "follows padding"), ([[1] * 5], "must be")]
 )
-def test_masks_that_are_no_padding_at_the_end(mask, words):
+def test_masks_that_are_not_padding_at_the_end(mask, words):
     with pytest.raises(ValueError, match=words):
         ResidualCapture(MockModel()).capture(IDS, mask=mx.array(mask))
 
 
 def test_texts_are_padded_with_a_mask():
     model = InterpretableModel(MockModel(), WordTokenizer())
-    stream = model.capture(["w1 w2 w3", "w4"])
-    assert stream.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert stream.rows(0).shape == (4, DIM)
+    states = model.capture(["w1 w2 w3", "w4"])
+    assert states.mask.tolist() == [[True, True, True], [True, False, False]]
+    assert states.rows(0).shape == (4, DIM)
     assert model.capture(["w1 w2", "w3 w4"]).mask is None
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 20])
-def test_parts_of_a_long_sequence(tokens, rng):
+def test_chunks_of_a_long_sequence(tokens, rng):
     source = ResidualCapture(tiny_llama(layers=3))
     ids = mx.array(rng.integers(0, 96, (2, 13)))
-    whole, parts = source.capture(ids), list(source.chunks(ids, tokens))
-    assert [part.logits.shape[1] for part in parts] == [min(tokens, 13 - start) for start in range(0, 13, tokens)]
+    whole, chunks = source.capture(ids), list(source.chunks(ids, tokens))
+    assert [chunk.logits.shape[1] for chunk in chunks] == [min(tokens, 13 - start) for start in range(0, 13, tokens)]
     for layer in range(3):
-        np.testing.assert_allclose(np.array(mx.concatenate([part.hidden[layer] for part in parts], axis=1)), np.array(whole.hidden[layer]), atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(mx.concatenate([chunk.hidden[layer] for chunk in chunks], axis=1)), np.array(whole.hidden[layer]), atol=1e-5
+        )
 
 
-def test_parts_need_a_length():
+def test_chunks_need_a_length():
     with pytest.raises(ValueError, match="at least 1"):
         next(ResidualCapture(tiny_llama()).chunks(IDS, 0))
 
 
 class ChangingInPlace(MockModel):
-    """Goes on to change what its last block returned, in place."""
+    """Changes the output of its last block in place."""
 
     def __call__(self, ids):
         x = self.embed_tokens(ids)
@@ -159,7 +164,7 @@ class ChangingInPlace(MockModel):
         return self.lm_head(self.norm(x))
 
 
-def test_a_stream_is_what_the_block_returned_whatever_the_model_does_to_it():
+def test_hidden_states_are_what_the_block_returned_whatever_the_model_does_to_it():
     same(ResidualCapture(ChangingInPlace()).capture(IDS).hidden[-1], ResidualCapture(MockModel()).capture(IDS).hidden[-1])
 
 
@@ -175,7 +180,28 @@ def test_nothing_is_left_behind():
         same(x, y)
 
 
-def test_blocks_keep_their_type_and_attributes_while_they_are_watched():
+def test_arrays_are_freed_without_the_garbage_collector():
+    """The temporary classes of the blocks stay until a garbage collection, and must not keep a batch of hidden states with them."""
+    source, kept = ResidualCapture(MockModel()), []
+
+    def edit(h):
+        edited = h + 1
+        kept.append(weakref.ref(edited))
+        return edited
+
+    gc.collect()
+    gc.disable()
+    try:
+        states = source.capture(IDS, {0: edit})
+        kept += [weakref.ref(h) for h in (*states.hidden, states.logits)]
+        del states
+        assert len(kept) == LAYERS + 2
+        assert all(reference() is None for reference in kept)
+    finally:
+        gc.enable()
+
+
+def test_blocks_keep_their_type_and_attributes_while_they_are_recorded():
     seen = []
 
     class Curious(Block):
@@ -215,30 +241,30 @@ def test_blocks_of_different_classes():
 
     model = MockModel()
     model.layers[1] = Other(DIM)
-    stream = ResidualCapture(model).capture(IDS)
-    same(stream.hidden[1], model.layers[1](stream.hidden[0]))
-    same(stream.hidden[2], model.layers[2](stream.hidden[1]))
+    states = ResidualCapture(model).capture(IDS)
+    same(states.hidden[1], model.layers[1](states.hidden[0]))
+    same(states.hidden[2], model.layers[2](states.hidden[1]))
     assert [type(layer) for layer in model.layers] == [Block, Other, Block]
 
 
 @pytest.mark.parametrize("outputs", [tuple, list])
 def test_blocks_and_models_that_return_several_things(outputs):
     model = TupleModel(outputs)
-    stream = ResidualCapture(model).capture(IDS)
-    assert all(isinstance(h, mx.array) for h in stream.hidden)
-    same(stream.logits, model(IDS)[0])
-    same(stream.hidden[2], model.layers[2](stream.hidden[1])[0])
+    states = ResidualCapture(model).capture(IDS)
+    assert all(isinstance(h, mx.array) for h in states.hidden)
+    same(states.logits, model(IDS)[0])
+    same(states.hidden[2], model.layers[2](states.hidden[1])[0])
 
 
-def test_mamba_has_no_attention_and_is_watched_all_the_same():
+def test_mamba_has_no_attention_and_is_captured_all_the_same():
     args = mamba.ModelArgs(
         model_type="mamba", vocab_size=50, hidden_size=16, intermediate_size=32, state_size=4, num_hidden_layers=2, conv_kernel=3, use_bias=False,
         use_conv_bias=True, time_step_rank=2,
     )  # fmt: skip
     model = mamba.Model(args)
-    stream = ResidualCapture(model).capture(IDS)
-    assert [h.shape for h in stream.hidden] == [(2, 5, 16)] * 2
-    same(stream.logits, model(IDS))
+    states = ResidualCapture(model).capture(IDS)
+    assert [h.shape for h in states.hidden] == [(2, 5, 16)] * 2
+    same(states.logits, model(IDS))
 
 
 @pytest.mark.parametrize(("model", "message"), [(Repeating, r"Blocks \[1\] ran \[2\] times"), (Skipping, r"Blocks \[2\] ran \[0\] times")])
@@ -249,7 +275,7 @@ def test_blocks_that_do_not_run_exactly_once(model, message):
     assert [type(layer) for layer in model.layers] == [Block] * LAYERS
 
 
-def test_one_block_in_two_places():
+def test_one_block_at_two_indices():
     model = MockModel()
     model.layers = [model.layers[0], model.layers[0], model.layers[1]]
     with pytest.raises(RuntimeError, match="exactly once is needed"):
@@ -314,7 +340,7 @@ BLOCKS = [Block(4), Block(4)]
         (Box(transformer=Box(blocks=BLOCKS)), "transformer.blocks"),
     ],
 )
-def test_the_usual_places(model, path):
+def test_the_usual_paths(model, path):
     found, layers = find_layers(model)
     assert found == path
     assert list(map(id, layers)) == list(map(id, BLOCKS))
@@ -330,13 +356,13 @@ def test_the_usual_places(model, path):
         (Box(towers=[Box(stack=[Block(4)]), Box(stack=BLOCKS)]), "towers.1.stack", "towers.1.stack"),
     ],
 )
-def test_a_place_that_the_caller_names(model, attribute, path):
+def test_a_path_that_the_caller_names(model, attribute, path):
     found, layers = find_layers(model, attribute)
     assert found == path
     assert len(layers) == 2
 
 
-def test_a_property_gives_way_to_the_real_place():
+def test_a_property_gives_way_to_the_path_of_the_list_itself():
     model = tiny_llama()
     path, layers = find_layers(model)
     assert path == "model.layers"
@@ -351,6 +377,8 @@ def test_a_model_without_blocks(model, attribute):
     with pytest.raises(AttributeError, match=rf"Could not find layers attribute\. Tried: \['{attribute}', 'model\.{attribute}'.*layer_attr") as error:
         ResidualCapture(model, attribute)
     assert "transformer.h" in str(error.value) or attribute != "layers"
+    assert isinstance(error.value, MetalensError)
+    assert type(error.value) is LayersNotFoundError
 
 
 def test_following_paths():

@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory):
-    """A folder as mlx-lm's own converter leaves it, and the model that was saved there."""
+    """A folder like those of mlx-lm's converter, and the model that was saved there."""
     folder = tmp_path_factory.mktemp("llama")
     llama = tiny_llama(tied=True)
     llama.save_weights(str(folder / "model.safetensors"))
@@ -41,7 +41,7 @@ def test_a_model_in_a_folder(saved_model, kind):
     assert model.token_to_str(4) == "w4"
     found = model.logit_lens(TEXT, top_k=3)
     assert_close(found, InterpretableModel(llama, WordTokenizer()).logit_lens(IDS, top_k=3))
-    # The last block's predictions are the model's own.
+    # The predictions after the last block are the model's own.
     assert [p[0][0] for p in found[1]] == mx.argmax(llama(mx.array([IDS])), axis=-1)[0].tolist()
 
 
@@ -52,7 +52,7 @@ def test_a_loaded_model_trains_a_lens(saved_model, tmp_path):
     assert_close(model.tuned_lens(TEXT, model.load_tuned_lens(tmp_path / "lens")), model.tuned_lens(TEXT, lens))
 
 
-def test_the_callers_tokenizer_goes_before_the_loaded_one(saved_model):
+def test_the_callers_tokenizer_is_used_instead_of_the_loaded_one(saved_model):
     tokenizer = WordTokenizer()
     assert InterpretableModel(str(saved_model[0]), tokenizer).tokenizer is tokenizer
 
@@ -72,7 +72,7 @@ def test_a_name_that_cannot_be_loaded(monkeypatch):
     assert isinstance(error.value.__cause__, RuntimeError)
 
 
-def test_a_loaded_model_is_taken_as_it_is():
+def test_a_module_is_used_as_it_is():
     inner, tokenizer = MockModel(), WordTokenizer()
     model = InterpretableModel(inner, tokenizer)
     assert model.model is inner

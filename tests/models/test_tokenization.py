@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel
+from metalens.models.tokenization import as_token_ids
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 from support.mocks import VOCAB, MockModel, WordTokenizer
 
 
@@ -17,7 +19,7 @@ def bare():
 
 
 class Named:
-    """A tokenizer with only the attributes it is given."""
+    """A tokenizer that has only the given attributes."""
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
@@ -157,3 +159,45 @@ def test_inputs_of_another_kind(model, text):
 def test_arrays_of_three_dimensions(model):
     with pytest.raises(ValueError, match=r"must be \[T\] or \[B, T\], got \(1, 1, 2\)"):
         model.ids(mx.array([[[1, 2]]]))
+
+
+# ---------------------------------------------------------------- as_token_ids
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([1, 2], [1, 2]),
+        ((1, 2), [1, 2]),
+        (range(1, 3), [1, 2]),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]]),
+        ([], []),
+        (mx.array([[1], [2]]), [[1], [2]]),
+        (mx.zeros((2, 0), mx.int32), [[], []]),
+        ([2**70], [2**70]),
+        (mx.array([1.5], mx.bfloat16), [1.5]),
+    ],
+)
+def test_lists_and_arrays_as_numpy_arrays(value, expected):
+    found = as_token_ids(value)
+    assert isinstance(found, np.ndarray)
+    assert found.tolist() == expected
+
+
+def test_an_array_of_numpy_is_not_copied():
+    ids = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    assert as_token_ids(ids) is ids
+
+
+NO_IDS = [None, 5, "w1", ["w1"], [b"w1"], [1, "w2"], [[1, 2], [3]], {1: 2}, {1, 2}, iter([1]), np.array(3), mx.array(3)]
+
+
+@pytest.mark.parametrize("value", NO_IDS, ids=lambda value: type(value).__name__)
+def test_values_that_are_not_token_ids(value):
+    with pytest.raises(InvalidTypeError, match=f"a list of token ids or an array of them, got {type(value).__name__}"):
+        as_token_ids(value)
+
+
+def test_token_ids_of_three_dimensions():
+    with pytest.raises(InvalidValueError, match=r"must be \[T\] or \[B, T\], got \(1, 2, 1\)"):
+        as_token_ids([[[1], [2]]])

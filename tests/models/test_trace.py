@@ -32,10 +32,10 @@ def test_names_in_an_mlx_lm_model():
 
 
 def test_values(model):
-    stream = model.capture(TEXT)
+    states = model.capture(TEXT)
     with model.trace(TEXT) as trace:
         saved = [layer.output.save() for layer in model.layers]
-    for i, hidden in enumerate(stream.hidden):
+    for i, hidden in enumerate(states.hidden):
         same(saved[i], hidden)
         same(trace.activations[f"model.layers.{i}"], hidden)
     same(trace.output, model(model.ids(TEXT)))

@@ -1,4 +1,4 @@
-"""Norm and head are found by watching the model, and checked. Every kind of model of mlx-lm is in test_zoo.py."""
+"""Norm and head are found by observing the model, and checked. Every architecture of mlx-lm is in test_zoo.py."""
 
 import warnings
 
@@ -11,8 +11,9 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 import zoo
 from metalens import InterpretableModel
+from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
 from metalens.models.capture import ResidualCapture
-from metalens.models.probe import Overrides
+from metalens.models.probe import Overrides, find_head_modules, probe_modules
 from metalens.models.unembed import NO_NORM, LogitTransform, Unembed, UnembedError, norm_of
 from metalens.ops import Norm
 from support.mocks import DIM, VOCAB, Block, MockModel, WordTokenizer, randomize, tiny_llama
@@ -20,18 +21,18 @@ from support.mocks import DIM, VOCAB, Block, MockModel, WordTokenizer, randomize
 IDS = mx.array([[3, 1, 4, 1, 5, 9, 2]])
 
 
-def unembedded(model, *places):
-    """The Unembed, and the model's last stream and its own logits; nothing may warn."""
+def unembedded(model, *options):
+    """Return the Unembed, and the model's hidden states and logits. Nothing may warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        unembed = Unembed.from_model(model, *places)
+        unembed = Unembed.from_model(model, *options)
     return unembed, ResidualCapture(model).capture(IDS)
 
 
-def assert_reproduces(model, unembed, stream, tolerance=2e-5):
-    own = np.array(stream.logits.astype(mx.float32))
+def assert_reproduces(model, unembed, states, tolerance=2e-5):
+    own = np.array(states.logits.astype(mx.float32))
     assert np.abs(own).max() > 1e-3
-    found = unembed(stream.hidden[-1])
+    found = unembed(states.hidden[-1])
     assert found.dtype == mx.float32
     np.testing.assert_allclose(np.array(found), own, rtol=tolerance, atol=tolerance * np.abs(own).max())
 
@@ -47,11 +48,11 @@ MODES = [("affine", 64, 4), ("affine", 32, 8), ("affine", 64, 3), ("mxfp4", 32, 
 def test_quantized_heads(tied, mode, group_size, bits):
     model = tiny_llama(tied=tied)
     nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.head.weight.mode == mode
     assert unembed.tied == tied
     assert (unembed.hidden_dim, unembed.vocab_size) == (64, 96)
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -59,16 +60,16 @@ def test_quantized_heads(tied, mode, group_size, bits):
 def test_16_bit_models(tied, dtype):
     model = tiny_llama(tied=tied)
     model.set_dtype(dtype)
-    unembed, stream = unembedded(model)
-    assert stream.logits.dtype == dtype
-    assert_reproduces(model, unembed, stream, tolerance=2e-2)
+    unembed, states = unembedded(model)
+    assert states.logits.dtype == dtype
+    assert_reproduces(model, unembed, states, tolerance=2e-2)
 
 
 def test_a_head_with_a_bias():
     model = MockModel()
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.paths == {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 @pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
@@ -80,18 +81,18 @@ def test_a_head_of_other_bits_than_the_blocks(head_bits):
             {"group_size": 32, "bits": head_bits if path == "lm_head" else 4} if "weight" in m and m["weight"].ndim == 2 else False
         ),
     )
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert (unembed.head.weight.bits, model.model.layers[0].mlp.up_proj.bits) == (head_bits, 4)
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_unquantized_head_of_a_quantized_model(tied):
     model = tiny_llama(tied=tied)
     nn.quantize(model, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "layers" in path)
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.head.weight.scales is None
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 @pytest.mark.parametrize("adapter", [LoRALinear, DoRALinear])
@@ -102,22 +103,22 @@ def test_a_head_with_an_adapter_is_merged(adapter, bits, rng):
         nn.quantize(model, bits=bits)
     model.lm_head = adapter.from_base(model.lm_head, r=4, scale=3.0)
     model.lm_head.lora_b = mx.array(rng.standard_normal(model.lm_head.lora_b.shape).astype(np.float32) * 0.1)
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.paths["head"] == "lm_head"
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 def test_a_tied_head_with_an_adapter_is_merged(rng):
     model = tiny_llama(tied=True)
     model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens, r=4, scale=3.0)
     model.model.embed_tokens.lora_b = mx.array(rng.standard_normal(model.model.embed_tokens.lora_b.shape).astype(np.float32) * 0.1)
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.tied
     assert unembed.embedding_rows == 96
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
-# ---------------------------------------------------------------- what is found
+# ---------------------------------------------------------------- modules that are found
 
 
 class Unusual(nn.Module):
@@ -136,16 +137,16 @@ class Unusual(nn.Module):
         return self.projection(self.last_norm(x))
 
 
-def test_what_the_model_calls_counts_and_not_its_names():
+def test_the_calls_of_the_model_count_and_not_its_names():
     model = Unusual()
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.paths == {"embedding": "table", "norm": "last_norm", "head": "projection"}
     assert not unembed.tied
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
     assert list(InterpretableModel(model, WordTokenizer()).logit_lens("w1 w2")) == [0, 1, 2]
 
 
-def test_watching_leaves_nothing_behind():
+def test_observing_leaves_nothing_behind():
     model = MockModel()
     before = [type(module) for _, module in model.named_modules()]
     logits = model(IDS)
@@ -154,7 +155,20 @@ def test_watching_leaves_nothing_behind():
     assert mx.array_equal(model(IDS), logits)
 
 
-def test_watching_a_model_that_fails_leaves_nothing_behind():
+def test_calls_are_in_order_and_outside_the_blocks():
+    model = tiny_llama()
+    calls = probe_modules(ResidualCapture(model), IDS)
+    assert [call.path for call in calls.before] == ["model", "model.embed_tokens"]
+    assert calls.before[0].encloses(calls.before[1])
+    assert [(call.path, call.method) for call in calls.after] == [("model.norm", "__call__"), ("lm_head", "__call__")]
+    norm, head = calls.after
+    assert mx.array_equal(norm.input, calls.states.hidden[-1])
+    assert mx.array_equal(norm.output, head.input)
+    assert mx.array_equal(head.output, calls.states.logits)
+    assert not norm.encloses(head)
+
+
+def test_observing_a_model_that_fails_leaves_nothing_behind():
     class Failing(MockModel):
         def __call__(self, ids):
             super().__call__(ids)
@@ -168,7 +182,7 @@ def test_watching_a_model_that_fails_leaves_nothing_behind():
 
 
 class Ending(MockModel):
-    """What happens after the last block is a method of its own."""
+    """Has a method for everything after the last block."""
 
     def __call__(self, ids):
         x = self.embed_tokens(ids)
@@ -186,10 +200,10 @@ def test_no_final_norm():
             return self.lm_head(x)
 
     model = NoNorm()
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.norm is NO_NORM
     assert unembed.paths["norm"] == ""
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 def test_a_table_that_is_multiplied_as_an_array():
@@ -198,9 +212,9 @@ def test_a_table_that_is_multiplied_as_an_array():
             return self.norm(x) @ self.embed_tokens.weight.T
 
     model = Array()
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.tied
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 def test_a_smaller_vocabulary_than_the_heads_rows():
@@ -209,10 +223,10 @@ def test_a_smaller_vocabulary_than_the_heads_rows():
             return super().end(x)[..., :61]
 
     model = Padded()
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert (unembed.vocab_size, unembed.head.tokens) == (VOCAB, 61)
-    found = np.array(unembed(stream.hidden[-1]))
-    np.testing.assert_allclose(found[..., :61], np.array(stream.logits), atol=1e-4)
+    found = np.array(unembed(states.hidden[-1]))
+    np.testing.assert_allclose(found[..., :61], np.array(states.logits), atol=1e-4)
     assert (found[..., 61:] == -np.inf).all()
 
 
@@ -246,32 +260,32 @@ def with_end(end, values, cls=Ending):
 def test_transforms_are_found_with_the_configurations_numbers(name, holder):
     end, values = ENDS[name]
     model = with_end(end, values if holder == "args" else {"text_config": dict(values)})
-    unembed, stream = unembedded(model)
-    assert_reproduces(model, unembed, stream)
+    unembed, states = unembedded(model)
+    assert_reproduces(model, unembed, states)
     assert (unembed.head.scale != 1.0) == ("scal" in name or name == "both")
     assert unembed.head.softcap == values.get("final_logit_softcapping")
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_a_configuration_whose_numbers_the_model_does_not_use(name):
+def test_numbers_of_the_configuration_that_the_model_does_not_use(name):
     model = MockModel()
     model.args = Args(**ENDS[name][1])
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert (unembed.head.scale, unembed.head.softcap) == (1.0, None)
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
-# ---------------------------------------------------------------- what is changed behind the resolver's back
+# ---------------------------------------------------------------- changes that no module shows
 
 MUTATIONS = {
     "a softcap": lambda self, x: 30.0 * mx.tanh(self.lm_head(self.norm(x)) / 30.0),
     "a scale": lambda self, x: 1.01 * self.lm_head(self.norm(x)),
     "a scale in place": lambda self, x: _in_place(self.lm_head(self.norm(x))),
     "a scale of the head's input": lambda self, x: self.lm_head(0.5 * self.norm(x)),
-    "a scale of the stream": lambda self, x: self.lm_head(self.norm(x + 1.0)),
+    "a shift of the hidden states": lambda self, x: self.lm_head(self.norm(x + 1.0)),
     "a bias": lambda self, x: self.lm_head(self.norm(x)) + mx.arange(VOCAB) / VOCAB,
     "an activation": lambda self, x: self.lm_head(mx.tanh(self.norm(x))),
-    "another stream": lambda self, x: self.lm_head(self.norm(0.5 * x + mx.roll(x, 1, axis=1))),
+    "a mixture of hidden states": lambda self, x: self.lm_head(self.norm(0.5 * x + mx.roll(x, 1, axis=1))),
     "ids that are forbidden": lambda self, x: mx.where(mx.arange(VOCAB) % 7 == 3, -mx.inf, self.lm_head(self.norm(x))),
     "the norm's bias": lambda self, x: self.lm_head(self.norm(x) + 0.1),
 }
@@ -284,7 +298,7 @@ def _in_place(logits):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_what_is_done_behind_the_resolvers_back_is_noticed(name, dtype):
+def test_changes_that_no_module_shows_are_detected(name, dtype):
     model = with_end(MUTATIONS[name], {})
     model.set_dtype(dtype)
     with pytest.raises(
@@ -295,7 +309,7 @@ def test_what_is_done_behind_the_resolvers_back_is_noticed(name, dtype):
 
 @pytest.mark.parametrize("label", ["llama", "gemma2", "cohere", "granite", "phi", "recurrent_gemma", "mamba", "mixtral", "gemma4", "rwkv7"])
 @pytest.mark.parametrize("what", ["a softcap", "a scale", "a bias"])
-def test_real_models_changed_behind_the_resolvers_back(label, what):
+def test_changes_of_real_models_are_detected(label, what):
     model = zoo.build(label)
     original = type(model)
     change = {
@@ -315,29 +329,29 @@ def test_a_swapped_norm_is_followed(label):
     inner = model.model
     name = "final_layernorm" if label == "phi" else "norm"
     inner[name] = randomize(nn.LayerNorm(getattr(inner, name).weight.size))
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.norm.kind == "layer"
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
 
 
 def test_the_error_says_where_the_difference_begins():
     for mutation, words in (
         ("a scale", r"the logits are not the output of 'lm_head', but 1\.01 times that"),
         ("a scale of the head's input", r"the input of 'lm_head' is not the output of 'norm', but 0\.5 times that"),
-        ("a scale of the stream", r"the input of 'norm' is not the last block's output"),
+        ("a shift of the hidden states", r"the input of 'norm' is not the last block's output"),
         ("a softcap", r"the logits are not the output of 'lm_head'\."),
     ):
         with pytest.raises(UnembedError, match=words):
             Unembed.from_model(with_end(MUTATIONS[mutation], {}))
 
 
-def test_the_caller_knows_better():
+def test_the_caller_describes_the_output_layers():
     model = with_end(MUTATIONS["a scale"], {})
-    unembed, stream = unembedded(model, None, LogitTransform(scale=1.01))
-    assert_reproduces(model, unembed, stream)
+    unembed, states = unembedded(model, None, LogitTransform(scale=1.01))
+    assert_reproduces(model, unembed, states)
     bare = with_end(lambda self, x: self.lm_head(0.5 * self.norm(x)), {}, WithoutBias)
-    unembed, stream = unembedded(bare, None, LogitTransform(scale=0.5))
-    assert_reproduces(bare, unembed, stream)
+    unembed, states = unembedded(bare, None, LogitTransform(scale=0.5))
+    assert_reproduces(bare, unembed, states)
     lens = InterpretableModel(with_end(MUTATIONS["a softcap"], {}), logit_transform=LogitTransform(softcap=30.0))
     assert list(lens.logit_lens([1, 2])) == [0, 1, 2]
     model = with_end(MUTATIONS["the norm's bias"], {})
@@ -352,7 +366,7 @@ def test_the_caller_knows_better():
         _ = InterpretableModel(MockModel(), head=wrong).unembed
 
 
-def test_a_caller_who_is_wrong_is_not_believed():
+def test_a_wrong_description_is_refused():
     for transform in (LogitTransform(scale=1.01), LogitTransform(softcap=30.0)):
         with pytest.raises(UnembedError, match="do not follow"):
             Unembed.from_model(MockModel(), None, transform)
@@ -363,13 +377,13 @@ def test_a_caller_who_is_wrong_is_not_believed():
 
 @pytest.mark.parametrize("label", ["gemma", "gemma2", "gemma3_text", "plamo2", "plamo3", "nemotron", "recurrent_gemma", "gear"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_norms_of_other_classes_are_recognized_by_what_they_do(label, dtype):
-    """Else they would not be fused: an unknown norm is run as the model's function."""
+def test_norms_of_other_classes_are_recognized_by_their_results(label, dtype):
+    """An unknown norm runs as the model's own function, which no kernel fuses."""
     model = zoo.build(label)
     model.set_dtype(dtype)
-    unembed, stream = unembedded(model)
+    unembed, states = unembedded(model)
     assert unembed.norm.kind == ("layer" if label == "nemotron" else "rms")
-    h = stream.hidden[-1].astype(mx.float32)
+    h = states.hidden[-1].astype(mx.float32)
     by_kind = mx.fast.layer_norm if label == "nemotron" else mx.fast.rms_norm
     parts = (unembed.norm.weight, unembed.norm.bias) if label == "nemotron" else (unembed.norm.weight,)
     assert mx.array_equal(by_kind(h, *parts, unembed.norm.eps), unembed.norm(h))
@@ -389,9 +403,9 @@ def test_a_norm_that_only_looks_like_one_is_a_function():
 
 def test_paths_that_the_caller_names():
     model = Unusual()
-    unembed, stream = unembedded(model, Overrides("table", "last_norm", "projection"))
+    unembed, states = unembedded(model, Overrides("table", "last_norm", "projection"))
     assert unembed.paths == {"embedding": "table", "norm": "last_norm", "head": "projection"}
-    assert_reproduces(model, unembed, stream)
+    assert_reproduces(model, unembed, states)
     own = InterpretableModel(model, WordTokenizer(), embedding_path="table", norm_path="last_norm", lm_head_path="projection")
     assert own.embedding_rows == VOCAB
 
@@ -411,7 +425,7 @@ def test_a_norm_path_to_another_norm(path):
 def test_a_head_path_to_another_matrix():
     model = InterpretableModel(tiny_llama(), lm_head_path="model.layers.0.mlp.gate_proj")
     with pytest.raises(
-        ValueError, match=r"head at 'model\.layers\.0\.mlp\.gate_proj' the logits are .*128\); the model's are .*96\).*head and logit_transform"
+        ValueError, match=r"head at 'model\.layers\.0\.mlp\.gate_proj' the logits are .*128\); the model's are .*96\).*head= or logit_transform="
     ):
         model.logit_lens([1, 2])
 
@@ -435,11 +449,28 @@ def test_a_path_that_leads_nowhere_warns_and_falls_back(argument, what):
     assert unembed.paths == {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
-# ---------------------------------------------------------------- parts that are missing
+@pytest.mark.parametrize(
+    "find",
+    [
+        lambda: Unembed.from_model(tiny_llama(), Overrides(norm="model.nowhere")),
+        lambda: find_head_modules(ResidualCapture(tiny_llama()), Overrides(norm="model.nowhere")),
+        lambda: InterpretableModel(tiny_llama(), norm_path="model.nowhere").unembed,
+        lambda: InterpretableModel(tiny_llama(), norm_path="model.nowhere").logit_lens([1, 2]),
+        lambda: ModuleResolver(tiny_llama(), norm_path="model.nowhere").get_final_norm(),
+    ],
+    ids=["from_model", "find_head_modules", "unembed", "logit_lens", "ModuleResolver"],
+)
+def test_the_warning_points_to_the_users_line(find):
+    with pytest.warns(UserWarning, match="No final norm at the given path") as caught:
+        find()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+# ---------------------------------------------------------------- missing modules
 
 
 class Headless(nn.Module):
-    """Rows in, rows out of arrays: neither an embedding nor a head is called."""
+    """Uses an array as embedding and head, so it calls neither."""
 
     def __init__(self):
         super().__init__()
@@ -460,7 +491,7 @@ def test_no_head_and_no_embedding():
         InterpretableModel(Headless(), WordTokenizer()).logit_lens("w1")
 
 
-def test_a_head_alone_tells_the_number_of_ids():
+def test_the_number_of_ids_comes_from_the_head_without_an_embedding():
     head = nn.Linear(DIM, VOCAB, bias=False)
     model = Headless()
     head.weight = model.table
@@ -485,7 +516,7 @@ def test_damaged_weights(where, value):
         lens.train_tuned_lens([[1] * 20], 1, max_seq_len=10, verbose=False)
 
 
-def test_the_check_spares_models_that_are_right_at_every_size_of_logits():
+def test_the_check_accepts_right_models_at_every_size_of_logits():
     for factor in (1e-3, 1.0, 1e3):
         model = MockModel()
         model.lm_head.weight, model.lm_head.bias = model.lm_head.weight * factor, model.lm_head.bias * factor

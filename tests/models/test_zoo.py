@@ -1,4 +1,4 @@
-"""Every model of mlx-lm: right, or refused with a reason; and the table that `metalens models` prints says so."""
+"""Every model of mlx-lm is right, or is refused with a reason, as the table of `metalens models` says."""
 
 import json
 from importlib.metadata import version
@@ -25,18 +25,18 @@ def test_the_table_is_of_this_zoo():
 
 
 def test_every_module_of_mlx_lm_is_in_the_zoo():
-    """A newer mlx-lm's models fail here, and `metalens models` calls them untested, until the zoo has them."""
+    """New models of a newer mlx-lm fail here, and `metalens models` lists them as untested, until the zoo has them."""
     missing = set(modules()) - {module_of(label) for label in CONFIGS} - set(NOT_RUN)
     assert not missing
 
 
 def test_a_new_module_is_untested(monkeypatch):
     monkeypatch.setattr(support, "modules", lambda: ["llama", "llama9"])
-    assert {m.name: m.status for m in support.support()} == {"llama": "right", "llama9": "untested"}
+    assert {m.name: m.status for m in support.supported_modules()} == {"llama": "right", "llama9": "untested"}
 
 
 def test_most_are_right():
-    found = support.support()
+    found = support.supported_modules()
     assert len(found) == len(modules())
     assert sum(m.status == "right" for m in found) >= 0.9 * len(found)
     assert all(m.reason for m in found if m.status != "right")

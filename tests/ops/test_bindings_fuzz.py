@@ -1,4 +1,4 @@
-"""The extension's functions called directly with anything: one sentence of ValueError or TypeError, or the arrays that are promised."""
+"""Call the extension's functions with arbitrary arguments: they return the promised arrays, or raise a ValueError or TypeError of one sentence."""
 
 import mlx.core as mx
 import numpy as np
@@ -17,13 +17,13 @@ precisions = st.sampled_from(["float32"] * 8 + ["bf16"] * 8 + ["", "fp16"])
 
 
 def rarely(usual, unusual):
-    """Mostly what fits, so that an example has one or two faults and not all at once."""
+    """Draw mostly arguments that fit, so that an example has one or two faults, not all at once."""
     return st.integers(0, 29).flatmap(lambda i: unusual if i == 0 else usual)
 
 
 @st.composite
 def arrays(draw, shape, dtype=mx.float32, other_dtypes=DTYPES):
-    """An array of this shape and type, of another one now and then, or a view."""
+    """Draw an array of this shape and type, sometimes of another one, or a view."""
     shape = list(shape)
     change = draw(st.integers(0, 39))
     if change == 0:
@@ -49,7 +49,7 @@ def optional(strategy, usually=True):
 
 @st.composite
 def weights(draw, outputs, inputs):
-    """Arguments of a weight [outputs, inputs]: (values, scales, biases, group_size, bits, mode)."""
+    """Draw the arguments of a weight [outputs, inputs]: (values, scales, biases, group_size, bits, mode)."""
     mode, bits, group = draw(st.sampled_from(FORMATS))
     said = (draw(rarely(st.just(group), sizes)), draw(rarely(st.just(bits), st.integers(-1, 17))), draw(rarely(st.just(mode), st.just("int4"))))
     dtype = draw(floats) if mode == "affine" else mx.uint8
@@ -59,12 +59,12 @@ def weights(draw, outputs, inputs):
 
 
 def outcome(function, *args):
-    """The result, or None for an error of one readable sentence. Anything else goes through."""
+    """Return the result, or None for an error of one readable sentence. Any other error is raised."""
     try:
         return function(*args)
     except (ValueError, TypeError) as error:
         kind, message = type(error), str(error)
-    if kind is TypeError:  # nanobind's, which lists the signature
+    if kind is TypeError:  # nanobind's own error, which lists the signature
         assert "incompatible function arguments" in message
     else:
         assert message.startswith("[metalens] "), message
@@ -109,7 +109,7 @@ def test_matmul(data):
 
 @st.composite
 def heads(draw, width):
-    """(head, its tokens, whether it has a softcap), or None if it was refused."""
+    """Draw (head, its tokens, whether it has a softcap), or None if the head was rejected."""
     rows = draw(st.sampled_from([1, 2, 7, 255, 257, 0]))
     if width % 128 == 0 and draw(st.booleans()):
         weight = draw(weights(rows, width))

@@ -1,4 +1,4 @@
-"""The plain-MLX reference's bound on logits: how many tokens go through it at a time, and that nothing else depends on it."""
+"""The bound on the logits of the plain-MLX reference: it sets the number of tokens per chunk and changes nothing else."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +9,7 @@ from metalens.ops import chunks
 
 @pytest.fixture
 def budget(monkeypatch):
-    """A function that sets the bytes of logits allowed."""
+    """Return a function that sets the allowed bytes of logits."""
     return lambda size: monkeypatch.setitem(chunks.LOGITS_BYTES, mx.DeviceType.cpu, size)
 
 
@@ -18,9 +18,9 @@ def budget(monkeypatch):
 def test_a_chunk_keeps_within_the_budget_unless_it_is_one_token(budget, layers, vocab_size):
     budget(40_000)
     tokens = chunks.tokens_per_chunk(layers, vocab_size)
-    assert tokens >= 1  # one token must go through whatever it costs
+    assert tokens >= 1  # one token must go through, at any cost
     assert tokens == 1 or tokens * layers * vocab_size * 4 <= 40_000
-    assert (tokens + 1) * max(layers, 1) * vocab_size * 4 > 40_000  # nor smaller than it must be
+    assert (tokens + 1) * max(layers, 1) * vocab_size * 4 > 40_000  # and not smaller than necessary
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
@@ -44,7 +44,7 @@ def test_every_token_goes_through_once_and_in_order(budget, tokens, layers, voca
 
 
 def test_one_chunk_waits_for_the_one_before(budget):
-    # Each chunk is a row of 400 kB, reduced to a number: were they made together, the peak would be 64 of them. MLX schedules ten tasks ahead.
+    # Each chunk makes a row of 400 kB and reduces it to a number. Made together, they would peak at 64 rows. MLX schedules ten tasks ahead.
     budget(4)
     row = mx.ones(100_000)
     mx.eval(row)

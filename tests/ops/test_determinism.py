@@ -1,4 +1,4 @@
-"""The same bits every time; the same to rounding with any number of threads and any instruction set."""
+"""Results have the same bits every time, and are equal within rounding for any number of threads and any instruction set."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,14 +8,15 @@ from metalens import _ext
 from metalens.ops import Norm, lens_kl, lens_stats, lens_target, translate_norm
 from support import oracle
 
-# Threads share out the vocabulary and add up their parts; instruction sets have vectors and exponentials of their own: float32 roundings, in sums of
-# logits of a few.
+# Threads split the vocabulary and add their parts; each instruction set has its own vectors and exponential. The results differ by float32 roundings,
+# in sums of logits of size 1 to 10.
 ROUNDING = 2e-5
 
-# Writes every result of every operation on rows to a file: rows few and many, one thread's worth of vocabulary and several, all kinds of head.
+# Write every result of every operation on rows to a file: few and many rows, vocabularies for one and for several threads, all kinds of head.
 SCRIPT = """
 import sys
-import mlx.core as mx, numpy as np, oracle
+import mlx.core as mx, numpy as np
+from support import oracle
 from metalens import _ext, use_backend
 from metalens.ops import Norm, lens_kl, lens_stats, lens_target, translate_norm
 mx.set_default_device(mx.cpu)
@@ -47,7 +48,7 @@ print(_ext.isa(), _ext.num_threads())
 
 @pytest.fixture
 def results(run_python, tmp_path):
-    """A function that runs SCRIPT with some variables: what it printed, and {name: array}."""
+    """Return a function that runs SCRIPT with environment variables and returns its output and {name: array}."""
 
     def run(**variables):
         printed = run_python(SCRIPT, **variables).split()

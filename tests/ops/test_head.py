@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from metalens.ops import Head, Weight, head_logits
-from metalens.ops.logits import head_vjp, native_head
+from metalens.ops.dispatch import operations
+from metalens.ops.logits import head_vjp
 from support import oracle
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -29,7 +30,7 @@ def test_logits_are_bias_then_scale_then_softcap(rng, quantized, with_bias, tran
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("quantized", [False, True])
-def test_pullback_is_the_transposed_jacobian(rng, quantized, transform):
+def test_the_vjp_is_the_transposed_jacobian(rng, quantized, transform):
     head = make_head(rng, quantized, True, **transform)
     n, dz = oracle.random_array(rng, 3, 64), oracle.random_array(rng, 3, 131)
     ours = oracle.wide(head_vjp(dz, head_logits(n, head), head))
@@ -41,16 +42,16 @@ def test_pullback_is_the_transposed_jacobian(rng, quantized, transform):
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_rows_and_weights_of_16_bits_give_logits_of_32(rng, dtype):
-    # Rounded to 16 bits, these logits would be off by 1e-3 (float16) or 1e-2; the KL of a late layer is smaller.
+    # Rounding to 16 bits would change these logits by 1e-3 (float16) or 1e-2 (bfloat16); the KL of a late layer is smaller.
     head = Head(oracle.random_weight(rng, 131, 64, dtype=dtype, scale=0.3), oracle.random_array(rng, 131, dtype=dtype))
     n = oracle.random_array(rng, 7, 64, dtype=dtype)
     z = head_logits(n, head)
     assert z.dtype == mx.float32
     np.testing.assert_allclose(oracle.wide(z), oracle.head_logits(oracle.wide(n), head), atol=2e-5)
     dz = oracle.random_array(rng, 7, 131)
-    pulled = head_vjp(dz, z, head)
-    assert pulled.dtype == mx.float32
-    np.testing.assert_allclose(oracle.wide(pulled), oracle.wide(dz) @ oracle.matrix(head.weight), atol=1e-4)
+    gradient = head_vjp(dz, z, head)
+    assert gradient.dtype == mx.float32
+    np.testing.assert_allclose(oracle.wide(gradient), oracle.wide(dz) @ oracle.matrix(head.weight), atol=1e-4)
 
 
 def test_the_vocabulary_is_what_the_weight_has(rng):
@@ -73,7 +74,7 @@ def test_padding_rows_have_logits_of_minus_infinity_and_no_gradient(rng, quantiz
     z, of_whole = head_logits(n, head), head_logits(n, whole)
     assert mx.array_equal(z[:, :100], of_whole[:, :100])
     assert np.isneginf(oracle.wide(z[:, 100:])).all()
-    dz = mx.where(mx.arange(131) < 100, dz, 0)  # a token that is impossible has no probability to change
+    dz = mx.where(mx.arange(131) < 100, dz, 0)  # the probability of an impossible token can't change
     np.testing.assert_allclose(oracle.wide(head_vjp(dz, z, head)), oracle.wide(head_vjp(dz, of_whole, whole)), atol=1e-5)
 
 
@@ -100,8 +101,15 @@ def test_heads_of_the_8_bit_scaled_formats(rng, mode):
     np.testing.assert_allclose(oracle.wide(head_vjp(dz, z, head)), oracle.wide(dz) @ oracle.matrix(head.weight), atol=1e-4 * size)
 
 
-def test_formats_that_the_kernels_do_not_read_have_no_native_head(rng, cpu_backend):
-    w = oracle.random_weight(rng, 131, 64)
-    assert (native_head(Head(w)) is not None) == (cpu_backend == "native")
-    assert native_head(Head(Weight(w.values, w.scales, w.biases.astype(mx.float16), 32, 4))) is None
-    assert native_head(Head(Weight(mx.zeros((3, 4), dtype=mx.int32)))) is None
+@pytest.mark.parametrize("name", ["lens_stats", "lens_target", "lens_kl"])
+def test_formats_that_the_kernels_do_not_read_have_no_native_head(rng, cpu_backend, name):
+    w, rows = oracle.random_weight(rng, 131, 64), oracle.random_array(rng, 1, 3, 64)
+
+    def backend(weight):
+        head = Head(weight)
+        arguments = {"lens_stats": (rows, head, 1, None, None), "lens_target": (rows[0], head), "lens_kl": (rows, None, head)}
+        return operations()[name].select(*arguments[name])[0].backend
+
+    assert backend(w) == cpu_backend
+    assert backend(Weight(w.values, w.scales, w.biases.astype(mx.float16), 32, 4)) == "reference"
+    assert backend(Weight(mx.zeros((3, 4), dtype=mx.int32))) == "reference"

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.usefixtures("each_backend")
 
 V, D, L, N = 131, 64, 3, 5
 
-# For rows about a nat apart: the reference adds float32 terms of either sign that are up to 1.
+# For rows about one nat apart: the reference adds float32 terms of both signs and of size up to 1.
 ABSOLUTE = 1e-5
 
 
 def make_rows(rng, layers=L, tokens=N, width=D):
-    """Rows of the lens near the model's, as they are in practice."""
+    """Make rows of a lens near the model's, as in practice."""
     n_model = oracle.random_array(rng, tokens, width)
     return n_model[None] + oracle.random_array(rng, layers, tokens, width, scale=0.3), n_model
 
@@ -123,8 +123,8 @@ def test_tokens_that_the_head_rules_out(rng):
 
 
 def test_sums_over_many_equal_tokens():
-    # Nearly all tokens are equally unlikely, so the rounding errors of their equal terms all point the same way: added up one by one in float32, they
-    # put the log-sum-exps, and with them the KL, off by far more than the KL itself. It came out negative.
+    # Nearly all tokens are equally unlikely, so the rounding errors of their equal terms have the same sign. Added one by one in float32, they
+    # changed the log-sum-exps, and the KL with them, by far more than the KL itself. It became negative.
     z, z_model = np.zeros(128_256), np.full(128_256, -0.7)
     z[0], z_model[:2] = 1.0, (0.5, 1.0)
     head = Head(Weight(mx.array(np.stack([z, z_model], axis=1).astype(np.float32))))

@@ -1,4 +1,4 @@
-"""lens_kl where the numbers are hard: rows that are nearly the model's, and rows that are far from them."""
+"""lens_kl on difficult rows: rows nearly equal to the model's, and rows far from them."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,10 +9,10 @@ from support import oracle
 
 V, D, L, N = 1003, 96, 2, 6
 
-# Of the native kernels, relative to the KL and, row by row, to the gradient's length, however small: the difference of the logits is computed from
-# the difference of the rows, so only its own float32 roundings count (measured: 3e-6).
+# Error of the native kernels, relative to the KL and, row by row, to the length of the gradient, at any size. They compute the difference of the
+# logits from the difference of the rows, so only its own float32 roundings count (measured: 3e-6).
 NATIVE = 1e-4
-# Of the reference, relative to log-probabilities of about 1: two float32 softmaxes are subtracted (measured: 1e-6 in the KL).
+# Error of the reference, relative to log-probabilities of about 1: it subtracts two float32 softmaxes (measured: 1e-6 in the KL).
 REFERENCE = 1e-5
 
 
@@ -26,7 +26,7 @@ def kl_to_model(n, n_model, head):
 
 
 def difference_size(n, n_model, head):
-    """|q - p| |U| of every row: what an error of the gradient is measured by where a softcap is so flat that it lets nothing through."""
+    """Return |q - p| |U| of every row: the scale for errors of the gradient where a softcap is so flat that the gradient vanishes."""
     z_model, z = (oracle.head_logits(oracle.wide(a), head) for a in (n_model, n))
     _, difference = oracle.kl_and_difference(z_model, z)
     return abs(head.scale) * np.linalg.norm(difference, axis=-1) * np.linalg.norm(oracle.matrix(head.weight), axis=1).max()
@@ -73,14 +73,14 @@ def test_the_model_against_itself(rng, each_backend, settings):
 @pytest.mark.parametrize("noise", [0.5, 1, 2, 4, 8, 16, 32, 100, 300])
 @pytest.mark.parametrize("settings", oracle.HEADS.values(), ids=oracle.HEADS)
 def test_far_from_the_model(rng, each_backend, settings, noise):
-    # KLs from 0.1 to thousands: exp(z - z_model) is far beyond float32, and the lens's own tokens have no probability left in the model.
+    # KLs from 0.1 to thousands: exp(z - z_model) is far beyond float32, and the model gives the lens's own tokens no probability.
     head, (n, n_model) = oracle.make_head(rng, V, D, **settings), rows(rng, noise)
     expected, slope = oracle.lens_kl(n, n_model, head)
     if noise == 300 and head.softcap is None:
         assert expected.max() > 1000
     kl, gradient = kl_to_model(n, n_model, head)
     np.testing.assert_allclose(oracle.wide(kl), expected, rtol=REFERENCE, atol=REFERENCE)
-    # A rounding of logits in the thousands moves a probability between two tokens that are nearly as likely.
+    # Rounding logits in the thousands moves probability between two tokens of nearly equal likelihood.
     logits = np.abs(oracle.head_logits(oracle.wide(n), head))
     tolerance = NATIVE + 1e-6 * logits[np.isfinite(logits)].max()
     assert_gradient(gradient, slope, n, n_model, head, tolerance)
@@ -100,7 +100,7 @@ def test_two_certain_predictions_that_disagree(each_backend, gap, softcap):
 
 @pytest.mark.parametrize("gap", [1.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0, 120.0])
 def test_a_lens_sure_of_a_token_that_the_model_thinks_possible(each_backend, gap):
-    # p is even between two tokens, q sure of one of them: half of the KL's terms are gap, half nearly nothing.
+    # p is even between two tokens, q is sure of one of them: one term of the KL is about the gap, the other nearly zero.
     head = Head(Weight(mx.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])))
     n_model, n = mx.array([[20.0, 20.0]]), mx.array([[[20.0 - gap, 20.0 + gap]]])
     kl, gradient = kl_to_model(n, n_model, head)
@@ -112,7 +112,7 @@ def test_a_lens_sure_of_a_token_that_the_model_thinks_possible(each_backend, gap
 @pytest.mark.parametrize("lens", [-20.0, -3.0, -0.1, 0.02, 1.0, 8.0])
 @pytest.mark.parametrize("model", [0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 20.0])
 def test_logits_that_saturate_the_softcap(each_backend, model, lens):
-    # In multiples of the cap: beyond 4, tanh says 1 to float32's last digits, and what the lens's logit is can't be told from its distance to that.
+    # Logits in multiples of the cap: beyond 4, tanh is 1 up to the last digits of float32, and the distance to 1 no longer gives the lens's logit.
     cap = 5.0
     head = Head(Weight(mx.array([[1.0], [-1.0], [0.5]])), softcap=cap)
     n_model, n = mx.array([[model * cap]]), mx.array([[[lens * cap]]])
@@ -129,12 +129,12 @@ def test_logits_of_tens_of_thousands(rng, each_backend, softcap):
     expected, slope = oracle.lens_kl(n, n_model, head)
     assert np.abs(oracle.head_logits(oracle.wide(n), head)).max() > 1e4
     kl, gradient = kl_to_model(n, n_model, head)
-    np.testing.assert_allclose(oracle.wide(kl), expected, rtol=1e-5, atol=1e-1)  # a rounding of such a logit is 1e-3 to 1e-2
+    np.testing.assert_allclose(oracle.wide(kl), expected, rtol=1e-5, atol=1e-1)  # such logits have rounding errors of 1e-3 to 1e-2
     np.testing.assert_allclose(oracle.wide(gradient), slope, atol=1e-2 * np.abs(slope).max())
 
 
 def test_near_and_far_rows_of_one_block_do_not_disturb_each_other(rng, native):
-    # Far rows need further passes over the vocabulary, near ones are finished after the first.
+    # Far rows need more passes over the vocabulary; near rows are finished after the first.
     head, n_model = oracle.make_head(rng, V, D, bias=True), oracle.random_array(rng, N, D)
     noise = mx.array([1e-4, 300.0, 1e-2, 30.0, 1.0, 1e-6])[None, :, None]
     n = n_model[None] + noise * oracle.random_array(rng, L, N, D)

@@ -8,13 +8,13 @@ from metalens.ops import Norm, lens_kl, lens_target, translate_norm
 from support import oracle
 
 V, D, L, N = 131, 64, 3, 5
-# Another order of the same float32 operations.
+# Tolerance for the same float32 operations in another order.
 ROUNDING = 1e-5
 
 
 @pytest.fixture(params=["linear", "softcap"])
 def problem(request, rng):
-    """(n, n_model, head)."""
+    """Make (n, n_model, head)."""
     settings = {"linear": {"bias": True, "scale": 1.5}, "softcap": {"softcap": 6.0}}[request.param]
     head, n_model = oracle.make_head(rng, V, D, **settings), oracle.random_array(rng, N, D)
     return n_model[None] + oracle.random_array(rng, L, N, D, scale=0.3), n_model, head
@@ -126,7 +126,7 @@ def test_a_whole_lens_against_finite_differences(rng, each_backend, problem, kin
 
 
 def test_training_without_the_graph_is_the_same_as_with_it(rng, each_backend, problem):
-    # As training does it: the gradient of the KL by hand, then back through the norm and the translator alone.
+    # The way of training: take the gradient of the KL from lens_kl, then go back through the norm and the translator only.
     _, n_model, head = problem
     norm = Norm(lambda h: mx.fast.rms_norm(h, None, 1e-5), "rms", None, None, 1e-5)
     h, target = oracle.random_array(rng, L, N, D), lens_target(n_model, head)
@@ -173,7 +173,7 @@ def test_compiled_is_the_same_as_eager(rng, cpu_backend, problem):
         return kl * 2, gradient + 1, target.lse, target.entropy
 
     compiled = mx.compile(function)
-    for tokens in (N, 2, N):  # another shape, and the first one again from the cache
+    for tokens in (N, 2, N):  # another shape, then the first one from the cache
         n = n_model[:tokens] + oracle.random_array(rng, L, tokens, D, scale=0.3)
         for ours, eager in zip(compiled(n, n_model[:tokens]), function(n, n_model[:tokens]), strict=True):
             assert_close(ours, eager)
@@ -187,7 +187,7 @@ def test_compiled_gradient(cpu_backend, problem):
 
 
 def test_compile_does_not_merge_heads_that_differ(rng, cpu_backend):
-    # The same arrays under another scale, softcap or number of used rows.
+    # The same arrays with another scale, softcap or number of used rows.
     head, n_model = oracle.make_head(rng, V, D), oracle.random_array(rng, N, D)
     n = n_model + oracle.random_array(rng, L, N, D, scale=0.3)
     heads = [type(head)(head.weight, **settings) for settings in ({}, {"scale": 2.0}, {"softcap": 3.0}, {"softcap": 4.0}, {"used_rows": 100})]
@@ -207,7 +207,7 @@ def test_nothing_is_evaluated_at_the_call(cpu_backend, problem, monkeypatch):
     evaluated = []
     for name in ("eval", "async_eval"):
         monkeypatch.setattr(mx, name, lambda *args: evaluated.append(args))
-    # Of arrays that can't be evaluated at all: inside a transformation they are tracers.
+    # Inside a transformation arrays are tracers, which can't be evaluated at all.
     seen = []
 
     def traced(n):
@@ -256,7 +256,7 @@ def test_two_streams(each_backend, problem):
         with mx.stream(streams[1]):
             results = lens_kl(n + 0, target, head)
         for ours, straight in zip(results, expected, strict=True):
-            assert_close(ours + 0, straight)  # read by a third stream
+            assert_close(ours + 0, straight)  # read on a third stream
 
 
 def test_inputs_may_be_forgotten_before_evaluation(rng, each_backend):

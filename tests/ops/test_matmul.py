@@ -10,7 +10,7 @@ from support import oracle
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 BITS = [2, 3, 4, 5, 6, 8]
 GROUPS = [32, 64, 128]
-# Rows: each number that the kernels for few rows take, and the next; odd; more than one share of a thread. Outputs: one, one more than a panel,
+# Rows: each number that the kernels for few rows accept, and the next; odd; more than one task of a thread. Outputs: one, one more than a panel,
 # prime. Inputs: 384 is more than one block of the reduction and not a multiple of it.
 ROWS, OUTPUTS, INPUTS = (1, 2, 3, 4, 5, 13, 130), (1, 33, 67), (128, 384)
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def plain(x, w, transpose=True):
-    """The same product in plain MLX, with gradients and all."""
+    """Return the same product in plain MLX, which is differentiable too."""
     if w.scales is None:
         return x @ (w.values.T if transpose else w.values)
     return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
@@ -80,7 +80,7 @@ def test_no_less_exact_than_plain_mlx(rng, bits, dtype, transpose):
 def test_every_shape(lead, outputs, groups, group_size, bits, dtype, transpose, seed):
     rng = np.random.default_rng(seed)
     if bits is None:
-        inputs = groups * 7  # dense weights need not be a multiple of anything
+        inputs = groups * 7  # the width of a dense weight need not be a multiple of anything
         w = Weight(oracle.random_array(rng, outputs, inputs, dtype=dtype))
     else:
         inputs = groups * group_size
@@ -102,9 +102,10 @@ def test_any_number_of_leading_axes(rng, shape, quantized):
 
 
 def test_no_rows_in_plain_mlx_either(run_python):
-    # In a process of its own: mlx.core.quantized_matmul divides by the number of rows, which ends the process.
+    # In a separate process: mlx.core.quantized_matmul divides by the number of rows, which ends the process.
     script = """
-import mlx.core as mx, numpy as np, oracle
+import mlx.core as mx, numpy as np
+from support import oracle
 from metalens import use_backend
 from metalens.ops import linear
 w = oracle.random_weight(np.random.default_rng(0), 33, 128)
@@ -136,7 +137,7 @@ def test_scales_of_another_type_than_x(rng, x_dtype, scale_dtype):
     x = oracle.random_array(rng, 5, 128, dtype=x_dtype)
     y = linear(x, w)
     assert y.dtype == plain(x, w).dtype
-    oracle.assert_product(y, x, w)  # as exact as that type promises, as plain MLX is: not rounded to x's type on the way
+    oracle.assert_product(y, x, w)  # as exact as the type of y, like plain MLX: not rounded to x's type on the way
 
 
 NOT_CONTIGUOUS = {
@@ -181,7 +182,7 @@ def test_a_bad_row_stays_alone(rng, rows, value, dtype, transpose):
     for w in (oracle.random_weight(rng, *size), Weight(oracle.random_array(rng, *size)), oracle.random_float_weight(rng, *size, "mxfp4")):
         y = oracle.wide(linear(x.astype(dtype), w, transpose))
         used = oracle.matrix(w)[:, 100] != 0 if transpose else oracle.matrix(w)[100] != 0
-        assert not np.isfinite(y[1][used]).any()  # nothing may turn a NaN into a number, the narrowing to 16 bits neither
+        assert not np.isfinite(y[1][used]).any()  # nothing may turn a NaN into a number, not even the narrowing to 16 bits
         assert np.isfinite(np.delete(y, 1, axis=0)).all()
 
 
@@ -193,7 +194,7 @@ def test_float16_overflows_to_infinity():
 
 
 def test_bfloat16_rounds_to_nearest_even():
-    # Between 1 and 2 a bfloat16 has 7 bits: 1 + 2^-8 lies halfway to the next one and goes to the even neighbor, 1 + 3 * 2^-8 likewise upwards.
+    # Between 1 and 2 a bfloat16 has 7 bits: 1 + 2^-8 is halfway and rounds down to the even neighbor, 1 + 3 * 2^-8 rounds up to it.
     terms = mx.array([[1.0, 2**-8], [1.0, 3 * 2**-8], [1.0, 1.01 * 2**-8]], dtype=mx.bfloat16)
     assert linear(terms, Weight(mx.ones((1, 2), dtype=mx.bfloat16))).reshape(-1).tolist() == [1.0, 1 + 2**-6, 1 + 2**-7]
 

@@ -1,4 +1,4 @@
-"""linear and quantized_matmul: which arguments are refused, in what words, and by position."""
+"""linear and quantized_matmul: rejected arguments, their messages, and arguments by position."""
 
 import mlx.core as mx
 import pytest

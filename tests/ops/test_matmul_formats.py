@@ -15,12 +15,12 @@ ROWS = (1, 2, 3, 4, 5, 13, 130)
 
 
 def dequantized(w):
-    """The weight's values [O, I] as MLX unpacks them, in float32."""
+    """Return the weight's values [O, I] as MLX unpacks them, in float32."""
     return np.array(mx.dequantize(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, dtype=mx.float32))
 
 
 def unpacked(w, rows):
-    """The weight's values as the kernels read them, by multiplying with so many rows of the identity at a time."""
+    """Return the weight's values as the kernels read them: the product with the identity, a given number of rows at a time."""
     identity = mx.eye(w.shape[1])
     return np.concatenate([np.array(linear(identity[i : i + rows], w)).T for i in range(0, w.shape[1], rows)], axis=1)
 
@@ -36,7 +36,7 @@ FINITE = {"mxfp8": np.setdiff1d(np.arange(256), [127, 255]), "mxfp4": np.arange(
 @pytest.mark.parametrize("rows", [2, 64])
 @pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
 def test_every_byte_of_the_float_formats(rng, native, mode, rows):
-    # Every possible byte of codes in every place of eight, under a scale of 1.
+    # Every possible byte of codes at each of the eight positions of a unit, with a scale of 1.
     codes = np.stack([np.roll(np.resize(FINITE[mode], 256), i) for i in range(8)]).astype(np.uint8)
     bits, group_size = oracle.FLOAT_MODES[mode]
     one = 56 if mode == "nvfp4" else 127
@@ -48,13 +48,13 @@ def test_every_byte_of_the_float_formats(rng, native, mode, rows):
 @pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
 def test_every_scale_of_the_float_formats(native, mode, rows):
     bits, group_size = oracle.FLOAT_MODES[mode]
-    # nvfp4: e4m3, all but NaN. mx: powers of two from 2^-127; the largest would overflow, as 255 (NaN) would.
+    # nvfp4: all of e4m3 but NaN. mx: powers of two from 2^-127; the largest would overflow, and 255 is NaN.
     scales = np.setdiff1d(np.arange(256), [127, 255]) if mode == "nvfp4" else np.arange(0, 240)
     scales = np.resize(scales, (4, 64)).astype(np.uint8)
     codes = np.resize(np.array([0x12, 0x34, 0x56, 0x1A, 0x2B, 0x3C], np.uint8), (4, 64 * group_size * bits // 8))
     w = byte_weight(codes, scales, mode)
     ours, theirs = unpacked(w, rows), dequantized(w)
-    smallest = np.finfo(np.float32).tiny  # a processor may flush what is smaller
+    smallest = np.finfo(np.float32).tiny  # a processor may flush smaller values to zero
     np.testing.assert_array_equal(np.where(np.abs(theirs) < smallest, 0, ours), np.where(np.abs(theirs) < smallest, 0, theirs))
     assert (np.abs(ours[np.abs(theirs) < smallest]) <= smallest).all()
 
@@ -113,7 +113,7 @@ def test_what_mx_quantize_makes(rng, cpu_backend, bits, transpose):
 )
 def test_every_shape_of_the_float_formats(mode, rows, outputs, blocks, dtype, transpose, seed):
     rng = np.random.default_rng(seed)
-    inputs = 32 * blocks  # mx.dequantize, which the oracle uses, refuses odd numbers of groups of 16
+    inputs = 32 * blocks  # mx.dequantize, which the oracle uses, rejects odd numbers of groups of 16
     w = oracle.random_float_weight(rng, outputs, inputs, mode)
     x = oracle.random_array(rng, rows, inputs if transpose else outputs, dtype=dtype)
     with use_backend("native"):
@@ -136,7 +136,7 @@ def test_the_result_has_the_type_asked_for(rng, cpu_backend, dtype, wanted, tran
         x = oracle.random_array(rng, 5, 128 if transpose else 33, dtype=dtype)
         y = linear(x, w, transpose, wanted)
         assert y.dtype == wanted
-        if cpu_backend == "native":  # one rounding, to the type asked for; plain MLX computes in x's type first
+        if cpu_backend == "native":  # one rounding, to the requested type; plain MLX computes in x's type first
             oracle.assert_product(y, x, w, transpose)
         else:
             oracle.assert_product_of_mlx(y, x, w, transpose, max(dtype, wanted, key=oracle.EPSILON.get))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def plain(x, w, transpose=True):
-    """The same product in plain MLX, with gradients and all."""
+    """Return the same product in plain MLX, which is differentiable too."""
     if w.scales is None:
         return x @ (w.values.T if transpose else w.values)
     return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits)
@@ -26,12 +26,12 @@ def plain(x, w, transpose=True):
 
 
 def weights(rng):
-    """A square weight of both kinds, so that both orientations take the same x."""
+    """Make a square weight of each kind, so that both orientations accept the same x."""
     return [Weight(oracle.random_array(rng, 64, 64, scale=0.1)), oracle.random_weight(rng, 64, 64, scale=0.1)]
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-    """Within `tolerance` of the largest element: gradients are sums in which small elements cancel."""
+    """Compare relative to the largest element: gradients are sums in which small elements cancel."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     a, b = oracle.wide(ours), oracle.wide(theirs)
@@ -81,7 +81,7 @@ def test_jvp_in_both_arguments_follows_the_product_rule(rng, transpose):
 def test_gradients_have_their_argument_s_type(rng, dtype):
     x, w = oracle.random_array(rng, 5, 64, dtype=dtype), weights(rng)
     assert mx.grad(lambda x: mx.sum(linear(x, w[1])))(x).dtype == dtype
-    dx, dw = mx.grad(lambda x, w: mx.sum(linear(x, Weight(w))), argnums=(0, 1))(x, w[0].values)  # of a float32 product
+    dx, dw = mx.grad(lambda x, w: mx.sum(linear(x, Weight(w))), argnums=(0, 1))(x, w[0].values)  # the product is float32
     assert (dx.dtype, dw.dtype) == (dtype, mx.float32)
     assert_close(dx, mx.sum(w[0].values, axis=0).astype(dtype)[None] * mx.ones((5, 1), dtype=dtype), tolerance=oracle.EPSILON[dtype])
 
@@ -125,7 +125,7 @@ def test_compiled_is_the_same_as_eager(rng, shapeless):
             return linear(x * 2, w) + 1, linear(x, w, transpose=False)
 
         compiled = mx.compile(function, shapeless=shapeless)
-        for rows in (3, 8, 3):  # another shape, and the first one again from the cache
+        for rows in (3, 8, 3):  # another shape, then the first one from the cache
             x = oracle.random_array(rng, rows, 64)
             for ours, eager in zip(compiled(x), function(x), strict=True):
                 assert mx.array_equal(ours, eager)
@@ -139,8 +139,8 @@ def test_compiled_gradient(rng):
 
 
 def test_compile_does_not_merge_products_that_differ(rng):
-    # Same inputs, another orientation; same inputs, read as 4-bit codes in groups of 64 or as 8-bit codes in groups of 32. Only what depends on
-    # arguments is merged, and only what is no result itself: hence the minus signs.
+    # The same inputs in the other orientation, and read as 4-bit codes in groups of 64 or as 8-bit codes in groups of 32. MLX merges only nodes that
+    # depend on arguments and are not results themselves: hence the minus signs.
     w, q = oracle.random_array(rng, 64, 64), oracle.random_weight(rng, 8, 128, 4, 64)
     x, short = oracle.random_array(rng, 3, 64), oracle.random_array(rng, 3, 8)
 
@@ -193,7 +193,7 @@ def test_long_lazy_chains(rng):
 
 
 def test_inputs_may_be_forgotten_before_evaluation(rng):
-    # 200 products of temporaries, evaluated at once, while the allocator is free to reuse every buffer that nobody holds.
+    # 200 products of temporaries, evaluated together, while the allocator may reuse every buffer without an owner.
     kept, results = [], []
     for i in range(200):
         w = oracle.random_weight(rng, 17, 64, BITS[i % len(BITS)], dtype=FLOATS[i % 3])
@@ -230,10 +230,11 @@ def test_two_python_threads(rng):
     assert not wrong
 
 
-# Prints a hash of the bytes of several products (many rows and few columns, so that rows are shared out; many columns; 16-bit sums), checked first.
+# Check several products and print a hash of their bytes: many rows and few columns, so that threads split the rows; many columns; 16-bit results.
 PRODUCTS = """
 import hashlib
-import mlx.core as mx, numpy as np, oracle
+import mlx.core as mx, numpy as np
+from support import oracle
 from metalens import _ext, use_backend
 from metalens.ops import Weight, linear, quantized_matmul
 digest = hashlib.sha256()

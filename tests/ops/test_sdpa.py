@@ -1,4 +1,4 @@
-"""attention and swiglu: what a frozen model computes between its products."""
+"""attention and swiglu: the operations of a frozen model between its products."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +9,7 @@ from metalens import _ext
 from metalens.ops import attention, swiglu, use_backend
 from support import oracle
 
-EPSILON = {mx.float32: 3e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}  # of values of size 1: float32 sums, then one rounding to the type
+EPSILON = {mx.float32: 3e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}  # for values of size 1: float32 sums, then one rounding to the type
 
 # (batch, heads, heads of keys, queries, keys, width, width of values): one of each; shared keys; more queries than a task has, more keys than a block
 SHAPES = [(1, 1, 1, 1, 1, 1, 1), (2, 4, 2, 7, 7, 8, 8), (1, 3, 3, 5, 9, 16, 4), (1, 6, 2, 67, 300, 24, 24), (2, 2, 1, 130, 130, 5, 7)]
@@ -21,7 +21,7 @@ def make(rng, shape, dtype=mx.float32):
 
 
 def expected(q, k, v, scale, mask=None):
-    """In float64; mask [..., T, S] is added."""
+    """Compute attention in float64; mask [..., T, S] is added."""
     q, k, v = map(oracle.wide, (q, k, v))
     repeats = q.shape[1] // k.shape[1]
     z = scale * q @ np.repeat(k, repeats, axis=1).swapaxes(-1, -2)
@@ -49,7 +49,7 @@ def test_values(rng, cpu_backend, shape, dtype, masked):
     }[masked]
     y = attention(q, k, v, scale=0.3, mask=mask)
     assert y.dtype == dtype
-    # Plain MLX rounds between its operations in 16 bits; numbers of a mask are rounded too.
+    # In 16 bits plain MLX rounds between its operations, and rounds the numbers of a mask.
     loose = (3 if cpu_backend == "reference" else 1) * (2 if masked == "numbers" else 1)
     np.testing.assert_allclose(oracle.wide(y), expected(q, k, v, 0.3, to_add), atol=loose * EPSILON[dtype])
 

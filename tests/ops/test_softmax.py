@@ -8,7 +8,7 @@ from support import oracle
 
 @pytest.mark.parametrize("v", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 128_256, 131_071])
 def test_sums_stay_exact_whatever_the_length(v):
-    # 0.1 is no float32: a sum from end to end drifts by a rounding a term, in one direction; 256 terms may, 131071 may not.
+    # 0.1 is not a float32: a sum from end to end drifts by one rounding per term, in one direction. That is allowed for 256 terms, not for 131071.
     x = mx.full((2, v), 0.1)
     np.testing.assert_allclose(oracle.wide(row_sum(x)), np.full(2, v * float(np.float32(0.1))), rtol=5e-6)
 
@@ -23,7 +23,7 @@ def test_entropy_of_a_flat_row_and_of_a_certain_one():
 
 def test_softmax_of_one_exp(rng):
     z = oracle.random_array(rng, 3, 7, scale=20)
-    z[0, 2] = -float("inf")  # not in column 0, which the log-sum-exp is computed from below
+    z[0, 2] = -float("inf")  # not in column 0, from which the log-sum-exp is computed below
     log_p, p, lse = log_softmax_and_lse(z)
     expected = oracle.log_softmax(oracle.wide(z))
     np.testing.assert_allclose(oracle.wide(log_p), expected, atol=1e-5)

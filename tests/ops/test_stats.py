@@ -5,37 +5,37 @@ import numpy as np
 import pytest
 
 from metalens.ops import Head, LensStats, Weight, chunks, lens_stats
-from metalens.ops.stats import top_k
+from metalens.ops.stats import largest_logits
 from support import oracle
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
 V, D, L, N = 131, 64, 3, 5
 INF = float("inf")
-# Float32 sums of logits of a few.
+# Tolerance of float32 sums of logits of size 1 to 10.
 ABSOLUTE = 2e-5
 
 
 def make_input(rng, layers=L, tokens=N, width=D, vocab_size=V):
-    """n [L, N, D] with the last layer close to the model, n_model [N, D], labels [N]."""
+    """Make n [L, N, D] with the last layer close to the model, n_model [N, D] and labels [N]."""
     n, n_model = oracle.random_array(rng, layers, tokens, width), oracle.random_array(rng, tokens, width)
     n[-1] = n_model + oracle.random_array(rng, tokens, width, scale=0.05)
     return n, n_model, mx.array(rng.integers(0, vocab_size, tokens))
 
 
 def head_of_logits(z):
-    """A head and rows [1, N, D] whose logits are exactly `z` [N][V]: the rows of the identity pick the columns of U."""
+    """Make rows [1, N, D] and a head whose logits are exactly `z` [N][V]: the rows of the identity select the columns of U."""
     columns = mx.array(z, dtype=mx.float32)
     return mx.eye(columns.shape[0])[None], Head(Weight(columns.T))
 
 
 def constant_head(z):
-    """A head whose logits are `z` [V], -inf included, whatever the rows [1, N, 2]."""
+    """Make rows [1, N, 2] and a head whose logits are always `z` [V], -inf included."""
     return mx.zeros((1, 2, 2)), Head(Weight(mx.zeros((len(z), 2))), mx.array(z))
 
 
 def assert_expected(stats, n, head, k, n_model, labels):
-    """Every statistic against float64; ids and ranks exactly, but for logits that float32 can't tell apart."""
+    """Compare every statistic with float64: ids and ranks exactly, except for logits that float32 can't distinguish."""
     z, z_model = (oracle.head_logits(oracle.wide(a), head) for a in (n, n_model))
     log_q = oracle.log_softmax(z)
     ids = np.broadcast_to(np.array(labels)[None, :, None], (*z.shape[:2], 1))
@@ -82,7 +82,7 @@ def test_every_statistic(rng, quantized, settings):
     stats = lens_stats(n, head, 4, n_model, labels)
     assert isinstance(stats, LensStats)
     assert_expected(stats, n, head, 4, n_model, labels)
-    assert np.array(stats.agrees)[-1].mean() > 0.5  # the close layer, so that both values are compared
+    assert np.array(stats.agrees)[-1].mean() > 0.5  # in the close layer, so that both values are compared
 
 
 @pytest.mark.parametrize("mode", oracle.FLOAT_MODES)
@@ -106,11 +106,11 @@ def test_more_rows_than_a_block_holds_and_fewer(rng, layers, tokens):
     assert_expected(lens_stats(n, head, 3, n_model, labels), n, head, 3, n_model, labels)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])  # two layers and the model's rows: few enough for the kernels for few rows, and too many
+@pytest.mark.parametrize("tokens", [1, 3])  # with two layers and the model: few enough for the kernels for few rows, and too many
 def test_vocabulary_beyond_16_bits(rng, tokens):
     head, (n, n_model, labels) = oracle.make_head(rng, 70_001, 32), make_input(rng, 2, tokens, 32)
     labels[0] = 69_998
-    labels[-1] = int(oracle.head_logits(oracle.wide(n), head)[0, -1].argsort()[20])  # an id and a rank that 16 bits do not hold
+    labels[-1] = int(oracle.head_logits(oracle.wide(n), head)[0, -1].argsort()[20])  # an id and a rank that do not fit into 16 bits
     stats = lens_stats(n, head, 3, n_model, labels)
     assert stats.rank[0, -1].item() > 69_900
     assert_expected(stats, n, head, 3, n_model, labels)
@@ -151,8 +151,8 @@ def test_equal_logits_are_ordered_by_id():
     assert lens_stats(n, head, 8).top_ids[0, 0].tolist() == [0, 2, 5, 3, 6, 1, 4, 7]
     assert lens_stats(n, head, 3).top_ids[0, 1].tolist() == [0, 2, 5]
     assert lens_stats(n, head, 1).top_ids[0, 0].tolist() == [0]
-    # At the k-th place any of the equals may stand, but the ones named are in order and really the best.
-    ids, logits = top_k(mx.array([z]), 4)
+    # Any of the equal tokens may be the last one, but the returned ones are in order and really the largest.
+    ids, logits = largest_logits(mx.array([z]), 4)
     assert ids[0, :3].tolist() == [0, 2, 5]
     assert ids[0, 3].item() in (3, 6)
     assert logits.tolist() == [[3.0, 3.0, 3.0, 2.0]]
@@ -160,7 +160,7 @@ def test_equal_logits_are_ordered_by_id():
 
 @pytest.mark.parametrize("rows", [1, 7])
 def test_equal_rows_of_the_head_give_equal_logits(rng, rows):
-    # In whichever block, panel, vector or thread's share they are: or else ids are out of order and a rank counts what is only as likely.
+    # The block, panel, vector or thread of a row must not matter: else ids are out of order, and a rank counts tokens that are only equally likely.
     places = [0, 1, 7, 8, 100, 255, 256, 300, 511, 512, 777, 1001]
     u = oracle.random_array(rng, 1003, 96, scale=0.02)
     u[mx.array(places)] = 3 * oracle.random_array(rng, 1, 96)
@@ -175,14 +175,14 @@ def test_equal_rows_of_the_head_give_equal_logits(rng, rows):
                 assert mx.array_equal(ours.rank, first.rank)
                 assert mx.array_equal(ours.nll, first.nll)
             for row in range(rows):
-                if first.rank[0, row].item() == 1:  # what is equal is the most likely
+                if first.rank[0, row].item() == 1:  # the equal tokens are the most likely
                     assert first.top_ids[0, row].tolist() == places
                     np.testing.assert_allclose(oracle.wide(first.top_logits[0, row]), z[0, row], atol=ABSOLUTE)
             assert np.array(first.agrees).all()
 
 
 def test_all_logits_equal():
-    n, head = constant_head([0.25] * 300)  # more than one vector's worth, so that an unstable sort would show
+    n, head = constant_head([0.25] * 300)  # more than one vector, so that an unstable sort would show
     stats = lens_stats(n, head, 300, labels=mx.array([299, 0]))
     assert stats.top_ids[0, 0].tolist() == list(range(300))
     assert stats.rank.tolist() == [[1, 1]]  # nothing is more likely
@@ -217,7 +217,7 @@ def test_labels_that_are_no_tokens_have_nan_and_minus_one(rng, name):
 
 
 def test_labels_of_a_small_type_in_a_large_vocabulary(rng):
-    # 300 is no uint8, but every uint8 is a token.
+    # 300 does not fit into uint8, but every uint8 is a token.
     head, (n, n_model, _) = oracle.make_head(rng, 300, D), make_input(rng)
     labels = mx.array([0, 44, 45, 255, 43], dtype=mx.uint8)
     assert_expected(lens_stats(n, head, 1, n_model, labels), n, head, 1, n_model, labels)
@@ -228,7 +228,7 @@ def test_labels_of_a_small_type_in_a_large_vocabulary(rng):
 
 def test_padding_rows_are_never_named_and_weigh_nothing(rng):
     u = oracle.random_array(rng, 300, D, scale=0.2)
-    u[260:] = 50 * u[260:]  # what is not masked would be on top
+    u[260:] = 50 * u[260:]  # without the mask these would be the largest
     head, (n, n_model, _) = Head(Weight(u), used_rows=260), make_input(rng)
     labels = mx.array([0, 259, 260, 299, 300])
     stats = lens_stats(n, head, 260, n_model, labels)

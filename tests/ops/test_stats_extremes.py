@@ -1,4 +1,4 @@
-"""lens_stats of logits that are huge, equal, impossible or no numbers."""
+"""lens_stats of logits that are huge, equal, -inf or NaN."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ def make_input(rng):
 
 
 def constant_head(z):
-    """A head whose logits are `z` [V], -inf included, whatever the rows [1, N, 2]."""
+    """Make rows [1, N, 2] and a head whose logits are always `z` [V], -inf included."""
     return mx.zeros((1, 2, 2)), Head(Weight(mx.zeros((len(z), 2))), mx.array(z))
 
 
@@ -37,7 +37,7 @@ def test_tokens_that_the_head_rules_out():
 
 @pytest.mark.parametrize("possible", [0, 255, 256, 511, 512, 999])
 def test_only_one_token_is_possible(possible):
-    # Whole blocks of the vocabulary without a finite logit, before it and after it.
+    # Whole blocks of the vocabulary without a finite logit, before and after the only possible token.
     z = [-INF] * 1000
     z[possible] = 3.0
     n, head = constant_head(z)
@@ -62,7 +62,7 @@ def test_a_certain_row():
 
 @pytest.mark.parametrize("top", [0.0, 1.0, 4.0])
 def test_sums_over_many_equal_tokens(top):
-    # A row of zeros, or a head with dead rows, gives V equal terms, whose rounding errors all point the same way: added up one by one in float32, the
+    # A row of zeros, or a head with dead rows, gives V equal terms, whose rounding errors have the same sign. Added one by one in float32, the
     # hundred-thousandth is off by far more than the first.
     z = [top] + [0.0] * 128_255
     n, head = constant_head(z)
@@ -80,7 +80,7 @@ def test_logits_of_tens_of_thousands(rng, softcap):
     z, z_model = (oracle.head_logits(oracle.wide(a), head) for a in (n, n_model))
     assert np.abs(z).max() > 1e4
     stats = lens_stats(n, head, 3, n_model, labels)
-    # A rounding of such a logit is 1e-3 to 1e-2.
+    # Such logits have rounding errors of 1e-3 to 1e-2.
     log_q = oracle.log_softmax(z)
     of_label = np.take_along_axis(log_q, np.array(labels)[None, :, None], axis=-1)[..., 0]
     np.testing.assert_allclose(oracle.wide(stats.lse), z.max(-1) - log_q.max(-1), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""lens_stats on views, in compiled functions, under vmap, on streams; and lazily."""
+"""lens_stats on views, in compiled functions, under vmap and on streams; and its laziness."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ V, D, L, N, K = 131, 64, 3, 5, 4
 
 @pytest.fixture
 def problem(rng):
-    """(n, head, n_model, labels)."""
+    """Make (n, head, n_model, labels)."""
     head = oracle.make_head(rng, V, D, bias=True, scale=1.5)
     return oracle.random_array(rng, L, N, D), head, oracle.random_array(rng, N, D), mx.array(rng.integers(0, V, N))
 
@@ -22,7 +22,7 @@ def values(n, head, n_model, labels):
 
 
 def assert_same(ours, theirs):
-    """Another order of the same float32 operations."""
+    """Compare results of the same float32 operations in another order."""
     for a, b in zip(ours, theirs, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_allclose(oracle.wide(a), oracle.wide(b), atol=1e-5)
@@ -66,7 +66,7 @@ def test_compiled_is_the_same_as_eager(cpu_backend, problem):
         return values(n * 2, head, n_model, labels)
 
     compiled = mx.compile(function)
-    for tokens in (N, 2, N):  # another shape, and the first one again from the cache
+    for tokens in (N, 2, N):  # another shape, then the first one from the cache
         arguments = n[:, :tokens], n_model[:tokens], labels[:tokens]
         assert_same(compiled(*arguments), function(*arguments))
 
@@ -107,7 +107,7 @@ def test_two_streams(each_backend, problem):
         with mx.stream(streams[i % 2]):
             results.append(values(n + 0, head, n_model + 0, labels + 0))
     for result in results:
-        assert_same([a + 0 if a.dtype != mx.bool_ else a for a in result], expected)  # read by a third stream
+        assert_same([a + 0 if a.dtype != mx.bool_ else a for a in result], expected)  # read on a third stream
 
 
 def test_nothing_is_evaluated_at_the_call(cpu_backend, problem, monkeypatch):

@@ -1,4 +1,4 @@
-"""lens_target: what the model says of its tokens."""
+"""lens_target: the model's own prediction for its tokens."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ from support import oracle
 pytestmark = pytest.mark.usefixtures("each_backend")
 
 V, D, N = 131, 64, 5
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums of logits of a few
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums of logits of size 1 to 10
 
 
 def expected(n_model, head):
@@ -37,7 +37,7 @@ def test_log_sum_entropy_and_mean(rng, each_backend, quantized, settings):
     target = lens_target(n_model, head)
     assert isinstance(target, LensTarget)
     assert_expected(target, n_model, head)
-    # A softcap bends every logit by its own slope, which a mean row of U cannot know.
+    # A softcap gives every logit its own slope, which a mean row of U does not contain.
     assert (target.mean is not None) == (each_backend == "native" and head.softcap is None)
 
 
@@ -105,7 +105,7 @@ def test_the_model_is_frozen(rng):
     assert not np.any(oracle.wide(mx.grad(total)(n_model)))
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])  # the emulation of Metal kernels computes when it is called
+@pytest.mark.parametrize("backend", ["native", "reference"])  # the emulation of Metal kernels computes at the call
 def test_nothing_is_evaluated_at_the_call(rng, monkeypatch, backend):
     head, n_model = oracle.make_head(rng, V, D), oracle.random_array(rng, N, D)
     mx.eval(n_model)

@@ -10,12 +10,12 @@ from metalens.models.unembed import norm_of
 from metalens.ops import Norm, translate_norm
 from support import oracle
 
-# Relative to the longest row: float32 sums of `width` products, and a norm that divides by their root mean square.
+# Relative to the largest element: float32 sums of `width` products, and a norm that divides by their root mean square.
 TOLERANCE = 2e-5
 
 
 class Exact:
-    """norm(W h + b) in float64, and what it means for a gradient g at the result."""
+    """Compute norm(W h + b) in float64, and its gradients for a gradient g at the result."""
 
     def __init__(self, norm):
         self.kind, self.eps = norm.kind, norm.eps
@@ -34,7 +34,7 @@ class Exact:
         return self.standard(h @ w.T + b)[0] * self.gain + self.bias
 
     def pulled_back(self, h, w, b, g):
-        """The gradients of sum(g * result) at h, W and b."""
+        """Return the gradients of sum(g * result) at h, W and b."""
         x, inverse = self.standard(h @ w.T + b)
         u = g * self.gain
         if self.kind != "none":
@@ -70,7 +70,7 @@ NORMS = {
 
 
 def translator(rng, width):
-    """A translator away from the identity."""
+    """Make a translator away from the identity."""
     return mx.eye(width) + oracle.random_array(rng, width, width, scale=0.5 / width**0.5), oracle.random_array(rng, width, scale=0.2)
 
 
@@ -80,7 +80,7 @@ def assert_close(ours, expected, tolerance=TOLERANCE):
 
 
 def assert_expected(rng, norm, h, w, b, tolerance=TOLERANCE):
-    """Value and all three gradients."""
+    """Compare the value and all three gradients."""
     exact, arrays = Exact(norm), [oracle.wide(a) for a in (h, w, b)]
     g = oracle.random_array(rng, *h.shape)
     (n,), gradients = mx.vjp(lambda h, w, b: translate_norm(h, w, b, norm), [h, w, b], [g])
@@ -105,7 +105,7 @@ def test_the_oracle_s_gradient_is_a_finite_difference(rng):
 @pytest.mark.parametrize("settings", NORMS.values(), ids=NORMS)
 def test_values_and_gradients(rng, each_backend, settings, width):
     norm = make_norm(rng, width=width, **settings)
-    # Of one column an RMSNorm is a sign and a LayerNorm its bias, of two columns a LayerNorm is a sign: there every gradient is a rounding.
+    # Of one column, an RMSNorm is the sign and a LayerNorm its bias; of two columns, a LayerNorm is the sign: gradients there are rounding errors.
     for rows in (1, 5):
         h = oracle.random_array(rng, rows, width)
         if width <= {"none": 0, "rms": 1, "layer": 2}[settings["kind"]]:
@@ -154,7 +154,7 @@ def test_rows_of_zeros_stay_finite(rng, each_backend, settings):
 
 
 def test_a_layer_norm_of_rows_far_from_zero(rng, each_backend):
-    # The mean is a thousand times the deviation: squares must be of the deviations, not of the rows.
+    # The mean is a thousand times the deviation: the kernel must square the deviations, not the rows.
     h = oracle.random_array(rng, 5, 64) + 1000
     exact = Exact(norm := make_norm(rng, "layer", 64))
     expected = exact(oracle.wide(h), np.eye(64), np.zeros(64))
@@ -221,14 +221,14 @@ def test_no_rows(rng, each_backend):
 
 
 class Scaled(nn.RMSNorm):
-    """Of a known family, with a call of its own that no weight makes up for."""
+    """A norm of a known family with its own `__call__`, which no weight can reproduce."""
 
     def __call__(self, h):
         return super().__call__(h) * 2 + 1
 
 
 class Named(nn.LayerNorm):
-    """Recognized by what it does."""
+    """A norm that is recognized by its results."""
 
 
 def test_norm_of_recognizes_mlx_s_own_norms_exactly(rng):

@@ -77,3 +77,8 @@ def test_a_suffix_that_is_no_picture_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="suffix must be one of"):
         save_figure(Figure(), tmp_path / "picture.doc")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_matplotlib_is_imported_only_when_something_is_drawn(run_python):
+    script = "import sys, metalens.readings.heat_map, metalens.readings, metalens.evaluation, metalens.lenses.provenance, metalens.compat"
+    assert run_python(f"{script}; print('matplotlib' in sys.modules, 'pandas' in sys.modules)").split() == ["False", "False"]

@@ -23,7 +23,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import llama
 
 from metalens import InterpretableModel
-from metalens.training import CheckpointFolder, Group, MetricsFile, TrainingConfig, TrainingInterruptedError, distributed, loop, train
+from metalens.training import CheckpointFolder, Group, MetricsFile, TrainingConfig, TrainingInterruptedError, loop, messages, train_loop
 
 LENGTH, LAYERS, HIDDEN, VOCABULARY = 16, 3, 32, 67
 
@@ -103,16 +103,15 @@ def scenario(
             gradient = into.gradients[into.layers.index(poisoned[0])]
             gradient["bias"] = gradient["bias"] * float("nan")
 
-    before = distributed.BUCKET_BYTES
-    mx.distributed.all_sum, loop.accumulate, distributed.BUCKET_BYTES = counted, wrapped, bucket or before
+    before = messages.BUCKET_BYTES
+    mx.distributed.all_sum, loop.accumulate, messages.BUCKET_BYTES = counted, wrapped, bucket or before
     try:
-        lens = train(
+        lens = train_loop(
             interpretable.source,
             interpretable.unembed,
             text(),
             TrainingConfig(**{"max_seq_len": LENGTH, **settings, **((other_settings or {}) if group.rank else {})}),
-            callback=seen.append,
-            callbacks=[MetricsFile(metrics)] if metrics else [],
+            callbacks=[*([MetricsFile(metrics)] if metrics else []), seen.append],
             checkpoints=CheckpointFolder(folder.format(rank=group.rank)) if folder else None,
             checkpoint_every=every,
             resume=resume,
@@ -122,7 +121,7 @@ def scenario(
     except (ValueError, TrainingInterruptedError) as error:
         return {"error": f"{type(error).__name__}: {error}", "steps": len(seen)}
     finally:
-        mx.distributed.all_sum, loop.accumulate, distributed.BUCKET_BYTES = all_sum, accumulate, before
+        mx.distributed.all_sum, loop.accumulate, messages.BUCKET_BYTES = all_sum, accumulate, before
     return {
         "weights": [[np.array(t.weight).tolist(), np.array(t.bias).tolist()] for t in lens.translators],
         "losses": [p.losses for p in seen],
@@ -139,8 +138,8 @@ def main():
     mx.set_default_device(mx.cpu)
     interpretable = model()
     for each in scenarios:
-        name, share, timeout = each.pop("name"), each.pop("share"), each.pop("timeout", 150)
-        group = Group.from_environment(share, timeout)
+        name, parallel, timeout = each.pop("name"), each.pop("parallel"), each.pop("timeout", 150)
+        group = Group.from_environment(parallel, timeout)
         (out / f"{name}.{group.rank}.json").write_text(json.dumps(scenario(interpretable, group, **each)))
 
 

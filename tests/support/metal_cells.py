@@ -21,7 +21,7 @@ from support import oracle
 TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # float16 cells permit rounded operands, so operands are half. Operands of the other types are float32, to which bfloat16 is widened.
-PRECISION: dict[str, Literal["float32", "bf16"]] = {"float32": "float32", "float16": "bf16", "bfloat16": "float32"}
+PRECISION: dict[str, Literal["float32", "bfloat16"]] = {"float32": "float32", "float16": "bfloat16", "bfloat16": "float32"}
 # The relative error of float32 sums of a few hundred terms and, for float16, of one rounding of the operands.
 EPSILON = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 3e-6}
 

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers that need no files and no network."""
+"""Build tiny models and tokenizers that need no files and no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCAB, DIM, LAYERS = 100, 32, 3
 
 
 class Block(nn.Module):
-    """Called as block(x) and nothing else. Each position sees the mean of those up to it, so that order and context matter."""
+    """A block that takes x and no other argument. Each position sees the mean of the positions up to it, so order and context matter."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -31,11 +31,11 @@ class Block(nn.Module):
 
 
 class MockModel(nn.Module):
-    """embed_tokens, layers, norm and an unquantized lm_head with a bias, all at the top level."""
+    """A model with embed_tokens, layers, norm and an unquantized lm_head with a bias, all at the top level."""
 
     def __init__(self, vocab: int = VOCAB, dim: int = DIM, layers: int = LAYERS, seed: int = 0, block: type[nn.Module] = Block):
         super().__init__()
-        mx.random.seed(seed)  # for what MLX's layers draw for themselves
+        mx.random.seed(seed)  # MLX's layers draw their own initial values
         self.embed_tokens = nn.Embedding(vocab, dim)
         self.layers = [block(dim) for _ in range(layers)]
         self.norm = nn.RMSNorm(dim)
@@ -50,7 +50,7 @@ class MockModel(nn.Module):
 
 
 class WordTokenizer:
-    """One id per word, below `vocab_size`: 'w17' is 17, any other word is hashed. There are no special tokens."""
+    """A tokenizer with one id per word, below `vocab_size`: 'w17' is 17, other words are hashed. There are no special tokens."""
 
     bos_token_id = 0
 
@@ -68,7 +68,7 @@ class WordTokenizer:
 
 
 class CountingTokenizer(WordTokenizer):
-    """Words are numbered 0, 1, 2, ... in each text, past the end of any small vocabulary."""
+    """A tokenizer that numbers the words of each text 0, 1, 2, ..., past the end of a small vocabulary."""
 
     def encode(self, text: str) -> list[int]:
         return list(range(len(text.split())))
@@ -86,13 +86,13 @@ def randomize(model: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
 
 
 def tiny_llama(vocab: int = 96, dim: int = 64, layers: int = 2, tied: bool = False, seed: int = 0) -> llama.Model:
-    """A llama of mlx-lm, small enough to run in milliseconds; its width can be quantized."""
+    """Return a llama of mlx-lm that runs in milliseconds and whose hidden size can be quantized."""
     mx.random.seed(seed)
     return randomize(llama.Model(llama.ModelArgs(**llama_config(vocab, dim, layers, tied))), seed, size=0.1)
 
 
 def llama_config(vocab: int = 96, dim: int = 64, layers: int = 2, tied: bool = False) -> dict[str, Any]:
-    """The config.json of `tiny_llama`."""
+    """Return the config.json of `tiny_llama`."""
     return {
         "model_type": "llama",
         "hidden_size": dim,
@@ -107,7 +107,7 @@ def llama_config(vocab: int = 96, dim: int = 64, layers: int = 2, tied: bool = F
 
 
 def float64_logits(model: MockModel, ids: np.ndarray) -> list[np.ndarray]:
-    """Norm and head after every block of a MockModel for ids [T], in float64 NumPy: [T, V] per block."""
+    """Return the logits [T, V] after every block of a MockModel for ids [T], in float64 NumPy."""
 
     def value(p: mx.array) -> np.ndarray:
         return np.array(p).astype(np.float64)
@@ -125,6 +125,7 @@ def float64_logits(model: MockModel, ids: np.ndarray) -> list[np.ndarray]:
 
 
 def random_lens(seed=0):
+    """Return a lens far from the identity, for a MockModel."""
     lens = TunedLens(LAYERS, DIM)
     rng = np.random.default_rng(seed)
     for translator in lens.translators:
@@ -134,7 +135,7 @@ def random_lens(seed=0):
 
 
 def assert_close(found, expected, tolerance=1e-4):
-    """Equal predictions, up to rounding in the scores."""
+    """Check that predictions are equal, up to rounding of the scores."""
     assert list(found) == list(expected)
     for layer, positions in expected.items():
         assert len(found[layer]) == len(positions)

@@ -1,4 +1,4 @@
-"""What the package computes, once more in float64 NumPy, slowly and plainly: what the tests compare with."""
+"""Compute the package's results again in float64 NumPy, slowly and plainly, for the tests to compare with."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,26 +6,29 @@ import numpy as np
 from metalens import TunedLens
 from metalens.ops import Head, Weight
 
-# What rounding the result to a type may cost, relative to the result; sums are in float32, so float32 is no better than 1e-6.
+# Relative error that rounding a result to a type may cause. Sums are in float32, so float32 is no better than 1e-6.
 EPSILON = {mx.float32: 1e-6, mx.float16: 5e-4, mx.bfloat16: 4e-3}
 
 
 def wide(a):
-    """An MLX array as float64."""
+    """Convert an MLX array to float64 NumPy."""
     return np.array(a.astype(mx.float32)).astype(np.float64)
 
 
 def codes(w):
-    """The integers [O, I] that an affine weight packs: its values with scale 1 and bias 0, exact in float32."""
+    """Return the integers [O, I] that an affine weight packs: its values with scale 1 and bias 0, exact in float32."""
     ones = mx.ones(w.scales.shape)
     return wide(mx.dequantize(w.values, ones, mx.zeros(w.scales.shape), w.group_size, w.bits))
 
 
 def matrix_and_magnitude(w):
-    """W [O, I], dequantized without a rounding; and |scale| * code + |bias|, what its rounding errors are relative to, also where the two cancel."""
+    """Return W [O, I], dequantized without rounding, and |scale| * code + |bias|.
+
+    Rounding errors are relative to the second, also where scale * code and bias cancel.
+    """
     if w.scales is None:
         return wide(w.values), np.abs(wide(w.values))
-    if w.mode != "affine":  # few bits times a power of two, or times few bits: exact in float32
+    if w.mode != "affine":  # a product of a few bits and a power of two or a few bits is exact in float32
         values = wide(mx.dequantize(w.values, w.scales, None, w.group_size, w.bits, w.mode, dtype=mx.float32))
         return values, np.abs(values)
     c, scales, biases = codes(w), np.repeat(wide(w.scales), w.group_size, axis=1), np.repeat(wide(w.biases), w.group_size, axis=1)
@@ -33,24 +36,27 @@ def matrix_and_magnitude(w):
 
 
 def matrix(w):
-    """W [O, I], dequantized without a rounding."""
+    """Return W [O, I], dequantized without rounding."""
     return matrix_and_magnitude(w)[0]
 
 
 def product(x, w, transpose=True):
-    """X W^T, or x W."""
+    """Return the product x W^T, or x W if not `transpose`."""
     return product_and_bound(x, w, transpose)[0]
 
 
 def product_and_bound(x, w, transpose=True, epsilon=1e-6):
-    """The product, and how far from it a float32 sum may be that was rounded once to a type of this epsilon; 4e-8 is half a float16 subnormal."""
+    """Return the product, and the error allowed to a float32 sum that was rounded once to a type of this epsilon.
+
+    4e-8 is half a float16 subnormal.
+    """
     values, size = (m.T if transpose else m for m in matrix_and_magnitude(w))
     expected = wide(x) @ values
     return expected, epsilon * np.abs(expected) + 1e-6 * (np.abs(wide(x)) @ size) + 4e-8
 
 
 def assert_product(y, x, w, transpose=True, epsilon=None):
-    """`y` is x W^T (or x W) as well as y's type, or the given epsilon, allows."""
+    """Check that `y` is x W^T (or x W) within the rounding of y's type, or within the given epsilon."""
     expected, bound = product_and_bound(x, w, transpose, EPSILON[y.dtype] if epsilon is None else epsilon)
     assert y.shape == expected.shape
     excess = np.abs(wide(y) - expected) - bound
@@ -58,25 +64,31 @@ def assert_product(y, x, w, transpose=True, epsilon=None):
 
 
 def assert_product_of_mlx(y, x, w, transpose, dtype):
-    """`y` is the product as well as plain MLX computes it in `dtype`: it may add in that type, so that errors grow as a random walk does."""
+    """Check that `y` is the product within the errors of plain MLX in `dtype`.
+
+    MLX may add in that type, so the errors grow like a random walk.
+    """
     expected, size = wide(x) @ (matrix(w).T if transpose else matrix(w)), np.abs(wide(x)) @ (np.abs(matrix(w)).T if transpose else np.abs(matrix(w)))
-    assert (np.abs(wide(y) - expected) <= 4 * EPSILON[dtype] * x.shape[-1] ** 0.5 * size + 1e-5).all()  # 1e-5: what float16 holds of small scales
+    assert (np.abs(wide(y) - expected) <= 4 * EPSILON[dtype] * x.shape[-1] ** 0.5 * size + 1e-5).all()  # 1e-5: float16 rounds small scales
 
 
 def random_weight(rng, outputs, inputs, bits=4, group_size=32, dtype=mx.float32, scale=1.0):
-    """A quantized weight of every possible code, with scales and biases of both signs."""
+    """Return a quantized weight with every possible code, and with scales and biases of both signs."""
     values = rng.integers(0, 2**32, (outputs, inputs * bits // 32), dtype=np.uint32)
     shape = (outputs, inputs // group_size)
     scales, biases = (mx.array(rng.standard_normal(shape) * size).astype(dtype) for size in (scale / 2**bits, scale))
     return Weight(mx.array(values), scales, biases, group_size, bits)
 
 
-# {mode: (bits, group size)} of the formats that share one 8-bit float per group.
+# {mode: (bits, group size)} of the formats that have one 8-bit float per group as its scale.
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 def random_float_weight(rng, outputs, inputs, mode):
-    """A weight of every finite code of a FLOAT_MODES format, with scales of many exponents (and, nvfp4, of both signs); float16 holds it."""
+    """Return a weight with every finite code of a FLOAT_MODES format, and with scales of many exponents; nvfp4 scales have both signs.
+
+    All values are in the range of float16.
+    """
     bits, group_size = FLOAT_MODES[mode]
     values = rng.integers(0, 256, (outputs, inputs * bits // 8), dtype=np.uint8)
     scales = rng.integers(114, 120 if mode == "mxfp8" else 130, (outputs, inputs // group_size), dtype=np.uint8)
@@ -84,15 +96,16 @@ def random_float_weight(rng, outputs, inputs, mode):
         values[values % 128 == 127] = 0  # NaN
     if mode == "nvfp4":
         scales = rng.integers(0, 256, scales.shape, dtype=np.uint8)
-        scales[scales % 128 >= 96] = 56  # NaN, and what is beyond 16
+        scales[scales % 128 >= 96] = 56  # NaN, and scales of 32 and more
     return Weight(mx.array(values.view(np.uint32)), mx.array(scales), None, group_size, bits, mode)
 
 
 def random_array(rng, *shape, dtype=mx.float32, scale=1.0):
+    """Return an array of normally distributed values with the standard deviation `scale`."""
     return mx.array((rng.standard_normal(shape) * scale).astype(np.float32)).astype(dtype)
 
 
-# Every logit transform that a head may have, as arguments of make_head.
+# Arguments of make_head for every logit transform that a head may have.
 HEADS = {
     "linear": {},
     "bias": {"bias": True},
@@ -106,7 +119,7 @@ HEADS = {
 
 
 def make_head(rng, outputs, inputs, quantized=True, bias=False, padding=0, **transform):
-    """A head with so many rows; the last `padding` of them stand for no token."""
+    """Return a head with `outputs` rows, of which the last `padding` rows are not tokens."""
     weight = random_weight(rng, outputs, inputs, scale=0.2) if quantized else Weight(random_array(rng, outputs, inputs, scale=0.2))
     if padding:
         transform["used_rows"] = outputs - padding
@@ -114,7 +127,7 @@ def make_head(rng, outputs, inputs, quantized=True, bias=False, padding=0, **tra
 
 
 def random_lens(rng, num_layers=3, hidden_dim=64):
-    """A lens away from the identity, where no term of the gradient vanishes."""
+    """Return a lens far from the identity, where no term of the gradient vanishes."""
     lens = TunedLens(num_layers, hidden_dim)
     for translator in lens.translators:
         translator.weight = mx.eye(hidden_dim) + random_array(rng, hidden_dim, hidden_dim, scale=0.3 / hidden_dim**0.5)
@@ -123,28 +136,32 @@ def random_lens(rng, num_layers=3, hidden_dim=64):
 
 
 def rms_norm(h, weight, eps):
+    """Return the RMS norm of rows [..., D]."""
     return h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + eps) * weight
 
 
 def log_softmax(z):
+    """Return the logarithm of the softmax over the last axis."""
     shifted = z - z.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def softmax(z):
+    """Return the softmax over the last axis."""
     return np.exp(log_softmax(z))
 
 
 def entropy(z):
+    """Return the entropy of softmax(z) in nats."""
     log_p = log_softmax(z)
     p = np.exp(log_p)
     return -np.sum(p * np.where(p > 0, log_p, 0), axis=-1)
 
 
 def kl_and_difference(z_model, z_lens):
-    """KL(softmax(z_model) || softmax(z_lens)) in nats and q - p, both with small relative errors also where the two are nearly the same.
+    """Return KL(softmax(z_model) || softmax(z_lens)) in nats and q - p, with small relative errors also where p and q are nearly equal.
 
-    A token that the model rules out adds nothing; one that the lens alone rules out makes the KL infinite.
+    A token that the model rules out adds nothing. A token that only the lens rules out makes the KL infinite.
     """
     log_p, log_q = log_softmax(z_model), log_softmax(z_lens)
     p, q = np.exp(log_p), np.exp(log_q)
@@ -154,18 +171,18 @@ def kl_and_difference(z_model, z_lens):
         near = np.abs(t) < 1
         rise = np.where(near, np.expm1(np.where(near, t, 0)), 0)
         difference = np.where(near & possible, p * rise, q - p)
-        # sum(q - p) is 0: added, it makes every term positive.
+        # sum(q - p) is 0. Adding it makes every term positive.
         bend = np.where(near, p * (rise - np.where(near, t, 0)), q - p - np.where(possible, p * t, 0))
     return np.sum(np.where(possible, bend, q), axis=-1), difference
 
 
 def kl(z_model, z_lens):
-    """KL(softmax(z_model) || softmax(z_lens)) in nats."""
+    """Return KL(softmax(z_model) || softmax(z_lens)) in nats."""
     return kl_and_difference(z_model, z_lens)[0]
 
 
 def head_logits(n, head):
-    """softcap(scale * (U n + u0)) of normed rows n (float64 NumPy); -inf for padding."""
+    """Return the logits softcap(scale * (U n + u0)) of normed rows n (float64 NumPy), with -inf for padding."""
     z = n @ matrix(head.weight).T
     if head.bias is not None:
         z = z + wide(head.bias)
@@ -177,7 +194,7 @@ def head_logits(n, head):
 
 
 def lens_kl(n, n_model, head):
-    """KL(model || lens) [L, N] of rows (MLX arrays), and its gradient at n [L, N, D]."""
+    """Return KL(model || lens) [L, N] of rows (MLX arrays) in nats, and its gradient at n [L, N, D]."""
     z_model, z = (head_logits(wide(a), head) for a in (n_model, n))
     value, difference = kl_and_difference(z_model, z)
     if head.softcap is not None:
@@ -186,13 +203,13 @@ def lens_kl(n, n_model, head):
 
 
 def row_errors(ours, expected):
-    """|ours - expected| / |expected| of every row [..., D], by Euclidean length; rows that should be 0 have the length itself."""
+    """Return |ours - expected| / |expected| of every row [..., D] in Euclidean length; rows whose expected value is 0 are not divided."""
     size = np.linalg.norm(expected, axis=-1)
     return np.linalg.norm(wide(ours) - expected, axis=-1) / np.where(size > 0, size, 1)
 
 
 class Unembedding:
-    """unembed(norm(W h + b)) of a model with an RMS norm, its weights widened once."""
+    """Compute unembed(norm(W h + b)) of a model with an RMS norm; the weights are converted to float64 once."""
 
     def __init__(self, unembed):
         self.gain = wide(unembed.norm.weight)
@@ -201,15 +218,16 @@ class Unembedding:
         self.matrix_t = matrix(unembed.head.weight).T
 
     def logits(self, h):
-        """[..., V] of a residual stream [..., D]; a head without bias, scale and softcap, as the test models have."""
+        """Return the logits [..., V] of hidden states [..., D], for a head without bias, scale and softcap as in the test models."""
         return rms_norm(h, self.gain, self.eps) @ self.matrix_t
 
     def translated(self, h, weight, bias):
+        """Return the logits of translated hidden states, W h + b."""
         return self.logits(h @ weight.T + bias)
 
 
 def central_difference(function, values, index, step=1e-5):
-    """d function / d values[index], for a float64 array that `function` reads."""
+    """Return d function / d values[index], for a float64 array that `function` reads."""
     kept = values[index]
     values[index] = kept + step
     above = function()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from metalens.models.capture import HiddenStates, ResidualCapture
-from metalens.training import CheckpointFolder, Corpus, TrainingConfig, TrainingInterruptedError, batching, train
-from metalens.training.batching import Capture, step_groups, steps_together
+from metalens.training import CheckpointFolder, Corpus, TrainingConfig, TrainingInterruptedError, batching, train_loop
+from metalens.training.batching import BatchedCapture, step_groups, steps_together
 from metalens.training.data import Sampler, Step
 
 LENGTH, VOCAB = 16, 131
@@ -60,7 +60,7 @@ def test_every_step_gets_its_own_streams(tiny, passes, per_step):
     source = sampler()
     steps = [source.take_step(per_step * LENGTH) for _ in range(8)]
     assert len({sequence.size for step in steps for sequence in step.sequences}) == 2
-    found = [list(streams) for streams in Capture(tiny.source, VOCAB).of_steps(steps)]
+    found = [list(streams) for streams in BatchedCapture(tiny.source, VOCAB).by_step(steps)]
     assert len(passes) == len({shape[1] for shape in passes})
     assert len(found) == 8
     for step, streams in zip(steps, found, strict=True):
@@ -74,7 +74,7 @@ def test_every_step_gets_its_own_streams(tiny, passes, per_step):
 
 def test_one_step_s_passes_are_computed_when_they_are_asked_for(tiny, passes, monkeypatch):
     monkeypatch.setattr(batching, "PASS_TOKENS", 2 * LENGTH)
-    (streams,) = Capture(tiny.source, VOCAB).of_steps([Step([np.arange(LENGTH, dtype=np.int32)] * 4, 4 * LENGTH, {})])
+    (streams,) = BatchedCapture(tiny.source, VOCAB).by_step([Step([np.arange(LENGTH, dtype=np.int32)] * 4, 4 * LENGTH, {})])
     assert not passes
     next(iter(streams))
     assert passes == [(2, LENGTH)]
@@ -82,8 +82,8 @@ def test_one_step_s_passes_are_computed_when_they_are_asked_for(tiny, passes, mo
 
 def test_a_share_of_a_step_may_be_empty(tiny):
     steps = [Step([], LENGTH, {}), Step([np.arange(5, dtype=np.int32)], LENGTH, {}), Step([], LENGTH, {})]
-    assert [len(list(streams)) for streams in Capture(tiny.source, VOCAB).of_steps(steps)] == [0, 1, 0]
-    assert [len(list(streams)) for streams in Capture(tiny.source, VOCAB).of_steps(steps[:1])] == [0]
+    assert [len(list(streams)) for streams in BatchedCapture(tiny.source, VOCAB).by_step(steps)] == [0, 1, 0]
+    assert [len(list(streams)) for streams in BatchedCapture(tiny.source, VOCAB).by_step(steps[:1])] == [0]
 
 
 def test_padding_and_logits_are_divided_too():
@@ -124,7 +124,7 @@ def test_a_step_learns_the_same_alone(tiny, monkeypatch):
     lenses = []
     for tokens in (512, LENGTH):
         monkeypatch.setattr(batching, "PASS_TOKENS", tokens)
-        lenses.append(parameters(train(tiny.source, tiny.unembed, ids, config(7))))
+        lenses.append(parameters(train_loop(tiny.source, tiny.unembed, ids, config(7))))
     for name, value in lenses[0].items():
         np.testing.assert_allclose(value, lenses[1][name], atol=1e-5)
 
@@ -134,12 +134,12 @@ def test_a_run_whose_steps_were_captured_otherwise_is_not_gone_on_with(tiny, mon
     ids = mx.array(np.random.default_rng(3).integers(0, VOCAB, 5 * LENGTH))
     options = {"checkpoints": CheckpointFolder(tmp_path), "resume": True}
     with pytest.raises(TrainingInterruptedError):
-        train(tiny.source, tiny.unembed, ids, config(7), **options, stop=lambda: True)
+        train_loop(tiny.source, tiny.unembed, ids, config(7), **options, stop=lambda: True)
     monkeypatch.setattr(batching, "PASS_TOKENS", 2 * LENGTH)
     with pytest.raises(ValueError, match="other forward passes: steps captured together was 32 and is 2"):
-        train(tiny.source, tiny.unembed, ids, config(7), **options)
+        train_loop(tiny.source, tiny.unembed, ids, config(7), **options)
 
 
 def test_ids_that_the_model_does_not_know(tiny):
     with pytest.raises(ValueError, match="has token ids from 3 to 131; the model knows 0 to 130"):
-        list(Capture(tiny.source, VOCAB).streams([np.array([3, 131])]))
+        list(BatchedCapture(tiny.source, VOCAB).hidden_states([np.array([3, 131])]))

@@ -10,7 +10,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalens.training import CheckpointFolder, Listener, MetricsFile, Progress, TensorBoard, TrainingConfig, TrainingInterruptedError, WandB, train
+from metalens.training import (
+    Callback,
+    CheckpointFolder,
+    MetricsFile,
+    Progress,
+    TensorBoard,
+    TrainingConfig,
+    TrainingInterruptedError,
+    WandB,
+    train_loop,
+)
 from metalens.training import callbacks as module
 from metalens.utils import progress_bar as bars
 from metalens.utils.files import atomic_write
@@ -29,13 +39,13 @@ def progress(step=0, loss=1.5):
 
 
 def run(model, ids, *callbacks, config=CONFIG, **options):
-    return train(model.source, model.unembed, ids, config, callbacks=callbacks, **options)
+    return train_loop(model.source, model.unembed, ids, config, callbacks=callbacks, **options)
 
 
-# Listeners
+# Callbacks
 
 
-class Noted(Listener):
+class Noted(Callback):
     def __init__(self, name, calls):
         self.name, self.calls = name, calls
 
@@ -55,8 +65,8 @@ class Noted(Listener):
 
 def test_the_order_of_calls(tiny, ids, tmp_path):
     calls = []
-    options = {"callback": lambda p: calls.append(("function", "step", p.step)), "checkpoints": CheckpointFolder(tmp_path), "checkpoint_every": 2}
-    run(tiny, ids, Noted("a", calls), Noted("b", calls), **options)
+    options = {"checkpoints": CheckpointFolder(tmp_path), "checkpoint_every": 2}
+    run(tiny, ids, Noted("a", calls), Noted("b", calls), lambda p: calls.append(("function", "step", p.step)), **options)
     assert [call for call in calls if call[0] != "function"] == [
         ("a", "start", 0),
         ("b", "start", 0),
@@ -73,7 +83,7 @@ def test_the_order_of_calls(tiny, ids, tmp_path):
 def test_steps_are_counted_over_all_passes(tiny, ids, tmp_path):
     calls, seen = [], []
     config = TrainingConfig(num_steps=2, max_seq_len=LENGTH, layers_at_once=2)
-    run(tiny, ids, Noted("a", calls), config=config, callback=seen.append, checkpoints=CheckpointFolder(tmp_path))
+    run(tiny, ids, Noted("a", calls), seen.append, config=config, checkpoints=CheckpointFolder(tmp_path))
     assert calls[1:-1] == [
         *[("a", "step", 0), ("a", "step", 1), ("a", "checkpoint", 2, "step-00000002")],
         *[("a", "step", 2), ("a", "step", 3), ("a", "checkpoint", 4, "step-00000004")],
@@ -97,7 +107,7 @@ def test_a_resumed_run_says_where_it_begins(tiny, ids, tmp_path):
 def test_a_run_that_fails_ends(tiny, ids, tmp_path, where):
     calls = []
 
-    class Broken(Listener):
+    class Broken(Callback):
         pass
 
     def fail(*args):
@@ -110,13 +120,13 @@ def test_a_run_that_fails_ends(tiny, ids, tmp_path, where):
     assert calls[-1] == ("a", "end")
 
 
-def test_a_listener_does_nothing_by_itself(tiny, ids, tmp_path):
-    run(tiny, ids, Listener(), checkpoints=CheckpointFolder(tmp_path))
+def test_a_callback_does_nothing_by_itself(tiny, ids, tmp_path):
+    run(tiny, ids, Callback(), checkpoints=CheckpointFolder(tmp_path))
 
 
 def test_what_a_step_says(tiny, ids):
     seen = []
-    run(tiny, ids, callback=seen.append)
+    run(tiny, ids, seen.append)
     for p in seen:
         assert p.loss == pytest.approx(math.fsum(p.losses) / 3)
         assert p.layers == [0, 1, 2]
@@ -135,7 +145,7 @@ def lines(path):
 
 def test_every_step_is_a_line(tiny, ids, tmp_path):
     seen, path = [], tmp_path / "new" / "folder" / "metrics.jsonl"
-    run(tiny, ids, MetricsFile(path), callback=seen.append)
+    run(tiny, ids, MetricsFile(path), seen.append)
     assert lines(path) == [vars(p) for p in seen]
 
 
@@ -352,7 +362,7 @@ def test_the_bar_counts_what_was_done_before(tiny, ids, tmp_path, monkeypatch):
     monkeypatch.setattr("metalens.training.loop.token_bar", watched)
     folder, seen = CheckpointFolder(tmp_path), []
     with pytest.raises(TrainingInterruptedError):
-        run(tiny, ids, callback=seen.append, checkpoints=folder, stop=lambda: len(seen) == 3)
+        run(tiny, ids, seen.append, checkpoints=folder, stop=lambda: len(seen) == 3)
     assert updates == [4 * LENGTH, 0, LENGTH, LENGTH, LENGTH]
     del updates[:]
     run(tiny, ids, checkpoints=folder, resume=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel
-from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train
+from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train_loop
 from metalens.training.checkpoint import RECORD, STATE
 from support.mocks import WordTokenizer
 
@@ -248,16 +248,16 @@ def test_a_disk_that_is_really_full(small_disk, rows, fit):
 
 
 def test_training_on_a_full_disk_goes_on_once_there_is_room(small_disk, tiny, ids):
-    straight = train(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG)
+    straight = train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG)
     folder = CheckpointFolder(small_disk / "checkpoints")
     filler = small_disk / "filler"
     filler.write_bytes(bytes(800_000))
     options = {"checkpoints": folder, "checkpoint_every": 1, "resume": True}
     with pytest.raises(OSError, match="Make room, and go on with resume"):
-        train(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, **options)
+        train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, **options)
     assert folder.steps() in ([1], [1, 2])
     filler.unlink()
-    lens = train(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, **options)
+    lens = train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, **options)
     assert all(mx.array_equal(a.weight, b.weight) for a, b in zip(lens.translators, straight.translators, strict=True))
 
 
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written(folder):
 
 def begun(model, corpus, folder, config=CONFIG):
     """A run with checkpoints after steps 2, 3 and 4, of which the newest two stay."""
-    return train(model.source, model.unembed, corpus, config, checkpoints=folder, checkpoint_every=1)
+    return train_loop(model.source, model.unembed, corpus, config, checkpoints=folder, checkpoint_every=1)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tiny, ids, folder):
@@ -281,7 +281,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tiny, ids, folder
     straight = begun(tiny, corpus, folder)
     damage_byte(folder.path / "step-00000004" / STATE)
     with pytest.warns(RuntimeWarning, match="step-00000004 can't be used"):
-        lens = train(tiny.source, tiny.unembed, corpus, CONFIG, checkpoints=folder, resume=True, callback=seen.append)
+        lens = train_loop(tiny.source, tiny.unembed, corpus, CONFIG, checkpoints=folder, resume=True, callbacks=[seen.append])
     assert [p.step for p in seen] == [3]
     assert all(mx.array_equal(a.weight, b.weight) for a, b in zip(lens.translators, straight.translators, strict=True))
     assert folder.steps() == [3, 4]
@@ -305,8 +305,8 @@ def test_other_settings_are_refused(tiny, ids, folder, name):
     value, message = CHANGES[name]
     begun(tiny, Corpus.from_ids(ids), folder)
     before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"run with other settings: {message}\. Give the same, or start anew in another folder"):
-        train(tiny.source, tiny.unembed, Corpus.from_ids(ids), dataclasses.replace(CONFIG, **{name: value}), checkpoints=folder, resume=True)
+    with pytest.raises(ValueError, match=rf"run with other settings: {message}\. Use the same, or start anew in another folder"):
+        train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), dataclasses.replace(CONFIG, **{name: value}), checkpoints=folder, resume=True)
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
@@ -314,7 +314,7 @@ def test_settings_that_are_the_same_in_json_are_the_same(tiny, ids, folder):
     config = dataclasses.replace(CONFIG, layers=(0, 2), gradient_clip=float("inf"))
     begun(tiny, Corpus.from_ids(ids), folder, config)
     again = dataclasses.replace(config, layers=[0, 2], num_steps=np.int64(4), seed=np.int32(1))
-    train(tiny.source, tiny.unembed, Corpus.from_ids(ids), again, checkpoints=folder, resume=True)
+    train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), again, checkpoints=folder, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -332,14 +332,14 @@ def test_another_model_is_refused(tiny, make_llama, ids, folder, change, message
     begun(tiny, Corpus.from_ids(ids), folder)
     other = InterpretableModel(make_llama(**change))
     with pytest.raises(ValueError, match=f"run with other model: .*{message}"):
-        train(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+        train_loop(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
 
 
 def test_another_text_is_refused(tiny, ids, folder):
     begun(tiny, Corpus.from_ids(ids), folder)
     for other in (ids[:-1], np.where(np.arange(ids.size) == 5, ids ^ 1, ids)):
         with pytest.raises(ValueError, match=r"The data are not those .* corpus content was '\w+' and is '\w+'"):
-            train(tiny.source, tiny.unembed, Corpus.from_ids(other), CONFIG, checkpoints=folder, resume=True)
+            train_loop(tiny.source, tiny.unembed, Corpus.from_ids(other), CONFIG, checkpoints=folder, resume=True)
 
 
 def test_another_tokenizer_is_refused(tiny, folder, tmp_path):
@@ -355,15 +355,15 @@ def test_another_tokenizer_is_refused(tiny, folder, tmp_path):
             return super().encode(text)[::-1]
 
     begun(tiny, corpus(100), folder)
-    train(tiny.source, tiny.unembed, corpus(100), CONFIG, checkpoints=folder, resume=True)
+    train_loop(tiny.source, tiny.unembed, corpus(100), CONFIG, checkpoints=folder, resume=True)
     other = Other(100)
     other.eos_token_id = 1
     changed = open_corpus(tmp_path / "text.txt", other, cache_dir=tmp_path / "cache", join="packed")
     with pytest.raises(ValueError, match=r"corpus tokenizer was '\w+' and is '\w+'"):
-        train(tiny.source, tiny.unembed, changed, CONFIG, checkpoints=folder, resume=True)
+        train_loop(tiny.source, tiny.unembed, changed, CONFIG, checkpoints=folder, resume=True)
 
 
 def test_steps_between_checkpoints_are_at_least_one(tiny, ids):
     for every in (0, -1):
         with pytest.raises(ValueError, match=f"checkpoint_every must be at least 1, or None, got {every}"):
-            train(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, checkpoint_every=every)
+            train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, checkpoint_every=every)

@@ -21,7 +21,7 @@ import pytest
 
 from metalens import TunedLens
 from metalens.training import CheckpointFolder, Group
-from metalens.training.distributed import EXIT_STATUS
+from metalens.training.messages import EXIT_STATUS
 from support import distributed_worker as worker
 
 WORKER = Path(worker.__file__)
@@ -123,7 +123,7 @@ def ended(processes, but=()):
 
 SETTINGS = {"num_steps": 3, "max_seq_len": LENGTH, "tokens_per_step": STEP, "seed": 1, "learning_rate": 0.5}
 
-# Scenarios by name: what the processes share, settings, and the settings of one process that give the same.
+# Scenarios by name: what the processes divide, settings, and the settings of one process that give the same.
 SAME = {
     "data": ("data", SETTINGS, {}),
     "data-adam-low-rank": ("data", SETTINGS | {"optimizer": "adam", "learning_rate": 1e-2, "rank": 2}, {}),
@@ -163,9 +163,9 @@ with_two = pytest.mark.parametrize("together", [2], indirect=True)
 with_two_and_four = pytest.mark.parametrize("together", [2, 4], indirect=True)
 
 
-def with_each(share):
-    """Two processes with all of SAME that share this, four with those of WITH_FOUR."""
-    cases = [(n, name) for n in (2, 4) for name in SAME if name.startswith(share) and (n == 2 or name in WITH_FOUR)]
+def with_each(parallel):
+    """Two processes with all of SAME that divide this, four with those of WITH_FOUR."""
+    cases = [(n, name) for n in (2, 4) for name in SAME if name.startswith(parallel) and (n == 2 or name in WITH_FOUR)]
     return pytest.mark.parametrize(("together", "name"), cases, indirect=["together"])
 
 
@@ -187,20 +187,20 @@ def together(request, launches, tmp_path_factory):
 def all_scenarios(n, folder):
     last = n - 1
     kept = {"settings": SETTINGS, "every": 1}
-    scenarios = [{"name": name, "share": share, "settings": settings} for name, (share, settings, _) in SAME.items()]
+    scenarios = [{"name": name, "parallel": parallel, "settings": settings} for name, (parallel, settings, _) in SAME.items()]
     scenarios += [
-        {"name": "buckets", "share": "data", "settings": SETTINGS, "bucket": 5000},
-        {"name": "bad-layer", "share": "layers", "settings": SETTINGS, "poisoned": [1, 1]},
-        {"name": "not-alike", "share": "data", "settings": SETTINGS, "other_settings": {"num_steps": 5, "learning_rate": 0.25}},
+        {"name": "buckets", "parallel": "data", "settings": SETTINGS, "bucket": 5000},
+        {"name": "bad-layer", "parallel": "layers", "settings": SETTINGS, "poisoned": [1, 1]},
+        {"name": "not-alike", "parallel": "data", "settings": SETTINGS, "other_settings": {"num_steps": 5, "learning_rate": 0.25}},
         # The checkpoints of every rank in a folder of its own, as on machines without a common disk.
-        {"name": "stopped-data", "share": "data", "folder": "data-{rank}", "stops": [last, 1], "metrics": "data.jsonl", **kept},
-        {"name": "resumed-data", "share": "data", "folder": "data-{rank}", "resume": True, "metrics": "data.jsonl", **kept},
-        {"name": "left-data", "share": "data", "folder": "left", "stops": [0, 0], **kept},
-        {"name": "stopped-layers", "share": "layers", "folder": "layers", "stops": [0, 1], **kept},
-        {"name": "resumed-layers", "share": "layers", "folder": "layers", "resume": True, **kept},
-        {"name": "again", "share": "layers", "folder": "layers", **kept},
-        {"name": "other-share", "share": "data", "folder": "layers", "resume": True, **kept},
-        {"name": "nothing-to-resume", "share": "data", "folder": "new", "resume": True, **kept},
+        {"name": "stopped-data", "parallel": "data", "folder": "data-{rank}", "stops": [last, 1], "metrics": "data.jsonl", **kept},
+        {"name": "resumed-data", "parallel": "data", "folder": "data-{rank}", "resume": True, "metrics": "data.jsonl", **kept},
+        {"name": "left-data", "parallel": "data", "folder": "left", "stops": [0, 0], **kept},
+        {"name": "stopped-layers", "parallel": "layers", "folder": "layers", "stops": [0, 1], **kept},
+        {"name": "resumed-layers", "parallel": "layers", "folder": "layers", "resume": True, **kept},
+        {"name": "again", "parallel": "layers", "folder": "layers", **kept},
+        {"name": "other-division", "parallel": "data", "folder": "layers", "resume": True, **kept},
+        {"name": "nothing-to-resume", "parallel": "data", "folder": "new", "resume": True, **kept},
     ]
     return n, folder, launched(n, folder, [each for each in scenarios if n == 2 or each["name"] in WITH_FOUR])
 
@@ -264,19 +264,19 @@ def test_processes_that_were_started_with_different_settings_refuse(together):
     n, _, results = together
     assert [result["steps"] for result in results["not-alike"]] == [0] * n
     for result in results["not-alike"]:
-        assert result["error"].startswith("InvalidValueError: The processes of this run were not started alike")
+        assert result["error"].startswith("InvalidValueError: The processes of this run were started with different settings")
         assert "num_steps is 3 in process 0 and 5 in process 1" in result["error"]
         assert "learning_rate is 0.5 in process 0 and 0.25 in process 1" in result["error"]
 
 
 @needs_ring
 @with_two_and_four
-@pytest.mark.parametrize("share", ["data", "layers"])
-def test_one_process_stops_all_and_resuming_gives_what_a_run_without_the_stop_gives(together, share):
+@pytest.mark.parametrize("parallel", ["data", "layers"])
+def test_one_process_stops_all_and_resuming_gives_what_a_run_without_the_stop_gives(together, parallel):
     n, _, results = together
-    assert [result["error"] for result in results[f"stopped-{share}"]] == ["TrainingInterruptedError: Stopped after step 2."] * n
-    assert len(results[f"resumed-{share}"][0]["losses"]) == 1
-    for resumed, straight in zip(results[f"resumed-{share}"], results[share], strict=True):
+    assert [result["error"] for result in results[f"stopped-{parallel}"]] == ["TrainingInterruptedError: Stopped after step 2."] * n
+    assert len(results[f"resumed-{parallel}"][0]["losses"]) == 1
+    for resumed, straight in zip(results[f"resumed-{parallel}"], results[parallel], strict=True):
         assert resumed["weights"] == straight["weights"]
         assert resumed["losses"] == straight["losses"][2:]
 
@@ -304,7 +304,7 @@ def test_each_process_keeps_its_own_layers(together):
 @with_two
 def test_checkpoints_of_a_run_that_was_divided_otherwise_are_refused(together, alone):
     n, folder, results = together
-    for result in results["other-share"]:
+    for result in results["other-division"]:
         assert f"has checkpoints of a run that had its layers divided among {n} processes" in result["error"]
     assert all("has checkpoints already" in result["error"] for result in results["again"])
     assert "had its layers divided" in alone(settings=SETTINGS, folder=str(folder / "layers"), resume=True)["error"]
@@ -327,7 +327,7 @@ def test_one_process_goes_on_where_several_divided_the_data(together, alone):
     np.testing.assert_allclose(flat(resumed), flat(alone(settings=SETTINGS)), rtol=1e-3, atol=2e-6)
 
 
-# (processes, what they share, how process 1 ends in step 2)
+# (processes, what they divide, how process 1 ends in step 2)
 DEATHS = [(2, "layers", "exit"), (4, "data", "SIGKILL")]
 
 
@@ -336,8 +336,8 @@ def died(tmp_path_factory):
     """Runs of which one process died: by number [(status, stderr) by rank], and the results of two processes that resumed them."""
     folder = tmp_path_factory.mktemp("died")
     ends, resumes = [], []
-    for i, (n, share, how) in enumerate(DEATHS):
-        what = {"share": share, "settings": SETTINGS, "every": 1, "folder": f"checkpoints-{i}"}
+    for i, (n, parallel, how) in enumerate(DEATHS):
+        what = {"parallel": parallel, "settings": SETTINGS, "every": 1, "folder": f"checkpoints-{i}"}
         ends.append(ended(started(n, folder, [{"name": "died", **what, "ends": [1, 2, how]}])))
         resumes.append({"name": f"resumed-{i}", **what, "resume": True})
     worker.scenario(worker.model(), Group(), settings=SETTINGS, every=1, folder=str(folder / "checkpoints-alone"), stops=[0, 0])
@@ -371,13 +371,13 @@ def test_a_run_of_which_a_process_died_can_be_resumed_also_by_another_number_whe
 @needs_ring
 def test_mlx_launch_ends_the_run_when_a_process_dies(tmp_path):
     with pytest.raises(AssertionError, match="the reason") as caught:
-        launched(2, tmp_path, [{"name": "died", "share": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
+        launched(2, tmp_path, [{"name": "died", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
     assert "Node with rank 1 exited with code 1" in str(caught.value)
 
 
 @needs_ring
 def test_a_process_that_hangs_ends_the_others_after_the_time_limit(tmp_path):
-    what = {"name": "hangs", "share": "data", "settings": SETTINGS, "ends": [1, 2, "SIGSTOP"], "timeout": 3}
+    what = {"name": "hangs", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "SIGSTOP"], "timeout": 3}
     ((status, error),) = ended(started(2, tmp_path, [what]), but=[1])
     assert status == EXIT_STATUS
     assert "Process 0 of 2 has waited for the others for 3 s" in error

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalens.training import CheckpointFolder, Group, TrainingConfig, TrainingInterruptedError, distributed, loop, train
+from metalens.training import CheckpointFolder, Group, TrainingConfig, TrainingInterruptedError, distributed, messages, train_loop
+from metalens.training.resume import RunCheckpoints, RunFacts
 from support import distributed_worker as worker
 
 LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
@@ -40,11 +41,11 @@ def echoing(monkeypatch):
 
 @pytest.mark.parametrize("room", [1, 2, 5, 7, 12, 1000])
 def test_sums_are_cut_into_buckets_and_put_together_again(echoing, monkeypatch, rng, room):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4 * room)
+    monkeypatch.setattr(messages, "BUCKET_BYTES", 4 * room)
     shapes = [(), (5,), (0,), (2, 3), (1, 1, 1), (4, 0), (7, 3)]
     values = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     group = Group("data", Ranks(1, 3))
-    found = group.total(*map(mx.array, values))
+    found = group.all_sum(*map(mx.array, values))
     for a, b in zip(found, values, strict=True):
         assert a.shape == b.shape
         np.testing.assert_array_equal(np.array(a), 3 * b)
@@ -55,19 +56,19 @@ def test_sums_are_cut_into_buckets_and_put_together_again(echoing, monkeypatch, 
 
 @pytest.mark.usefixtures("echoing")
 def test_the_memory_for_sums_does_not_grow_with_the_gradients(monkeypatch):
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 2**18)
+    monkeypatch.setattr(messages, "BUCKET_BYTES", 2**18)
     gradients = [{"weight": mx.ones((300, 300)), "bias": mx.ones((300,))} for _ in range(20)]
     mx.eval(gradients)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    total = Group("data", Ranks(0, 2)).total_of_step(mx.ones((20,)), gradients)
+    total = Group("data", Ranks(0, 2)).sum_step(mx.ones((20,)), gradients)
     assert mx.get_peak_memory() - before < 4 * 2**18 + 2 * 300 * 300 * 4  # of 7 MB
     assert mx.get_active_memory() - before < 2**16
     assert all(np.all(np.array(value) == 2) for value in [total, *(value for gradient in gradients for value in gradient.values())])
 
 
 def test_sums_are_of_float32(echoing):
-    (total,) = Group("data", Ranks(0, 2)).total(mx.array([1.0, 2.0], mx.bfloat16))
+    (total,) = Group("data", Ranks(0, 2)).all_sum(mx.array([1.0, 2.0], mx.bfloat16))
     assert total.dtype == mx.float32
     assert echoing == [8]
 
@@ -81,7 +82,7 @@ def test_arrays_of_one_process_arrive_bit_for_bit(monkeypatch):
         "uint64": mx.array(np.array(2**63 + 5, np.uint64)),
         "empty": mx.zeros((0, 3)),
     }
-    found = Group("data", Ranks(0, 2)).shared(arrays)
+    found = Group("data", Ranks(0, 2)).broadcast(arrays)
     assert list(found) == list(arrays)
     for name, a in arrays.items():
         assert (found[name].dtype, found[name].shape) == (a.dtype, a.shape)
@@ -108,13 +109,16 @@ def test_every_layer_is_trained_once_by_one_process_in_as_many_passes(size, coun
 def test_a_group_of_one_sends_nothing(monkeypatch, model):
     monkeypatch.setattr(mx.distributed, "all_sum", None)
     monkeypatch.setattr(mx.distributed, "all_gather", None)
-    for share in ("data", "layers"):
-        assert train(model.source, model.unembed, worker.text(), TrainingConfig(num_steps=1, max_seq_len=LENGTH), group=Group(share)).num_layers == 3
+    for parallel in ("data", "layers"):
+        assert (
+            train_loop(model.source, model.unembed, worker.text(), TrainingConfig(num_steps=1, max_seq_len=LENGTH), group=Group(parallel)).num_layers
+            == 3
+        )
 
 
 def test_what_fails_in_one_process_fails_in_all(monkeypatch):
     group = Group("data", Ranks(0, 2))
-    monkeypatch.setattr(group, "gathered", lambda what: [what, "OSError: disk full"])
+    monkeypatch.setattr(group, "gather_json", lambda what: [what, "OSError: disk full"])
     with pytest.raises(ValueError, match="Process 1 of 2 failed: OSError: disk full"), group.together():
         pass
     with pytest.raises(KeyError, match="mine"), group.together():
@@ -125,19 +129,19 @@ def test_layers_whose_newest_checkpoints_differ_go_on_from_the_newest_that_all_h
     config = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
     saved = CheckpointFolder(tmp_path / "rank-0-of-2")
     with pytest.raises(TrainingInterruptedError):
-        train(model.source, model.unembed, worker.text(), config, checkpoints=saved, checkpoint_every=1, stop=lambda: bool(saved.steps()[1:]))
+        train_loop(model.source, model.unembed, worker.text(), config, checkpoints=saved, checkpoint_every=1, stop=lambda: bool(saved.steps()[1:]))
     assert saved.steps() == [2, 3]
     group = Group("layers", Ranks(0, 2))
-    run = loop._Run(model.source, model.unembed, None, config, [], CheckpointFolder(tmp_path), 1, group, lambda: False)
+    checkpoints = RunCheckpoints(CheckpointFolder(tmp_path), group, RunFacts(config, model.source, model.unembed))
     for others, expected in ((3, 3), (2, 2), (4, 3)):
-        monkeypatch.setattr(group, "gathered", lambda what, others=others: [what, others if isinstance(what, int) else None])
-        assert run._newest().record["step"] == expected
-    monkeypatch.setattr(group, "gathered", lambda what: [what, -1 if isinstance(what, int) else None])
+        monkeypatch.setattr(group, "gather_json", lambda what, others=others: [what, others if isinstance(what, int) else None])
+        assert checkpoints.newest().record["step"] == expected
+    monkeypatch.setattr(group, "gather_json", lambda what: [what, -1 if isinstance(what, int) else None])
     with pytest.raises(ValueError, match=r"Processes \[1\] find no checkpoint"):
-        run._newest()
+        checkpoints.newest()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"share": "tokens"}, "share must be"), ({"timeout": 0}, "timeout must be positive")])
+@pytest.mark.parametrize(("arguments", "message"), [({"parallel": "tokens"}, "parallel must be"), ({"timeout": 0}, "timeout must be positive")])
 def test_a_group_of_nonsense(arguments, message):
     with pytest.raises(ValueError, match=message):
         Group(**arguments)
@@ -152,7 +156,7 @@ def no_launcher(monkeypatch):
 @pytest.mark.usefixtures("no_launcher")
 def test_a_process_that_was_started_alone_is_a_group(monkeypatch, tmp_path):
     group = Group.from_environment("layers", timeout=5)
-    assert (group.rank, group.size, group.share, group.timeout, group.group) == (0, 1, "layers", 5, None)
+    assert (group.rank, group.size, group.parallel, group.timeout, group.group) == (0, 1, "layers", 5, None)
     (tmp_path / "hosts").write_text("\n")  # what `mlx.launch -n 1` makes
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     monkeypatch.setenv("MLX_RANK", "0")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metalens import TunedLens
-from metalens.training import TrainingConfig, loop, loss_and_gradient, train
+from metalens.training import TrainingConfig, loop, loss_and_gradient, train_loop
 from metalens.training.optimizer import gradient_norm
 from metalens.training.step import accumulate
 from support import oracle
@@ -44,7 +44,7 @@ def constant_gradient(monkeypatch):
 
 def run(model, ids, callback=None, **settings):
     config = TrainingConfig(**{"num_steps": 4, "max_seq_len": LENGTH} | settings)
-    return train(model.source, model.unembed, ids, config, callback=callback)
+    return train_loop(model.source, model.unembed, ids, config, callbacks=[] if callback is None else [callback])
 
 
 def flat(lens):
@@ -190,7 +190,7 @@ def test_an_ordinary_run_is_silent(tiny, ids, capfd):
 
 
 def test_the_progress_bar_goes_to_stderr(tiny, ids, capfd):
-    train(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=2, max_seq_len=LENGTH), show_progress=True)
+    train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=2, max_seq_len=LENGTH), show_progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert "training the lens" in err
@@ -206,4 +206,4 @@ def test_the_norm_is_over_all_layers_together():
 def test_ids_that_the_model_does_not_know_are_an_error(tiny, settings):
     ids = mx.array([1] * 20 + [131] + [1] * 43)
     with pytest.raises(ValueError, match=r"token ids from 1 to 131; the model knows 0 to 130"):
-        train(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=4, max_seq_len=16, tokens_per_step=64, **settings))
+        train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=4, max_seq_len=16, tokens_per_step=64, **settings))

@@ -8,7 +8,7 @@ import pytest
 from metalens.models.capture import HiddenStates
 from metalens.models.unembed import Unembed, norm_of
 from metalens.ops import Head
-from metalens.training import Corpus, TrainingConfig, batching, train
+from metalens.training import Corpus, TrainingConfig, batching, train_loop
 from support import oracle
 
 WIDTH, VOCAB, LENGTH = 256, 500, 16
@@ -47,7 +47,7 @@ def peak():
             mx.clear_cache()
             before = mx.get_active_memory()
             mx.reset_peak_memory()
-            train(Source(layers), unembed, corpus, config)
+            train_loop(Source(layers), unembed, corpus, config)
             peaks.append(mx.get_peak_memory() - before)
         return min(peaks) / (4 * WIDTH**2)
 

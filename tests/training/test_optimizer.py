@@ -7,7 +7,7 @@ import pytest
 
 from metalens import TunedLens
 from metalens.lenses.translators import parameters_of
-from metalens.training import TrainingConfig, train
+from metalens.training import TrainingConfig, train_loop
 from metalens.training.optimizer import LensMuon, LensOptimizer, gradient_norm, stochastically_rounded
 from metalens.training.polar import quintics
 from support import oracle
@@ -110,7 +110,7 @@ def test_bfloat16_learns_as_much(tiny, optimizer, rng):
         seen = []
         rate = {"sgd": 0.3, "adam": 3e-3, "muon": 0.02}[optimizer]
         settings = {"num_steps": 25, "max_seq_len": LENGTH, "optimizer": optimizer, "learning_rate": rate, "reduction": "sum", "dtype": dtype}
-        lens = train(tiny.source, tiny.unembed, ids, TrainingConfig(**settings), callback=seen.append)
+        lens = train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(**settings), callbacks=[seen.append])
         assert {t.weight.dtype for t in lens.translators} == {mx.float32}
         last[dtype] = seen[-1].loss
         assert seen[-1].loss < 0.5 * seen[0].loss
@@ -131,7 +131,7 @@ def test_the_gradient_of_bfloat16_parameters_is_float32(tiny, rng, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(LensOptimizer, "update", update)
             config = TrainingConfig(num_steps=1, max_seq_len=LENGTH, dtype=dtype)
-            train(tiny.source, tiny.unembed, ids, config, callback=seen.append)
+            train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[seen.append])
         norms[dtype] = (seen[0].gradient_norm, found)
     assert norms["float32"][0] == norms["bfloat16"][0]
     for a, b in zip(norms["float32"][1], norms["bfloat16"][1], strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel
-from metalens.training import TrainingConfig, batching, recipe, train
+from metalens.training import TrainingConfig, batching, recipe, train_loop
 from metalens.training.optimizer import LensMuon
 from metalens.training.polar import quintics
 from support import oracle
@@ -123,7 +123,7 @@ def muon(rate, momentum):
 
 def compare(model, ids, config, trainer, *, tolerance=5e-6):
     seen = []
-    lens = train(model.source, model.unembed, mx.array(ids), config, callback=seen.append)
+    lens = train_loop(model.source, model.unembed, mx.array(ids), config, callbacks=[seen.append])
     assert [p.step for p in seen] == list(range(config.num_steps))
     np.testing.assert_allclose([p.losses for p in seen], trainer.losses, atol=tolerance)
     np.testing.assert_allclose([p.gradient_norm for p in seen], trainer.norms, rtol=1e-3)
@@ -159,7 +159,7 @@ def test_every_part_of_the_recipe_shows(make_llama, ids, missing, scale, least):
     model = llama_with_norm(make_llama, scale)
     settings = {"clip": None if missing == "clip" else 1.0, "decay": 0.0 if missing == "decay" else 1e-3, "mean": missing == "sum"}
     trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=10, update=nesterov(0.1, 0.9), **settings)
-    lens = train(model.source, model.unembed, mx.array(ids), recipe("paper", num_steps=10, max_seq_len=LENGTH, tokens_per_step=4 * LENGTH))
+    lens = train_loop(model.source, model.unembed, mx.array(ids), recipe("paper", num_steps=10, max_seq_len=LENGTH, tokens_per_step=4 * LENGTH))
     difference = max(np.abs(oracle.wide(t.weight) - np.eye(WIDTH) - a).max() for t, a in zip(lens.translators, trainer.a, strict=True))
     assert difference > least
 
@@ -188,6 +188,6 @@ def test_muon(make_llama, ids, monkeypatch):
 def test_muon_decays_towards_the_identity(make_llama, ids):
     model = llama_with_norm(make_llama, 1.0)
     settings = {"num_steps": 3, "max_seq_len": LENGTH, "learning_rate": 0.02, "optimizer": "muon", "reduction": "sum"}
-    plain, decayed = (train(model.source, model.unembed, mx.array(ids), TrainingConfig(**settings, weight_decay=d)) for d in (0.0, 5.0))
+    plain, decayed = (train_loop(model.source, model.unembed, mx.array(ids), TrainingConfig(**settings, weight_decay=d)) for d in (0.0, 5.0))
     first, second = (np.linalg.norm(oracle.wide(lens.translators[0].weight) - np.eye(WIDTH)) for lens in (plain, decayed))
     assert 0.5 * first < second < 0.95 * first

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metalens.training.polar import ERROR, SHARE, best_quintic, orthogonalized, quintics
+from metalens.training.polar import ERROR, SMALLEST, best_quintic, orthogonalized, quintics
 from support import oracle
 
 
@@ -50,7 +50,7 @@ def test_where_the_interval_is_all_but_a_point(share, high):
 @pytest.mark.parametrize("rows", [1, 2, 3, 17, 299, 320, 4096, 50_000])
 def test_as_many_iterations_as_the_matrix_asks_for(rows):
     polynomials, error = quintics(rows)
-    s = np.linspace(min(1, SHARE / np.sqrt(rows)), 1, 10_001)
+    s = np.linspace(min(1, SMALLEST / np.sqrt(rows)), 1, 10_001)
     assert np.abs(composed(polynomials, s) - 1).max() == pytest.approx(error, rel=1e-3)
     assert error <= ERROR
     if len(polynomials) > 1:
@@ -66,7 +66,7 @@ def test_the_numbers_that_the_documentation_gives(rows, iterations):
 
 
 def test_an_iteration_less_than_muon_s_usual_polynomial():
-    s = np.linspace(SHARE / np.sqrt(256), 1, 10_001)
+    s = np.linspace(SMALLEST / np.sqrt(256), 1, 10_001)
     usual = (3.4445, -4.7750, 2.0315)
     distance = [np.abs(composed([usual] * n, s) - 1).max() for n in (3, 4)]
     assert distance[0] > 0.59

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, recipe, train
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, recipe, train_loop
 
 LENGTH = 16
 SETTINGS = {"num_steps": 6, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH}
@@ -61,7 +61,7 @@ def resumed(model, ids, config, folder, limit):
     while True:
         left = iter(range(limit - 1))
         try:
-            lens = train(
+            lens = train_loop(
                 model.source,
                 model.unembed,
                 ids,
@@ -80,7 +80,7 @@ def resumed(model, ids, config, folder, limit):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_in_pieces_is_the_run_in_one(tiny, ids, tmp_path, name):
     config = RUNS[name]
-    straight = train(tiny.source, tiny.unembed, ids, config, callbacks=[MetricsFile(tmp_path / "straight.jsonl")])
+    straight = train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[MetricsFile(tmp_path / "straight.jsonl")])
     steps = len(metrics(tmp_path / "straight.jsonl"))
     for limit in (1, 4):
         interruptions, lens = resumed(tiny, ids, config, tmp_path / str(limit), limit)
@@ -90,16 +90,18 @@ def test_a_run_in_pieces_is_the_run_in_one(tiny, ids, tmp_path, name):
 
 
 def test_where_checkpoints_are_written_does_not_matter(tiny, ids, tmp_path):
-    straight = train(tiny.source, tiny.unembed, ids, RUNS["shuffled"])
+    straight = train_loop(tiny.source, tiny.unembed, ids, RUNS["shuffled"])
     for every in (1, 4, 100):
-        lens = train(tiny.source, tiny.unembed, ids, RUNS["shuffled"], checkpoints=CheckpointFolder(tmp_path / str(every)), checkpoint_every=every)
+        lens = train_loop(
+            tiny.source, tiny.unembed, ids, RUNS["shuffled"], checkpoints=CheckpointFolder(tmp_path / str(every)), checkpoint_every=every
+        )
         assert bits(lens) == bits(straight)
 
 
 def test_resuming_a_finished_run_gives_its_lens(tiny, ids, tmp_path):
     seen = []
-    options = {"checkpoints": CheckpointFolder(tmp_path), "callback": seen.append, "resume": True}
-    first, second = (train(tiny.source, tiny.unembed, ids, RUNS["one layer after the other"], **options) for _ in range(2))
+    options = {"checkpoints": CheckpointFolder(tmp_path), "callbacks": [seen.append], "resume": True}
+    first, second = (train_loop(tiny.source, tiny.unembed, ids, RUNS["one layer after the other"], **options) for _ in range(2))
     assert bits(first) == bits(second)
     assert len(seen) == 18  # all of the first
 
@@ -108,45 +110,45 @@ def test_what_was_skipped_and_seen_is_carried_on(tiny, ids, tmp_path):
     folder, seen = tmp_path, []
     config = RUNS["warm start"]
     whole = []
-    train(tiny.source, tiny.unembed, ids, config, callback=whole.append)
+    train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[whole.append])
     with pytest.raises(TrainingInterruptedError, match="after step 2"):
-        train(
+        train_loop(
             tiny.source,
             tiny.unembed,
             ids,
             config,
-            callback=seen.append,
+            callbacks=[seen.append],
             checkpoints=CheckpointFolder(folder),
             stop=lambda: seen[-1:] and seen[-1].step == 1,
         )
     file = next(folder.glob("step-*")) / "state.json"
     assert json.loads(file.read_text())["tokens"] == whole[1].tokens
-    train(tiny.source, tiny.unembed, ids, config, callback=seen.append, checkpoints=CheckpointFolder(folder), resume=True)
+    train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[seen.append], checkpoints=CheckpointFolder(folder), resume=True)
     assert [p.tokens for p in seen] == [p.tokens for p in whole]
     assert [p.step for p in seen] == list(range(6))
 
 
 def test_without_a_checkpoint_it_begins_at_the_beginning(tiny, ids, tmp_path):
-    straight = train(tiny.source, tiny.unembed, ids, RUNS["paper"])
-    assert bits(train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=CheckpointFolder(tmp_path), resume=True)) == bits(straight)
+    straight = train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"])
+    assert bits(train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=CheckpointFolder(tmp_path), resume=True)) == bits(straight)
 
 
 def test_a_new_run_does_not_mix_with_an_old_one_s_checkpoints(tiny, ids, tmp_path):
     folder = CheckpointFolder(tmp_path)
-    train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
+    train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
     with pytest.raises(ValueError, match=r"has checkpoints already, the newest after step 6\. Go on from it with resume, or give another folder"):
-        train(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
+        train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=folder)
     assert folder.steps() == [6]
 
 
 def test_stopping_without_a_folder(tiny, ids):
     with pytest.raises(TrainingInterruptedError, match="Stopped after step 1"):
-        train(tiny.source, tiny.unembed, ids, RUNS["paper"], stop=lambda: True)
+        train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], stop=lambda: True)
 
 
 def test_a_wish_to_stop_after_the_last_step_is_too_late(tiny, ids):
     seen = []
-    train(tiny.source, tiny.unembed, ids, RUNS["paper"], callback=seen.append, stop=lambda: len(seen) == 6)
+    train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], callbacks=[seen.append], stop=lambda: len(seen) == 6)
 
 
 # Killed
@@ -169,7 +171,7 @@ import mlx.core as mx
 import numpy as np
 from pathlib import Path
 from metalens.models.capture import ResidualCapture
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, train
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, train_loop
 from metalens.models.unembed import Unembed
 from support.mocks import MockModel
 
@@ -185,7 +187,7 @@ ids = mx.array(np.random.default_rng(1).integers(0, 100, 16 * 17 + 5))
 options = {"checkpoints": CheckpointFolder(folder / "checkpoints"), "checkpoint_every": 1, "resume": True}
 metrics = MetricsFile(folder / "metrics.jsonl")
 print("ready", flush=True)
-train(ResidualCapture(model), Unembed.from_model(model), ids, config, callbacks=[metrics], **options).save(folder / "lens")
+train_loop(ResidualCapture(model), Unembed.from_model(model), ids, config, callbacks=[metrics], **options).save(folder / "lens")
 """
 
 

@@ -246,7 +246,7 @@ class TestHub:
         first = find_sources("owner/name")[0].identity(memory)
         hub.offline = True
         assert find_sources("owner/name")[0].identity(memory) == first
-        assert "going on with its revision of last time" in caplog.text
+        assert "using the revision of the last time" in caplog.text
         with pytest.raises(ValueError, match="no file or folder 'owner/other'.*no route"):
             find_sources("owner/other")[0].identity(memory)
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from metalens import TunedLens
 from metalens.lenses.translators import parameters_of
 from metalens.models.capture import HiddenStates, ResidualCapture
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, loss_and_gradient, recipe, train
+from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, loss_and_gradient, recipe, train_loop
 
 LENGTH = 16
 RATES = {"sgd": 0.5, "adam": 1e-2, "muon": 0.03}
@@ -27,7 +27,7 @@ def ids(rng):
 def run(model, ids, callback=None, **settings):
     optimizer = settings.get("optimizer", "sgd")
     config = TrainingConfig(**{"num_steps": 25, "max_seq_len": LENGTH, "learning_rate": RATES[optimizer], "reduction": "sum"} | settings)
-    return train(model.source, model.unembed, ids, config, callback=callback)
+    return train_loop(model.source, model.unembed, ids, config, callbacks=[] if callback is None else [callback])
 
 
 def losses(lens, model, ids):
@@ -156,8 +156,8 @@ def test_what_was_skipped_is_in_the_metrics_and_the_checkpoint(tiny, ids, poison
     config = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
     poisoned(1)
     with pytest.warns(RuntimeWarning, match="Step 1 "), pytest.raises(TrainingInterruptedError):
-        train(tiny.source, tiny.unembed, ids, config, callback=seen.append, callbacks=[file], checkpoints=folder, stop=lambda: len(seen) == 2)
-    train(tiny.source, tiny.unembed, ids, config, callback=seen.append, callbacks=[file], checkpoints=folder, resume=True)
+        train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[seen.append, file], checkpoints=folder, stop=lambda: len(seen) == 2)
+    train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[seen.append, file], checkpoints=folder, resume=True)
     assert [p.skipped for p in seen] == [0, 1, 1, 1]
     entries = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert [(entry["skipped"], entry["loss"] is None, entry["gradient_norm"] is None) for entry in entries] == [
@@ -180,5 +180,5 @@ def test_the_recipes_are_silent_and_learn(tiny, ids, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         settings = {} if name == "mlxterp" else {"tokens_per_step": 4 * LENGTH}
-        train(tiny.source, tiny.unembed, ids, recipe(name, num_steps=30, max_seq_len=LENGTH, **settings), callback=seen.append)
+        train_loop(tiny.source, tiny.unembed, ids, recipe(name, num_steps=30, max_seq_len=LENGTH, **settings), callbacks=[seen.append])
     assert seen[-1].loss < 0.8 * seen[0].loss

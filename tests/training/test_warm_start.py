@@ -6,7 +6,7 @@ import pytest
 
 from metalens import InterpretableModel, TunedLens
 from metalens.models.capture import HiddenStates
-from metalens.training import Corpus, NotEnoughDataError, TrainingConfig, loss_and_gradient, train
+from metalens.training import Corpus, NotEnoughDataError, TrainingConfig, loss_and_gradient, train_loop
 from metalens.training.warm_start import warm_start
 from support import oracle
 
@@ -129,7 +129,7 @@ def test_the_sums_of_several_processes_are_added(rng):
 def test_states_that_are_not_finite_are_an_error(rng, where, value):
     given = streams(rng, (1, 40))
     given[0].hidden[where][0, 7, 3] = value
-    with pytest.raises(ValueError, match="states that are not finite: look for damaged weights or token ids"):
+    with pytest.raises(ValueError, match="states that are not finite. Look for damaged weights or token ids"):
         warm_start(given, [0], WIDTH, 1e-3, alone)
 
 
@@ -151,7 +151,7 @@ def test_it_is_better_than_the_logit_lens(make_llama, rng, dtype):
     model = InterpretableModel(make_llama())
     seen, unseen = (mx.array(rng.integers(0, 131, size)) for size in (4000, 300))
     config = TrainingConfig(num_steps=0, max_seq_len=50, warm_start_tokens=4000, dtype=dtype)
-    lens = train(model.source, model.unembed, seen, config)
+    lens = train_loop(model.source, model.unembed, seen, config)
     for ids in (seen[:300], unseen):
         before, after = losses(TunedLens(3, 64), model, ids), losses(lens, model, ids)
         assert (after[:-1] < 0.85 * before[:-1]).all()
@@ -162,8 +162,8 @@ def test_a_warm_run_begins_where_it_leaves_off(tiny, rng):
     ids = mx.array(rng.integers(0, 131, 40 * 50))
     cold, warm = [], []
     settings = {"num_steps": 8, "max_seq_len": 50, "reduction": "sum", "learning_rate": 0.1}
-    train(tiny.source, tiny.unembed, ids, TrainingConfig(**settings), callback=cold.append)
-    train(tiny.source, tiny.unembed, ids, TrainingConfig(**settings, warm_start_tokens=30 * 50), callback=warm.append)
+    train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(**settings), callbacks=[cold.append])
+    train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(**settings, warm_start_tokens=30 * 50), callbacks=[warm.append])
     assert warm[0].loss < 0.8 * cold[0].loss
     assert warm[-1].loss < cold[-1].loss
     assert (warm[0].tokens, cold[0].tokens) == (31 * 50, 50)
@@ -171,7 +171,7 @@ def test_a_warm_run_begins_where_it_leaves_off(tiny, rng):
 
 def test_only_the_chosen_layers_are_solved(tiny, rng):
     ids = mx.array(rng.integers(0, 131, 1000))
-    lens = train(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=0, max_seq_len=50, warm_start_tokens=800, layers=(1,)))
+    lens = train_loop(tiny.source, tiny.unembed, ids, TrainingConfig(num_steps=0, max_seq_len=50, warm_start_tokens=800, layers=(1,)))
     assert lens.layers == [1]
     assert mx.array_equal(lens.translators[0].weight, mx.eye(64))
     assert not mx.array_equal(lens.translators[1].weight, mx.eye(64))
@@ -182,7 +182,7 @@ def test_too_little_text_is_found_out_before_anything_is_computed(tiny, rng, mon
     monkeypatch.setattr(type(tiny.source), "capture", None)
     config = TrainingConfig(num_steps=8, max_seq_len=16, warm_start_tokens=40, repeat=False)  # 8 + 3 sequences of 10
     with pytest.raises(NotEnoughDataError):
-        train(tiny.source, tiny.unembed, ids, config)
+        train_loop(tiny.source, tiny.unembed, ids, config)
 
 
 @pytest.mark.parametrize(("num_steps", "enough"), [(3, True), (4, False)])
@@ -192,8 +192,8 @@ def test_whole_sequences_are_counted(tiny, rng, num_steps, enough):
     corpus = Corpus(rng.integers(0, 131, 70).astype(np.int32), np.arange(0, 71, 10), "packed", about=about)
     config, seen = TrainingConfig(num_steps=num_steps, max_seq_len=16, repeat=False), []
     if enough:
-        train(tiny.source, tiny.unembed, corpus, config, callback=seen.append)
+        train_loop(tiny.source, tiny.unembed, corpus, config, callbacks=[seen.append])
     else:
         with pytest.raises(NotEnoughDataError, match="4 steps of at least 16 tokens"):
-            train(tiny.source, tiny.unembed, corpus, config, callback=seen.append)
+            train_loop(tiny.source, tiny.unembed, corpus, config, callbacks=[seen.append])
     assert len(seen) == (num_steps if enough else 0)

@@ -1,4 +1,4 @@
-"""A tiny random model of every kind that mlx-lm ships.
+"""A tiny random model of every architecture in mlx-lm.
 
 Configurations by label: the module's name in mlx_lm.models, with a suffix for variants.
 """
@@ -21,18 +21,18 @@ CONFIGS: dict[str, dict[str, Any]] = {**dense.CONFIGS, **experts.CONFIGS, **hybr
 
 
 def module_of(label: str) -> str:
-    """The module that a label is a variant of: the longest name that it begins with."""
+    """Return the module of a label: the longest module name with which the label begins."""
     return max((name for name in modules() if label == name or label.startswith(f"{name}-")), key=len)
 
 
 def build(label: str, seed: int = 0) -> nn.Module:
-    """The model of a label, with parameters drawn so that norms, biases and scales all matter."""
+    """Build the model of a label. Its random parameters make every norm, bias and scale matter."""
     config = copy.deepcopy(CONFIGS[label])
     model_class, args_class = _get_classes(config)
     rng = np.random.default_rng(seed)
 
     def drawn(p: mx.array) -> mx.array:
-        if p.dtype == mx.uint32:  # weights that are packed from the start
+        if p.dtype == mx.uint32:  # weights that the model itself packs
             return mx.array(rng.integers(0, 2**32, p.shape, dtype=np.uint32))
         if not mx.issubdtype(p.dtype, mx.floating):
             return p

@@ -24,7 +24,7 @@ _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention
 
 
 def _both(name: str, tie: str = "tie_word_embeddings", base: dict[str, Any] = _SMALL, **extra: Any) -> dict[str, dict[str, Any]]:
-    """The configuration with a head of its own and, as `<name>-tied`, the one that reads out through the embedding."""
+    """Return two configurations: one with a separate head, and `<name>-tied` with the embedding as the head."""
     config = {"model_type": name, **base, **extra}
     return {name: {**config, tie: False}, f"{name}-tied": {**config, tie: True}}
 
@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {"model_type": "gptj", **_GPT, "rotary_dim": 8},
     **_both(
         "granite",
-        intermediate_size=128,  # its own quantization has groups of 64
+        intermediate_size=128,  # its own quantization rule uses groups of 64
         attention_bias=True,
         mlp_bias=True,
         attention_multiplier=0.3,
@@ -91,7 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **_both("internlm2", bias=True),
     **_both("internlm3", bias=True, qkv_bias=True),
     **_both("iquestloopcoder", loop_num=2, loop_window_size=4),
-    # The module never builds an untied head.
+    # The module has no separate head.
     "lille-130m": {
         "model_type": "lille-130m",
         "block_size": 128,

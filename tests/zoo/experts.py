@@ -35,7 +35,7 @@ _MLA: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-# Fewer than the tokens of a short prompt, so that the indexer leaves some keys out.
+# index_topk is smaller than a short prompt, so that the indexer leaves some keys out.
 _INDEXER: dict[str, Any] = {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 4}
 _GLM: dict[str, Any] = {**_ROUTED, "rope_scaling": None, "use_qk_norm": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": False}
 _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
@@ -43,7 +43,7 @@ _SHARED: dict[str, Any] = {"num_shared_experts": 1}
 
 
 def _both(name: str, base: dict[str, Any], **extra: Any) -> dict[str, dict[str, Any]]:
-    """The configuration with a head of its own and, as `<name>-tied`, the one that reads out through the embedding."""
+    """Return two configurations: one with a separate head, and `<name>-tied` with the embedding as the head."""
     config = {"model_type": name, **base, **extra}
     return {name: {**config, "tie_word_embeddings": False}, f"{name}-tied": {**config, "tie_word_embeddings": True}}
 
@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Klear": {"model_type": "Klear", **_SMALL, "mlp_only_layers": [0], "decoder_sparse_step": 1, "n_shared_experts": 1},
     **_both("afmoe", {**_SMALL, **_SHARED, **_SLIDING}, num_dense_layers=1, mup_enabled=True),
     **_both("bailing_moe", _BAILING),
-    # The switch has no part in the forward pass: loading from a directory divides the head's columns by their norms.
+    # The forward pass does not use the switch: with it, loading from a directory divides the head's columns by their norms.
     "bailing_moe-norm-head": {"model_type": "bailing_moe", **_BAILING, "norm_head": True},
     "dbrx": {
         "model_type": "dbrx",
@@ -93,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"model_type": "gpt_oss", **_LOCAL, **_SLIDING, "intermediate_size": 32},
     **_both(
         "granitemoe",
-        {**_LOCAL, "intermediate_size": 64},  # its own quantization has groups of 64
+        {**_LOCAL, "intermediate_size": 64},  # its own quantization rule uses groups of 64
         logits_scaling=3.0,
         attention_multiplier=0.2,
         embedding_multiplier=2.0,

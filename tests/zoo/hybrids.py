@@ -62,7 +62,7 @@ _NAS_NOTHING: dict[str, Any] = {"no_op": True}
 
 
 def _both(name: str, base: dict[str, Any] = _SMALL, **extra: Any) -> dict[str, dict[str, Any]]:
-    """The configuration with a head of its own and, as `<name>-tied`, the one that reads out through the embedding."""
+    """Return two configurations: one with a separate head, and `<name>-tied` with the embedding as the head."""
     config = {"model_type": name, **base, **extra}
     return {name: {**config, "tie_word_embeddings": False}, f"{name}-tied": {**config, "tie_word_embeddings": True}}
 
@@ -213,7 +213,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **_both("minimax", num_experts_per_tok=2, num_local_experts=4, shared_intermediate_size=32, rotary_dim=16, head_dim=32),
     **_both(
         "nemotron-nas",
-        # Every kind of sub-block; the fourth block has neither half, so it hands its input on.
+        # Every kind of sub-block. The fourth block has neither half, so it returns its input.
         num_hidden_layers=4,
         attention_bias=True,
         mlp_bias=True,
@@ -287,7 +287,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "embeddings_scale_by_sqrt_dim": True,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
-    # Its own quantization has groups of 64 in the low ranks.
+    # Its own quantization rule uses groups of 64 for the low-rank weights.
     **_both("rwkv7", norm_eps=EPS, head_dim=32, a_low_rank_dim=64, v_low_rank_dim=64, gate_low_rank_dim=64, decay_low_rank_dim=64),
     "step3p5": {
         "model_type": "step3p5",

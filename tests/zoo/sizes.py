@@ -1,8 +1,8 @@
-"""What nearly every tiny configuration has."""
+"""Values that nearly all tiny configurations share."""
 
 from typing import Any
 
-# Large enough that a wrong one shows.
+# So large that another value changes the results visibly.
 EPS = 1e-3
 
 SIZES: dict[str, Any] = {

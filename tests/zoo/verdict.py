@@ -1,4 +1,4 @@
-"""What metalens can do with a model: found by doing it, on the tiny model of a label."""
+"""Examine the tiny model of a label: do with it all that metalens does with a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mlx_lm.utils import quantize_model
 
 from metalens import InterpretableModel, TunedLens, use_backend
 from metalens.models.architectures import REASONS, model_type
+from metalens.models.capture import HiddenStates
 from metalens.models.unembed import UnembedError
 from metalens.ops import lens_stats, normed
 from metalens.training.step import loss_and_gradient
@@ -25,13 +26,13 @@ from zoo import CONFIGS, build, module_of
 IDS = mx.array([[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3]])
 RIGHT = "right"
 
-# Models that give other logits with their own cache than without, whoever runs them.
+# Models of mlx-lm that give other logits with their own cache than without it.
 OTHER_WITH_A_CACHE = {"plamo3"}  # its window is one token longer without the cache
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one label: "right" or why not, in the words of the error.
+    """The results of one label: "right", or the words of the error.
 
     Attributes:
         float32: everything, with the model as it was built.
@@ -44,12 +45,12 @@ class Verdict:
     bfloat16: str
 
     def as_dict(self) -> dict[str, str]:
-        """As JSON."""
+        """Return the fields, for JSON."""
         return asdict(self)
 
 
 def examine(label: str) -> Verdict:
-    """Everything that the support table says of a label; AssertionError if a result is wrong where nothing was refused."""
+    """Return the row of the support table for a label (AssertionError if a model that is not refused gives a wrong result)."""
     return Verdict(*(_result(label, prepare) for prepare in (_as_built, _quantized, _bfloat16)))
 
 
@@ -59,7 +60,7 @@ def _result(label: str, prepare: Callable[[nn.Module, str], None]) -> str:
         prepare(model, label)
         plain = model(IDS)
         mx.eval(plain)
-    except Exception as error:  # mlx-lm's own code fails: nothing to put a lens on
+    except Exception as error:  # mlx-lm's own code fails, so there is nothing to examine
         return f"mlx-lm: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     try:
         return _examined(label, model, plain, exact=prepare is _as_built)
@@ -68,7 +69,7 @@ def _result(label: str, prepare: Callable[[nn.Module, str], None]) -> str:
 
 
 def _reason(model: nn.Module, message: str) -> str:
-    """What the message must have said."""
+    """Return the reason for a refusal, which the message must contain."""
     reason = REASONS[model_type(model)]
     assert reason in message
     return reason
@@ -92,59 +93,80 @@ def _bfloat16(model: nn.Module, label: str) -> None:
 
 def _examined(label: str, model: nn.Module, plain: mx.array, exact: bool) -> str:
     lens_model = InterpretableModel(model, accelerate=False)
-    classes = [type(module) for _, module in model.named_modules()]
-    unembed = lens_model.unembed
+    _ = lens_model.unembed  # UnembedError if the model is refused
+    classes = _classes(model)
+    states = lens_model.source.capture(IDS)
+    _require_an_unchanged_model(lens_model, states, plain, classes)
+    _require_the_models_prediction(lens_model, states, plain, exact)
+    _require_a_lower_loss(lens_model, states)
+    if exact:
+        _require_equal_chunks(label, lens_model, states)
+    _require_equal_native_logits(lens_model, plain, exact)
+    assert _classes(model) == classes
+    return RIGHT
+
+
+def _classes(model: nn.Module) -> list[type]:
+    return [type(module) for _, module in model.named_modules()]
+
+
+def _require_an_unchanged_model(lens_model: InterpretableModel, states: HiddenStates, plain: mx.array, classes: list[type]) -> None:
+    """One pass captures all hidden states. It does not change the logits by a bit, and leaves the model as it was."""
+    unembed, model = lens_model.unembed, lens_model.model
     assert unembed.embedding_rows == unembed.head.tokens == plain.shape[-1]
-
-    # Captured in one pass, without changing the result by a bit, and the model is as it was.
-    stream = lens_model.source.capture(IDS)
-    assert mx.array_equal(stream.logits, plain)
-    assert [type(module) for _, module in model.named_modules()] == classes
+    assert mx.array_equal(states.logits, plain)
+    assert _classes(model) == classes
     assert mx.array_equal(model(IDS), plain)
-    assert all(h.shape == (*IDS.shape, unembed.hidden_dim) for h in stream.hidden)
+    assert all(h.shape == (*IDS.shape, unembed.hidden_dim) for h in states.hidden)
 
-    # The last block's output read through norm and head is the model's prediction.
-    own = plain.astype(mx.float32)
-    predicted = lens_model.logit_lens(IDS[:1], layers=[len(stream.hidden) - 1])[len(stream.hidden) - 1]
+
+def _require_the_models_prediction(lens_model: InterpretableModel, states: HiddenStates, plain: mx.array, exact: bool) -> None:
+    """The logit lens of the last block is the model's own prediction."""
+    own, last = plain.astype(mx.float32), len(states.hidden) - 1
+    predicted = lens_model.logit_lens(IDS[:1], layers=[last])[last]
     best = np.array(mx.max(own[0], axis=-1))
     for position, ((token, _, _),) in enumerate(predicted):
         assert own[0, position, token].item() >= best[position] - (1e-4 if exact else 0.1)
     if exact:
-        last = stream.rows(-1)
-        stats = lens_stats(normed(last, unembed.norm)[None], unembed.head, 1)
+        unembed = lens_model.unembed
+        stats = lens_stats(normed(states.rows(-1), unembed.norm)[None], unembed.head, 1)
         log_z = mx.logsumexp(own.reshape(-1, own.shape[-1]), axis=-1)
         np.testing.assert_allclose(np.array(stats.lse[0]), np.array(log_z), atol=1e-4)
 
-    # A training step lowers the loss: one along the gradient, so long that the loss must fall by a hundredth of itself if it were linear.
-    lens = TunedLens(len(stream.hidden), unembed.hidden_dim)
-    losses, gradient = loss_and_gradient(lens, stream, unembed)
+
+def _require_a_lower_loss(lens_model: InterpretableModel, states: HiddenStates) -> None:
+    """A training step along the gradient lowers the loss. Its length would lower a linear loss by one hundredth."""
+    lens = TunedLens(len(states.hidden), lens_model.unembed.hidden_dim)
+    losses, gradient = loss_and_gradient(lens, states, lens_model.unembed)
     before = mx.mean(losses).item()
     square = sum(mx.sum(mx.square(g)).item() for of_layer in gradient["translators"] for g in of_layer.values())
     for translator, of_layer in zip(lens.translators, gradient["translators"], strict=True):
         for name, g in of_layer.items():
             translator[name] = translator[name] - 0.01 * before / square * g
-    after = mx.mean(loss_and_gradient(lens, stream, unembed)[0]).item()
+    after = mx.mean(loss_and_gradient(lens, states, lens_model.unembed)[0]).item()
     assert 0.985 * before < after < 0.995 * before
 
-    # Parts of a sequence with the model's own cache give the streams of the whole one.
-    if exact:
-        parts = list(lens_model.source.chunks(IDS, 3))
-        cache = make_prompt_cache(model)
-        for part, start in zip(parts, range(0, IDS.shape[1], 3), strict=True):
-            assert mx.array_equal(part.logits, model(IDS[:, start : start + 3], cache=cache))
-        differences = []
-        for i, whole in enumerate(stream.hidden):
-            joined = mx.concatenate([part.hidden[i] for part in parts], axis=1)
-            differences.append(mx.max(mx.abs(joined - whole)).item() / max(1.0, mx.max(mx.abs(whole)).item()))
-        assert (max(differences) > 1e-4) == (module_of(label) in OTHER_WITH_A_CACHE)
 
-    # On the native kernels, which users get on a CPU, the same head is found, and the logits are the same but for rounding.
+def _require_equal_chunks(label: str, lens_model: InterpretableModel, states: HiddenStates) -> None:
+    """Chunks of a sequence, with the model's own cache, give the hidden states of the whole."""
+    chunks = list(lens_model.source.chunks(IDS, 3))
+    cache = make_prompt_cache(lens_model.model)
+    for chunk, start in zip(chunks, range(0, IDS.shape[1], 3), strict=True):
+        assert mx.array_equal(chunk.logits, lens_model(IDS[:, start : start + 3], cache=cache))
+    differences = []
+    for i, whole in enumerate(states.hidden):
+        joined = mx.concatenate([chunk.hidden[i] for chunk in chunks], axis=1)
+        differences.append(mx.max(mx.abs(joined - whole)).item() / max(1.0, mx.max(mx.abs(whole)).item()))
+    assert (max(differences) > 1e-4) == (module_of(label) in OTHER_WITH_A_CACHE)
+
+
+def _require_equal_native_logits(lens_model: InterpretableModel, plain: mx.array, exact: bool) -> None:
+    """The native kernels, which users get on a CPU, give the same head, and the same logits within rounding."""
+    own = plain.astype(mx.float32)
     with use_backend("native"):
-        fast = InterpretableModel(model)
+        fast = InterpretableModel(lens_model.model)
         assert len(fast.acceleration) > 0
-        assert fast.unembed.paths == unembed.paths
+        assert fast.unembed.paths == lens_model.unembed.paths
         spread = mx.max(mx.abs(own - mx.mean(own, axis=-1, keepdims=True))).item()
         assert mx.max(mx.abs(fast(IDS).astype(mx.float32) - own)).item() <= (1e-3 if exact else 0.2) * spread  # mamba in bfloat16 takes 0.13
         fast.acceleration.undo()
-    assert [type(module) for _, module in model.named_modules()] == classes
-    return RIGHT

@@ -1,9 +1,9 @@
-"""Turn train.py's checkpoint into a 4-bit model in mlx-lm's format and, for the bundled one, the lens texts and the attribution file.
+"""Convert train.py's checkpoint into a 4-bit model in mlx-lm's format; with ASSETS, also write the lens texts and the attribution file.
 
     python convert.py WORKDIR MODEL [ASSETS]
 
-Needs mlx, mlx-lm and torch. Opens the result with mlx_lm.load and measures its loss on the held-out text, in the quantized form that users get;
-the figures go into MODEL/training.json.
+Needs mlx, mlx-lm and torch. Afterward the script opens the result with mlx_lm.load, measures its loss on the held-out text in the
+quantized form that users get, and writes the figures into MODEL/training.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def mlx_name(name: str) -> str:
-    """Our checkpoint's parameter names -> mlx-lm's."""
+    """Return mlx-lm's name of a parameter of our checkpoint."""
     for parent, children in (("self_attn", ATTENTION), ("mlp", MLP)):
         for child in children:
             name = name.replace(f".{child}.", f".{parent}.{child}.")
@@ -34,6 +34,7 @@ def mlx_name(name: str) -> str:
 
 
 def write_model(workdir: Path, out: Path) -> dict:
+    """Quantize the checkpoint, write the model's folder, and return the checkpoint's config."""
     checkpoint = torch.load(workdir / "checkpoint.pt", map_location="cpu")
     c = checkpoint["config"]
     group = min(group_size(columns) for columns in (c["hidden_size"], c["intermediate_size"]))
@@ -70,6 +71,7 @@ def write_model(workdir: Path, out: Path) -> dict:
 
 
 def held_out(model: nn.Module, tokenizer, text: str, length: int, tokens: int) -> dict[str, float]:
+    """Return the loss on the first `tokens` tokens of a text, in sequences of `length`."""
     ids = tokenizer.encode(text)[:tokens]
     total, count = 0.0, 0
     for start in range(0, len(ids) - length, length):
@@ -85,6 +87,7 @@ def held_out(model: nn.Module, tokenizer, text: str, length: int, tokens: int) -
 
 
 def attribution(sources: dict) -> str:
+    """Return the text of ATTRIBUTION.md."""
     rows = "\n".join(
         f"| {package} | {s['version']} | {s['license']} | {s['characters'] / 1e6:.2f} M | {s['repeat']:g} |" for package, s in sources.items()
     )
@@ -112,6 +115,7 @@ paragraphs that occur in more than one document were kept in the first only.
 
 
 def main(workdir: Path, out: Path, assets: Path | None = None) -> None:
+    """Write the model, and the lens texts if `assets` is given; then measure and print samples."""
     c = write_model(workdir, out)
     if assets is not None:
         for name in ("lens_train.txt", "heldout.txt"):
@@ -123,7 +127,7 @@ def main(workdir: Path, out: Path, assets: Path | None = None) -> None:
 
         accelerate(model)
     except ImportError:
-        sys.stderr.write("metalens is not installed: measuring with plain MLX, which takes long.\n")
+        sys.stderr.write("metalens is not installed: the evaluation runs on plain MLX, which is slow.\n")
     training = workdir / "training.json"
     record = json.loads(training.read_text()) if training.exists() else {}
     record["quantized_on_heldout.txt"] = held_out(model, tokenizer, (workdir / "heldout.txt").read_text(), c["max_position_embeddings"] - 1, 20000)

@@ -2,15 +2,15 @@
 
     python corpus.py WORKDIR
 
-Every source is documentation or prose that Debian ships under a free license. Packages are fetched with ``apt-get download`` and unpacked
-beside each other; nothing is installed. A document is one HTML or Mallard page reduced to its paragraphs: code blocks, tables, navigation and
-anything that does not read as a sentence are dropped, because the demo is read by people.
+Every source is documentation or prose that Debian ships under a free license. The script fetches packages with ``apt-get download`` and
+unpacks them beside each other; it installs nothing. A document is one HTML or Mallard page reduced to its paragraphs. Code blocks, tables,
+navigation and all other text that does not read as a sentence are dropped, because people read the demo's output.
 
 Writes into WORKDIR:
-    corpus.jsonl     {"source", "document", "repeat", "text"} per line: what the model trains on
-    lens_train.txt   about 1 MB drawn from those same documents, for training lenses
-    heldout.txt      about 200 KB from documents that are in neither of the others
-    valid.jsonl      more held-out documents, for the model's own loss during training
+    corpus.jsonl     {"source", "document", "repeat", "text"} per line: the model's training text
+    lens_train.txt   about 1 MB of the same documents, for training lenses
+    heldout.txt      about 200 KB from documents that are in neither of these files
+    valid.jsonl      more held-out documents, for the model's loss during training
     sources.json     package versions and character counts, for the attribution file
 """
 
@@ -32,10 +32,12 @@ from lxml import html as lxml_html
 
 @dataclass(frozen=True)
 class Source:
+    """A Debian package whose documents the corpus contains."""
+
     package: str
-    pattern: str  # of the pages, below the unpacked package
+    pattern: str  # glob pattern of the pages, below the unpacked package
     license: str
-    repeat: float  # how often training sees each document: prose counts for more than reference pages
+    repeat: float  # passes over each document per epoch: prose is repeated more than reference pages
     bundled: bool = False  # whether lens_train.txt and heldout.txt draw on it
 
 
@@ -62,14 +64,14 @@ SOURCES = (
 LENS_TRAIN_CHARS = 1_000_000
 HELDOUT_CHARS = 200_000
 VALID_CHARS = 400_000
-HELDOUT_FRACTION = 1 / 16  # of every source's documents, chosen by a hash of their names
+HELDOUT_FRACTION = 1 / 16  # fraction of every source's documents, chosen by a hash of their names
 
 BLOCKS = {"p", "li", "dd", "h1", "h2", "h3", "h4", "title", "blockquote"}
 DROPPED = {
     "script", "style", "pre", "table", "nav", "header", "footer", "form", "svg", "math", "code-block",
     "screen", "code", "info", "links", "head", "button", "select", "media",
 }  # fmt: skip
-# Inline <code> of HTML reads as part of its sentence; Mallard's <code> is a block, and only there is it dropped.
+# HTML's inline <code> is part of its sentence and is kept. Mallard's <code> is a block and is dropped.
 HTML_DROPPED = DROPPED - {"code"}
 NAVIGATION = re.compile(r"nav|toc|menu|footer|header|sidebar|related|fancy_toc|breadcrumb|index", re.I)
 PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": " - ", "…": "...", "\u00a0": " ", "\u00ad": "", "¶": "", "\u200b": ""})
@@ -90,17 +92,18 @@ def fetch(package: str, workdir: Path) -> tuple[Path, str]:
 
 
 def local(tag: object) -> str:
-    """The tag's name without its namespace ('' for comments)."""
+    """Return the tag's name without its namespace ('' for comments)."""
     return etree.QName(tag).localname.lower() if isinstance(tag, str) else ""
 
 
 def is_block(element: etree._Element) -> bool:
-    """Whether the element holds a paragraph or a heading; Publican's books (debian-handbook, harden-doc) write `<div class="para">`."""
+    """Return whether the element is a paragraph or a heading; in Publican's books (debian-handbook, harden-doc), `<div class="para">` is one."""
     name = local(element.tag)
     return name in BLOCKS or (name == "div" and "para" in (element.get("class") or "").split())
 
 
 def prune(root: etree._Element, dropped: set[str]) -> None:
+    """Remove elements with these names, comments and navigation from a page, and keep the text that follows them."""
     for element in list(root.iter()):
         if element.getparent() is None:
             continue
@@ -117,7 +120,7 @@ def prune(root: etree._Element, dropped: set[str]) -> None:
 
 
 def paragraphs(path: Path) -> Iterator[tuple[bool, str]]:
-    """(is a heading, text) of every block of a page that holds no smaller block."""
+    """Yield (whether it is a heading, text) for every block of a page that contains no other block."""
     try:
         if path.suffix == ".page":
             root = etree.parse(str(path), etree.XMLParser(resolve_entities=False, recover=True)).getroot()
@@ -135,12 +138,13 @@ def paragraphs(path: Path) -> Iterator[tuple[bool, str]]:
 
 
 def reads_as_prose(text: str) -> bool:
+    """Return whether a text looks like a sentence: long, mostly letters, and ended by punctuation."""
     letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
     return len(text) >= 60 and letters >= 0.88 * len(text) and text[-1] in '.!?:;")' and text.count(" ") >= 8
 
 
 def document(path: Path, seen: set[str]) -> str:
-    """The page as paragraphs separated by blank lines. A paragraph met before (boilerplate, mirrored pages) is left out."""
+    """Return the page as paragraphs separated by blank lines, without paragraphs seen before (boilerplate, mirrored pages)."""
     lines: list[str] = []
     heading = ""
     for is_heading, text in paragraphs(path):
@@ -156,10 +160,12 @@ def document(path: Path, seen: set[str]) -> str:
 
 
 def held_out(name: str) -> bool:
+    """Return whether the document of this name is held out."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 < 1000 * HELDOUT_FRACTION
 
 
 def main(workdir: Path) -> None:
+    """Write the corpus, the held-out documents and the lens texts."""
     train: list[dict[str, object]] = []
     held: list[dict[str, object]] = []
     seen: set[str] = set()
@@ -184,7 +190,10 @@ def main(workdir: Path) -> None:
         return sorted((e for e in entries if e["bundled"] or not bundled), key=lambda e: hashlib.sha256(str(e["document"]).encode()).hexdigest())
 
     def take(entries: list[dict[str, object]], size: int) -> tuple[str, list[dict[str, object]]]:
-        """About `size` characters, each source giving in proportion to what it has; and the entries that were not used."""
+        """Return about `size` characters from the first entries, and the other entries.
+
+        The entries are in random order, so each source contributes in proportion to its size.
+        """
         text, rest = "", []
         for entry in entries:
             if len(text) < size and len(str(entry["text"])) < size / 4:

@@ -1,15 +1,15 @@
-"""Train the demo model on the corpus that corpus.py made.
+"""Train the demo model on the corpus of corpus.py.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 python train.py WORKDIR [--minutes 80]
 
-(The two variables keep freed memory in the process: without them a third of the time goes to page faults.)
+The two variables keep freed memory in the process: without them a third of the time goes to page faults.
 
-A Llama of 8 blocks, width 256, 4 heads of 64 with 2 key/value heads, gated MLP of 704, tied embedding of 6000 byte-level BPE tokens. PyTorch on
-the CPU with bf16 autocast; Muon for the matrices inside the blocks, AdamW for the rest. For the last part of the run every matrix passes
-through MLX's 4-bit affine quantization (group 64) in the forward pass, with a straight-through gradient, so that the quantized model is the one
-that was trained.
+The model is a Llama with 8 blocks, hidden size 256, 4 heads of 64 with 2 key/value heads, a gated MLP of 704, and a tied embedding of 6000
+byte-level BPE tokens. PyTorch trains it on the CPU with bf16 autocast: Muon for the matrices inside the blocks, AdamW for the rest. In the
+last part of the run every matrix passes through MLX's 4-bit affine quantization (groups of 64) in the forward pass, with a straight-through
+gradient, so that training adapts the weights to the quantization.
 
-The number of steps follows from --minutes and the speed measured over the first steps. Writes tokenizer.json, checkpoint.pt (atomically) and
+The number of steps follows from --minutes and the measured speed. The script writes tokenizer.json, checkpoint.pt (atomically) and
 training.json (settings, losses) into WORKDIR.
 """
 
@@ -35,6 +35,8 @@ log = logging.getLogger("demo_model")
 
 @dataclass(frozen=True)
 class Config:
+    """The model's config, with the names of mlx-lm's config.json."""
+
     vocab_size: int = 6000
     hidden_size: int = 256
     intermediate_size: int = 704
@@ -49,19 +51,19 @@ class Config:
 
 END = "<|endoftext|>"
 MICROBATCH_TOKENS = 4096
-QUANTIZED_PART = 0.15  # of the run, at its end
+QUANTIZED_FRACTION = 0.15  # fraction of the run, at its end, with quantized weights
 GROUP_SIZE, BITS = 64, 4
 
 
 def group_size(columns: int) -> int:
-    """Of the quantization: what rows of so many columns divide into, at most 64."""
+    """Return the quantization's group size for rows of this length: a divisor, at most 64."""
     return math.gcd(GROUP_SIZE, columns)
 
 
 def quantize(w: Tensor) -> Tensor:
-    """What MLX's affine quantization makes of w [rows, columns], with a straight-through gradient.
+    """Return w [rows, columns] after MLX's affine quantization and dequantization, with a straight-through gradient.
 
-    Per group along the columns: scale and bias from the group's extremes, the extreme of larger magnitude exactly representable, zero too.
+    Each group along the columns has a scale and a bias from its extremes. The extreme of larger magnitude and zero are exact.
     """
     with torch.no_grad():
         groups = w.float().reshape(-1, group_size(w.shape[1]))
@@ -79,6 +81,8 @@ def quantize(w: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
+    """A linear layer without bias; the class attribute `quantized` turns quantization on in all of them."""
+
     quantized = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -89,12 +93,15 @@ class Linear(nn.Linear):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings."""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Block(nn.Module):
+    """A transformer block: attention and gated MLP."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
@@ -117,7 +124,7 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         repeats = c.num_attention_heads // c.num_key_value_heads
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        # Written out, because PyTorch's fused CPU attention is slower than this once compiled, at these sizes.
+        # Attention is written out: at these sizes, the compiled code is faster than PyTorch's fused CPU attention.
         scores = (q @ k.transpose(-1, -2)).float() * c.head_dim**-0.5
         future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
         a = torch.softmax(scores.masked_fill(future, float("-inf")), -1).to(v.dtype) @ v
@@ -127,6 +134,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
+    """The demo model; its embedding is also its unembedding."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -152,11 +161,13 @@ class Llama(nn.Module):
 
 
 def read(path: Path) -> list[dict]:
+    """Read a file with one JSON object per line."""
     with path.open() as lines:
         return [json.loads(line) for line in lines]
 
 
 def train_tokenizer(documents: list[dict], c: Config, path: Path) -> Tokenizer:
+    """Train a byte-level BPE tokenizer and save it, or read the saved one."""
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = Tokenizer(models.BPE())
@@ -171,22 +182,23 @@ def train_tokenizer(documents: list[dict], c: Config, path: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: list[dict]) -> list[Tensor]:
-    """Each document as ids, opened by the end-of-text token."""
+    """Return the ids of each document, which begin with the end-of-text token."""
     end = tokenizer.token_to_id(END)
     return [torch.tensor([end, *e.ids], dtype=torch.int32) for e in tokenizer.encode_batch([str(d["text"]) for d in documents])]
 
 
 def windows(ids: list[Tensor], repeats: list[float], length: int, rng: random.Random) -> Tensor:
-    """One epoch: documents in random order, repeated, joined and cut into rows of length + 1 (inputs and targets), rows shuffled."""
+    """Return the rows of one epoch, shuffled: documents in random order, repeated, joined, and cut into rows of length + 1 tokens."""
     order = [i for i, r in enumerate(repeats) for _ in range(int(r) + (rng.random() < r % 1))]
     rng.shuffle(order)
-    stream = torch.cat([ids[i] for i in order])
-    rows = stream[: (len(stream) - 1) // length * length + 1].unfold(0, length + 1, length)
+    joined = torch.cat([ids[i] for i in order])
+    rows = joined[: (len(joined) - 1) // length * length + 1].unfold(0, length + 1, length)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(rng.randrange(2**31)))]
 
 
 @torch.compile(dynamic=False)
 def loss_of(model: Llama, rows: Tensor) -> Tensor:
+    """Return the mean cross-entropy of rows [B, T + 1] in nats per token."""
     rows = rows.long()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(rows[:, :-1])
@@ -195,27 +207,35 @@ def loss_of(model: Llama, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Llama, rows: Tensor) -> float:
+    """Return the mean cross-entropy of rows [B, T + 1] in nats per token, without gradient."""
     return sum(loss_of(model, chunk).item() * len(chunk) for chunk in rows.split(MICROBATCH_TOKENS // (rows.shape[1] - 1))) / len(rows)
 
 
 def main() -> None:
+    """Train the tokenizer and the model, and write the checkpoint and the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--minutes", type=float, default=80, help="length of the run [default: 80]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=Config.num_hidden_layers)
-    parser.add_argument("--width", type=int, default=Config.hidden_size, help="a multiple of 128: heads are 64 wide, two for each pair of keys")
+    parser.add_argument(
+        "--hidden-size",
+        "--width",
+        type=int,
+        default=Config.hidden_size,
+        help="a multiple of 128: a head has size 64, and two heads have one key/value head",
+    )
     parser.add_argument("--batch-tokens", type=int, default=16384)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     c = Config(
-        hidden_size=args.width,
-        intermediate_size=args.width * 11 // 4,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 11 // 4,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 128,
+        num_attention_heads=args.hidden_size // 64,
+        num_key_value_heads=args.hidden_size // 128,
     )
     length = c.max_position_embeddings
 
@@ -246,7 +266,7 @@ def main() -> None:
             epoch, at = windows(ids, repeats, length, rng), 0
         rows, at = epoch[at : at + batch], at + batch
         progress = step / steps
-        Linear.quantized = progress >= 1 - QUANTIZED_PART
+        Linear.quantized = progress >= 1 - QUANTIZED_FRACTION
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50, max(1 - progress, 0.0) / 0.7)
         total = 0.0
@@ -260,8 +280,8 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         step += 1
         elapsed = time.time() - start
-        if step >= 20 and step % 10 == 0 and progress < 1 - QUANTIZED_PART:
-            steps = max(step + 1, int(step * 60 * args.minutes / elapsed))  # the machine is shared: follow its speed while the rate allows it
+        if step >= 20 and step % 10 == 0 and progress < 1 - QUANTIZED_FRACTION:
+            steps = max(step + 1, int(step * 60 * args.minutes / elapsed))  # follow the speed of a shared machine, until quantization starts
         if step % 20 == 0 or step == steps:
             log.info("step %d/%d loss %.3f  %.0f tokens/s", step, steps, total, step * args.batch_tokens / elapsed)
         if step % 200 == 0 or step == steps:

@@ -1,30 +1,51 @@
-"""What all commands need: errors in one line, notes, the model, output, and --data with several files."""
+"""What several commands need: errors in one line, notes, output, and options that mean the same everywhere."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 
-from metalens.model import InterpretableModel, load
+from metalens.utils.errors import MetalensError
+
+if TYPE_CHECKING:
+    from metalens.model import InterpretableModel
+else:
+    InterpretableModel = Any  # takes a while to import
 
 DEFAULT_LENGTH = "[default: 512, or the model's context if that is shorter]"
 
-notes = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# ------------------------------------------------------------------ output
+
+
 def note(text: str) -> None:
-    """A line on stderr."""
-    notes.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line on stderr. A stderr that cannot be written never stops a command."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(table: Any) -> None:
+    """Print a table on stdout. Where stdout is no terminal, a line has up to 200 characters."""
+    from rich.console import Console
+
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    Console(width=None if terminal else 200).print(table)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -32,9 +53,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def one_clear_error(command: F) -> F:
-    """Turn the library's errors about input into one line on stderr and exit code 1; METALENS_DEBUG=1 shows where they came from.
+    """Print the library's errors and the system's as one line on stderr, with exit code 1. Print warnings as lines on stderr too.
 
-    Its warnings become lines on stderr too.
+    Any other exception is a bug and shows its traceback. METALENS_DEBUG=1 shows the traceback of every error.
     """
 
     @functools.wraps(command)
@@ -43,12 +64,43 @@ def one_clear_error(command: F) -> F:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, AttributeError, RuntimeError, ImportError) as error:
-            if os.environ.get("METALENS_DEBUG") or isinstance(error, (click.exceptions.Exit, click.Abort)):
+        except BrokenPipeError:  # the reader of stdout has gone; click ends the command
+            raise
+        except (MetalensError, OSError) as error:
+            if os.environ.get("METALENS_DEBUG"):
                 raise
             raise click.ClickException(str(error)) from error
 
     return wrapped  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------ options
+
+
+class _RenamedOption(click.Option):
+    """An option that also accepts older spellings, which the help text leaves out."""
+
+    def __init__(self, *args: Any, old: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.old = list(old)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser accept the older spellings too."""
+        spellings = self.opts
+        self.opts = [*spellings, *self.old]
+        super().add_to_parser(parser, ctx)
+        self.opts = spellings
+
+
+def renamed_option(*declarations: str, old: Sequence[str], **attributes: Any) -> Callable[[F], F]:
+    """Add an option that also accepts older spellings, which the help text leaves out. Arguments as in `click.option`.
+
+    Args:
+        declarations: spellings of the option, and the name of its parameter.
+        old: older spellings.
+        attributes: attributes of the option.
+    """
+    return click.option(*declarations, cls=_RenamedOption, old=old, **attributes)
 
 
 class SeveralFiles(click.Command):
@@ -57,7 +109,7 @@ class SeveralFiles(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat --data before every file that follows it."""
         expanded: list[str] = []
-        files: int | None = None  # that the list being read has so far
+        files: int | None = None  # number of files of the --data that is read. None = none is read
         for argument in args:
             if files is not None and argument.startswith("-"):
                 expanded += [] if files else ["--data"]  # click says what is missing
@@ -72,18 +124,81 @@ class SeveralFiles(click.Command):
         return super().parse_args(ctx, [*expanded, "--data"] if files == 0 else expanded)
 
 
-def sources_of(names: tuple[str, ...]) -> list[str | Path]:
-    """What --data names: data sets of the hub have 'hf:' before them, so that a mistyped file is not looked for there."""
-    return [name if name.startswith("hf:") else Path(name) for name in names]
+def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
+    """Add the options that say where the text is.
+
+    Args:
+        required: whether a text is needed.
+        split: default split of hub data sets.
+    """
+    other = "The default of `train` is 'train'." if split == "test" else "The default of `eval` is 'test'."
+
+    def add(command: F) -> F:
+        command = click.option("--split", default=split, show_default=True, help=f"Split of hub data sets. {other}")(command)
+        command = click.option("--field", default="text", show_default=True, help="Field or column that holds the text.")(command)
+        return click.option(
+            "--data",
+            required=required,
+            multiple=True,
+            metavar="FILE...",
+            help="UTF-8 text, JSON Lines or Parquet: files, folders, or hub data sets as hf:DATASET[:CONFIGURATION][@REVISION].",
+        )(command)
+
+    return add
 
 
-def load_model(name: str) -> InterpretableModel:
-    """A path, a hub id, or 'demo' for the bundled model; on the CPU its layers run on the native kernels."""
-    return load(name)
+def lens_option(command: F) -> F:
+    """Add --lens."""
+    return click.option(
+        "--lens",
+        "lens_path",
+        type=click.Path(path_type=Path),
+        metavar="LENS",
+        help="Path of a tuned lens, as given to `train --out`.  [default: the logit lens alone]",
+    )(command)
+
+
+def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
+    """Add --save PICTURE.
+
+    Args:
+        shows: content of the picture, for the help text.
+        old: older spellings of the option.
+    """
+    return renamed_option(
+        "--save",
+        "picture",
+        old=old,
+        type=click.Path(path_type=Path),
+        metavar="PICTURE",
+        help=f"Also save a picture of {shows}, for example out.png.",
+    )
+
+
+def parallel_option(command: F) -> F:
+    """Add --parallel."""
+    return renamed_option(
+        "--parallel",
+        old=["--share"],
+        type=click.Choice(["data", "layers"]),
+        default="data",
+        show_default=True,
+        help="Work that the processes of mlx.launch divide among them: the sequences of every step, or the layers.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
+
+
+# ------------------------------------------------------------------ arguments
+
+MOST_LAYERS = 10_000  # no model has as many; a typing error must not fill the memory
 
 
 def parse_layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
-    """'0,4-6' -> [0, 4, 5, 6]."""
+    """Read a list of layers: '0,4-6' is [0, 4, 5, 6]."""
     if value is None:
         return None
     layers: list[int] = []
@@ -93,17 +208,19 @@ def parse_layers(_: click.Context, __: click.Parameter, value: str | None) -> li
             found = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             found = range(0)
-        if not found:
+        if not found or found[-1] >= MOST_LAYERS:
             raise click.BadParameter(f"{value!r} is not a list of layer numbers like 0,4 or 0,4-7.")
         layers += found
     return layers
 
 
-def print_json(value: Any) -> None:
-    """JSON alone on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+def sources_of(names: tuple[str, ...]) -> list[str | Path]:
+    """Return the sources that --data names. Only a name with 'hf:' before it is a hub data set: a mistyped file must not be looked for there."""
+    return [name if name.startswith("hf:") else Path(name) for name in names]
 
 
-def print_table(table: Any) -> None:
-    """A table on stdout; as wide as it needs to be when stdout is not a terminal."""
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+def load_model(name: str) -> InterpretableModel:
+    """Load a model. On a CPU its layers run on the native kernels."""
+    from metalens import load  # slow to import
+
+    return load(name)

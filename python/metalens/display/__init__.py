@@ -1,1 +1,1 @@
-"""Results for people: tables and figures."""
+"""Results for people: tables, figures and the format of numbers. Labels live here; data has snake_case names."""

@@ -1,123 +1,105 @@
-"""Tables for people: an evaluation, a reading, a plan, the state of the installation; and the picture of layer transfer."""
+"""Tables of an evaluation, a reading, a plan, a roofline, the installation, and the models that lenses support."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
-from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from metalens.estimate.memory import BYTES_PER_TOKEN, Plan, gigabytes
-from metalens.evaluation.evaluator import Evaluation, Transfer
+from metalens.display.format import decimals, gigabytes, percent, rate, yes_or_no
+from metalens.estimate.results import BYTES_PER_TOKEN, Plan
+from metalens.estimate.roofline import Bounds
+from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
+from metalens.ops.doctor import Diagnosis
 from metalens.readings.heat_map import readable
 from metalens.readings.reading import Reading
 
+# ------------------------------------------------------------------ evaluation
 
-def _decimals(value: float) -> str:
-    return f"{value:z.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-# {what a table shows of each lens: (its column, how a number is written)}
-COLUMNS = {"kl": ("KL", _decimals), "ce": ("CE", _decimals), "bits_per_byte": ("bits/byte", _decimals), "top1": ("top-1", _percent)}
+# {field of Scores: (heading, format)}
+SCORE_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "kl": ("KL", decimals),
+    "ce": ("CE", decimals),
+    "bits_per_byte": ("bits/byte", decimals),
+    "top1": ("top-1", percent),
+    "entropy": ("entropy", decimals),
+    "bias": ("bias", decimals),
+}
+MODEL_COLUMNS = ("ce", "bits_per_byte", "entropy")  # the others compare with the model
 
 
 def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
-    """One row per layer: KL to the model, cross-entropy, bits per byte and agreement, logit lens and tuned lens side by side.
+    """Make a table with a row for each layer, and the logit lens and the tuned lens side by side.
+
+    Columns are the KL to the model, the cross-entropy, bits per byte and the agreement with the model's top token.
 
     Args:
-        evaluation: the numbers; one with logit_stats also has the bias in the table.
+        evaluation: the evaluation. If it has logit_stats, the table shows the bias of each layer too.
         entropy: also show the entropy of the predictions.
     """
-    extra = ["entropy"] * entropy + ["bias"] * (evaluation.logit_stats is not None)
-    columns = COLUMNS | {name: (name, _decimals) for name in extra}
-    lenses = {"logit": evaluation.logit} | ({} if evaluation.tuned is None else {"tuned": evaluation.tuned})
-    biases = evaluation.bias or {}
-    units = "KL(model || lens), cross-entropy" + "".join(f", {name}" for name in extra)
-    table = Table(title=f"{evaluation.tokens} tokens; {' and '.join(units.rsplit(', ', 1))} in nats per token")
+    biases = evaluation.bias
+    names = ["kl", "ce", "bits_per_byte", "top1"]
+    if entropy:
+        names.append("entropy")
+    if biases is not None:
+        names.append("bias")
+    lenses = {"logit": evaluation.logit}
+    if evaluation.tuned is not None:
+        lenses["tuned"] = evaluation.tuned
+    table = Table(title=f"{evaluation.tokens} tokens; {_nats(names)} in nats per token")
     table.add_column("layer", justify="right")
-    rows: list[list[float]] = [[] for _ in evaluation.logit]
+    columns: list[list[float]] = []
     for lens, scores in lenses.items():
-        for heading, _ in columns.values():
-            table.add_column(f"{lens} lens\n{heading}", justify="right")
-        for i, row in enumerate(rows):
-            row += [biases[lens][i] if name == "bias" else getattr(scores[i], name) for name in columns]
-    styles = [style for _ in lenses for _, style in columns.values()]
-
-    def cells(values: Sequence[float]) -> list[str]:
-        return [style(value) for style, value in zip(styles, values, strict=True)]
-
-    for i, row in enumerate(rows):
-        table.add_row(str(i), *cells(row))
+        for name in names:
+            table.add_column(f"{lens} lens\n{SCORE_COLUMNS[name][0]}", justify="right")
+            columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
+    formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
+    for layer, values in enumerate(zip(*columns, strict=True)):
+        table.add_row(str(layer), *_cells(formats, values))
     table.add_section()
-    table.add_row("mean", *cells([sum(column) / len(rows) for column in zip(*rows, strict=True)]))
-    shown = {name: getattr(evaluation.model, name) for name in ("ce", "bits_per_byte", "entropy")}
-    table.add_row("model", *(style(shown[name]) if name in shown else "" for name, (_, style) in columns.items()))
+    table.add_row("mean", *_cells(formats, [sum(column) / len(column) for column in columns]))
+    table.add_row("model", *(decimals(getattr(evaluation.model, name)) if name in MODEL_COLUMNS else "" for name in names))
     return table
 
 
-def plan_table(plan: Plan, title: str) -> Table:
-    """Memory, text, work and disk of a run, one after another."""
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+def _nats(names: Sequence[str]) -> str:
+    """Return the names of the columns that are in nats per token, as a list in words."""
+    shown = ["KL(model || lens)", "cross-entropy", *(name for name in names if name in ("entropy", "bias"))]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
 
-    def section(rows: dict[str, str]) -> None:
-        for name, value in rows.items():
-            table.add_row(name, value)
-        table.add_section()
 
-    about = "" if plan.facts.exact else " (estimated)"
-    section({f"memory: {name}{about if name == 'model' else ''}": gigabytes(count) for name, count in plan.memory.items() if count})
-    section({"memory: total at the peak": gigabytes(plan.total), "memory: available": gigabytes(plan.available)})
-    config = plan.config
-    text = {
-        "text: tokens needed": f"{config.total_tokens:,}",
-        "text: about as much": gigabytes(config.total_tokens * BYTES_PER_TOKEN),
-        "text: times read": str(plan.passes),
-    }
-    section(text | ({} if plan.epochs is None else {"text: epochs of what was given, about": f"{plan.epochs:.2f}"}))
-    section({f"work: {name}": f"{flops / 1e9:,.3f} GFLOP/token" for name, flops in plan.flops_per_token.items() if flops})
-    section({"work: whole run": f"{plan.flops / 1e15:,.3g} PFLOP"})
-    section({f"disk: {name}": gigabytes(count) for name, count in plan.disk.items()})
-    return table
+def _cells(formats: Sequence[Callable[[float], str]], values: Iterable[float]) -> list[str]:
+    return [shown(value) for shown, value in zip(formats, values, strict=True)]
 
 
 def transfer_table(transfer: Transfer) -> Table:
-    """The transfer penalty: a row for each translator, a column for each block's output."""
+    """Make a table of the transfer penalty: a row for each translator, a column for each block's output."""
     table = Table(title="transfer penalty: what a translator (row) costs on another block's output (column), nats per token")
     table.add_column("", justify="right")
-    for layer in range(len(transfer.ce)):
+    for layer in range(len(transfer.penalty)):
         table.add_column(str(layer), justify="right")
     for layer, row in enumerate(transfer.penalty):
         table.add_row(str(layer), *(f"{value:z.2f}" for value in row))
     return table
 
 
-def transfer_figure(transfer: Transfer, title: str = "") -> Figure:
-    """A heat map of the transfer penalty: how many nats per token the next token costs more if a layer is read by another layer's translator."""
-    penalty, size = transfer.penalty, max(4.0, 0.25 * len(transfer.ce) + 2.5)
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(penalty, cmap="viridis", origin="lower", vmin=min(0.0, *map(min, penalty)))
-    axes.set_xlabel("output of block")
-    axes.set_ylabel("translator of block")
-    if title:
-        axes.set_title(title, parse_math=False)
-    figure.colorbar(image, ax=axes, label="transfer penalty (nats per token)", shrink=0.9)
-    return figure
+# ------------------------------------------------------------------ reading
 
 
 def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
-    """Layers down, the last `columns` tokens across; in each cell the top-k next tokens, best first."""
+    """Make a table with a row for each layer and a column for each of the last tokens. Cells hold the top-k next tokens, best first.
+
+    Args:
+        reading: the reading.
+        title: text above the table.
+        columns: tokens to show.
+    """
     first = max(0, len(reading.tokens) - columns)
-    table = Table(title=title, show_lines=any(len(p) > 1 for rows in reading.predictions.values() for p in rows))
+    several = any(len(best) > 1 for positions in reading.predictions.values() for best in positions)
+    table = Table(title=_title(title), show_lines=several)
     table.add_column("", justify="right", no_wrap=True)
     for token in reading.tokens[first:]:
         table.add_column(Text(readable(token)), no_wrap=True)
@@ -128,19 +110,142 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     return table
 
 
-def facts_table(facts: dict[str, Any], title: str) -> Table:
-    """Names and values."""
-    table = Table(title=title, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in facts.items():
-        table.add_row(name, Text(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+# ------------------------------------------------------------------ plan
+
+MEMORY_LABELS = {
+    "program": "program",
+    "model": "model",
+    "translators": "translators in training",
+    "optimizer_state": "optimizer state",
+    "gradients": "gradients",
+    "hidden_states": "hidden states of a batch",
+    "logits": "logits",
+    "update": "update of a layer, beyond a batch",
+    "float32_lens": "lens as float32, beyond a step",
+    "warm_start": "warm start, beyond a step",
+}
+WORK_LABELS = {
+    "forward": "forward pass of the model",
+    "model_head": "head, for the model",
+    "lens_head": "head, for the lens",
+    "translators": "translators",
+    "optimizer": "optimizer",
+    "warm_start": "warm start",
+}
+DISK_LABELS = {"lens": "lens", "checkpoints": "checkpoints", "new_checkpoint": "one more checkpoint while it is written"}
+
+
+def plan_table(plan: Plan, title: str) -> Table:
+    """Make a table of a run's memory, text, work and disk, one after another."""
+    table = _two_columns(title, justify="right")
+    memory = {MEMORY_LABELS[name]: gigabytes(count) for name, count in asdict(plan.memory).items() if count}
+    if not plan.facts.exact:
+        memory = {f"{label} (estimated)" if label == "model" else label: size for label, size in memory.items()}
+    _section(table, "memory", memory)
+    _section(table, "memory", {"total at the peak": gigabytes(plan.total), "available": gigabytes(plan.available)})
+    text = {
+        "tokens needed": f"{plan.config.total_tokens:,}",
+        "size, about": gigabytes(plan.config.total_tokens * BYTES_PER_TOKEN),
+        "times read": str(plan.passes),
+    }
+    if plan.epochs is not None:
+        text["epochs of the given text, about"] = f"{plan.epochs:.2f}"
+    _section(table, "text", text)
+    work = asdict(plan.flops_per_token)
+    _section(table, "work", {WORK_LABELS[name]: f"{flops / 1e9:,.3f} GFLOP/token" for name, flops in work.items() if flops})
+    _section(table, "work", {"whole run": f"{plan.flops / 1e15:,.3g} PFLOP"})
+    _section(table, "disk", {DISK_LABELS[name]: gigabytes(count) for name, count in asdict(plan.disk).items()})
     return table
 
 
-def support_table(found: list[Module], title: str) -> Table:
-    """A row for each of mlx-lm's modules."""
-    table = Table(title=title)
+def plan_remarks(plan: Plan) -> list[str]:
+    """Say in sentences whether a run fits, and which changes would make it fit."""
+    needed = f"The run takes about {gigabytes(plan.total)} of {gigabytes(plan.available)}"
+    lines = [f"{needed}: it fits." if plan.fits else f"{needed}: it does not fit."]
+    for change in plan.advice:
+        verdict = "fits" if change.fits else "does not fit either"
+        lines.append(f"  {change.option}: {gigabytes(change.bytes)}, {', '.join(filter(None, [verdict, change.cost]))}.")
+    if not plan.fits and not any(change.fits for change in plan.advice):
+        lines.append(f"None of these fits. The model alone takes {gigabytes(plan.memory.model)}: quantize it to fewer bits.")
+    if plan.epochs is not None and plan.epochs > 1 and not plan.config.repeat:
+        lines.append(
+            f"The text holds about {plan.text_tokens} tokens, and the run needs {plan.config.total_tokens}: "
+            "give more text, add --repeat, or reduce --steps or --tokens-per-step."
+        )
+    return lines
+
+
+# ------------------------------------------------------------------ roofline
+
+ROOFLINE_LABELS = {
+    "statistics": "statistics, metalens",
+    "statistics_plain_mlx": "statistics, plain MLX",
+    "training": "training, metalens",
+    "training_plain_mlx": "training, plain MLX",
+    "forward": "the model's forward pass",
+    "training_and_forward": "training and forward, metalens",
+}
+
+
+def roofline_table(bounds: Mapping[str, Bounds], title: str) -> Table:
+    """Make a table with a column for each chip and a row for each task: tokens per second at most."""
+    table = Table(title=_title(title))
+    table.add_column("")
+    for chip in bounds:
+        table.add_column(chip, justify="right")
+    for task, label in ROOFLINE_LABELS.items():
+        table.add_row(label, *(rate(getattr(found, task)) for found in bounds.values()))
+    return table
+
+
+# ------------------------------------------------------------------ installation and models
+
+
+def diagnosis_facts(diagnosis: Diagnosis) -> dict[str, str]:
+    """Return the facts of an installation by label."""
+    facts = {
+        "metalens": diagnosis.metalens,
+        "mlx": diagnosis.mlx,
+        "mlx-lm": diagnosis.mlx_lm,
+        "Python": diagnosis.python,
+        "platform": diagnosis.platform,
+        "default device": diagnosis.device,
+        "backend setting": diagnosis.backend,
+        "precision setting": diagnosis.precision,
+    }
+    gpu, native = diagnosis.metal, diagnosis.native
+    if gpu is None:
+        facts["Metal"] = "not available here"
+    else:
+        compiled = f"{gpu.compiled_kernels} compiled ahead of time, others just in time" if gpu.compiled_kernels else "compiled just in time"
+        facts |= {"Metal": f"{gpu.architecture}, tuned as generation {gpu.generation}", "Metal kernels": compiled, "matrix units": gpu.matrix_units}
+    if native is None:
+        facts["native extension"] = f"not used: {diagnosis.native_problem}"
+    else:
+        facts |= {
+            "native extension": "loaded",
+            "instruction set": native.instruction_set,
+            "instruction sets available": ", ".join(native.available_instruction_sets),
+            "faster 16-bit products": yes_or_no(native.fast_bfloat16),
+            "threads": str(native.threads),
+            "largest difference from plain MLX": f"{native.largest_difference:.1e}",
+            "speed beside plain MLX": f"{native.speedup:.0f}x ({native.product})",
+        }
+    return facts
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """Make a table of the facts of an installation, without its problems."""
+    table = _two_columns("metalens doctor")
+    table.columns[0].style = "bold"
+    for name, value in diagnosis_facts(diagnosis).items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def support_table(found: Sequence[Module], title: str) -> Table:
+    """Make a table with a row for each of mlx-lm's modules."""
+    table = Table(title=_title(title))
     for column in ("module", "a lens", "remark"):
         table.add_column(column)
     for module in found:
@@ -148,12 +253,19 @@ def support_table(found: list[Module], title: str) -> Table:
     return table
 
 
-def roofline_table(bounds: dict[str, dict[str, float]], title: str) -> Table:
-    """A column for each chip, a row for each task: tokens per second at most."""
-    table = Table(title=title)
-    table.add_column("")
-    for chip in bounds:
-        table.add_column(chip, justify="right")
-    for task in next(iter(bounds.values())):
-        table.add_row(task, *(f"{tasks[task]:,.0f}" if tasks[task] >= 100 else f"{tasks[task]:.1f}" for tasks in bounds.values()))
+def _title(text: str) -> Text:
+    """Return a title as it is: a "[" in a path is no markup."""
+    return Text(text, style="table.title")
+
+
+def _two_columns(title: str, justify: str = "left") -> Table:
+    table = Table(title=_title(title), show_header=False)
+    table.add_column()
+    table.add_column(justify="right" if justify == "right" else "left")
     return table
+
+
+def _section(table: Table, kind: str, rows: Mapping[str, str]) -> None:
+    for label, value in rows.items():
+        table.add_row(f"{kind}: {label}", value)
+    table.add_section()

@@ -1,346 +1,332 @@
-"""What a training run will take, before anything is loaded: memory, work, text; and what to change if it does not fit.
+"""What a training run will take, estimated before a model is loaded: memory, work, text and disk, and what to change if it does not fit.
 
-Memory is counted as the training loop allocates it. What stays (weights, translators, optimizer state, gradients) is exact; what lives as long as a
-batch or an update is a bound that was fitted to measured runs on the CPU, where MLX allocates ahead of its kernels: tests/test_plan.py holds both
-against real runs. Nothing was measured on Apple hardware.
+Memory is counted as the training loop allocates it. What stays for the whole run (weights, translators, optimizer state, gradients) is exact. What
+lives as long as a batch or an update is a bound.
+
+The constants of these bounds (PROGRAM, UPDATE, FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS, LOSS_ARRAYS) were fitted to the peaks of MLX's allocator in the
+runs of tests/estimate/test_memory.py: 14 settings on a model of 4 layers, on a CPU, where MLX allocates ahead of its kernels. The test requires each
+peak to be 0.6 to 1.05 of its estimate; on the machine of its last run the peaks were 0.75 to 0.96. Nothing was measured on Apple hardware.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from metalens.estimate.roofline import Dimensions
-from metalens.models.facts import ModelFacts
+from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
+from metalens.models.bundled import path_of
+from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
 from metalens.ops import Head, Weight
 from metalens.ops.backends import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
 from metalens.ops.metal import tuning
 from metalens.ops.metal.kl import chunk_shape
-from metalens.training import TrainingConfig
 from metalens.training.batching import PASS_TOKENS, steps_together
+from metalens.training.config import TrainingConfig
+from metalens.training.data import find_sources
 from metalens.training.data.readers import FileSource, Source, TextFile
 from metalens.training.polar import quintics
+from metalens.training.settings import resolve
 from metalens.utils.errors import InvalidValueError
+from metalens.utils.renamed import renamed_arguments
 
-BYTES_PER_TOKEN = 4  # of English text
-PROGRAM = 300_000_000  # bytes: Python, MLX, the tokenizer
+PROGRAM = 300_000_000  # bytes of Python, MLX and the tokenizer
 
 # Arrays of the optimizer's state for each parameter.
 STATES = {"sgd": 1, "adam": 2, "muon": 1}
-# Float32 arrays of a layer's size that live at once while it is updated: wide copies and random numbers in bfloat16, Muon's products.
+# Float32 arrays of a layer's size that exist at once while the layer is updated: in bfloat16 also wide copies and random numbers, for Muon also its
+# products.
 UPDATE = {
     "float32": {"sgd": 6.5, "adam": 7.0, "muon": 13.0},
     "bfloat16": {"sgd": 10.0, "adam": 13.0, "muon": 15.0},
 }
-# Multiplications and additions of an update for each parameter, without Muon's iteration.
+# Multiplications and additions of an update for each parameter, without Muon's iterations.
 UPDATE_FLOPS = {"sgd": 6, "adam": 12, "muon": 6}
 
-# Float32 [tokens, D] and [tokens, intermediate] that the model's forward pass holds at once beside its streams.
-FORWARD_WIDTHS, FORWARD_INTERMEDIATES = 12, 3
-# Float32 [tokens, D] of each trained layer: translated, normed, its gradient.
-LOSS_WIDTHS = 3
+# Float32 arrays [tokens, D] and [tokens, intermediate size] that a forward pass holds at once, beside the hidden states that are captured.
+FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS = 12, 3
+# Float32 arrays [tokens, D] of each trained layer: the translated states, the normed ones, their gradient.
+LOSS_ARRAYS = 3
 
 
-# ------------------------------------------------------------------ the run
+# ------------------------------------------------------------------ the plan
+
+
+@renamed_arguments(available="memory", share="parallel")
+def plan(
+    model: str | Path | ModelFacts,
+    recipe: str | None = None,
+    *,
+    config: TrainingConfig | str | Path | None = None,
+    memory: int | None = None,
+    processes: int = 1,
+    parallel: Parallel = "data",
+    data: str | Path | Sequence[str | Path] | None = None,
+    field: str = "text",
+    split: str = "train",
+    **settings: Any,
+) -> Plan:
+    """Estimate what `train` would need with the same arguments. No weights are read.
+
+    Args:
+        model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
+        recipe: name of a recipe. None = the one that `config` names, else 'fast'.
+        config: a JSON or TOML file of settings that replace the recipe's, or a complete `TrainingConfig`, which needs no recipe.
+        memory: bytes that each process may use. None = the memory of this machine.
+        processes: number of processes that run the training together.
+        parallel: what the processes divide among them: the sequences of every step ('data') or the layers ('layers').
+        data: files, folders or hub data sets with the text, as `train` takes them. None = the text is not known yet.
+        field: field or column that holds the text.
+        split: split of hub data sets.
+        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`.
+
+    Raises:
+        InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.
+    """
+    facts = model if isinstance(model, ModelFacts) else facts_of(path_of(str(model)))
+    if isinstance(recipe, TrainingConfig):
+        warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
+        recipe, config = None, recipe
+    name, settled = resolve(recipe, config, settings, facts.context_length)
+    _check(facts.dimensions, settled, memory, processes, parallel)
+    available = machine_memory() if memory is None else memory
+    layers = _layers(facts, settled, processes, parallel)
+    found = Plan(
+        facts=facts,
+        recipe=name,
+        config=settled,
+        processes=processes,
+        memory=memory_of(facts, settled, processes, parallel),
+        available=available,
+        flops_per_token=_work(facts.dimensions, settled, layers, processes if parallel == "layers" else 1),
+        passes=layers.passes,
+        text_tokens=None if data is None else _text_tokens(find_sources(data, field=field, split=split)),
+        disk=_disk(facts.dimensions, settled, layers),
+    )
+    return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
+
+
+def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
+    if config.layers is not None and not all(0 <= layer < d.num_layers for layer in config.layers):
+        raise InvalidValueError(f"layers must be from 0 to {d.num_layers - 1}, got {list(config.layers)}.")
+    if config.rank is not None and config.rank > d.hidden_size:
+        raise InvalidValueError(f"rank must be from 1 to {d.hidden_size}, the hidden size, got {config.rank}.")
+    if processes < 1:
+        raise InvalidValueError(f"processes must be at least 1, got {processes}.")
+    if parallel not in ("data", "layers"):
+        raise InvalidValueError(f"parallel must be 'data' or 'layers', got {parallel!r}.")
+    if memory is not None and memory < 1:
+        raise InvalidValueError(f"memory must be at least 1 byte, got {memory}.")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run takes.
+class _Layers:
+    """How many layers are trained: in all, by one process, and by one process at a time."""
 
-    Attributes:
-        facts, config, processes: as given.
-        memory: {what: bytes} of one process at its peak; they add up.
-        available: bytes.
-        flops_per_token: {what: multiplications and additions} for each token of the text, all processes together.
-        passes: how often the text is read.
-        text_tokens: an estimate of what the given text holds, None if unknown.
-        disk: {what: bytes}.
-        advice: what would need less, [{"option", "bytes", "fits", "remark"}]; empty if the run fits.
-    """
-
-    facts: ModelFacts
-    config: TrainingConfig
-    processes: int
-    memory: dict[str, int]
-    available: int
-    flops_per_token: dict[str, float]
-    passes: int
-    text_tokens: int | None
-    disk: dict[str, int]
-    advice: list[dict[str, Any]]
+    trained: int
+    of_process: int
+    at_once: int
 
     @property
-    def total(self) -> int:
-        """Bytes at the peak."""
-        return sum(self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        """Whether they are there."""
-        return self.total <= self.available
-
-    @property
-    def flops(self) -> float:
-        """Of the whole run."""
-        return sum(self.flops_per_token.values()) * self.config.num_steps * self.config.step_tokens
-
-    @property
-    def epochs(self) -> float | None:
-        """How often the given text is needed in one pass: at most 1, unless it repeats."""
-        return self.config.total_tokens / self.text_tokens if self.text_tokens else None
-
-    @property
-    def remarks(self) -> list[str]:
-        """In sentences: does it fit, and what would."""
-        needed = f"It takes about {gigabytes(self.total)} of {gigabytes(self.available)}"
-        lines = [f"{needed}: it fits." if self.fits else f"{needed}: it does not fit."]
-        for entry in self.advice:
-            verdict = "fits" if entry["fits"] else "does not fit either"
-            lines.append(f"  {entry['option']}: {gigabytes(entry['bytes'])}, {verdict}{entry['remark']}.")
-        if not self.fits and not any(entry["fits"] for entry in self.advice):
-            lines.append(f"None of these fits. The model alone takes {gigabytes(self.memory['model'])}: quantize it to fewer bits.")
-        if self.epochs is not None and self.epochs > 1 and not self.config.repeat:
-            lines.append(
-                f"The text holds about {self.text_tokens} tokens, and {self.config.total_tokens} are needed: "
-                "give more, --repeat it, or take fewer --steps or --tokens-per-step."
-            )
-        return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; bytes, tokens, and multiplications and additions."""
-        return {
-            "dimensions": asdict(self.facts.dimensions),
-            "weights_known": self.facts.exact,
-            "config": self.config.to_dict(),
-            "processes": self.processes,
-            "memory": {**self.memory, "total": self.total},
-            "available": self.available,
-            "fits": self.fits,
-            "advice": self.advice,
-            "flops_per_token": self.flops_per_token,
-            "flops": self.flops,
-            "text": {
-                "tokens": self.config.total_tokens,
-                "passes": self.passes,
-                "bytes_about": self.config.total_tokens * BYTES_PER_TOKEN,
-                "tokens_given_about": self.text_tokens,
-                "epochs": self.epochs,
-            },
-            "disk": self.disk,
-        }
+    def passes(self) -> int:
+        """Return how often a process reads the text."""
+        return max(1, -(-self.of_process // self.at_once))
 
 
-def plan(
-    facts: ModelFacts,
-    config: TrainingConfig,
-    *,
-    available: int | None = None,
-    processes: int = 1,
-    share: Literal["data", "layers"] = "data",
-    text_bytes: int | None = None,
-) -> Plan:
-    """Count what a run takes.
-
-    Args:
-        facts: of the model.
-        config: the settings.
-        available: bytes of memory; None = this machine's.
-        processes: that share the run.
-        share: what they divide among them.
-        text_bytes: of the text, if it is known.
-
-    Raises:
-        ValueError: if the settings do not fit the model.
-    """
-    d = facts.dimensions
-    if config.layers is not None and not all(0 <= layer < d.layers for layer in config.layers):
-        raise InvalidValueError(f"layers must be from 0 to {d.layers - 1}, got {list(config.layers)}.")
-    if config.rank is not None and config.rank > d.depth:
-        raise InvalidValueError(f"rank must be from 1 to {d.depth}, the width, got {config.rank}.")
-    available = machine_memory() if available is None else available
-    trained, mine, at_once = _layers(facts, config, processes, share)
-    passes = max(1, -(-mine // at_once))
-    memory = memory_of(facts, config, processes, share)
-    parameters = _parameters(d.depth, config)
-    number = _number_bytes(config)
-    checkpoint = mine * parameters * number + at_once * STATES[config.optimizer] * parameters * number
-    found = Plan(
-        facts,
-        config,
-        processes,
-        memory,
-        available,
-        _flops(d, config, trained, passes * (processes if share == "layers" else 1)),
-        passes,
-        None if text_bytes is None else text_bytes // BYTES_PER_TOKEN,
-        {"lens": trained * parameters * 4, "checkpoints": 2 * checkpoint, "while a checkpoint is written": checkpoint},
-        [],
-    )
-    return found if found.fits else replace(found, advice=_advice(facts, config, available, processes, share))
+def _layers(facts: ModelFacts, config: TrainingConfig, processes: int, parallel: Parallel) -> _Layers:
+    trained = facts.dimensions.num_layers if config.layers is None else len(config.layers)
+    of_process = -(-trained // processes) if parallel == "layers" else trained
+    return _Layers(trained, of_process, min(config.layers_at_once or of_process, of_process))
 
 
-def _layers(facts: ModelFacts, config: TrainingConfig, processes: int, share: str) -> tuple[int, int, int]:
-    """(layers that are trained, by one process, by one process at a time)."""
-    trained = facts.dimensions.layers if config.layers is None else len(config.layers)
-    mine = -(-trained // processes) if share == "layers" else trained
-    return trained, mine, min(config.layers_at_once or mine, mine)
+def _translator_params(hidden_size: int, config: TrainingConfig) -> int:
+    """Count the parameters of one translator."""
+    if config.bias_only:
+        return hidden_size
+    if config.rank is not None:
+        return 2 * config.rank * hidden_size + hidden_size
+    return hidden_size * hidden_size + hidden_size
 
 
-def _parameters(depth: int, config: TrainingConfig) -> int:
-    """Of one translator."""
-    return depth if config.bias_only else 2 * config.rank * depth + depth if config.rank is not None else depth * depth + depth
-
-
-def _number_bytes(config: TrainingConfig) -> int:
+def _parameter_bytes(config: TrainingConfig) -> int:
     return 2 if config.dtype == "bfloat16" else 4
 
 
-def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, share: str = "data") -> dict[str, int]:
-    """{what: bytes} of one process at its peak. They add up: what lives at other times is counted as far as it exceeds what is counted already."""
+def _disk(d: ModelDimensions, config: TrainingConfig, layers: _Layers) -> Disk:
+    params = _translator_params(d.hidden_size, config)
+    checkpoint = (layers.of_process + layers.at_once * STATES[config.optimizer]) * params * _parameter_bytes(config)
+    return Disk(lens=layers.trained * params * 4, checkpoints=2 * checkpoint, new_checkpoint=checkpoint)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, parallel: Parallel = "data") -> Memory:
+    """Estimate the memory of one process. Arguments as in `plan`."""
+    layers = _layers(facts, config, processes, parallel)
+    params, number = _translator_params(facts.dimensions.hidden_size, config), _parameter_bytes(config)
+    captured_tokens, loss_tokens = _batch_tokens(config, processes if parallel == "data" else 1)
+    one_gradient = 4 * params
+    state = layers.at_once * STATES[config.optimizer] * params * number
+    gradients = layers.at_once * one_gradient
+    hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens)
+    logits = logit_bytes(facts.dimensions, layers.at_once, loss_tokens)
+    update = max(0, round(4 * params * UPDATE[config.dtype][config.optimizer]) - hidden_states - logits - one_gradient)
+    # At the end, when the optimizer's state and the gradients are gone.
+    widened = 4 * layers.trained * params if number < 4 else 0
+    float32_lens = max(0, widened - state - gradients - hidden_states)
+    gradients += one_gradient  # the layer that is computed next to the sum so far
+    in_a_step = state + gradients + hidden_states + logits + update + float32_lens
+    return Memory(
+        program=PROGRAM,
+        model=facts.weight_bytes,
+        translators=layers.of_process * params * number,
+        optimizer_state=state,
+        gradients=gradients,
+        hidden_states=hidden_states,
+        logits=logits,
+        update=update,
+        float32_lens=float32_lens,
+        warm_start=max(0, _warm_start_bytes(facts.dimensions, layers.at_once, hidden_states) - in_a_step) if config.warm_start_tokens else 0,
+    )
+
+
+def _hidden_state_bytes(facts: ModelFacts, layers: int, captured_tokens: int, loss_tokens: int) -> int:
     d = facts.dimensions
-    trained, mine, at_once = _layers(facts, config, processes, share)
-    parameters, number = _parameters(d.depth, config), _number_bytes(config)
-    captured, tokens = _batch_tokens(config, processes if share == "data" else 1)
-    state, gradients = at_once * STATES[config.optimizer] * parameters * number, at_once * parameters * 4
-    logits = logit_bytes(d, at_once, tokens)
-    forward = 4 * (FORWARD_WIDTHS * d.depth + FORWARD_INTERMEDIATES * facts.intermediate)
-    streams = captured * (facts.activation_bytes * d.layers * d.depth + forward)
-    streams += tokens * 4 * d.depth * at_once * (LOSS_WIDTHS + (facts.activation_bytes != 4))
-    one_gradient = 4 * parameters
-    update = round(4 * parameters * UPDATE[config.dtype][config.optimizer])
-    widened = 4 * trained * parameters if number < 4 else 0  # at the end, when optimizer state and gradients are gone
-    memory = {
-        "program": PROGRAM,
-        "model": facts.weights,
-        "translators in training": mine * parameters * number,
-        "optimizer state": state,
-        "gradients": gradients + one_gradient,
-        "streams of a batch": streams,
-        "logits": logits,
-        "update of a layer, beyond a batch": max(0, update - streams - logits - one_gradient),
-        "lens as float32, beyond a step": max(0, widened - state - gradients - streams),
-    }
-    if config.warm_start_tokens:
-        # Sums of every layer, and float64 for the solution of one.
-        squares = 4 * (d.depth + 1) * (2 * d.depth + 1)
-        warm = at_once * squares + max(12 * squares, 2 * squares + streams)
-        later = sum(memory[name] for name in list(memory)[3:])
-        memory["warm start, beyond a step"] = max(0, warm - later)
-    return memory
+    forward = 4 * (FORWARD_ARRAYS * d.hidden_size + FORWARD_WIDE_ARRAYS * facts.intermediate_size)
+    captured = captured_tokens * (facts.activation_bytes * d.num_layers * d.hidden_size + forward)
+    loss_arrays = LOSS_ARRAYS + (facts.activation_bytes != 4)  # narrow states are widened first
+    return captured + loss_tokens * 4 * d.hidden_size * layers * loss_arrays
+
+
+def _warm_start_bytes(d: ModelDimensions, layers: int, hidden_states: int) -> int:
+    """Return the bytes of the sums of every layer [D + 1, 2 D + 1], and of the solution of one layer in float64 or of one batch."""
+    sums = 4 * (d.hidden_size + 1) * (2 * d.hidden_size + 1)
+    return layers * sums + max(12 * sums, 2 * sums + hidden_states)
 
 
 def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
-    """Tokens that go through the model together, of several steps if these are short (see training.capture), and through the head."""
-    at_most, of_step = PASS_TOKENS // config.max_seq_len, config.sequences_per_step
-    captured, in_loss = (max(1, min(at_most, -(-n // processes))) for n in (of_step * steps_together(config), of_step))
-    return captured * config.max_seq_len, in_loss * config.max_seq_len
+    """Return the tokens that go through the model together, of several steps if these are short (see training.batching), and through the head."""
+    most = PASS_TOKENS // config.max_seq_len
+    of_step = config.sequences_per_step
+
+    def of_process(sequences: int) -> int:
+        return max(1, min(most, -(-sequences // processes))) * config.max_seq_len
+
+    return of_process(of_step * steps_together(config)), of_process(of_step)
 
 
-def logit_bytes(d: Dimensions, layers: int, tokens: int) -> int:
-    """Of all logits and their gradients that exist at a time, with the backend that would be used here."""
+def logit_bytes(d: ModelDimensions, layers: int, tokens: int) -> int:
+    """Return the bytes of all logits and their gradients that exist at once, on the backend that would be used here."""
     if metal():
-        rounded = precision() == "bf16"
-        head = Head(Weight(mx.zeros((d.vocab, d.depth))))  # lazy: its shape is all that counts
-        per_layers, per_tokens = chunk_shape(layers, tokens, head, rounded)
-        return d.vocab * (per_layers * per_tokens * (4 + (2 if rounded else 4)) + 4 * per_tokens)
+        rounded = precision() == "bfloat16"
+        head = Head(Weight(mx.zeros((d.vocab_size, d.hidden_size))))  # lazy: only its shape is read
+        chunk_layers, chunk_tokens = chunk_shape(layers, tokens, head, rounded)
+        return d.vocab_size * (chunk_layers * chunk_tokens * (4 + (2 if rounded else 4)) + 4 * chunk_tokens)
     extension = native()
     if extension is not None:
         rows, ids = int(extension.row_block), int(extension.vocabulary_block)
-        return int(extension.num_threads()) * 4 * (4 * rows * d.depth + 4 * rows * ids)
-    return 8 * max(LOGITS_BYTES[mx.default_device().type], 4 * d.vocab * layers)
-
-
-def _flops(d: Dimensions, config: TrainingConfig, trained: int, passes: int) -> dict[str, float]:
-    """For each token of the text. The model's own head is computed twice in each pass: for its target, and beside the lens's logits."""
-    per_step = config.step_tokens
-    share_of_warm_start = config.warm_start_tokens / max(1, config.num_steps * per_step)
-    translator = 14 * config.rank * d.depth if config.rank is not None else 0 if config.bias_only else 6 * d.depth**2
-    update = UPDATE_FLOPS[config.optimizer] * _parameters(d.depth, config) + _muon_flops(d.depth, config)
-    warm_start = passes * 2 * d.body + trained * 2 * (d.depth + 1) * (2 * d.depth + 1)
-    return {
-        "the model's forward pass": passes * 2.0 * d.body,
-        "head, for the model": passes * 4.0 * d.vocab * d.depth,
-        "head, for the lens": trained * 4.0 * d.vocab * d.depth,
-        "translators": float(trained * translator),
-        "optimizer": trained * update / per_step,
-        "warm start": share_of_warm_start * warm_start,
-    }
-
-
-def _muon_flops(depth: int, config: TrainingConfig) -> int:
-    """Of one layer's matrices: three products in each iteration."""
-    if config.optimizer != "muon" or config.bias_only:
-        return 0
-    rows = depth if config.rank is None else config.rank
-    iterations = len(quintics(rows, config.ns_steps)[0])
-    return iterations * (1 if config.rank is None else 2) * (4 * rows**2 * depth + 2 * rows**3)
-
-
-# ------------------------------------------------------------------ what to change
-
-
-def _advice(facts: ModelFacts, config: TrainingConfig, available: int, processes: int, share: str) -> list[dict[str, Any]]:
-    """What would need less: each change alone, numbers as large as fit, and the first two together."""
-
-    def total(other: TrainingConfig) -> int:
-        return sum(memory_of(facts, other, processes, share).values())
-
-    def most(numbers: Sequence[int], changed: Callable[[int], TrainingConfig]) -> int:
-        """The largest of ascending numbers that fits, or the first."""
-        return next((n for n in reversed(numbers) if total(changed(n)) <= available), numbers[0])
-
-    _, mine, at_once = _layers(facts, config, processes, share)
-    changes: list[tuple[str, TrainingConfig, str]] = []
-    start = ""
-    if config.max_seq_len > PASS_TOKENS:  # costs little, and so goes first
-        start = f"--max-seq-len {PASS_TOKENS} --tokens-per-step {config.step_tokens} "
-        config = replace(config, max_seq_len=PASS_TOKENS, tokens_per_step=config.step_tokens)
-        changes.append((start.strip(), config, ""))
-        if total(config) <= available:
-            return [{"option": start.strip(), "bytes": total(config), "fits": True, "remark": ""}]
-    bases = {start: config}
-    if config.dtype != "bfloat16":
-        bases[f"{start}--dtype bfloat16 "] = replace(config, dtype="bfloat16")
-    for options, base in bases.items():
-        if base is not config:
-            changes.append((options.strip(), base, ""))
-        if at_once > 1:
-            count = most(range(1, at_once), lambda n, base=base: replace(base, layers_at_once=n))  # type: ignore[misc]
-            passes = f", reads the text {-(-mine // count)} times"
-            changes.append((f"{options}--layers-at-once {count}", replace(base, layers_at_once=count), passes))
-    if config.rank is None and not config.bias_only:
-        ranks = [2**i for i in range(3, 16) if 2**i <= facts.dimensions.depth // 4] or [1]
-        rank = most(ranks, lambda n: replace(config, rank=n, warm_start_tokens=0))
-        changes.append((f"{start}--rank {rank}", replace(config, rank=rank, warm_start_tokens=0), ", a lens of less power"))
-    if not config.bias_only:
-        changes.append((f"{start}--bias-only", replace(config, bias_only=True, rank=None, warm_start_tokens=0), ", a lens of much less power"))
-    needs = [(option, total(changed), remark) for option, changed, remark in changes]
-    return [{"option": option, "bytes": need, "fits": need <= available, "remark": remark} for option, need, remark in needs]
-
-
-# ------------------------------------------------------------------ the machine, the text
+        return int(extension.num_threads()) * 4 * (4 * rows * d.hidden_size + 4 * rows * ids)
+    return 8 * max(LOGITS_BYTES[mx.default_device().type], 4 * d.vocab_size * layers)
 
 
 def machine_memory() -> int:
-    """Bytes that a process may use here: what a GPU may have without paging, else the machine's memory."""
+    """Return the bytes that a process may use here: those that a GPU may use without paging, else the machine's memory."""
     if mx.metal.is_available():
         return tuning.device().working_set
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def text_bytes(sources: Sequence[Source]) -> int | None:
-    """Of plain files; None if there are others, whose text may be longer or shorter than the file."""
+# ------------------------------------------------------------------ work and text
+
+
+def _work(d: ModelDimensions, config: TrainingConfig, layers: _Layers, groups: int) -> Work:
+    """Count the work for each token of the text. `groups` of processes read the whole text."""
+    passes, trained, hidden_size = layers.passes * groups, layers.trained, d.hidden_size
+    update = UPDATE_FLOPS[config.optimizer] * _translator_params(hidden_size, config) + _muon_flops(hidden_size, config)
+    warm_start = passes * 2 * d.block_params + trained * 2 * (hidden_size + 1) * (2 * hidden_size + 1)
+    return Work(
+        forward=passes * 2.0 * d.block_params,
+        model_head=passes * 4.0 * d.vocab_size * hidden_size,
+        lens_head=trained * 4.0 * d.vocab_size * hidden_size,
+        translators=float(trained * _translator_flops(hidden_size, config)),
+        optimizer=trained * update / config.step_tokens,
+        warm_start=warm_start * config.warm_start_tokens / max(1, config.num_steps * config.step_tokens),
+    )
+
+
+def _translator_flops(hidden_size: int, config: TrainingConfig) -> int:
+    """Count the work of one translator and its gradient for one token."""
+    if config.rank is not None:
+        return 14 * config.rank * hidden_size
+    return 0 if config.bias_only else 6 * hidden_size**2
+
+
+def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
+    """Count the work of Muon's iterations for one layer: three products each."""
+    if config.optimizer != "muon" or config.bias_only:
+        return 0
+    rows = hidden_size if config.rank is None else config.rank
+    matrices = 1 if config.rank is None else 2
+    iterations = len(quintics(rows, config.ns_steps)[0])
+    return iterations * matrices * (4 * rows**2 * hidden_size + 2 * rows**3)
+
+
+def _text_tokens(sources: Sequence[Source]) -> int | None:
+    """Estimate the tokens of plain text files. None = there are other sources, whose text may be longer or shorter than the file."""
     if not all(isinstance(source, TextFile) and source.path.suffix != ".gz" for source in sources):
         return None
-    return sum(source.path.stat().st_size for source in sources if isinstance(source, FileSource))
+    return sum(source.path.stat().st_size for source in sources if isinstance(source, FileSource)) // BYTES_PER_TOKEN
 
 
-def gigabytes(count: int) -> str:
-    """'1.5 GB', or '20 MB'."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+# ------------------------------------------------------------------ what to change
+
+
+def _advice(facts: ModelFacts, config: TrainingConfig, available: int, processes: int, parallel: Parallel) -> tuple[Advice, ...]:
+    """Return changes that need less memory: each change alone, with numbers as large as fit, and then the first two together."""
+
+    def total(changed: TrainingConfig) -> int:
+        return memory_of(facts, changed, processes, parallel).total
+
+    def change(option: str, changed: TrainingConfig, cost: str = "") -> Advice:
+        return Advice(option, total(changed), total(changed) <= available, cost)
+
+    def largest_that_fits(numbers: Sequence[int], changed: Callable[[int], TrainingConfig]) -> int:
+        """Return the largest of ascending numbers whose settings fit, or the smallest."""
+        return next((n for n in reversed(numbers) if total(changed(n)) <= available), numbers[0])
+
+    found: list[Advice] = []
+    prefix = ""
+    if config.max_seq_len > PASS_TOKENS:  # shorter sequences cost little, so all other changes come on top of them
+        option = f"--max-seq-len {PASS_TOKENS} --tokens-per-step {config.step_tokens}"
+        config = replace(config, max_seq_len=PASS_TOKENS, tokens_per_step=config.step_tokens)
+        found.append(change(option, config))
+        if found[0].fits:
+            return tuple(found)
+        prefix = f"{option} "
+    narrow = f"{prefix}--dtype bfloat16"
+    bases = {prefix: config}
+    if config.dtype != "bfloat16":
+        bases[f"{narrow} "] = replace(config, dtype="bfloat16")
+    layers = _layers(facts, config, processes, parallel)
+    for options, base in bases.items():
+        if base is not config:
+            found.append(change(narrow, base))
+        if layers.at_once > 1:
+            count = largest_that_fits(range(1, layers.at_once), lambda n, base=base: replace(base, layers_at_once=n))  # type: ignore[misc]
+            passes = -(-layers.of_process // count)
+            found.append(change(f"{options}--layers-at-once {count}", replace(base, layers_at_once=count), f"reads the text {passes} times"))
+    if config.rank is None and not config.bias_only:
+        ranks = [2**i for i in range(3, 16) if 2**i <= facts.dimensions.hidden_size // 4] or [1]
+        rank = largest_that_fits(ranks, lambda n: replace(config, rank=n, warm_start_tokens=0))
+        found.append(change(f"{prefix}--rank {rank}", replace(config, rank=rank, warm_start_tokens=0), "a lens of less power"))
+    if not config.bias_only:
+        bias_only = replace(config, bias_only=True, rank=None, warm_start_tokens=0)
+        found.append(change(f"{prefix}--bias-only", bias_only, "a lens of much less power"))
+    return tuple(found)

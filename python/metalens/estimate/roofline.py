@@ -1,21 +1,18 @@
-"""How fast a lens could run on a chip at most: a model from counted work and published numbers, not a measurement.
+"""How fast a lens could be at most on Apple GPUs: a model from counted work and published numbers, not a measurement.
 
-The bound of a kernel is the longer of two times: its operations at the rate of the chip's matrix instructions, its bytes at the memory's bandwidth.
-Kernels follow each other, so their times add up.
+A kernel takes at least the longer of two times: its operations at the rate of the chip's matrix instructions, and its bytes at the bandwidth of the
+memory. Kernels follow each other, so their times add up.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from metalens.models.facts import ModelDimensions
 from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
 from metalens.ops.metal.tuning import GENERATIONS, GpuGeneration
-from metalens.utils.errors import InvalidValueError
 
 WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
 
@@ -25,10 +22,10 @@ class Chip:
     """Published numbers of a GPU.
 
     Attributes:
-        generation: 13 for M1.
-        tflops: float32, all cores.
-        bandwidth: of the memory, GB/s.
-        source: who published them.
+        generation: generation of the GPU, 13 for M1.
+        tflops: float32 TFLOP/s of all cores.
+        bandwidth: bandwidth of the memory, GB/s.
+        source: publisher of these numbers.
     """
 
     generation: int
@@ -38,16 +35,16 @@ class Chip:
 
     @property
     def family(self) -> GpuGeneration:
-        """How it is tuned for."""
+        """Return the tuning of this generation."""
         return GENERATIONS[self.generation]
 
     @property
     def matrix_flops(self) -> float:
-        """Operations per second of simdgroup matrices: 102 of 128 FMAs per core and clock, for half and float alike, as others measured on M1."""
+        """Return operations per second of simdgroup matrices: 102 of 128 FMAs per core and clock, for half and float alike, as measured on M1."""
         return self.tflops * 1e12 * 102 / 128
 
     def seconds(self, work: Cost) -> float:
-        """At least so long."""
+        """Return the shortest time of a kernel."""
         return max(work.flops / self.matrix_flops, work.bytes / (self.bandwidth * 1e9))
 
 
@@ -66,117 +63,88 @@ CHIPS = {
 
 
 @dataclass(frozen=True)
-class Dimensions:
-    """What of a model decides the cost of its lens.
+class Bounds:
+    """Tokens per second that one chip can reach at most, for all layers of a model.
 
     Attributes:
-        layers: L.
-        depth: D.
-        vocab: V.
-        bits, group_size: of the head's quantization; 16 and 0 for a dense one.
-        body: parameters of the blocks that a token's forward pass multiplies with.
+        statistics: statistics of the lens on metalens's kernels.
+        statistics_plain_mlx: statistics of the lens in plain MLX.
+        training: loss and gradient of the lens on metalens's kernels.
+        training_plain_mlx: loss and gradient of the lens in plain MLX.
+        forward: forward pass of the model.
+        training_and_forward: training on metalens's kernels together with the forward pass.
     """
 
-    layers: int
-    depth: int
-    vocab: int
-    bits: int
-    group_size: int
-    body: int
-
-    @property
-    def head_bytes(self) -> int:
-        """Of U, with a 16-bit scale and bias for each group."""
-        return cost.weight_bytes(self.vocab, self.depth, self.bits, self.group_size, 4)
+    statistics: float
+    statistics_plain_mlx: float
+    training: float
+    training_plain_mlx: float
+    forward: float
+    training_and_forward: float
 
 
-def _llama(layers: int, depth: int, intermediate: int, key_value: int, vocab: int = 128256) -> Dimensions:
-    body = layers * depth * (2 * depth + 2 * key_value + 3 * intermediate)
-    return Dimensions(layers, depth, vocab, 4, 64, body)
-
-
-MODELS = {
-    "Llama-3.2-1B-4bit": _llama(16, 2048, 8192, 512),
-    "Llama-3.1-8B-4bit": _llama(32, 4096, 14336, 1024),
-    "Llama-3.1-70B-4bit": _llama(80, 8192, 28672, 1024),
-}
-
-
-def dimensions(model: str) -> Dimensions:
-    """Of a name in MODELS, or of a folder with a config.json; no weights are read.
-
-    Raises:
-        ValueError: if it is neither, or the configuration does not say what is needed.
-    """
-    if model in MODELS:
-        return MODELS[model]
-    path = Path(model) / "config.json"
-    if not path.exists():
-        raise InvalidValueError(f"{model!r} is no folder with a config.json and none of {', '.join(MODELS)}.")
-    config: dict[str, Any] = json.loads(path.read_text())
-    config = {**config, **config.get("text_config", {})}
-    try:
-        layers, depth, vocab = int(config["num_hidden_layers"]), int(config["hidden_size"]), int(config["vocab_size"])
-    except KeyError as error:
-        raise InvalidValueError(f"{path} does not say {error}: a roofline needs num_hidden_layers, hidden_size and vocab_size.") from error
-    quantization = config.get("quantization") or {}
-    heads = int(config.get("num_attention_heads", 1))
-    key_value = int(config.get("num_key_value_heads") or heads) * int(config.get("head_dim") or depth // heads)
-    body = layers * depth * (2 * depth + 2 * key_value + 3 * int(config.get("intermediate_size", 4 * depth)))
-    return Dimensions(layers, depth, vocab, int(quantization.get("bits", 16)), int(quantization.get("group_size", 0)), body)
-
-
-# Bytes per logit that plain MLX moves when written well: float32 logits of a batch of all layers, reductions and element-wise kernels that do not
-# fuse with each other. Each entry is one array of the logits' size, read or written.
+# Bytes per logit that plain MLX moves when it is written well: float32 logits of a batch of all layers, with reductions and element-wise kernels that
+# do not fuse with each other. Each number counts arrays of the logits' size that are read or written.
 PLAIN_STATS = 4 * (1 + 1 + 2 * (2 + 1 + 1) + 2)  # write; lse; entropy and KL (read two, write terms, reduce); top-k (read, write)
 PLAIN_TRAINING = 4 * (1 + 1 + (2 + 1 + 1) + (2 + 1) + 1)  # write; lse; KL; q - p (read two, write); the second product reads it
 
-
-def _plain(d: Dimensions, chip: Chip, tokens: int, products: int, per_logit: int) -> float:
-    """Seconds of the products, without any padding, and then of the other kernels, which are bound by their bytes."""
-    rows = d.layers * tokens
-    product = Cost(0, 2 * (rows + tokens) * d.vocab * d.depth, d.head_bytes)
-    return products * chip.seconds(product) + chip.seconds(Cost(0, 0, rows * d.vocab * per_logit))
+CHUNK = 16  # tokens of a chunk with all layers; another number hardly changes the time
 
 
-def bounds(d: Dimensions, chip: Chip, tokens: int) -> dict[str, float]:
-    """Tokens per second at most, for a batch of so many tokens and all layers.
+def bounds(model: ModelDimensions, chip: Chip, tokens: int) -> Bounds:
+    """Compute how many tokens per second a chip can reach at most.
 
-    Returns:
-        {task and path: tokens/s}: 'statistics' and 'training' of the lens alone, through metalens and through plain MLX; the model's own forward
-        pass; and training with it.
+    Args:
+        model: sizes of the model.
+        chip: numbers of the chip.
+        tokens: tokens of a batch.
     """
-    family = chip.family
-    translators = d.layers * chip.seconds(cost.translate_norm(tokens, d.depth, family))
-    plain_translators = d.layers * chip.seconds(Cost(0, 6 * tokens * d.depth**2, 4 * tokens * d.depth * 14 + 16 * d.depth**2))
-    forward = chip.seconds(Cost(0, 2 * tokens * d.body, d.body * d.bits // 8))
-
-    def in_chunks(seconds_of: Callable[[int], float]) -> float:
-        # Chunks of 16 tokens with all layers: what a chunk holds hardly changes the time.
-        return -(-tokens // 16) * seconds_of(min(16, tokens))
-
-    training = in_chunks(lambda n: _sequence(d, chip, n)) + translators
-    plain_training = in_chunks(lambda n: _plain(d, chip, n, 2, PLAIN_TRAINING)) + plain_translators
-    times = {
-        "statistics, metalens": chip.seconds(cost.lens_stats(d.layers, tokens, d.vocab, d.depth, d.head_bytes, True, family)),
-        "statistics, plain MLX": in_chunks(lambda n: _plain(d, chip, n, 1, PLAIN_STATS)),
-        "training, metalens": training,
-        "training, plain MLX": plain_training,
-        "the model's forward pass": forward,
-        "training and forward, metalens": training + forward,
-    }
-    return {name: tokens / seconds for name, seconds in times.items()}
+    head_bytes, layers, hidden_size = model.head_bytes, model.num_layers, model.hidden_size
+    stats = cost.lens_stats(layers, tokens, model.vocab_size, hidden_size, head_bytes, True, chip.family)
+    forward = chip.seconds(Cost(0, 2 * tokens * model.block_params, model.block_params * model.bits // 8))
+    training = _in_chunks(tokens, lambda n: _loss_seconds(model, chip, n)) + _translator_seconds(model, chip, tokens)
+    plain_stats = _in_chunks(tokens, lambda n: _plain_seconds(model, chip, n, 1, PLAIN_STATS))
+    plain_training = _in_chunks(tokens, lambda n: _plain_seconds(model, chip, n, 2, PLAIN_TRAINING))
+    return Bounds(
+        statistics=tokens / chip.seconds(stats),
+        statistics_plain_mlx=tokens / plain_stats,
+        training=tokens / training,
+        training_plain_mlx=tokens / (plain_training + _plain_translator_seconds(model, chip, tokens)),
+        forward=tokens / forward,
+        training_and_forward=tokens / (training + forward),
+    )
 
 
-def _sequence(d: Dimensions, chip: Chip, tokens: int) -> float:
-    """Seconds of the kernels of one chunk of the loss, one after the other."""
-    rows, family = d.layers * tokens, chip.family
-    target = cost.lens_stats(1, tokens, d.vocab, d.depth, d.head_bytes, False, family)
+def _in_chunks(tokens: int, seconds_of: Callable[[int], float]) -> float:
+    return -(-tokens // CHUNK) * seconds_of(min(CHUNK, tokens))
+
+
+def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
+    """Return the seconds of the kernels of one chunk of the loss, one after the other."""
+    rows, vocab, depth = model.num_layers * tokens, model.vocab_size, model.hidden_size  # D is what the head's product sums over
+    head, family = model.head_bytes, chip.family
     kernels = [
-        target,
-        cost.linear(tokens, d.vocab, d.depth, d.head_bytes, family),
-        cost.linear(rows, d.vocab, d.depth, d.head_bytes, family),
-        cost.softmax_grad(rows, tokens, d.vocab, 4),
-        cost.lens_backward(rows, d.vocab, d.depth, d.head_bytes, 4, family),
+        cost.lens_stats(1, tokens, vocab, depth, head, False, family),  # the target
+        cost.linear(tokens, vocab, depth, head, family),
+        cost.linear(rows, vocab, depth, head, family),
+        cost.softmax_grad(rows, tokens, vocab, 4),
+        cost.lens_backward(rows, vocab, depth, head, 4, family),
     ]
     return sum(chip.seconds(kernel) for kernel in kernels)
+
+
+def _translator_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
+    return model.num_layers * chip.seconds(cost.translate_norm(tokens, model.hidden_size, chip.family))
+
+
+def _plain_translator_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
+    """Return the seconds of three products of each translator, and of the bytes of 14 float32 arrays [tokens, D] and four [D, D]."""
+    d = model.hidden_size
+    return model.num_layers * chip.seconds(Cost(0, 6 * tokens * d**2, 4 * tokens * d * 14 + 16 * d**2))
+
+
+def _plain_seconds(model: ModelDimensions, chip: Chip, tokens: int, products: int, bytes_per_logit: int) -> float:
+    """Return the seconds of the head's products, without padding, and of the other kernels, which are bound by their bytes."""
+    rows = model.num_layers * tokens
+    product = Cost(0, 2 * (rows + tokens) * model.vocab_size * model.hidden_size, model.head_bytes)
+    return products * chip.seconds(product) + chip.seconds(Cost(0, 0, rows * model.vocab_size * bytes_per_logit))

@@ -1,8 +1,9 @@
-"""The Dirichlet distribution of greatest likelihood, from the mean log-probabilities alone (upstream's LogitStats.mle).
+"""Fit a Dirichlet distribution to predictions: the greatest likelihood, from the mean log-probabilities alone (upstream's LogitStats.mle).
 
-For a concentration a [V] the mean log-likelihood is F(a) = lgamma(sum a) - sum lgamma(a_k) + sum (a_k - 1) s_k. It is concave, and its Hessian is
-diagonal plus a constant, so that a Newton step takes O(V) (Minka 2000, "Estimating a Dirichlet distribution"). Where a step leaves the domain or
-overshoots, Minka's fixed point, which never makes F smaller, takes its place.
+For a concentration a [V] the mean log-likelihood is F(a) = lgamma(sum a) - sum lgamma(a_k) + sum (a_k - 1) s_k. F is
+concave, and its Hessian is diagonal plus a constant, so a Newton step takes O(V) (Minka 2000, "Estimating a Dirichlet
+distribution"). If a step leaves the domain or overshoots, a step of Minka's fixed point replaces it, which never makes
+F smaller.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import numpy as np
 
 from metalens.utils.errors import InvalidValueError
 
+# digamma and trigamma are written here because metalens does not depend on scipy.
 _lgamma = np.vectorize(math.lgamma, otypes=[float])
 
 
 def dirichlet_mle(s: np.ndarray, max_iterations: int = 1000, tolerance: float = 1e-9) -> np.ndarray:
-    """The concentration [V] whose likelihood is greatest.
+    """Return the concentration [V] with the greatest likelihood.
 
     Args:
         s: [V] mean log-probabilities in nats, float64.
-        max_iterations: at most so many; the last estimate is returned if they do not suffice.
-        tolerance: of the gradient dF/da_k times a_k, relative to sum a, where the search ends.
+        max_iterations: limit of iterations; the estimate after the last one is returned.
+        tolerance: bound of |dF/da_k| a_k, relative to sum a, at which the search ends.
 
     Raises:
-        ValueError: if there is no greatest one, because all predictions were the same.
+        InvalidValueError: if all predictions are the same: the likelihood has no maximum.
     """
     if not np.exp(s).sum() < 1 - 1e-9:
         raise InvalidValueError(
@@ -50,7 +52,7 @@ def _mean_log_likelihood(a: np.ndarray, s: np.ndarray) -> float:
 
 
 def digamma(x: np.ndarray) -> np.ndarray:
-    """d/dx log gamma(x) for x > 0: recurrence up to x >= 8, then the asymptotic series; 1e-12."""
+    """Return d/dx log gamma(x) for x > 0, within 1e-12: the recurrence raises x to 8 or more, then the asymptotic series applies."""
     x, result = np.asarray(x, np.float64), np.zeros(np.shape(x))
     for _ in range(8):
         small = x < 8
@@ -62,7 +64,7 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def trigamma(x: np.ndarray) -> np.ndarray:
-    """The derivative of `digamma`, likewise."""
+    """Return the derivative of `digamma` for x > 0, by the same method."""
     x, result = np.asarray(x, np.float64), np.zeros(np.shape(x))
     for _ in range(8):
         small = x < 8
@@ -74,7 +76,7 @@ def trigamma(x: np.ndarray) -> np.ndarray:
 
 
 def inverse_digamma(y: np.ndarray) -> np.ndarray:
-    """The x > 0 with digamma(x) = y: Newton's steps from Minka's start."""
+    """Return x > 0 with digamma(x) = y: six Newton steps from Minka's starting value."""
     x: np.ndarray = np.where(y >= -2.22, np.exp(np.minimum(y, 700.0)) + 0.5, -1 / (np.minimum(y, -1.0) - digamma(np.array(1.0))))
     for _ in range(6):
         x = x - (digamma(x) - y) / trigamma(x)

@@ -1,8 +1,8 @@
-"""Marginals: what a lens predicts on average over a text, and how far that is from the model's average, the bias of the lens.
+"""Marginals: the mean prediction of a lens over a text. Its distance from the model's mean prediction is the bias of the lens.
 
-A lens may predict every token badly and still be unbiased, and a bias can be told apart from mere uncertainty only by averaging before comparing
-(Belrose et al. 2023, section 3, fig. 3). There is no fused operation for means over rows, so probabilities exist here, of a bounded chunk of
-rows.
+A lens may predict every token badly and still be unbiased. To tell bias from uncertainty, average the predictions
+first, then compare (Belrose et al. 2023, section 3, fig. 3). No fused operation computes means over rows, so the
+probabilities of a bounded chunk of rows are in memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from metalens.evaluation.dirichlet import dirichlet_mle
 from metalens.ops import Head, head_logits
 from metalens.ops.chunks import tokens_per_chunk
 
-# Rows of a chunk at most: enough for the product with U to be fast.
+# The most rows of a chunk: enough for a fast product with U.
 ROWS = 256
-# The least positive float32. A probability that float32 rounds to 0 is not 0: the lens has the model's own head.
+# The smallest positive float32. A probability that float32 rounds to 0 is positive: the lens has the model's own head.
 LEAST = 2.0**-149
 
 
 @dataclass(frozen=True, eq=False)
 class LogitStats:
-    """The mean of a prediction over a text, per layer; float64 (the fields of upstream's LogitStats).
+    """Mean predictions of each layer over a text, in float64. The fields are those of upstream's LogitStats.
 
     Attributes:
-        n: positions.
-        marginal_probs: [L, tokens] mean probability of each token.
-        sufficient_stats: [L, tokens] mean log-probability in nats: with n, all that the Dirichlet distribution of greatest likelihood depends on.
+        n: number of positions.
+        marginal_probs: [L, V] mean probability of each token.
+        sufficient_stats: [L, V] mean log-probability of each token, in nats. With n, it determines the Dirichlet
+            distribution of greatest likelihood.
     """
 
     n: int
@@ -37,28 +38,28 @@ class LogitStats:
     sufficient_stats: np.ndarray
 
     def mle(self, layer: int) -> np.ndarray:
-        """The concentration [tokens] of the Dirichlet distribution that a layer's predictions most likely come from.
+        """Return the concentration [V] of the Dirichlet distribution that gives a layer's predictions the greatest likelihood.
 
         Raises:
-            ValueError: if they are all the same, and there is none.
+            InvalidValueError: if all predictions are the same: there is no such distribution.
         """
         return dirichlet_mle(self.sufficient_stats[layer])
 
 
 class LogitSums:
-    """The sums of one lens. Host memory: 16 bytes for each layer and token of the vocabulary, whatever the length of the text."""
+    """Sums of one lens's predictions. They take 16 bytes of host memory for each layer and token of the vocabulary, for a text of any length."""
 
-    def __init__(self, layers: int, head: Head) -> None:
+    def __init__(self, num_layers: int, head: Head) -> None:
         self.head = head
         self.n = 0
-        self.probs, self.logs = np.zeros((2, layers, head.tokens))
+        self.probs, self.logs = np.zeros((2, num_layers, head.tokens))
 
     def add(self, rows: mx.array) -> None:
-        """Add rows [L, N, D] that are ready for the head. Takes one pass of all rows through it; a chunk's probabilities exist at a time."""
+        """Add rows [L, N, D] that are ready for the head. All rows go through it once; the probabilities of one chunk are in memory at a time."""
         step = min(ROWS, tokens_per_chunk(1, self.head.vocab_size))
         for layer in range(rows.shape[0]):
             for start in range(0, rows.shape[1], step):
-                # In NumPy: MLX's exponential takes 25 times as long on Linux CPUs, and a GPU's arrays are in the same memory.
+                # NumPy: MLX's exponential takes 25 times as long on Linux CPUs, and a GPU's arrays are in the same memory.
                 z = np.array(head_logits(rows[layer, start : start + step], self.head))[:, : self.head.tokens]
                 top = z.max(axis=1, keepdims=True)
                 e = np.exp(z - top)
@@ -68,16 +69,16 @@ class LogitSums:
         self.n += rows.shape[1]
 
     def means(self) -> LogitStats:
-        """Over the rows so far."""
-        return LogitStats(self.n, self.probs / self.n, self.logs / self.n)
+        """Return the means over the rows so far."""
+        return LogitStats(n=self.n, marginal_probs=self.probs / self.n, sufficient_stats=self.logs / self.n)
 
 
 def bias(model: LogitStats, lens: LogitStats) -> list[float]:
-    """KL(marginal of the model || marginal of the lens) of every layer, in nats per token.
+    """Return the bias of every layer: KL(marginal of the model || marginal of the lens), in nats per token.
 
     Args:
-        model: the model's own, of one layer.
-        lens: over the same text.
+        model: mean predictions of the model, one layer.
+        lens: mean predictions of the lens over the same text.
     """
     p, q = model.marginal_probs[0], np.maximum(lens.marginal_probs, LEAST)
     possible = p > 0

@@ -1,9 +1,10 @@
-"""The result of an evaluation, as JSON and as files."""
+"""The result of an evaluation: as an object, as JSON, and as files."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ from metalens.evaluation.scores import Scores
 from metalens.evaluation.transfer import Transfer
 from metalens.utils.files import atomic_write
 
+# The most layers that the text form of an evaluation shows.
+MOST_ROWS = 24
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        tokens: positions read.
-        bytes_per_token: of the text, for converting nats to bits per byte.
-        model: the model's own scores (kl 0, top1 1).
-        logit: the logit lens's, one per layer; layer i is the output of block i.
-        tuned: the tuned lens's, or None without one.
-        transfer: of the tuned lens, if it was asked for.
-        logit_stats: {"model": of one layer, "logit": ..., "tuned": ... if there is one}, if they were asked for.
+        tokens: number of positions read.
+        bytes_per_token: UTF-8 bytes of the text for each position.
+        model: scores of the model's own predictions (kl 0, top1 1).
+        logit: scores of the logit lens, one per layer; layer i is the output of block i.
+        tuned: scores of the tuned lens, one per layer; None without a lens.
+        transfer: layer transfer of the tuned lens; None if it was not asked for.
+        logit_stats: mean predictions {"model": one layer, "logit": L layers, "tuned": L layers if there is a lens};
+            None if not asked for.
     """
 
     tokens: int
@@ -38,25 +43,44 @@ class Evaluation:
     transfer: Transfer | None = None
     logit_stats: dict[str, LogitStats] | None = field(default=None, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        lenses = {"logit": self.logit} | ({} if self.tuned is None else {"tuned": self.tuned})
+        lines = [
+            f"Evaluation of {self.tokens} tokens: KL(model || lens) in nats per token, top-1 agreement with the model",
+            f"{'layer':>6}" + "".join(f"  {name + ' KL':>9}  {'top-1':>6}" for name in lenses),
+        ]
+        rows = [f"{i:>6}" + "".join(_cells(scores[i].kl, scores[i].top1) for scores in lenses.values()) for i in range(len(self.logit))]
+        if len(rows) > MOST_ROWS:
+            rows[MOST_ROWS // 2 : -MOST_ROWS // 2] = [f"{'...':>6}"]
+        if rows:
+            rows.append(f"{'mean':>6}" + "".join(_cells(_mean(s.kl for s in scores), _mean(s.top1 for s in scores)) for scores in lenses.values()))
+        return "\n".join(lines + rows)
+
     @property
     def nats_to_bpb(self) -> float:
-        """Bits per byte for each nat per token: tokens / bytes / ln 2."""
+        """Return the bits per byte for each nat per token: 1 / (bytes_per_token * ln 2)."""
         return 1 / (self.bytes_per_token * math.log(2))
 
     @property
     def bias(self) -> dict[str, list[float]] | None:
-        """{"logit": [L], "tuned": [L] if there is one}: KL(marginal model || marginal lens) in nats per token; None without logit_stats."""
+        """Return KL(marginal of the model || marginal of the lens) in nats per token; None without logit_stats.
+
+        Returns:
+            {"logit": [L], and "tuned": [L] if there is a lens}.
+        """
         if self.logit_stats is None:
             return None
         model = self.logit_stats["model"]
         return {name: bias(model, stats) for name, stats in self.logit_stats.items() if name != "model"}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, nats per token where the names say nothing else.
+        """Return the result as JSON holds it, in nats per token unless a name gives the unit.
 
-        {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]}, where {...} are the fields of
-        `Scores`; with logit_stats the lenses' also have "bias" and "bias_bits" (per token); with transfer there is also
-        "transfer": {"ce", "kl", "kl_model"}, [translator][layer] each.
+        Returns:
+            {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]},
+            where {...} has the fields of `Scores`. With logit_stats, "logit" and "tuned" also have "bias" and
+            "bias_bits" (bits per token). With transfer there is also "transfer": {"ce", "kl", "kl_model"}, each
+            [translator][layer].
         """
         layers: list[dict[str, Any]] = [{"layer": i, "logit": asdict(scores)} for i, scores in enumerate(self.logit)]
         for entry, scores in zip(layers, self.tuned or [], strict=False):
@@ -68,14 +92,17 @@ class Evaluation:
         return result if self.transfer is None else result | {"transfer": asdict(self.transfer)}
 
     def to_upstream(self) -> dict[str, Any]:
-        """What upstream's `tuned-lens eval` writes to aggregate_metrics.json: its names, its units and ITS numbering of layers.
+        """Return the contents of the aggregate_metrics.json of upstream's `tuned-lens eval`: its names, its units and ITS numbering of layers.
 
-        {"baseline": {"ce": {"final"}, "entropy": {"final"}}, "logit": {"ce": {"layer_1": ...}, "entropy": {...}, "kl": {...}}, "tuned": the same, and
-        with transfer "layer_transfer": {"ce", "kl", "kl_model": {translator: {layer: ...}}}}, all in bits per byte.
+        Upstream's layer i is the INPUT of block i. So "layer_<i + 1>" here is the output of block i, which is layer i
+        everywhere else in metalens: equal names mean equal hidden states. There is no "layer_0" (the embedding).
+        Upstream's file does not have the last layer (the model's own output) and "kl_model". Only upstream's file has a
+        "layer_transfer" of the logit lens, whose translators are all the same.
 
-        Upstream's layer i is the INPUT of block i. The output of block i, which is layer i everywhere else in metalens, is therefore "layer_<i + 1>"
-        here: equal names mean equal hidden states. There is no "layer_0" (the embedding); the last layer (the model's own output) and "kl_model" are
-        not in upstream's file, and the "layer_transfer" of the logit lens, whose translators are all the same, is only there.
+        Returns:
+            {"baseline": {"ce": {"final"}, "entropy": {"final"}}, "logit": {"ce": {"layer_1": ...}, "entropy": {...},
+            "kl": {...}}, "tuned": the same}; with transfer "tuned" also has "layer_transfer": {"ce", "kl", "kl_model":
+            {translator: {layer: ...}}}. All in bits per byte.
         """
         ratio = self.nats_to_bpb
 
@@ -101,19 +128,29 @@ class Evaluation:
         return result
 
 
-def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
-    """Write an evaluation into a folder, which is made if it is missing; each file appears whole or not at all.
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
-    evaluation.json: `Evaluation.to_dict`.
-    aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units and numbering of layers.
-    logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats [L, tokens] for the names model (L = 1), logit and
-        tuned; float32, layer i is the output of block i. (Upstream writes the marginals as JSON: for large vocabularies, hundreds of megabytes.)
+
+def _cells(kl: float, top1: float) -> str:
+    return f"  {kl:z9.3f}  {100 * top1:5.1f}%"
+
+
+def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+    """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all.
+
+    evaluation.json: `Evaluation.to_dict`. aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units
+    and numbering of layers. logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats
+    [L, V] for the names model (L = 1), logit and tuned.
+        float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for
+        large vocabularies.)
 
     Returns:
         the files written.
 
     Raises:
-        OSError: if one can't be written.
+        ValueError: if a number has no JSON form (NaN, infinity).
+        OSError: if a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

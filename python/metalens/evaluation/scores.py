@@ -1,4 +1,4 @@
-"""Means over tokens, and the sums from which they come."""
+"""Scores of a lens: means over tokens, and the sums that give them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.ops import LensStats
-from metalens.readings.reading import require_finite
+from metalens.readings.rows import require_finite
+from metalens.utils.errors import InvalidValueError
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over tokens; nats per token unless said.
+    """Means over tokens, in nats per token unless a unit is given.
 
-    In bits per byte of the text, a number of nats per token is `nats_to_bpb` times as large (upstream reports kl, ce and entropy all three so).
+    `Evaluation.nats_to_bpb` converts nats per token to bits per byte of the text. Upstream reports kl, ce and entropy
+    in bits per byte.
 
     Attributes:
-        kl: KL(model || lens), over all positions.
-        ce: cross-entropy of the next token, over all positions that have one.
-        bits_per_byte: ce in bits, per byte of the text.
-        top1: share of positions where the most likely token is the model's.
-        entropy: of the lens's prediction, over all positions.
-        kl_bits_per_byte: kl in bits, per byte.
-        entropy_bits_per_byte: entropy in bits, per byte.
+        kl: KL(model || lens), mean over all positions.
+        ce: cross-entropy of the next token, mean over all positions that have one.
+        bits_per_byte: ce in bits per byte of the text.
+        top1: fraction of positions where the lens and the model have the same most likely token, 0 to 1.
+        entropy: entropy of the lens's prediction, mean over all positions.
+        kl_bits_per_byte: kl in bits per byte of the text.
+        entropy_bits_per_byte: entropy in bits per byte of the text.
     """
 
     kl: float
@@ -37,21 +39,25 @@ class Scores:
 
 
 class Sums:
-    """Sums over tokens, per layer, in float64."""
+    """Sums over tokens of each layer, in float64.
 
-    def __init__(self, layers: int) -> None:
-        self.kl, self.nll, self.entropy, self.agreements = np.zeros((4, layers))
+    Attributes:
+        positions: number of positions so far.
+        labels: number of positions with a next token so far.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.kl, self.nll, self.entropy, self.agreements = np.zeros((4, num_layers))
         self.positions = 0
         self.labels = 0
 
     def add(self, stats: LensStats) -> None:
-        """Add a sequence's statistics [L, T]; the last position's label is a stand-in, and left out.
+        """Add the statistics [L, T] of a sequence, with kl, agrees and nll. The last position has no next token; its nll is left out.
 
         Raises:
-            ValueError: if there is NaN among them.
+            InvalidValueError: if a row of logits is NaN.
         """
         require_finite(stats)
-        assert stats.agrees is not None
         self.kl += total(stats.kl)
         self.nll += total(stats.nll, slice(-1))
         self.entropy += total(stats.entropy)
@@ -60,15 +66,32 @@ class Sums:
         self.labels += stats.lse.shape[1] - 1
 
     def scores(self, nats_to_bpb: float) -> list[Scores]:
-        """The means, per layer."""
+        """Return the means of each layer.
+
+        Args:
+            nats_to_bpb: bits per byte for each nat per token.
+        """
         kl, entropy, top1 = (a / self.positions for a in (self.kl, self.entropy, self.agreements))
         ce = self.nll / self.labels
-        columns = (kl, ce, ce * nats_to_bpb, top1, entropy, kl * nats_to_bpb, entropy * nats_to_bpb)
-        return [Scores(*map(float, values)) for values in zip(*columns, strict=True)]
+        columns = {
+            "kl": kl,
+            "ce": ce,
+            "bits_per_byte": ce * nats_to_bpb,
+            "top1": top1,
+            "entropy": entropy,
+            "kl_bits_per_byte": kl * nats_to_bpb,
+            "entropy_bits_per_byte": entropy * nats_to_bpb,
+        }
+        return [Scores(**{name: float(column[layer]) for name, column in columns.items()}) for layer in range(len(kl))]
 
 
 def total(values: mx.array | None, positions: slice = slice(None)) -> np.ndarray:
-    """Sums [L] float64 of [L, T] over these positions."""
-    assert values is not None
+    """Return the sums [L], in float64, of values [L, T] over these positions.
+
+    Raises:
+        InvalidValueError: if `lens_stats` was not asked for these values.
+    """
+    if values is None:
+        raise InvalidValueError("lens_stats computes kl and agrees only with n_model, nll and rank only with labels. Pass both.")
     sums: np.ndarray = np.array(values)[:, positions].sum(axis=1, dtype=np.float64)
     return sums

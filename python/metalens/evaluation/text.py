@@ -1,4 +1,4 @@
-"""The text of an evaluation, one sequence at a time, and how many bytes it has. Nothing here grows with the text's length."""
+"""The text of an evaluation, one sequence at a time, and its number of bytes. Memory does not grow with the length of the text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any, Protocol, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from metalens.models.tokenization import TokenInput, TokenizerMixin
+from metalens.models.language_model import LanguageModel
+from metalens.models.tokenization import as_token_ids
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 
 class CorpusLike(Protocol):
-    """Token ids and where their documents begin: `metalens.training.data.Corpus`, or anything of its kind.
+    """Token ids and the bounds of their documents: `metalens.training.data.Corpus`, or an object with the same attributes.
 
     Attributes:
-        ids: [tokens].
-        documents: [documents + 1] the first token of each document, and the number of tokens.
-        join: "eos" = one stream, to be cut across documents; "packed" = no sequence crosses the end of a document.
-        prefix: ids that belong before every sequence.
-        joined_bytes: UTF-8 bytes of the text whose tokens `ids` are, or None.
+        ids: [tokens] token ids.
+        documents: [documents + 1] index of the first token of each document, and the number of tokens.
+        join: "eos" = cut sequences across documents; "packed" = no sequence crosses the end of a document.
+        prefix: ids that go before every sequence.
+        joined_bytes: UTF-8 bytes of the tokenized text, or None.
     """
 
     @property
@@ -36,26 +37,27 @@ class CorpusLike(Protocol):
     def joined_bytes(self) -> int | None: ...  # noqa: D102
 
 
-# One text, a corpus, or any iterable of documents: texts, or arrays of ids [T].
-EvaluationText: TypeAlias = "TokenInput | np.ndarray | CorpusLike | Iterable[str | Sequence[int] | np.ndarray | mx.array]"
+# One text (a string, ids, an array of ids), a corpus, or any iterable of documents: texts, or arrays of ids [T].
+EvaluationText: TypeAlias = str | mx.array | np.ndarray | CorpusLike | Iterable[int | str | Sequence[int] | np.ndarray | mx.array]
 
-# Tokens of context with which a piece of text is decoded. A character has at most 4 bytes, and so spans at most 4 tokens.
+# Tokens before a piece of text that are decoded with it. A character has at most 4 bytes, and so spans at most 4 tokens.
 CONTEXT = 8
 
 
 def _corpus(text: Any) -> CorpusLike | None:
+    """Return the text if it is a corpus, else None."""
     return text if all(hasattr(text, name) for name in ("ids", "documents", "join", "prefix", "joined_bytes")) else None
 
 
-def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarray]:
-    """The documents of a text, as arrays of ids [T], one after another as they are asked for; arrays of NumPy are not copied.
+def documents(model: LanguageModel, text: EvaluationText) -> Iterator[np.ndarray]:
+    """Yield the documents of a text as arrays of ids [T], lazily. NumPy arrays are not copied.
 
-    A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is one, and so is each item of any other iterable. A corpus
-    is one unless it is "packed".
+    A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is a document, and so is each
+    item of any other iterable. A corpus is one document unless it is "packed".
 
     Raises:
-        ValueError: for arrays of more dimensions, or a string without a tokenizer.
-        TypeError: for what is no text.
+        InvalidValueError: for an array of more dimensions, or a string without a tokenizer.
+        InvalidTypeError: if the input is no text.
     """
     corpus = _corpus(text)
     if corpus is not None:
@@ -74,43 +76,36 @@ def documents(model: TokenizerMixin, text: EvaluationText) -> Iterator[np.ndarra
         raise InvalidTypeError(f"Expected text, token ids, or an iterable of them, got {type(text).__name__}.")
 
 
-def _rows(model: TokenizerMixin, text: Any) -> Iterator[np.ndarray]:
-    ids = model.encode(text) if isinstance(text, str) else text
-    if isinstance(ids, mx.array) and ids.dtype == mx.bfloat16:
-        ids = ids.astype(mx.float32)  # refused later, with a message; NumPy has no such type
-    try:
-        array = np.asarray(ids)
-    except (ValueError, TypeError):
-        array = np.asarray(None)
-    if array.ndim == 0 or array.dtype.kind in "US":
-        raise InvalidTypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
-    if array.ndim > 2:
-        raise InvalidValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
+def _rows(model: LanguageModel, text: Any) -> Iterator[np.ndarray]:
+    array = as_token_ids(model.encode(text) if isinstance(text, str) else text)
     yield from (array[None] if array.ndim == 1 else array)
 
 
 class Sequences:
-    """A text as sequences of checked ids [T], T <= length unless said; iterate once.
+    """The sequences of a text: checked ids [T] with T <= length. Iterate once.
 
-    A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token, which could predict nothing,
-    joins the sequence before it, which then has length + 1; a document of one token stands alone. Of an endless text no document is fetched beyond
-    max_tokens. Iterating raises what `documents` does, and ValueError for ids outside the vocabulary.
-
-    Args:
-        model: knows the ids.
-        text: what to read.
-        length: of the sequences, the prefix included.
-        max_tokens: read only so many tokens from the start; prefixes do not count.
+    A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token
+    would predict nothing, so it joins the sequence before it, which then has length + 1 tokens. A document of one token
+    is a sequence of its own. No document beyond max_tokens is fetched, so a text may be endless. Iteration raises the
+    errors of `documents`, and InvalidValueError for ids outside the vocabulary.
 
     Attributes:
         prefix: ids before every sequence.
-        tokens: of the text, read so far; prefixes do not count.
-
-    Raises:
-        ValueError: if no token fits into a sequence.
+        tokens: number of tokens of the text that were read so far, without prefixes.
     """
 
-    def __init__(self, model: TokenizerMixin, text: EvaluationText, length: int, max_tokens: int | None = None) -> None:
+    def __init__(self, model: LanguageModel, text: EvaluationText, length: int, max_tokens: int | None = None) -> None:
+        """Open a text.
+
+        Args:
+            model: a model that encodes text and checks ids.
+            text: the text.
+            length: tokens per sequence, with the prefix.
+            max_tokens: tokens to read from the start, without prefixes; None = all.
+
+        Raises:
+            InvalidValueError: if no token fits into a sequence.
+        """
         self.model = model
         self.text: EvaluationText = np.asarray(model.encode(text)) if isinstance(text, str) else text
         self.max_tokens = max_tokens
@@ -124,7 +119,7 @@ class Sequences:
         self._bytes = None if known else ByteCount(model)
 
     def __iter__(self) -> Iterator[mx.array]:
-        """The sequences."""
+        """Yield the sequences, [T] each."""
         found = documents(self.model, self.text)
         while self.tokens != self.max_tokens and (document := next(found, None)) is not None:
             size = len(document) if self.max_tokens is None else min(len(document), self.max_tokens - self.tokens)
@@ -142,10 +137,10 @@ class Sequences:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes for each token of the text read (prefixes do not count): those of the whole corpus where it knows them, else those read.
+        """Return the UTF-8 bytes per token, without prefixes: a mean over the whole corpus if it knows its bytes, else over the tokens read so far.
 
         Raises:
-            ValueError: if there are none.
+            InvalidValueError: if the text has no bytes.
         """
         corpus = _corpus(self.text)
         if self._bytes is None and corpus is not None and corpus.joined_bytes is not None:
@@ -158,7 +153,7 @@ class Sequences:
 
     @property
     def size(self) -> int:
-        """Tokens that will be read, for a progress bar; 0 = not known before the text has been read."""
+        """Return the number of tokens to read, for a progress bar; 0 = unknown until the text has been read."""
         text = self.text if (corpus := _corpus(self.text)) is None else corpus.ids
         size = len(text) if isinstance(text, (list, tuple)) and text and isinstance(text[0], int) else getattr(text, "size", None)
         known = [n for n in (size, self.max_tokens) if isinstance(n, int)]
@@ -166,19 +161,20 @@ class Sequences:
 
 
 class ByteCount:
-    """UTF-8 bytes of a text that is decoded piece by piece; without a tokenizer a token counts as one byte.
+    """Counts the UTF-8 bytes of a text piece by piece. Without a tokenizer a token counts as one byte.
 
-    Each piece is decoded together with the last tokens before it, and those tokens' own bytes are taken off again: a character that two pieces share
-    is counted once, and the space that some tokenizers drop at the start of a text is counted where it is not the start.
+    Each piece is decoded together with the last tokens before it, and the bytes of these tokens are subtracted. So a
+    character that spans two pieces is counted once. Some tokenizers drop a space at the start of a text; here it is
+    dropped at the start of the first piece only.
     """
 
-    def __init__(self, model: TokenizerMixin) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.total = 0
         self._context: list[int] = []
 
     def add(self, ids: list[int]) -> None:
-        """Count the next tokens of the text."""
+        """Add the bytes of the next tokens of the text."""
         if self.model.tokenizer is None:
             self.total += len(ids)
             return

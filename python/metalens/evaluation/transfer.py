@@ -1,4 +1,7 @@
-"""Layer transfer: how well the translator of one layer reads the hidden states of another (Belrose et al. 2023, section 3.3; upstream's eval)."""
+"""Layer transfer: how well the translator of one layer reads the hidden states of another layer.
+
+Source: Belrose et al. 2023, section 3.3; upstream's `tuned-lens eval`.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from metalens.evaluation.scores import total
 from metalens.lenses.lens import Lens
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
-from metalens.readings.reading import lens_rows, require_finite
+from metalens.readings.rows import lens_rows, require_finite
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Matrices [L, L], nats per token: entry [i][j] is of translator i applied to the output of block j.
+    """Matrices [L, L] in nats per token. Entry [i][j] is a mean for translator i, applied to the output of block j.
 
     Attributes:
-        ce: cross-entropy of the next token, over all positions that have one. The diagonal is the lens's own.
-        kl: KL(lens_j(h_j) || lens_i(h_j)), over all positions: against what layer j's own translator says, not the model (upstream's definition). The
-            diagonal is 0.
+        ce: cross-entropy of the next token, over all positions that have one. The diagonal is the lens's own
+            cross-entropy.
+        kl: KL(lens_j(h_j) || lens_i(h_j)), over all positions. The reference is layer j's own translator, not the model
+            (upstream's definition), so the diagonal is 0.
         kl_model: KL(model || lens_i(h_j)), over all positions.
     """
 
@@ -32,15 +36,18 @@ class Transfer:
 
     @property
     def penalty(self) -> list[list[float]]:
-        """[i][j]: by how many nats per token the cross-entropy of layer j rises if translator i replaces its own (the paper's transfer penalty)."""
+        """Return the paper's transfer penalty: [i][j] is the rise of layer j's cross-entropy, in nats per token, if translator i replaces its own."""
         return [[value - self.ce[j][j] for j, value in enumerate(row)] for row in self.ce]
 
 
 class TransferSums:
-    """Sums of one evaluation, float64. Each sequence of T tokens takes 2 L passes of L T rows through the head; L T rows are held at a time."""
+    """Sums of one evaluation, in float64.
 
-    def __init__(self, layers: int) -> None:
-        self.nll, self.kl, self.kl_model = np.zeros((3, layers, layers))
+    Cost: each sequence of T tokens takes 2 L passes of L T rows through the head. L T rows are in memory at a time.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.nll, self.kl, self.kl_model = np.zeros((3, num_layers, num_layers))
         self.positions = 0
         self.labels = 0
 
@@ -48,14 +55,14 @@ class TransferSums:
         """Add a sequence.
 
         Args:
-            hidden: the output of block j at index j, [T, D] each.
-            lens: translates and knows L layers.
-            unembed: the model's norm and head.
-            n_model: [T, D] the model's rows after the final norm.
-            labels: [T] next tokens; the last is a stand-in, and left out.
+            hidden: output of block j at index j, [T, D] each.
+            lens: a lens of L layers.
+            unembed: norm and head of the model.
+            n_model: [T, D] rows of the model after the final norm.
+            labels: [T] next tokens. The last one is a placeholder and is left out.
 
         Raises:
-            ValueError: if there is NaN among the logits.
+            InvalidValueError: if a row of logits is NaN.
         """
         layers = range(len(hidden))
         for j in layers:
@@ -69,5 +76,9 @@ class TransferSums:
         self.labels += len(labels) - 1
 
     def means(self) -> Transfer:
-        """Per token."""
-        return Transfer((self.nll / self.labels).tolist(), (self.kl / self.positions).tolist(), (self.kl_model / self.positions).tolist())
+        """Return the means per token."""
+        return Transfer(
+            ce=(self.nll / self.labels).tolist(),
+            kl=(self.kl / self.positions).tolist(),
+            kl_model=(self.kl_model / self.positions).tolist(),
+        )

@@ -1,1 +1,1 @@
-"""Lenses, their translators and their files."""
+"""Lenses, their translators, their files and their provenance."""

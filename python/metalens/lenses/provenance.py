@@ -1,10 +1,9 @@
-"""Where a lens comes from: the model, the training and the text that it remembers, and whether it fits the model that it is used on."""
+"""Provenance: the model, the training and the text that a lens remembers, and the check that a lens fits a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 import weakref
 from importlib.metadata import version
 from typing import Any
@@ -17,15 +16,19 @@ from metalens.models.language_model import LanguageModel
 from metalens.models.unembed import Unembed
 from metalens.ops import Head
 from metalens.utils.errors import InvalidTypeError
+from metalens.utils.warn import warn_caller
 
 _hashes: weakref.WeakKeyDictionary[Unembed, str] = weakref.WeakKeyDictionary()
 
 
 def head_hash(head: Head) -> str:
-    """'sha256:...' of the head as it is stored: packed values, scales, biases, bias, their formats, and what is done to the logits.
+    """Return 'sha256:...' of a head as it is stored.
 
-    All of it is read, about a second per GB, a piece at a time: the same weights give the same hash on every machine, and a model that was
-    fine-tuned or quantized otherwise gives another.
+    The hash covers the packed values, scales, biases and bias, their formats, and the scale, softcap and used rows of
+    the logits. Equal weights give equal hashes on every machine. A fine-tuned model, or another quantization, gives
+    another hash.
+
+    Cost: all weights are read, a piece at a time, about one second per GB.
     """
     w = head.weight
     digest = hashlib.sha256()
@@ -51,7 +54,7 @@ def _format_of(head: Head) -> str:
     return str(w.values.dtype).removeprefix("mlx.core.") if w.scales is None else f"{w.mode} {w.bits}-bit, groups of {w.group_size}"
 
 
-def origin_of(
+def provenance_of(
     unembed: Unembed,
     model: str | None = None,
     *,
@@ -60,51 +63,50 @@ def origin_of(
     recipe: str | None = None,
     training: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a lens should remember of its model and its training: for `lens.origin`.
+    """Return the facts that a lens should remember, for `lens.provenance`.
 
     Args:
-        unembed: the model's norm and head.
-        model: path or hub id.
-        revision: of the hub's repository.
-        tokens: seen in training.
-        recipe: its name.
-        training: the settings, as JSON has them.
+        unembed: norm and head of the model.
+        model: path or hub id of the model.
+        revision: revision of the hub's repository.
+        tokens: number of tokens seen in training.
+        recipe: name of the training recipe.
+        training: settings of the training, as JSON holds them.
 
     Returns:
-        {"metalens": version, "head": `head_hash`, "quantization": of the head, ...}, and of the arguments those that are not None.
+        {"metalens": version, "head": `head_hash`, "quantization": format of the head, ...}, and the arguments that are
+        not None.
     """
     facts = {"model": model, "revision": revision, "tokens": tokens, "recipe": recipe, "training": training}
     about = {"metalens": version("metalens"), "head": _hash_of(unembed), "quantization": _format_of(unembed.head)}
     return about | {key: value for key, value in facts.items() if value is not None}
 
 
-def check_origin(lens: TunedLens, unembed: Unembed, model: str | None = None, stacklevel: int = 2) -> None:
-    """Warn (UserWarning) if the lens remembers another model than the one that it is used on.
+def check_provenance(lens: TunedLens, unembed: Unembed, model: str | None = None) -> None:
+    """Warn (UserWarning) if the lens remembers another model than the one it is used on.
 
-    Another head is another model. Where the lens knows no head (tuned-lens's files do not), another name is: of a path or hub id the last part.
+    Models with different heads are different models. If the lens does not know the head (tuned-lens's files do not),
+    the last part of the model's path or hub id decides.
 
     Args:
-        lens: with or without an origin.
-        unembed: of the model that it is used on.
-        model: its path or hub id, if known.
-        stacklevel: as in `warnings.warn`, for this function's caller 2.
+        lens: a lens, with or without a provenance.
+        unembed: norm and head of the model that it is used on.
+        model: path or hub id of that model, if known.
     """
-    known, name = lens.origin.get("head"), lens.origin.get("model")
-    differs = []
+    known, name = lens.provenance.get("head"), lens.provenance.get("model")
+    differences = []
     if isinstance(name, str) and model is not None and _last_part(name) != _last_part(model):
-        differs.append(f"it was trained for {name!r}, and this is {model!r}")
+        differences.append(f"it was trained for {name!r}, and this is {model!r}")
     if known is not None:
         if known == _hash_of(unembed):
             return
-        before, now = lens.origin.get("quantization"), _format_of(unembed.head)
+        before, now = lens.provenance.get("quantization"), _format_of(unembed.head)
         same_format = before is None or before == now
-        differs.append("the weights of the output head differ" if same_format else f"its model's head was {before}, and this one is {now}")
-    if differs:
-        warnings.warn(
-            f"The lens remembers another model: {'; '.join(differs)}; "
-            "its readings may be off, so measure it on this model with evaluate(), or train one for it.",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+        differences.append("the weights of the output head differ" if same_format else f"its model's head was {before}, and this one is {now}")
+    if differences:
+        warn_caller(
+            f"The lens remembers another model: {'; '.join(differences)}; "
+            "its readings may be off, so measure it on this model with evaluate(), or train one for it."
         )
 
 
@@ -112,15 +114,15 @@ def _last_part(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
 
 
-def check_lens(lens: Lens, model: LanguageModel, stacklevel: int = 2) -> None:
+def check_lens(lens: Lens, model: LanguageModel) -> None:
     """Check that a lens can be used on a model. Warn if a `TunedLens` remembers another model. Accept other functions as they are.
 
     Raises:
         InvalidValueError: if a `TunedLens` has another number of layers or another width.
-        InvalidTypeError: if it is no function.
+        InvalidTypeError: if the lens is not a function.
     """
     if isinstance(lens, TunedLens):
         lens.check_fits(model.num_layers, model.unembed.hidden_dim)
-        check_origin(lens, model.unembed, model.name, stacklevel=stacklevel + 1)
+        check_provenance(lens, model.unembed, model.name)
     elif not callable(lens):
         raise InvalidTypeError(f"A lens is a TunedLens or a function (hidden, layer) -> hidden, not {type(lens).__name__}.")

@@ -1,1 +1,1 @@
-"""What is known of language models: the only package that knows mlx-lm's names."""
+"""Language models of mlx-lm: loading, tokens, hidden states, final norm and head. No other package knows mlx-lm's names."""

@@ -1,22 +1,23 @@
-"""accelerate(model): run a model's linear layers, tied heads, attention and gated activations on the native CPU kernels.
+"""Run a model's linear layers, tied heads, attention and gated activations on the native CPU kernels.
 
-MLX's CPU matmul on Linux links a reference BLAS and runs at about 1 GFLOP/s, hundreds of times below what the processor can do; a lens run would
-spend nearly all its time there. A layer is switched by exchanging its class for a subclass with another `__call__`: parameters, names, training mode
-and `isinstance` stay as they are, and undoing it is exchanging the class back.
+MLX's CPU matmul on Linux uses a reference BLAS and reaches about 1 GFLOP/s, hundreds of times less than the processor can do. A lens would
+spend nearly all its time there. A layer is switched by replacing its class with a subclass that has another `__call__`: parameters, names,
+training mode and `isinstance` stay as they are, and the old class is put back to undo it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import FunctionType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu as mlx_lm_swiglu
-from mlx_lm.models.base import scaled_dot_product_attention
 
+from metalens import _extension
 from metalens.ops.activation import swiglu
+from metalens.ops.backends import backend, native_by_default
 from metalens.ops.matmul import linear
 from metalens.ops.sdpa import attention
 from metalens.ops.weight import Weight
@@ -25,13 +26,27 @@ from metalens.utils.errors import InvalidTypeError
 Function = Callable[..., Any]
 
 
+class HasModule(Protocol):
+    """An object with an `mlx.nn.Module` in its attribute `model`, such as `LanguageModel` and `InterpretableModel`."""
+
+    model: nn.Module
+
+
+# Name of the class attribute that marks the classes which `accelerate` gives to layers.
+_MARK = "_metalens_native"
+
+
 class _NativeCall(nn.Module):
+    _metalens_native = True
+
     def __call__(self, x: mx.array) -> mx.array:
         y = linear(x, Weight.from_layer(self))
         return y + self["bias"] if "bias" in self else y
 
 
 class _NativeHead(nn.Module):
+    _metalens_native = True
+
     def as_linear(self, x: mx.array) -> mx.array:
         return linear(x, Weight.from_layer(self))
 
@@ -62,10 +77,10 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _attention_like(plain: Function) -> Function:
-    """Our attention with the signature of mlx-lm's."""
+    """Return our attention with the signature of mlx-lm's."""
 
     def ours(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None) -> Any:
-        # A quantized cache hands over packed keys; a single query is bound by reading the keys once, which plain MLX does as fast.
+        # A quantized cache holds packed keys. A single query takes the time of reading the keys once, which plain MLX does as fast.
         if hasattr(cache, "bits") or queries.shape[2] == 1:
             return plain(queries, keys, values, cache, scale, mask, sinks)
         return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
@@ -73,44 +88,71 @@ def _attention_like(plain: Function) -> Function:
     return ours
 
 
-# {name in the module that defines a layer: (mlx-lm's function, ours)}: what their layers call between the products, and is slow on CPUs.
-REBOUND: dict[str, tuple[Function, Function]] = {
-    "scaled_dot_product_attention": (scaled_dot_product_attention, _attention_like(scaled_dot_product_attention)),
-    "swiglu": (mlx_lm_swiglu, swiglu),
-}
+# (module of mlx-lm, name of a function in it, ours for the one there): functions that mlx-lm's layers call, and that are slow on CPUs.
+FUNCTIONS: tuple[tuple[str, str, Callable[[Function], Function]], ...] = (
+    ("mlx_lm.models.base", "scaled_dot_product_attention", _attention_like),
+    ("mlx_lm.models.activations", "swiglu", lambda _: swiglu),
+)
 
 
-def _rebound(original: type[nn.Module]) -> type[nn.Module] | None:
-    """A subclass whose `__call__` is the original's own code with our functions under the names of mlx-lm's; None if that code calls none of them.
+def _replacements() -> dict[str, tuple[Function, Function]]:
+    """Return {name: (mlx-lm's function, ours)}. A model that calls these functions has imported mlx-lm, so nothing is imported here."""
+    found = {}
+    for module, name, ours_for in FUNCTIONS:
+        plain = getattr(sys.modules.get(module), name, None)
+        if plain is not None:
+            found[name] = (plain, ours_for(plain))
+    return found
 
-    Nothing global is patched, so other models and threads go on as before.
+
+def _with_functions(original: type[nn.Module], functions: dict[str, tuple[Function, Function]]) -> type[nn.Module] | None:
+    """Return a subclass whose `__call__` is the original's own code with our functions in place of mlx-lm's.
+
+    Nothing global is changed, so other models and threads go on as before. None = the code calls none of the functions.
     """
     call = original.__call__
     if not isinstance(call, FunctionType):
         return None
-    names = {name: ours for name, (plain, ours) in REBOUND.items() if name in call.__code__.co_names and call.__globals__.get(name) is plain}
+    names = {name: ours for name, (plain, ours) in functions.items() if name in call.__code__.co_names and call.__globals__.get(name) is plain}
     if not names:
         return None
     ours = FunctionType(call.__code__, {**call.__globals__, **names}, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__
-    return type(original.__name__, (original,), {"__call__": ours, "__module__": original.__module__})
+    return type(original.__name__, (original,), {"__call__": ours, "__module__": original.__module__, _MARK: True})
 
 
 class Acceleration:
-    """What `accelerate` did. `undo()` takes it back; so does leaving a `with` block."""
+    """The layers that one call of `accelerate` has switched. `undo()` switches them back, and so does the end of a `with` block.
 
-    def __init__(self, swapped: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    Its `repr` says what it does now: '73 layers on native kernels (avx512bf16)', or why no layer runs on them.
+
+    Args:
+        swapped: (layer, its former class).
+        reason: why there are no layers, if there are none.
+    """
+
+    def __init__(self, swapped: list[tuple[nn.Module, type[nn.Module]]], reason: str = "") -> None:
         self._swapped = swapped
+        self._reason = reason
 
     def __len__(self) -> int:
-        """How many layers now run on the native kernels because of this call."""
+        """Return the number of layers that this call has switched."""
         return len(self._swapped)
 
+    def __repr__(self) -> str:
+        if not self._swapped:
+            return f"0 layers on native kernels ({self._reason})"
+        if reason := reason_for_plain_mlx():
+            return f"0 layers on native kernels ({reason}); {len(self)} layers are switched"
+        extension, _ = _extension.find()
+        return f"{len(self)} layers on native kernels ({extension.isa() if extension else ''})"
+
     def undo(self) -> None:
-        """Give every layer its own class back. Calling it again does nothing."""
+        """Give every layer its former class back. A second call does nothing."""
         while self._swapped:
             layer, original = self._swapped.pop()
             layer.__class__ = original
+            self._reason = "undone"
 
     def __enter__(self) -> Acceleration:
         return self
@@ -119,31 +161,50 @@ class Acceleration:
         self.undo()
 
 
-def accelerate(model: nn.Module) -> Acceleration:
-    """Switch the model's linear layers, tied-embedding heads, attention and gated activations to metalens's operations, in place.
+def reason_for_plain_mlx() -> str:
+    """Return why layers that are switched run in plain MLX at present; "" if they run on the native kernels."""
+    if native_by_default():
+        return ""
+    if backend() in ("reference", "metal"):
+        return f"the backend is {backend()!r}"
+    extension, reason = _extension.find()
+    if extension is None:
+        return f"there is no native extension: {reason}"
+    return "the default device is not a CPU"
 
-    On the CPU these run the native kernels; on a GPU, with METALENS_BACKEND=reference or without the extension they are plain MLX, as before.
-    Outputs equal the original's within rounding (the native kernels accumulate in float32).
+
+def accelerate(model: nn.Module | HasModule) -> Acceleration:
+    """Switch a model's linear layers, tied heads, attention and gated activations to metalens's operations, in place.
+
+    On a CPU these run the native kernels. They run in plain MLX, as before, on a GPU, with METALENS_BACKEND=reference, or without the
+    extension; this is decided at each call of a layer. Outputs equal the model's within rounding (the native kernels accumulate in float32).
 
     Args:
-        model: any `mlx.nn.Module`. Layers that are already switched, or of a subclass with its own `__call__`, are left alone.
+        model: any `mlx.nn.Module`, a `LanguageModel` or an `InterpretableModel`. Layers that are switched already, and layers of a subclass
+            with its own `__call__`, stay as they are.
 
     Returns:
-        An `Acceleration`, whose `undo()` restores the model.
+        An `Acceleration`: its `undo()` restores the model.
 
     Raises:
-        TypeError: if model is not an `mlx.nn.Module`.
+        InvalidTypeError: if `model` is none of these.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"accelerate() needs an mlx.nn.Module, not {type(model).__name__}. For an InterpretableModel pass its .model.")
-    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(module, nn.Module):
+        raise InvalidTypeError(f"accelerate() needs an mlx.nn.Module, a LanguageModel or an InterpretableModel, not {type(model).__name__}.")
+    functions = _replacements()
     swaps: dict[type[nn.Module], type[nn.Module] | None] = dict(SWAPS)
-    for _, layer in model.named_modules():
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = []
+    already = False
+    for _, layer in module.named_modules():
         original = type(layer)
+        if getattr(original, _MARK, False):
+            already = True
+            continue
         if original not in swaps:
-            swaps[original] = _rebound(original)
+            swaps[original] = _with_functions(original, functions)
         swap = swaps[original]
         if swap is not None:
             layer.__class__ = swap
             swapped.append((layer, original))
-    return Acceleration(swapped)
+    return Acceleration(swapped, "all were switched before" if already else "the model has no layer for them")

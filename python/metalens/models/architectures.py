@@ -1,5 +1,7 @@
-"""What cannot be seen by watching a model: which number of its configuration a factor is, norms and heads that are not modules, and why some
-models have no residual stream to put a lens on. One line each.
+"""Facts about architectures that observing a model does not show.
+
+These are: the configuration's number for a factor, norms and heads that are not modules, and the reasons why some models have no residual
+stream that a lens can read. Each fact is one line.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import mlx.core as mx
 
 Settings = Mapping[str, Any]
 
-# Factors that mlx-lm's models multiply the logits or the head's input with, as a function of their configuration (KeyError where it does not say).
+# Factors by which mlx-lm's models multiply the logits or the head's input: functions of the configuration (KeyError if it has no such number).
 FACTORS: dict[str, Callable[[Settings], float]] = {
     "logit_scale": lambda c: c["logit_scale"],
     "1 / logits_scaling": lambda c: 1 / c["logits_scaling"],
@@ -20,37 +22,37 @@ FACTORS: dict[str, Callable[[Settings], float]] = {
     "lm_head_multiplier / embedding_multiplier": lambda c: c["lm_head_multiplier"] / c["embedding_multiplier"],
 }
 
-# Names of the c in c * tanh(logits / c).
+# Names, in the configuration, of the c in c * tanh(logits / c).
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
-# Softcaps that are in a model's code and not in its configuration.
+# {model type: softcap} for softcaps that are in a model's code and not in its configuration.
 SOFTCAPS_IN_CODE = {"nanochat": 15.0}
 
-# Final norms that are functions, not modules: RMS without a weight, by model type the eps, given the configuration.
+# {model type: function of the configuration that returns eps} for final norms that are functions, not modules: RMS without a weight.
 FUNCTIONS: dict[str, Callable[[Settings], float]] = {
     "nanochat": lambda c: 1e-5,
     "talkie": lambda c: c["rms_norm_eps"],
 }
 
-# Heads that are arrays, not modules: by model type, (U [V, D], its path, the factor of the logits).
+# {model type: function of the model that returns (U [V, D], its path, the factor of the logits)} for heads that are arrays, not modules.
 ARRAYS: dict[str, Callable[[Any], tuple[mx.array, str, float]]] = {
     "talkie": lambda model: (model.lm_head, "lm_head", float(model.lm_head_gain.w_g.item())),
 }
 
-# Why a model is refused, said beside what the check found: by model type.
+# {model type: why a lens cannot read it}. Error messages give this reason beside the result of the check.
 REASONS: dict[str, str] = {
-    "deepseek_v41": "its blocks hand on several streams (hyper-connections), which are mixed after the last one",
-    "gemma3n": "its blocks hand on four streams (AltUp), which are rescaled and averaged after the last one",
-    "iquestloopcoder": "it goes through its blocks' parts twice and never calls a block",
-    "kimi_k3": "its blocks start new sums, which attention over all of them mixes after the last one",
-    "nanbeige": "with num_loops above 1 it goes through its blocks several times",
-    "phi3small": "it sets the logits of some ids in the middle of its vocabulary to minus infinity, which no Head can express",
-    "prism_hadamard_qwen35": "its head rotates what it is given (Hadamard) before it multiplies, which no Head can express",
+    "deepseek_v41": "its blocks return several residual streams (hyper-connections), which are mixed after the last block",
+    "gemma3n": "its blocks return four residual streams (AltUp), which are rescaled and averaged after the last block",
+    "iquestloopcoder": "it runs the parts of its blocks twice and never calls a block",
+    "kimi_k3": "its blocks start new sums, and attention over all these sums mixes them after the last block",
+    "nanbeige": "with num_loops above 1 it runs its blocks several times",
+    "phi3small": "it sets the logits of some ids in the middle of its vocabulary to minus infinity, which metalens cannot express",
+    "prism_hadamard_qwen35": "its head rotates its input (Hadamard) before the product, which metalens cannot express",
 }
 
 
 def settings(model: Any) -> Iterator[Settings]:
-    """The configurations of a model: its own, that of the language model in it, that of the text in either."""
+    """Yield the configurations of a model: its own, that of the language model inside it, and the text part of each."""
     for holder in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
         for name in ("args", "config"):
             found = getattr(holder, name, None)
@@ -64,12 +66,12 @@ def settings(model: Any) -> Iterator[Settings]:
 
 
 def model_type(model: Any) -> str:
-    """As its configuration says; "" for a model that has none."""
+    """Return the model type in the configuration; "" if the model has no configuration."""
     return next((str(found["model_type"]) for found in settings(model) if found.get("model_type")), "")
 
 
 def factors(model: Any) -> dict[str, float]:
-    """What the configuration offers as factors, by name; 1 is none."""
+    """Return the factors that the configuration offers, by name, without those that are 0 or 1."""
     found: dict[str, float] = {}
     for values in settings(model):
         for name, factor in FACTORS.items():
@@ -83,7 +85,7 @@ def factors(model: Any) -> dict[str, float]:
 
 
 def softcaps(model: Any) -> dict[str, float]:
-    """What configuration and code offer as softcaps, by name."""
+    """Return the softcaps that the configuration and the model's code offer, by name."""
     found = {name: float(values[name]) for values in settings(model) for name in SOFTCAPS if values.get(name)}
     if cap := SOFTCAPS_IN_CODE.get(model_type(model)):
         found["the softcap in its code"] = cap

@@ -1,8 +1,9 @@
-"""Residual streams: every block's output, from one forward pass of any decoder of mlx-lm's kind."""
+"""Capture hidden states: the output of every block, from one forward pass of any decoder of mlx-lm's kind."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,24 @@ import numpy as np
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError, MetalensError
 
-# Where models keep their blocks, in the order tried. `{}` is the attribute's name, "layers" unless the caller says otherwise.
+# Where models keep their blocks, in the order of the search. `{}` is one of the names below, or the name that the caller gives.
 LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
-ALTERNATIVE_NAMES = ("layers", "h", "blocks")
+LAYER_NAMES = ("layers", "h", "blocks")
 
 
 class ResidualStreamError(MetalensError, RuntimeError):
-    """The model's blocks do not hand on one residual stream each."""
+    """The blocks of the model do not each return one residual stream."""
+
+
+class LayersNotFoundError(MetalensError, AttributeError):
+    """The model has no list of blocks at the paths that were searched."""
 
 
 Edit = Callable[[mx.array], mx.array]
 
 
 def follow(root: Any, path: str) -> Any:
-    """The attribute at a dotted path (numbers index lists), or None if it is not there."""
+    """Return the attribute at a dotted path (a number indexes a list), or None if there is none."""
     for name in path.split("."):
         if name.isdigit() and isinstance(root, (list, tuple)):
             root = root[int(name)] if int(name) < len(root) else None
@@ -38,36 +43,44 @@ def follow(root: Any, path: str) -> Any:
     return root
 
 
-def find_layers(model: Any, layer_attr: str = "layers") -> tuple[str, Sequence[nn.Module]]:
-    """The model's blocks and the dotted path at which they were found.
+def find_layers(model: Any, layer_attr: str = LAYER_NAMES[0]) -> tuple[str, Sequence[nn.Module]]:
+    """Find the model's blocks.
+
+    Args:
+        model: the language model.
+        layer_attr: the name or dotted path of the list of blocks. For the default name, the other usual names are searched too.
+
+    Returns:
+        (dotted path, list of blocks)
 
     Raises:
-        AttributeError: listing the paths tried, if there is none.
+        LayersNotFoundError: if there is no such list. The error names the paths that were searched.
     """
-    names = [layer_attr, *(ALTERNATIVE_NAMES if layer_attr == "layers" else ())]
-    tried = [pattern.format(name) for name in dict.fromkeys(names) for pattern in LAYER_PATHS]
-    for path in tried:
-        found = follow(model, path)
-        if isinstance(found, (list, tuple)) and len(found) > 0:
-            # mlx-lm's models offer `layers` as a property; the real place, which is deeper, gives the names that other tools show.
-            places = [pattern.format(name) for name in dict.fromkeys([*names, *ALTERNATIVE_NAMES]) for pattern in LAYER_PATHS]
-            return max((place for place in places if _same(follow(model, place), found)), key=lambda place: place.count(".")), found
-    raise AttributeError(f"Could not find layers attribute. Tried: {tried}. Specify the correct path with layer_attr parameter.")
+    names = dict.fromkeys((layer_attr, *LAYER_NAMES))
+    paths = [pattern.format(name) for name in names for pattern in LAYER_PATHS]
+    searched = paths if layer_attr == LAYER_NAMES[0] else paths[: len(LAYER_PATHS)]
+    for path in searched:
+        layers = follow(model, path)
+        if isinstance(layers, (list, tuple)) and layers:
+            # mlx-lm's models offer `layers` as a property. The deepest path to the same blocks is the one that other tools show.
+            aliases = [alias for alias in paths if _same_modules(follow(model, alias), layers)]
+            return max(aliases, key=lambda alias: alias.count(".")), layers
+    raise LayersNotFoundError(f"Could not find layers attribute. Tried: {searched}. Specify the correct path with layer_attr parameter.")
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two lists hold the same modules; a property may build a new list each time."""
+def _same_modules(a: Any, b: Sequence[nn.Module]) -> bool:
+    """Return whether `a` is a list of the same modules as `b`. A property may build a new list each time."""
     return isinstance(a, (list, tuple)) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What one forward pass left behind.
+    """Hidden states and logits of one forward pass.
 
     Attributes:
-        hidden: the output of block i at index i, [B, T, D] each.
-        logits: [B, T, V], the model's own. Lazy like everything in MLX: it costs nothing unless it is used.
-        mask: [B, T], false for padding; None = there is none.
+        hidden: the output of each block, [B, T, D]; block i is at index i.
+        logits: the model's own logits, [B, T, V]. They are lazy, so they cost nothing unless they are used.
+        mask: [B, T], false for padding. None = no padding.
     """
 
     hidden: list[mx.array]
@@ -75,65 +88,73 @@ class HiddenStates:
     mask: mx.array | None = None
 
     def rows(self, layer: int) -> mx.array:
-        """A block's output at all tokens [N, D], padding left out."""
+        """Return the output of a block at all tokens, [N, D], without padding."""
         h = self.hidden[layer]
         h = h.reshape(-1, h.shape[-1])
         return h if self.mask is None else h[mx.array(np.flatnonzero(np.array(self.mask)))]
 
     def of_sequences(self, which: slice) -> HiddenStates:
-        """The part of some of the B sequences."""
+        """Return the part that belongs to some of the B sequences."""
         return HiddenStates([h[which] for h in self.hidden], self.logits[which], None if self.mask is None else self.mask[which])
 
 
 class ResidualCapture:
-    """Captures residual streams of one model.
+    """Captures the residual stream of one model, after each block.
 
-    For the length of one call each block's class is exchanged for a subclass that notes what the block returns, so the model's own code runs as it
-    is, with the attributes it looks up on its blocks, and nothing is left behind. One thread at a time may use a model.
+    During a call, the class of each block is replaced by a subclass that records the output of the block. The model's own code runs
+    unchanged, finds the attributes that it looks up on its blocks, and is left as it was. Only one thread at a time may use a model.
 
     Args:
         model: the language model, called as `model(ids)`.
-        layer_attr: name or dotted path of the list of blocks.
+        layer_attr: the name or dotted path of the list of blocks.
+
+    Attributes:
+        model: the language model.
+        layers: its blocks.
+        path: the dotted path of the list of blocks.
+
+    Raises:
+        LayersNotFoundError: if no list of blocks is found.
     """
 
-    def __init__(self, model: nn.Module, layer_attr: str = "layers") -> None:
+    def __init__(self, model: nn.Module, layer_attr: str = LAYER_NAMES[0]) -> None:
         self.model = model
         self.path, self.layers = find_layers(model, layer_attr)
 
     def __len__(self) -> int:
-        """L: the number of blocks."""
+        """Return L, the number of blocks."""
         return len(self.layers)
 
     def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None) -> HiddenStates:
-        """Run the model on ids [B, T] and keep every block's output.
+        """Run the model on token ids and keep the output of every block.
 
         Args:
             ids: token ids [B, T].
-            edits: for some blocks, what to put in place of their output: f([B, T, D]) -> [B, T, D].
-            mask: [B, T], true for tokens and false for padding; None = no padding. Padding follows its sequence's tokens: a causal model computes
-                these as if it were not there, without being told.
+            edits: {block: function of its output [B, T, D] that returns the output to use instead}.
+            mask: [B, T], true for tokens and false for padding; None = no padding. Padding must follow the tokens of its sequence. A causal
+                model then computes the tokens as if there were no padding, so the model does not need the mask.
 
         Raises:
-            ValueError: if the mask is of another shape, or a token follows padding.
-            ResidualStreamError: if a block was not run exactly once, in which case no stream can be named.
+            InvalidValueError: if the mask has another shape than the ids, or a token follows padding.
+            ResidualStreamError: if a block did not run exactly once, because then its output is not defined.
         """
         if mask is not None:
             _require_padding_at_the_end(mask, ids)
         return self._capture(ids, edits or {}, mask)
 
     def chunks(self, ids: mx.array, tokens: int) -> Iterator[HiddenStates]:
-        """The streams of long sequences, part after part, so that no more than a part's are in memory.
+        """Capture long sequences in chunks, so that only one chunk is in memory at a time.
 
-        The model keeps its keys and values (or its state) in its own cache, as it does when it generates: the parts together are what one pass over
-        everything gives, to rounding.
+        The model keeps its keys and values (or its state) in its own cache, as it does when it generates text. All chunks together equal
+        one pass over the whole, within rounding.
 
         Args:
             ids: token ids [B, T].
-            tokens: per part and sequence; the last part may be shorter.
+            tokens: tokens per chunk and sequence. The last chunk may be shorter.
 
         Raises:
-            ValueError: if `tokens` is not positive.
-            ResidualStreamError: as `capture`.
+            InvalidValueError: if `tokens` is not positive.
+            ResidualStreamError: as in `capture`.
         """
         if tokens < 1:
             raise InvalidValueError(f"tokens must be at least 1, got {tokens}.")
@@ -141,47 +162,86 @@ class ResidualCapture:
 
         cache = make_prompt_cache(self.model)
         for start in range(0, ids.shape[1], tokens):
-            stream = self._capture(ids[:, start : start + tokens], {}, None, cache=cache)
-            yield stream
-            mx.eval([part.state for part in cache])  # else the next part would hold this one's whole graph
+            yield self._capture(ids[:, start : start + tokens], {}, None, cache=cache)
+            mx.eval([part.state for part in cache])  # else the next chunk would hold the whole graph of this one
 
-    def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **how: Any) -> HiddenStates:
-        seen: list[list[mx.array]] = [[] for _ in self.layers]
-        with _watched(self.layers, seen, edits):
-            logits = self.model(ids, **how)
-        if isinstance(logits, (tuple, list)):
-            logits = logits[0]
-        wrong = [i for i, outputs in enumerate(seen) if len(outputs) != 1]
-        if wrong:
-            raise ResidualStreamError(
-                f"Blocks {wrong} ran {[len(seen[i]) for i in wrong]} times in one forward pass; exactly once is needed to name its stream."
-            )
-        hidden = [outputs[0] for outputs in seen]
-        for outputs in seen:  # the watching classes form a cycle that holds these lists until Python's collector comes round
-            outputs.clear()
-        return HiddenStates(hidden, logits, mask)
+    def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **options: Any) -> HiddenStates:
+        recorder = _Recorder(self.layers, edits)
+        with recorder.attached():
+            logits = self.model(ids, **options)
+        return HiddenStates(recorder.hidden(), logits[0] if isinstance(logits, (tuple, list)) else logits, mask)
 
 
 def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:
     if mask.shape != ids.shape:
-        raise InvalidValueError(f"The mask must be {ids.shape}, as the ids are; it is {mask.shape}.")
+        raise InvalidValueError(f"The mask must be {ids.shape}, like the ids; it is {mask.shape}.")
     real = mask.astype(mx.int32)
     if to_float(mx.any(real[:, 1:] > real[:, :-1])):
-        raise InvalidValueError("A token follows padding. Put padding at the end of its sequence: before it, it would change what the model sees.")
+        raise InvalidValueError(
+            "A token follows padding. Put padding at the end of its sequence: padding before a token changes what the model sees."
+        )
 
 
-def as_it_is(value: Any) -> Any:
-    """An array that stays when a model goes on to change this one in place; anything else as it is."""
+class _Recorder:
+    """Records, and edits, the outputs of the blocks during one forward pass."""
+
+    def __init__(self, layers: Sequence[nn.Module], edits: Mapping[int, Edit]) -> None:
+        self.layers = layers
+        self.edits = edits
+        self.outputs: list[list[mx.array]] = [[] for _ in layers]
+        self._index = {id(layer): i for i, layer in enumerate(layers)}
+
+    def attached(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager: inside it, every call of a block is recorded."""
+        # A class belongs to a reference cycle. A strong reference in its methods would keep the arrays until the next garbage collection.
+        recorder = weakref.proxy(self)
+
+        def recording(original: type) -> dict[str, Callable[..., Any]]:
+            def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return recorder.record(block, original.__call__(block, *args, **kwargs))
+
+            return {"__call__": call}
+
+        return replaced_methods(self.layers, recording)
+
+    def record(self, block: nn.Module, output: Any) -> Any:
+        """Keep the hidden state in the output of a block. Return the output, edited if there is an edit."""
+        i = self._index[id(block)]
+        has_more = isinstance(output, (tuple, list))
+        hidden = output[0] if has_more else output
+        if i in self.edits:
+            hidden = self.edits[i](hidden)
+            output = type(output)([hidden, *output[1:]]) if has_more else hidden
+        self.outputs[i].append(snapshot(hidden))
+        return output
+
+    def hidden(self) -> list[mx.array]:
+        """Return the output of each block (ResidualStreamError if a block did not run exactly once)."""
+        wrong = [i for i, outputs in enumerate(self.outputs) if len(outputs) != 1]
+        if wrong:
+            raise ResidualStreamError(
+                f"Blocks {wrong} ran {[len(self.outputs[i]) for i in wrong]} times in one forward pass; "
+                "exactly once is needed to know the output of a block."
+            )
+        return [outputs[0] for outputs in self.outputs]
+
+
+def snapshot(value: Any) -> Any:
+    """Return an array that keeps the present values when the model changes `value` in place. Return anything else as it is.
+
+    In MLX an in-place change gives the Python object another value, so a second object for the present value is enough:
+    `mx.stop_gradient` makes one without copying the data.
+    """
     return mx.stop_gradient(value) if isinstance(value, mx.array) else value
 
 
 @contextlib.contextmanager
-def other_methods(modules: Iterable[nn.Module], methods_for: Callable[[type], Mapping[str, Callable[..., Any]]]) -> Iterator[None]:
-    """Give modules other methods while the `with` block runs: each one's class is exchanged for a subclass of the same name.
+def replaced_methods(modules: Iterable[nn.Module], methods_for: Callable[[type], Mapping[str, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace methods of modules inside a `with` block. The class of each module becomes a subclass of the same name.
 
     Args:
-        modules: which ones.
-        methods_for: {name: method} in place of a class's own; called once for each class.
+        modules: the modules to change.
+        methods_for: a function of a class that returns {name: method} to replace. It is called once for each class.
     """
     originals = [(module, type(module)) for module in modules]
     subclasses: dict[type, type] = {}
@@ -194,26 +254,3 @@ def other_methods(modules: Iterable[nn.Module], methods_for: Callable[[type], Ma
     finally:
         for module, original in originals:
             module.__class__ = original
-
-
-@contextlib.contextmanager
-def _watched(layers: Sequence[nn.Module], seen: list[list[mx.array]], edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Make every block append its output to its list in `seen` while the `with` block runs."""
-    index = {id(layer): i for i, layer in enumerate(layers)}
-
-    def watching(original: type) -> dict[str, Callable[..., Any]]:
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            i = index[id(self)]
-            output = original.__call__(self, *args, **kwargs)
-            several = isinstance(output, (tuple, list))
-            hidden = output[0] if several else output
-            if i in edits:
-                hidden = edits[i](hidden)
-                output = type(output)([hidden, *output[1:]]) if several else hidden
-            seen[i].append(as_it_is(hidden))
-            return output
-
-        return {"__call__": call}
-
-    with other_methods(layers, watching):
-        yield

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.nn as nn
 
-from metalens.models.acceleration import Acceleration, accelerate
+from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
 from metalens.models.bundled import path_of
 from metalens.models.capture import Edit, HiddenStates, ResidualCapture
 from metalens.models.loading import load
 from metalens.models.probe import Overrides
-from metalens.models.tokenization import TokenInput, TokenizerMixin
+from metalens.models.tokenization import TokenBatch, TokenInput, Tokenization
 from metalens.models.unembed import LogitTransform, NormFunction, Unembed
-from metalens.ops.backends import native_by_default
 from metalens.utils.errors import InvalidTypeError
 
 DEFAULT_SEQUENCE = 512  # tokens
 
 
-class LanguageModel(TokenizerMixin):
+class LanguageModel(Tokenization):
     """A frozen language model, ready for lenses.
 
     Args:
         model: an `mlx.nn.Module` called as model(ids), or a name: a local path, a hub id that `mlx_lm.load` opens, or 'demo' for the bundled model.
         tokenizer: an object with `encode` and `decode`. None = the loaded model's own.
         layer_attr: the name or dotted path of the list of blocks.
-        embedding_path, norm_path, lm_head_path: dotted paths that replace the modules that the model is seen to call.
-        norm, head: modules that replace them.
+        embedding_path, norm_path, lm_head_path: dotted paths of modules to use instead of those that the model is observed to call.
+        norm, head: a final norm and an output head to use instead of them.
         logit_transform: what the model does to its logits. None = find out.
-        accelerate: run the model's layers on the native CPU kernels. 'auto' = where the default device is a CPU and the kernels are available.
+        accelerate: run the model's layers on the native CPU kernels, in place. 'auto' = if the default device is a CPU and the kernels are available.
 
     Attributes:
         model: the wrapped module.
-        name: the name that it was loaded from. None = it came as a module.
-        tokenizer: may be None; then only token ids are accepted.
+        name: the path or hub id that it was loaded from. None = the caller gave a module.
+        tokenizer: the tokenizer. None = only token ids are accepted.
         source: captures the model's hidden states.
-        overrides: the caller's modules and paths.
-        acceleration: what was switched to the native kernels; `acceleration.undo()` switches it back.
+        overrides: the modules and paths that the caller gave.
+        acceleration: the layers that were switched to the native kernels; `acceleration.undo()` switches them back.
 
     Raises:
-        InvalidValueError: if `model` names nothing that can be loaded.
-        InvalidTypeError: if it is no module.
-        AttributeError: if no list of blocks is found.
+        InvalidValueError: if `model` is a name and mlx-lm cannot load it.
+        InvalidTypeError: if `model` is neither a module nor a name.
+        LayersNotFoundError: if no list of blocks is found.
     """
 
     def __init__(
@@ -77,7 +76,11 @@ class LanguageModel(TokenizerMixin):
 
     @cached_property
     def unembed(self) -> Unembed:
-        """Return the model's norm and head, found at first use. They have reproduced the model's own logits (`UnembedError` if they do not)."""
+        """Return the model's final norm and head. They are found at the first use, and checked against the model's own logits.
+
+        Raises:
+            UnembedError: if they are not found, or do not give these logits.
+        """
         return Unembed.from_model(self.source, self.overrides, self._logit_transform)
 
     @property
@@ -87,7 +90,7 @@ class LanguageModel(TokenizerMixin):
 
     @property
     def embedding_rows(self) -> int:
-        """Return how many token ids the model knows: 0 <= id < embedding_rows."""
+        """Return the number of token ids that the model knows: 0 <= id < embedding_rows."""
         return self.unembed.embedding_rows
 
     @property
@@ -102,16 +105,19 @@ class LanguageModel(TokenizerMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.num_layers} layers, tokenizer {'✓' if self.tokenizer is not None else '✗'})"
 
-    def capture(self, text: TokenInput | Sequence[str], edits: Mapping[int, Edit] | None = None) -> HiddenStates:
+    def capture(self, text: TokenInput | TokenBatch, edits: Mapping[int, Edit] | None = None) -> HiddenStates:
         """Capture the output of every block [B, T, D] in one forward pass. The padding of several texts is masked.
 
         Args:
             text: one text, several texts, or token ids.
-            edits: for some blocks, a function of the output [B, T, D] that gives its replacement.
+            edits: {block: function of its output [B, T, D] that returns the output to use instead}.
         """
         ids, mask = self.ids_and_mask(text)
         return self.source.capture(ids, edits, mask)
 
 
 def _accelerated(model: nn.Module, wanted: bool | Literal["auto"]) -> Acceleration:
-    return accelerate(model) if wanted is True or (wanted == "auto" and native_by_default()) else Acceleration([])
+    if wanted == "auto":
+        reason = reason_for_plain_mlx()
+        return Acceleration([], reason) if reason else accelerate(model)
+    return accelerate(model) if wanted else Acceleration([], "accelerate=False")

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from files, by mlx-lm."""
+"""Load a model and its tokenizer from files, with mlx-lm."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from metalens.utils.errors import InvalidValueError
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a local path, a hub id, or 'demo' (ValueError if mlx-lm can't open it).
+    """Load a model and its tokenizer.
 
     Args:
-        name: the path or id.
+        name: a local path, a hub id, or 'demo' for the bundled model.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        InvalidValueError: if mlx-lm cannot open it.
     """
-    from mlx_lm import load  # slow to import, and needless for a model that is already loaded
+    from mlx_lm import load  # slow to import, and not needed for a model that is already in memory
 
     try:
         with warnings.catch_warnings():

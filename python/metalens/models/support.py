@@ -1,4 +1,8 @@
-"""Which models of mlx-lm a lens can read: the table that the tests' zoo of tiny models left behind, and what an installed mlx-lm has beyond it."""
+"""List the models of mlx-lm that a lens can read.
+
+The table `assets/models.json` holds the results of the tests, which examine a tiny model of every architecture (tests/zoo). An installed
+mlx-lm may have more models than the table.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,23 @@ TABLE = Path(__file__).parents[1] / "assets" / "models.json"
 
 RIGHT = "right"
 
-# Modules that the tests' machine (Linux, CPU) can't run, and why.
+# {module: why the tests cannot run it}. The tests run on a CPU under Linux.
 NOT_RUN = {
     "bitnet": "its linear layers are Metal kernels without a CPU version",
     "muse_spark": "its attention, norms and experts are Metal kernels without a CPU version",
     "olmo": "it needs the package hf_olmo, and its mask fails for more than one token",
 }
 
-# Of 97 modules of an earlier mlx-lm, read with mlxterp 0.1 by the same standard: last layer's logits, a lens, a training step.
-MLXTERP = {"right": 64, "refused": 21, "wrong, with a warning": 8, "wrong, without": 6}
-
 
 @dataclass(frozen=True)
 class Module:
-    """What the tests found for one module of mlx-lm.
+    """The results of the tests for one module of mlx-lm.
 
     Attributes:
-        name: in mlx_lm.models, which is mostly the model_type of a config.json.
-        status: "right", "refused", "not run", "untested"; "partly" where some variants are refused.
-        variants: {label: {"float32", "quantized", "bfloat16": "right" or why not}}.
-        reason: why not, in words; "" for right.
+        name: the name in mlx_lm.models, in most cases the model_type of a config.json.
+        status: "right", "refused", "not run", "untested", or "partly" if some variants are refused.
+        variants: {label: {"float32": result, "quantized": result, "bfloat16": result}}; a result is "right" or the reason why it is not.
+        reason: why the status is not "right"; "" if it is.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Module:
 
 
 def modules() -> list[str]:
-    """The installed mlx-lm's modules that are models."""
+    """Return the names of the modules of the installed mlx-lm that define a model."""
     from mlx_lm import models  # slow to import
 
     (folder,) = map(Path, models.__path__)
@@ -51,13 +52,13 @@ def modules() -> list[str]:
 
 
 def tested() -> tuple[str, dict[str, dict[str, str]]]:
-    """(version of mlx-lm that the tests ran, {label: results})."""
+    """Return (version of mlx-lm that the tests ran, {label: results})."""
     table = json.loads(TABLE.read_text())
     return table["mlx_lm"], table["models"]
 
 
-def support() -> list[Module]:
-    """Every module of the installed mlx-lm, by name."""
+def supported_modules() -> list[Module]:
+    """Return every module of the installed mlx-lm with its results, by name."""
     _, results = tested()
     names = modules()
     found = []
@@ -80,17 +81,17 @@ def support() -> list[Module]:
 
 
 def installed() -> str:
-    """The installed mlx-lm's version."""
+    """Return the version of the installed mlx-lm."""
     return version("mlx-lm")
 
 
 def counts(found: list[Module]) -> dict[str, int]:
-    """How many modules have which status."""
+    """Return {status: number of modules}, without statuses that no module has."""
     return {status: n for status in (RIGHT, "partly", "refused", "not run", "untested") if (n := sum(m.status == status for m in found))}
 
 
 def remark(module: Module) -> str:
-    """What is to be said of a module beside its status: why it is refused, and which forms mlx-lm itself can't run."""
+    """Return why a module is refused, and which of its forms mlx-lm itself cannot run; "" if there is nothing to say."""
     parts = [module.reason] if module.reason else []
     for form in ("quantized", "bfloat16"):
         failing = {label: result[form] for label, result in module.variants.items() if result[form] != RIGHT and result["float32"] == RIGHT}

@@ -1,4 +1,4 @@
-"""Text, ids and arrays of ids: the inputs a user may have, and the one form that models take."""
+"""Convert text, token ids and arrays of them, as users have them, into the one form that models take."""
 
 from __future__ import annotations
 
@@ -12,20 +12,53 @@ import numpy as np
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
-TokenInput: TypeAlias = "str | Sequence[int] | mx.array"
+# One text: a string, token ids, or an array of them.
+TokenInput: TypeAlias = str | Sequence[int] | mx.array
+# Several texts: strings, or lists of token ids of one length.
+TokenBatch: TypeAlias = Sequence[str] | Sequence[Sequence[int]]
 
 NO_TOKENIZER = "No tokenizer available. Pass a tokenizer to InterpretableModel or load a model that includes one."
 
 
-class TokenizerMixin(ABC):
-    """Encoding and decoding with `self.tokenizer`, and checked token ids."""
+def as_token_ids(value: Any) -> np.ndarray:
+    """Return token ids [T] or [B, T] as a NumPy array. An array of NumPy is returned as it is.
+
+    The ids are not compared with a vocabulary, and may be none: see `Tokenization.check_ids`.
+
+    Args:
+        value: a list of integers, a list of lists of one length, or an array of NumPy or MLX.
+
+    Raises:
+        InvalidTypeError: if it is anything else, for example a string, or lists of different lengths.
+        InvalidValueError: if it has more than two dimensions.
+    """
+    if isinstance(value, mx.array) and value.dtype == mx.bfloat16:
+        value = value.astype(mx.float32)  # NumPy has no bfloat16; `check_ids` refuses both, and names the type
+    kind = type(value).__name__
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InvalidTypeError(_expected(kind)) from error
+    if array.ndim == 0 or array.dtype.kind in "US":
+        raise InvalidTypeError(_expected(kind))
+    if array.ndim > 2:
+        raise InvalidValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
+    return array
+
+
+def _expected(kind: str) -> str:
+    return f"Expected text, a list of token ids or an array of them, got {kind}."
+
+
+class Tokenization(ABC):
+    """The part of a language model that encodes and decodes with its tokenizer, and checks token ids."""
 
     tokenizer: Any
 
     @property
     @abstractmethod
     def embedding_rows(self) -> int:
-        """How many token ids the model knows."""
+        """Return the number of token ids that the model knows."""
 
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -33,27 +66,27 @@ class TokenizerMixin(ABC):
         return self.tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The tokenizer's ids of a text, with the special tokens that it adds."""
+        """Return the token ids of a text, with the special tokens that the tokenizer adds."""
         return list(self._require_tokenizer().encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return the token ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int] | mx.array) -> str:
-        """The text of ids."""
+        """Return the text of token ids."""
         ids = to_list(tokens.reshape(-1)) if isinstance(tokens, mx.array) else list(tokens)
         return str(self._require_tokenizer().decode(ids))
 
     def token_to_str(self, token_id: int) -> str:
-        """The text of one id."""
+        """Return the text of one token."""
         return self.decode([token_id])
 
     def to_str_tokens(self, text: TokenInput, prepend_bos: bool = False) -> list[str]:
-        """The text of every token.
+        """Return the text of every token.
 
         Args:
-            text: a string, ids, or an array of ids (of a batch, row 0).
+            text: a string, token ids, or an array of them. Of a batch, row 0 is used.
             prepend_bos: put the tokenizer's beginning-of-sequence token first, if it has one.
         """
         ids = to_list(self.ids(text)[0])
@@ -63,13 +96,13 @@ class TokenizerMixin(ABC):
         return [self.token_to_str(i) for i in ids]
 
     def token_strings(self, ids: mx.array) -> dict[int, str]:
-        """The text of each different id in an array; without a tokenizer, the id's digits."""
+        """Return {id: text} for the different ids in an array. Without a tokenizer, the text is the id's digits."""
         distinct = sorted({int(i) for i in to_list(ids.reshape(-1))})
         return {i: self.token_to_str(i) if self.tokenizer is not None else str(i) for i in distinct}
 
     @property
     def vocab_size(self) -> int | None:
-        """The tokenizer's size, if it tells one."""
+        """Return the tokenizer's number of tokens, or None if it does not tell."""
         tokenizer = self._require_tokenizer()
         for name in ("vocab_size", "n_words"):
             size = getattr(tokenizer, name, None)
@@ -77,47 +110,38 @@ class TokenizerMixin(ABC):
                 return int(size)
         return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
-    def ids(self, text: TokenInput | Sequence[str] | Sequence[Sequence[int]]) -> mx.array:
-        """Checked ids [B, T] of a text, texts (padded on the right with 0), a list of ids, or an array of ids [T] or [B, T].
+    def ids(self, text: TokenInput | TokenBatch) -> mx.array:
+        """Return checked token ids [B, T].
+
+        Args:
+            text: a string; several strings, which are padded on the right with token 0; a list of token ids, or several of one length; an array
+                of token ids [T] or [B, T].
 
         Raises:
-            ValueError: for empty input, ids outside the vocabulary, or text without a tokenizer.
-            TypeError: for anything else.
+            InvalidValueError: if the input is empty, an id is outside the vocabulary, or there is text and no tokenizer.
+            InvalidTypeError: if it is anything else.
         """
         return self.ids_and_mask(text)[0]
 
-    def ids_and_mask(self, text: TokenInput | Sequence[str] | Sequence[Sequence[int]]) -> tuple[mx.array, mx.array | None]:
-        """The same, and a mask [B, T] that is false where a text was padded; None where none was."""
+    def ids_and_mask(self, text: TokenInput | TokenBatch) -> tuple[mx.array, mx.array | None]:
+        """Return `ids` and a mask [B, T], false for padding. The mask is None if no text was padded."""
         mask = None
         if isinstance(text, str):
             array = np.asarray(self.encode(text))
-        elif isinstance(text, mx.array):
-            array = np.array(text) if text.dtype != mx.bfloat16 else np.array(text.astype(mx.float32))
         elif isinstance(text, Sequence) and len(text) > 0 and all(isinstance(t, str) for t in text):
-            rows = [self.encode(str(t)) for t in text]
-            width = max(map(len, rows))
-            array = np.asarray([row + [0] * (width - len(row)) for row in rows])
-            if any(len(row) < width for row in rows):
-                mask = mx.array([[i < len(row) for i in range(width)] for row in rows])
+            array, mask = _padded([self.encode(str(t)) for t in text])
         else:
-            try:
-                array = np.asarray(text)
-            except (ValueError, TypeError):
-                array = np.asarray(None)
-            if array.ndim == 0 or array.dtype.kind in "US":
-                raise InvalidTypeError(f"Expected text, a list of token ids or an array of them, got {type(text).__name__}.")
+            array = as_token_ids(text)
         if array.size == 0:
             raise InvalidValueError("There are no tokens in the input. Pass text that is not empty, or at least one token id.")
-        if array.ndim not in (1, 2):
-            raise InvalidValueError(f"Token ids must be [T] or [B, T], got {array.shape}.")
         return self.check_ids(array.reshape(-1, array.shape[-1])), mask
 
     def check_ids(self, ids: np.ndarray) -> mx.array:
-        """The ids as MLX's int32, if every one is a row of the embedding.
+        """Return token ids as MLX's int32, if each is a row of the embedding. For other ids MLX would read memory outside of it.
 
         Raises:
-            ValueError: naming the first id that is not; MLX itself would read other memory.
-            TypeError: if they are not integers.
+            InvalidValueError: if an id is outside the vocabulary. The error names such an id.
+            InvalidTypeError: if they are not integers.
         """
         # Python integers beyond 64 bits come as objects.
         if ids.size and ids.dtype.kind not in "iu" and not all(isinstance(i, int) for i in ids.flat):
@@ -128,3 +152,12 @@ class TokenizerMixin(ABC):
                 f"Token id {outside[0]} is outside the model's vocabulary (0 to {self.embedding_rows - 1}). Is this the model's own tokenizer?"
             )
         return mx.array(ids.astype(np.int32))
+
+
+def _padded(rows: list[list[int]]) -> tuple[np.ndarray, mx.array | None]:
+    """Return ids [B, T], padded on the right with 0, and a mask that is false for padding; the mask is None if all rows have one length."""
+    width = max(map(len, rows))
+    array = np.asarray([row + [0] * (width - len(row)) for row in rows])
+    if all(len(row) == width for row in rows):
+        return array, None
+    return array, mx.array([[i < len(row) for i in range(width)] for row in rows])

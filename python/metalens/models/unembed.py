@@ -1,7 +1,8 @@
-"""Unembed: from a residual stream to logits, as the model itself does it: final norm, head, logit transform.
+"""From hidden states to logits as the model itself computes them: final norm, head, logit transform.
 
-Found by watching the model, not by names (`metalens.models.probe`), then checked against the model's own logits: a norm, a scale or a softcap that was
-missed would make every lens wrong without a sign of it. There is no Unembed that has not passed the check.
+The modules are those that the model is observed to call (`metalens.models.probe`), whatever their names. Then the result is compared with
+the model's own logits, because a norm, a scale or a softcap that was missed would make every lens wrong without a sign. Every `Unembed`
+that `Unembed.from_model` returns has passed this check.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import mlx.nn as nn
 
 from metalens.models import architectures
 from metalens.models.capture import ResidualCapture, ResidualStreamError
-from metalens.models.probe import FoundModule, Overrides, find_head_modules, is_matrix
+from metalens.models.head_check import HeadTransform, Step, first_difference, infer_transform, logits_difference
+from metalens.models.probe import FoundModule, HeadModules, Overrides, find_head_modules, is_matrix
 from metalens.ops import Head, Norm, head_logits
 from metalens.ops.weight import Weight
 from metalens.utils.arrays import to_float
@@ -24,12 +26,12 @@ from metalens.utils.errors import InvalidValueError
 
 NormFunction = Callable[[mx.array], mx.array]
 
-# The norm of a model without one, or of a lens told to skip it.
+# The norm of a model that has none, and of a lens that is told to skip it.
 NO_NORM = Norm(lambda h: h, "none")
 
 
 class UnembedError(InvalidValueError, AttributeError):
-    """Norm and head were not found, or do not give the model's own logits."""
+    """The norm and the head were not found, or they do not give the model's own logits."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class LogitTransform:
     """What a model does to its logits after the head, softcap(scale * z), and to the head's input.
 
     Attributes:
-        scale: a factor of the head's input, of its output, or of both. With a bias in the head only the output's can be had.
-        softcap: c of c * tanh(z / c), or None.
+        scale: the product of the factors of the head's input and output. If the head has a bias, only its output may have a factor.
+        softcap: c of c * tanh(z / c). None = no softcap.
     """
 
     scale: float = 1.0
@@ -46,14 +48,14 @@ class LogitTransform:
 
 
 class Unembed:
-    """Norm and head of one model, checked.
+    """The final norm and the head of one model.
 
     Attributes:
         norm: the final norm, a callable on [..., D].
-        head: the unembedding's arrays.
-        paths: where embedding, norm and head were found ("" for none, "(given)" for a module that the caller gave).
+        head: the arrays of the output head.
+        paths: {"embedding", "norm", "head": dotted path}. "" = there is none. "(given)" = the caller gave the module.
         tied: whether the head is the embedding.
-        embedding_rows: token ids that the model knows, 0 <= id < embedding_rows; the head's rows if no embedding was found.
+        embedding_rows: the number of token ids that the model knows, 0 <= id < embedding_rows. If no embedding was found, the rows of the head.
     """
 
     def __init__(self, norm: Norm, head: Head, paths: dict[str, str], tied: bool, embedding_rows: int) -> None:
@@ -65,55 +67,188 @@ class Unembed:
 
     @classmethod
     def from_model(
-        cls, source: ResidualCapture | nn.Module, places: Overrides | None = None, logit_transform: LogitTransform | None = None
+        cls, source: ResidualCapture | nn.Module, overrides: Overrides | None = None, logit_transform: LogitTransform | None = None
     ) -> Unembed:
-        """Find the model's final norm and output head, and check them.
+        """Find the final norm and the output head of a model, and check that they give the model's own logits.
 
         Args:
-            source: the model, or its residual streams.
-            places: of its parts, where the caller knows better.
-            logit_transform: what happens to the logits; None = found out.
+            source: the model, or the capture of its hidden states.
+            overrides: modules or paths to use instead of what the model is observed to call.
+            logit_transform: what the model does to its logits. None = find out.
 
         Raises:
-            UnembedError: if there is no head, or the model's own logits do not follow from its last block's output; with what was found, where it
-                differs, and what to do.
+            UnembedError: if there is no head, or the model's own logits do not follow from the output of its last block. The error names what
+                was found, where the first difference is, and what to do.
         """
         source = source if isinstance(source, ResidualCapture) else ResidualCapture(source)
+        overrides = overrides or Overrides()
         try:
-            search = _Search(source, places or Overrides(), logit_transform)
-            search.check()
+            modules = find_head_modules(source, overrides)
+            candidate = _assemble(source.model, modules, overrides, logit_transform)
+            if failure := _failure(candidate):
+                raise UnembedError(failure)
         except (UnembedError, ResidualStreamError) as error:
             kind = architectures.model_type(source.model)
             reason = architectures.REASONS.get(kind)
             raise UnembedError(f"A lens can't read this model ({kind}): {reason}. {error}" if reason else str(error)) from error
-        return search.unembed
+        return candidate.unembed
 
     @property
     def hidden_dim(self) -> int:
-        """D: the width of the residual stream."""
+        """Return D, the width of the residual stream."""
         return self.head.weight.shape[1]
 
     @property
     def vocab_size(self) -> int:
-        """V: rows of the head, whatever the tokenizer says."""
+        """Return V, the rows of the head, which may differ from the tokenizer's size."""
         return self.head.vocab_size
 
     def __call__(self, h: mx.array) -> mx.array:
-        """Logits [..., V] float32 of a residual stream [..., D]."""
+        """Return the logits [..., V] float32 of hidden states [..., D]."""
         return head_logits(self.norm(h), self.head)
 
 
+# ---------------------------------------------------------------- from modules to an Unembed
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An Unembed before its check.
+
+    Attributes:
+        unembed: the Unembed.
+        modules: the modules that it was made from, and the pass in which they were observed.
+        steps: claims about the arrays of that pass.
+        names: norm and head, for error messages.
+    """
+
+    unembed: Unembed
+    modules: HeadModules
+    steps: list[Step]
+    names: str
+
+
+def _assemble(model: nn.Module, modules: HeadModules, overrides: Overrides, logit_transform: LogitTransform | None) -> _Candidate:
+    """Make an Unembed from the modules that were found."""
+    states = modules.states
+    if states.hidden[-1].ndim != 3:
+        raise UnembedError(_no_single_stream(states.hidden[-1]))
+    head, known_scale = _find_head(model, modules)
+    norm, norm_path = _find_norm(model, modules)
+    transform = _find_transform(model, modules, norm, known_scale, logit_transform)
+    matrix = merged(head.module)
+    weight = Weight.from_layer(matrix)
+    vocabulary = states.logits.shape[-1]
+    used_rows = vocabulary if modules.head_call is not None and vocabulary < weight.shape[0] else None
+    embedding = modules.embedding
+    rows = Weight.from_layer(merged(embedding.module)).shape[0] if embedding and is_matrix(embedding.module) else weight.shape[0]
+    tied = _is_tied(modules, head)
+    paths = {"embedding": embedding.path if embedding else "", "norm": norm_path, "head": "" if tied and overrides.head is None else head.path}
+    arrays = Head(weight, matrix.get("bias"), transform.input_scale * transform.output_scale, transform.softcap, used_rows)
+    return _Candidate(
+        Unembed(norm, arrays, paths, tied, rows),
+        modules,
+        _steps(modules, None if logit_transform is not None else transform),
+        f"{f'the norm at {norm_path!r}' if norm_path else 'no norm'} and the head at {head.path!r}",
+    )
+
+
+def _find_head(model: nn.Module, modules: HeadModules) -> tuple[FoundModule, float]:
+    """Return the head, and the factor of its output if the architecture tells it."""
+    kind = architectures.model_type(model)
+    if modules.head is None and kind in architectures.ARRAYS:
+        array, path, scale = architectures.ARRAYS[kind](model)
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight = array
+        return FoundModule(layer, path), scale
+    head = modules.head or modules.embedding  # some models multiply by the embedding's weight, without a call
+    if head is None or not is_matrix(head.module):
+        raise UnembedError(_no_head(modules))
+    return head, 1.0
+
+
+def _find_norm(model: nn.Module, modules: HeadModules) -> tuple[Norm, str]:
+    """Return the norm and its path, "" if there is none."""
+    if modules.norm is not None:
+        return norm_of(modules.norm.module), modules.norm.path
+    kind = architectures.model_type(model)
+    if kind in architectures.FUNCTIONS:
+        eps = architectures.FUNCTIONS[kind]({name: value for each in architectures.settings(model) for name, value in each.items()})
+        return Norm(partial(mx.fast.rms_norm, weight=None, eps=eps), "rms", eps=eps), "(a function)"
+    return NO_NORM, ""
+
+
+def _find_transform(model: nn.Module, modules: HeadModules, norm: Norm, known_scale: float, given: LogitTransform | None) -> HeadTransform:
+    """Return what the model does between norm, head and logits: as the caller says, or as the calls show."""
+    if given is not None:
+        return HeadTransform(1.0, given.scale, given.softcap)
+    call = modules.head_call
+    if call is None:
+        return HeadTransform(1.0, known_scale)
+    normed = norm(modules.states.hidden[-1]) if modules.norm_call is None else modules.norm_call.output
+    found = infer_transform(normed, call, modules.states.logits, architectures.factors(model), architectures.softcaps(model))
+    if found.input_scale != 1.0 and "bias" in call.module:
+        raise UnembedError(_bias_and_input_scale(call.path))
+    return found
+
+
+def _is_tied(modules: HeadModules, head: FoundModule) -> bool:
+    is_embedding = modules.embedding is not None and head.module is modules.embedding.module
+    return is_embedding or (modules.head_call is not None and modules.head_call.method == "as_linear")
+
+
+def _steps(modules: HeadModules, transform: HeadTransform | None) -> list[Step]:
+    """Return what an Unembed claims about the arrays between the calls.
+
+    Args:
+        modules: the calls.
+        transform: what happens to the head's input and output. None = the caller gave one, and it does not say where its factor belongs.
+    """
+    norm, head, states = modules.norm_call, modules.head_call, modules.states
+    steps = []
+    if norm is not None and modules.norm is not None and modules.norm.module is norm.module:
+        steps.append(Step(states.hidden[-1], norm.input, f"the input of {norm.path!r} is not the last block's output"))
+        if head is not None and transform is not None:
+            denial = f"the input of {head.path!r} is not the output of {norm.path!r}"
+            steps.append(Step(norm.output, head.input, denial, transform.input_scale))
+    if head is not None and transform is not None:
+        output = head.output[..., : states.logits.shape[-1]]
+        denial = f"the logits are not the output of {head.path!r}"
+        steps.append(Step(output, states.logits, denial, transform.output_scale, transform.softcap))
+    return steps
+
+
+def _failure(candidate: _Candidate) -> str:
+    """Return why an Unembed does not give the model's own logits; "" if it does."""
+    states, unembed = candidate.modules.states, candidate.unembed
+    last, own = states.hidden[-1], states.logits.astype(mx.float32)
+    if last.shape[-1] != unembed.hidden_dim:
+        return _wrong_width(candidate, last)
+    if to_float(mx.any(mx.isnan(own))):
+        return _DAMAGED
+    found = unembed(last)
+    if own.shape[-1] != unembed.head.tokens:
+        return _wrong_vocabulary(candidate, found, own)
+    exact = {states.logits.dtype, last.dtype} == {mx.float32}
+    difference, spread, is_rounding = logits_difference(found[..., : own.shape[-1]], own, exact)
+    where = first_difference(candidate.steps)
+    return "" if is_rounding and not where else _wrong_logits(candidate, difference, spread, where)
+
+
+# ---------------------------------------------------------------- norms and adapters
+
+
 def norm_of(module: Any) -> Norm:
-    """A norm of the model as the operations take it. Exact types only: a subclass computes something of its own."""
+    """Return a norm of the model in the form that the operations take. Only exact types count: a subclass computes something else."""
     if type(module) is nn.RMSNorm:
         return Norm(module, "rms", module["weight"], None, module.eps)
     if type(module) is nn.LayerNorm:
         return Norm(module, "layer", module.get("weight"), module.get("bias"), module.eps)
-    return _probed(module)
+    return _recognized(module)
 
 
-def _probed(module: Any) -> Norm:
-    """A norm under another name (Gemma's and Nemotron's multiply with 1 + w), recognized by what it does; or just a function."""
+def _recognized(module: Any) -> Norm:
+    """Recognize a norm of another class by its results (Gemma's and Nemotron's multiply by 1 + weight). Else return it as a function."""
     if not isinstance(module, nn.Module) or "weight" not in module or module["weight"].ndim != 1:
         return Norm(module)
     weight, bias = module["weight"], module.get("bias")
@@ -130,175 +265,43 @@ def _probed(module: Any) -> Norm:
 
 
 def merged(module: nn.Module) -> nn.Module:
-    """The linear or embedding layer that an adapter and the layer inside it amount to; other layers as they are."""
+    """Return an adapter (LoRA) merged with the linear or embedding layer inside it. Return other layers as they are."""
     return module.fuse(dequantize=True) if hasattr(module, "fuse") else module
 
 
-@dataclass(frozen=True)
-class _Transform:
-    """Factors of the head's input and of its output, and the softcap."""
+# ---------------------------------------------------------------- messages
 
-    before: float
-    after: float
-    softcap: float | None
+_ADVICE = " Pass norm=, head= or logit_transform= to describe the model's output layers."
+_DAMAGED = "The model's own logits are NaN on ordinary tokens: its weights are damaged. Load or convert the model again."
 
 
-class _Search:
-    """One search: the parts of a model made into an Unembed, and the arrays of the pass to compare with."""
-
-    def __init__(self, source: ResidualCapture, places: Overrides, transform: LogitTransform | None) -> None:
-        self.model = source.model
-        self.parts = find_head_modules(source, places)
-        self.logits, self.last = self.parts.stream.logits, self.parts.stream.hidden[-1]
-        self.norm_call, self.head_call = self.parts.norm_call, self.parts.head_call
-        if self.last.ndim != 3:
-            raise UnembedError(f"The model's last block hands on {self.last.shape}, where one residual stream [B, T, D] is needed.{_ADVICE}")
-        head, scale = self._head()
-        norm_path = self._set_norm()
-        self.where = f"{f'the norm at {norm_path!r}' if norm_path else 'no norm'} and the head at {head.path!r}"
-        embedding = self.parts.embedding
-        tied = (embedding is not None and head.module is embedding.module) or (self.head_call is not None and self.head_call.method == "as_linear")
-        paths = {"embedding": embedding.path if embedding else "", "norm": norm_path, "head": "" if tied and places.head is None else head.path}
-        matrix = merged(head.module)
-        weight, vocabulary = Weight.from_layer(matrix), self.logits.shape[-1]
-        rows = Weight.from_layer(merged(embedding.module)).shape[0] if embedding and is_matrix(embedding.module) else weight.shape[0]
-        self.told = transform is not None  # then only the logits say whether it is right, not where the factor stands
-        self.transform = self._transform(scale) if transform is None else _Transform(1.0, transform.scale, transform.softcap)
-        used = vocabulary if vocabulary < weight.shape[0] and self.head_call is not None else None
-        self.unembed = Unembed(
-            self.norm, Head(weight, matrix.get("bias"), self.transform.before * self.transform.after, self.transform.softcap, used), paths, tied, rows
-        )
-
-    def _head(self) -> tuple[FoundModule, float]:
-        """The head, and the factor of its logits where that is known beforehand."""
-        kind = architectures.model_type(self.model)
-        if self.parts.head is None and kind in architectures.ARRAYS:
-            array, path, scale = architectures.ARRAYS[kind](self.model)
-            layer = nn.Linear(1, 1, bias=False)
-            layer.weight = array
-            return FoundModule(layer, path), scale
-        head = self.parts.head or self.parts.embedding  # some multiply with the embedding's weight as an array
-        if head is None or not is_matrix(head.module):
-            raise UnembedError(
-                "Cannot find output projection layer: after its last block the model calls no linear layer or embedding that gives its "
-                f"{self.logits.shape[-1]} logits, and no embedding before. It calls {self.parts.called()}. Say which layer it is with head."
-            )
-        return head, 1.0
-
-    def _set_norm(self) -> str:
-        """The norm's path; "" if there is none."""
-        kind = architectures.model_type(self.model)
-        if self.parts.norm is not None:
-            self.norm = norm_of(self.parts.norm.module)
-            return self.parts.norm.path
-        if kind in architectures.FUNCTIONS:
-            eps = architectures.FUNCTIONS[kind]({name: value for each in architectures.settings(self.model) for name, value in each.items()})
-            self.norm = Norm(partial(mx.fast.rms_norm, weight=None, eps=eps), "rms", eps=eps)
-            return "(a function)"
-        self.norm = NO_NORM
-        return ""
-
-    def _transform(self, scale: float) -> _Transform:
-        """What lies between the norm's result and the head, and between the head's result and the logits."""
-        if self.head_call is None:
-            return _Transform(1.0, scale, None)
-        given, result = self.head_call.given, self.head_call.result[..., : self.logits.shape[-1]].astype(mx.float32)
-        normed = self.norm(self.last) if self.norm_call is None else self.norm_call.result
-        scales = {"": 1.0, **architectures.factors(self.model)}
-        before, after, cap = 1.0, 1.0, None
-        if not _equal(given, normed):
-            before = _best({factor: normed.astype(mx.float32) * factor for factor in scales.values()}, given)
-        if not _equal(self.logits, result):
-            caps = [None, *architectures.softcaps(self.model).values()]
-            ways = [(factor, softcap) for softcap in caps for factor in scales.values()]
-            after, cap = _best({way: _transformed(result, *way) for way in ways}, self.logits)
-        if before != 1.0 and "bias" in self.head_call.module:
-            raise UnembedError(f"The head at {self.head_call.path!r} has a bias and a factor of its input, which no Head can express.")
-        return _Transform(before, after, cap)
-
-    def check(self) -> None:
-        """Compare with the model's own logits (UnembedError if they differ)."""
-        own, d = self.logits.astype(mx.float32), self.unembed.hidden_dim
-        if self.last.shape[-1] != d:
-            raise UnembedError(f"The model's residual stream is {self.last.shape}; {self.where} would need [B, T, {d}].{_ADVICE}")
-        if to_float(mx.any(mx.isnan(own))):
-            raise UnembedError("The model's own logits are NaN on ordinary tokens: its weights are damaged. Load or convert the model again.")
-        found = self.unembed(self.last)
-        if own.shape[-1] != self.unembed.head.tokens:
-            raise UnembedError(f"With {self.where} the logits are {found.shape}; the model's are {own.shape}.{_ADVICE}")
-        found = found[..., : own.shape[-1]]
-        difference = to_float(mx.max(mx.abs(found - own)))
-        spread = to_float(mx.max(mx.abs(own - mx.mean(own, axis=-1, keepdims=True))))
-        # 16-bit activations carry 8 or 11 bits, from the norm on; what is smaller than that is found between the calls.
-        tolerance = (1e-3 if {self.logits.dtype, self.last.dtype} == {mx.float32} else 0.05) * spread + 1e-5
-        unexplained = self._unexplained()
-        if unexplained or not difference <= tolerance:
-            raise UnembedError(
-                f"The model's logits do not follow from its last block's output with {self.where}: they are off by up to {difference:.3g}, "
-                f"where the logits spread over {spread:.3g}. {unexplained or f'After its last block the model calls {self.parts.called()}.'}{_ADVICE}"
-            )
-
-    def _unexplained(self) -> str:
-        """Where the model does something between the calls that the Unembed does not, as far as the calls tell; "" if nowhere."""
-        norm, head, transform = self.norm_call, self.head_call, self.transform
-        stages: list[tuple[mx.array, float, float | None, mx.array, str]] = []
-        if norm is not None and self.parts.norm is not None and self.parts.norm.module is norm.module:
-            stages.append((self.last, 1.0, None, norm.given, f"the input of {norm.path!r} is not the last block's output"))
-            if head is not None and not self.told:
-                stages.append((norm.result, transform.before, None, head.given, f"the input of {head.path!r} is not the output of {norm.path!r}"))
-        if head is not None and not self.told:
-            result = head.result[..., : self.logits.shape[-1]]
-            stages.append((result, transform.after, transform.softcap, self.logits, f"the logits are not the output of {head.path!r}"))
-        for before, scale, softcap, after, what in stages:
-            if not _explains(before, scale, softcap, after):
-                return f"The first difference: {what}{_factor(after, before)}."
-        return ""
+def _no_single_stream(last: mx.array) -> str:
+    return f"The model's last block returns {last.shape}; a lens needs one residual stream [B, T, D].{_ADVICE}"
 
 
-_ADVICE = " Say what the model does with norm, head and logit_transform."
+def _no_head(modules: HeadModules) -> str:
+    return (
+        "Cannot find output projection layer: after its last block the model calls no linear layer or embedding that gives its "
+        f"{modules.states.logits.shape[-1]} logits, and it calls no embedding before its first block. "
+        f"It calls {modules.called()}. Pass head= to name the layer."
+    )
 
 
-def _equal(a: mx.array, b: mx.array) -> bool:
-    """To the last bit, in whatever type."""
-    return a.shape == b.shape and bool(to_float(mx.array_equal(a.astype(mx.float32), b.astype(mx.float32), equal_nan=True)))
+def _bias_and_input_scale(path: str) -> str:
+    return f"The head at {path!r} has a bias, and the model scales its input; metalens cannot express both together."
 
 
-def _explains(x: mx.array, scale: float, softcap: float | None, y: mx.array) -> bool:
-    """Whether y is softcap(scale * x) but for rounding: to the last bit if that is x itself, else within four roundings and without a tendency."""
-    if scale == 1.0 and softcap is None:
-        return _equal(x, y)
-    if x.shape != y.shape:
-        return False
-    found, rounding = y.astype(mx.float32), max(_ROUNDING.get(dtype, 0.0) for dtype in (x.dtype, y.dtype))
-    for operand in (x, x.astype(mx.float32)):  # a model that multiplies with 1/6 rounds that too; one that divides by 6 does not
-        expected = _transformed(operand, scale, softcap).astype(mx.float32)
-        worst = to_float(mx.max(mx.abs(found - expected) - 4 * rounding * mx.abs(expected)))
-        tendency = abs(to_float(mx.sum((found - expected) * mx.sign(expected)))) / (to_float(mx.sum(mx.abs(expected))) + 1e-30)
-        if worst <= 1e-6 and tendency <= rounding / 8 + 1e-6:
-            return True
-    return False
+def _wrong_width(candidate: _Candidate, last: mx.array) -> str:
+    return f"The model's residual stream is {last.shape}; {candidate.names} need [B, T, {candidate.unembed.hidden_dim}].{_ADVICE}"
 
 
-# Relative, of one number.
-_ROUNDING = {mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11, mx.float32: 2.0**-23}
+def _wrong_vocabulary(candidate: _Candidate, found: mx.array, own: mx.array) -> str:
+    return f"With {candidate.names} the logits are {found.shape}; the model's are {own.shape}.{_ADVICE}"
 
 
-def _factor(a: mx.array, b: mx.array) -> str:
-    """In words, if a is a multiple of b."""
-    if a.shape != b.shape:
-        return f", which is {b.shape} and not {a.shape}"
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    factor = to_float(mx.sum(a * b) / mx.sum(b * b))
-    left = to_float(mx.max(mx.abs(a - factor * b)))
-    return f", but {factor:.6g} times that" if left <= 1e-3 * to_float(mx.max(mx.abs(a))) else ""
-
-
-def _best(candidates: dict[Any, mx.array], wanted: mx.array) -> Any:
-    """The key of the candidate that is nearest; of equals the first."""
-    differences = {key: to_float(mx.max(mx.abs(value - wanted.astype(mx.float32)))) for key, value in candidates.items()}
-    return min(differences, key=lambda key: differences[key])
-
-
-def _transformed(z: mx.array, scale: float, softcap: float | None) -> mx.array:
-    z = z * scale
-    return z if softcap is None else softcap * mx.tanh(z / softcap)
+def _wrong_logits(candidate: _Candidate, difference: float, spread: float, where: str) -> str:
+    where = where or f"After its last block the model calls {candidate.modules.called()}."
+    return (
+        f"The model's logits do not follow from its last block's output with {candidate.names}: they are off by up to {difference:.3g}, "
+        f"and the logits spread over {spread:.3g}. {where}{_ADVICE}"
+    )

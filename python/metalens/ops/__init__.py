@@ -1,6 +1,7 @@
-"""The operations that a lens rests on: arrays in, arrays out, knowing no models.
+"""The operations of a lens: arrays in, arrays out. They know no models.
 
-One file each: the contract, the plain-MLX reference, and the choice of backend.
+Each file holds one operation: its contract, its plain-MLX reference and its kernels. `dispatch` holds the table that selects
+one of them, `backends` the settings that it reads.
 """
 
 from metalens.ops.activation import swiglu

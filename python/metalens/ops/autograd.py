@@ -1,4 +1,4 @@
-"""A fast forward pass with the gradient of a plain one: for operations of the frozen model, whose gradients are rarely asked for."""
+"""Combine a fast forward pass with the gradient of a plain one, for operations of the frozen model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import mlx.core as mx
 
 
 def with_gradient_of(plain: Callable[..., mx.array], fast: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """A function that computes `fast(*arrays)` and is differentiated as if it were `plain(*arrays)`."""
+    """Return a function that computes `fast(*arrays)` and has the gradient of `plain(*arrays)`.
+
+    The gradient costs a second forward pass. Only the parts of a frozen model use this, and their gradients are rarely needed.
+    """
 
     @mx.custom_function
     def function(*arrays: mx.array) -> mx.array:

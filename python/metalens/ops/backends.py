@@ -1,4 +1,4 @@
-"""How an operation runs: plain MLX (`reference`), the extension's CPU kernels (`native`) or the GPU's (`metal`), and how exact their operands are."""
+"""Select how operations run: in plain MLX, on the extension's CPU kernels or on the Metal kernels, and how exactly."""
 
 from __future__ import annotations
 
@@ -14,76 +14,128 @@ from metalens.ops.scoped_setting import ScopedSetting
 from metalens.utils.errors import UnavailableError
 
 Backend = Literal["auto", "reference", "native", "metal"]
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bfloat16"]
 
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "native", "metal")
-PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+# Version 0.1.0 called bfloat16 "bf16"; the extension still does.
+_BF16: dict[str, Precision] = {"bf16": "bfloat16"}
+_EXTENSION_PRECISION: dict[Precision, str] = {"float32": "float32", "bfloat16": "bf16"}
 
 _backend: ScopedSetting[Backend] = ScopedSetting("backend", BACKENDS, "METALENS_BACKEND", "use_backend")
-_precision: ScopedSetting[Precision] = ScopedSetting("precision", PRECISIONS, "METALENS_PRECISION", "use_precision")
+_precision: ScopedSetting[Precision] = ScopedSetting("precision", PRECISIONS, "METALENS_PRECISION", "use_precision", _BF16)
 
 
 def backend() -> Backend:
-    """The backend asked for: by `use_backend`, else by METALENS_BACKEND, else 'auto'."""
+    """Return the backend setting: that of `use_backend`, else of METALENS_BACKEND, else 'auto'.
+
+    Raises:
+        InvalidValueError: if METALENS_BACKEND has another value.
+    """
     return _backend.get()
 
 
 def use_backend(name: Backend) -> AbstractContextManager[None]:
-    """Run the operations called inside the `with` block on this backend.
+    """Run the operations that are called inside the `with` block on this backend.
 
-    'auto' takes the fastest that is available for the default device; 'native' raises RuntimeError where the extension can't be used, 'metal' where
-    there is no Metal GPU. Operations without a Metal kernel run in plain MLX there, which has its own.
-    The choice is made when an operation is called, not when its result is evaluated.
+    'auto' selects the fastest backend for the default device: 'native' on a CPU, 'metal' on a GPU. 'reference' is plain MLX.
+    An operation that the backend has no kernel for, or whose arguments the kernel does not support, runs in plain MLX.
+    The backend is selected when an operation is called, not when its result is evaluated.
 
     Raises:
-        ValueError: on entering the block, for another name.
+        InvalidValueError: on entry of the block, for an unknown name.
+        UnavailableError: from an operation: 'native' without the extension, 'metal' without a Metal GPU.
     """
     return _backend.use(name)
 
 
 def precision() -> Precision:
-    """The precision asked for: by `use_precision`, else by METALENS_PRECISION, else 'float32'."""
+    """Return the precision setting: that of `use_precision`, else of METALENS_PRECISION, else 'float32'.
+
+    Raises:
+        InvalidValueError: if METALENS_PRECISION has another value.
+    """
     return _precision.get()
 
 
-def use_precision(name: Precision) -> AbstractContextManager[None]:
-    """Choose how exact the operands of the native kernels' products are inside the `with` block; sums are float32 in either.
+def use_precision(name: Precision | Literal["bf16"]) -> AbstractContextManager[None]:
+    """Set the precision of the operands of the kernels' products inside the `with` block. Sums are always float32.
 
-    'float32' takes operands as they are. 'bf16' lets them be rounded to bfloat16 (2^-9 relative) where the CPU multiplies that faster (AMX, AVX-512
-    BF16), and to float16 on a GPU, which is finer; elsewhere the two are the same. The reference backend ignores it.
+    'float32' uses the operands unchanged. 'bfloat16' allows the CPU to round them to bfloat16 (2^-9 relative) if it multiplies
+    bfloat16 faster (AMX, AVX-512 BF16), and the GPU to round them to float16, which is finer. On other CPUs the two settings
+    give the same result. The reference backend ignores the setting. 'bf16' is another spelling of 'bfloat16'.
 
     Raises:
-        ValueError: on entering the block, for another name.
+        InvalidValueError: on entry of the block, for an unknown name.
     """
     return _precision.use(name)
 
 
-def native_by_default() -> bool:
-    """Return whether backend 'auto' or 'native' would run the extension's CPU kernels on the default device. Does not warn."""
+def preferred() -> Literal["reference", "native", "metal"]:
+    """Return the backend for the next operation; for 'auto', that of the default device. It may be unavailable here."""
     wanted = backend()
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return (wanted == "native" or (wanted == "auto" and on_cpu)) and _extension.find()[0] is not None
+    if wanted != "auto":
+        return wanted
+    return "native" if mx.default_device().type == mx.DeviceType.cpu else "metal"
+
+
+def unavailable(name: Literal["native", "metal"]) -> str:
+    """Return the reason why a backend can't be used here, or ''. Warn once if 'auto' has to do without the extension.
+
+    Raises:
+        UnavailableError: if the backend can't be used and the setting names it.
+    """
+    if name == "native":
+        extension, reason = _extension.find()
+        if extension is not None:
+            return ""
+        if backend() == "native":
+            raise UnavailableError(f"The native backend was asked for but can't be used: {reason}. Reinstall metalens, or choose 'auto'.")
+        _extension.load()  # warns
+        return reason
+    if mx.metal.is_available() or kernel.is_emulated():
+        return ""
+    if backend() == "metal":
+        raise UnavailableError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")
+    return "MLX finds no Metal GPU here"
 
 
 def native() -> ModuleType | None:
-    """The extension if the next operation should use it, else None."""
-    wanted = backend()
-    if wanted in ("reference", "metal"):
-        return None
-    if wanted == "native":
-        extension, reason = _extension.find()
-        if extension is None:
-            raise UnavailableError(f"The native backend was asked for but can't be used: {reason}. Reinstall metalens, or choose 'auto'.")
-        return extension
-    if mx.default_device().type != mx.DeviceType.cpu:
-        return None
-    return _extension.load()
+    """Return the extension if the next operation would use it, else None.
+
+    Raises:
+        UnavailableError: if the setting is 'native' and the extension can't be used.
+    """
+    return None if preferred() != "native" or unavailable("native") else extension()
 
 
 def metal() -> bool:
-    """Whether the next operation should use the Metal kernels."""
-    wanted = backend()
-    available = mx.metal.is_available() or kernel.is_emulated()
-    if wanted == "metal" and not available:
-        raise UnavailableError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")
-    return wanted == "metal" or (wanted == "auto" and available and mx.default_device().type == mx.DeviceType.gpu)
+    """Return whether the next operation would use the Metal kernels.
+
+    Raises:
+        UnavailableError: if the setting is 'metal' and MLX finds no Metal GPU.
+    """
+    return preferred() == "metal" and not unavailable("metal")
+
+
+def native_by_default() -> bool:
+    """Return whether backend 'auto' or 'native' would use the extension on the default device. Never warns or raises for want of it."""
+    return preferred() == "native" and _extension.find()[0] is not None
+
+
+def extension() -> ModuleType:
+    """Return the extension. Only for native implementations: `dispatch` has checked that it can be used."""
+    found, reason = _extension.find()
+    assert found is not None, reason
+    return found
+
+
+def extension_precision() -> str:
+    """Return the precision setting in the extension's spelling."""
+    return _EXTENSION_PRECISION[precision()]
+
+
+def rounds_operands() -> bool:
+    """Return whether the precision setting allows operands of 16 bits."""
+    return precision() == "bfloat16"

@@ -1,4 +1,4 @@
-"""What runs here and why not more: versions, backends, kernels, and a check that the kernels compute what plain MLX does."""
+"""Check an installation: versions, backends and kernels, and whether the native kernels compute what plain MLX does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,52 +17,141 @@ from metalens.ops import Weight, backend, linear, precision, use_backend
 from metalens.ops.metal import tuning
 from metalens.utils.arrays import to_float
 
+MATRIX_UNIT_GENERATION = 17  # first generation of GPUs with matrix units, the M5's
+TOLERANCE = 1e-4  # largest difference between the native kernels and plain MLX
 
-def examine() -> dict[str, Any]:
-    """Facts by name; 'problems' lists, in sentences, what stands in the way of full speed."""
+
+@dataclass(frozen=True)
+class MetalDiagnosis:
+    """What is known of the GPU.
+
+    Attributes:
+        architecture: name of the GPU's architecture in MLX.
+        generation: generation that kernels are tuned for.
+        compiled_kernels: number of kernels that were compiled ahead of time. 0 = there is no metallib, all are compiled just in time.
+        matrix_units: whether the GPU has matrix units, in words. They are not used yet.
+    """
+
+    architecture: str
+    generation: int
+    compiled_kernels: int
+    matrix_units: str
+
+
+@dataclass(frozen=True)
+class NativeDiagnosis:
+    """What is known of the native CPU kernels.
+
+    Attributes:
+        instruction_set: instruction set in use.
+        available_instruction_sets: instruction sets that this processor can run.
+        fast_bfloat16: whether the instruction set multiplies 16-bit operands faster. False = they are computed as float32.
+        threads: number of threads.
+        product: the product that was compared with plain MLX.
+        largest_difference: largest difference of an element of this product from plain MLX.
+        speedup: time of plain MLX on the CPU, divided by that of the native kernels.
+    """
+
+    instruction_set: str
+    available_instruction_sets: list[str]
+    fast_bfloat16: bool
+    threads: int
+    product: str
+    largest_difference: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What an installation can do.
+
+    Attributes:
+        metalens, mlx, mlx_lm, python: versions.
+        platform: operating system and processor.
+        device: MLX's default device.
+        backend: backend that was asked for.
+        precision: precision that was asked for.
+        metal: the GPU. None = Metal is not available.
+        native: the native extension. None = it is not used.
+        native_problem: why the native extension is not used. "" = it is used.
+        problems: sentences about everything that prevents full speed or right results. Empty if all is well.
+    """
+
+    metalens: str
+    mlx: str
+    mlx_lm: str
+    python: str
+    platform: str
+    device: str
+    backend: str
+    precision: str
+    metal: MetalDiagnosis | None
+    native: NativeDiagnosis | None
+    native_problem: str
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the diagnosis as JSON."""
+        return asdict(self)
+
+
+def examine() -> Diagnosis:
+    """Examine this installation. Runs a few small products."""
     extension, reason = _extension.find()
-    facts: dict[str, Any] = {
-        "metalens": importlib.metadata.version("metalens"),
-        "mlx": importlib.metadata.version("mlx"),
-        "mlx-lm": importlib.metadata.version("mlx-lm"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(mx.default_device()),
-        **_metal_facts(),
-        "backend asked for": backend(),
-        "native extension": "loaded" if extension is not None else f"not used: {reason}",
-    }
-    problems: list[str] = []
-    if extension is None:
-        problems.append(f"The native extension is not used, because {reason}. Reinstall metalens to build it.")
-    else:
-        facts["instruction set"] = extension.isa()
-        facts["instruction sets available"] = extension.available_isas().split()
-        facts["precision asked for"] = precision()
-        facts["16-bit operands"] = "multiplied faster" if extension.multiplies_bf16() else "computed as float32: the instruction set has none"
-        facts["threads"] = extension.num_threads()
-        error, speedup = _compare()
-        facts["native against plain MLX, largest difference"] = f"{error:.1e}"
-        facts["native against plain MLX, speed on the CPU"] = f"{speedup:.0f}x (64 x 512 by 512 x 512, 4-bit)"
-        if not error < 1e-4:
-            problems.append(f"The native kernels differ from plain MLX by {error:.1e}. Set METALENS_BACKEND=reference and report this.")
-    facts["problems"] = problems
-    return facts
+    native = None if extension is None else _native_diagnosis(extension)
+    return Diagnosis(
+        metalens=importlib.metadata.version("metalens"),
+        mlx=importlib.metadata.version("mlx"),
+        mlx_lm=importlib.metadata.version("mlx-lm"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        device=str(mx.default_device()),
+        backend=backend(),
+        precision=precision(),
+        metal=_metal_diagnosis(),
+        native=native,
+        native_problem=reason,
+        problems=_problems(native, reason),
+    )
 
 
-def _metal_facts() -> dict[str, str]:
-    """What there is of a GPU, and where its kernels come from."""
+def _problems(native: NativeDiagnosis | None, reason: str) -> list[str]:
+    if native is None:
+        return [f"The native extension is not used, because {reason}. Reinstall metalens to build it."]
+    if not native.largest_difference < TOLERANCE:  # also true of NaN
+        return [f"The native kernels differ from plain MLX by {native.largest_difference:.1e}. Set METALENS_BACKEND=reference and report this."]
+    return []
+
+
+def _metal_diagnosis() -> MetalDiagnosis | None:
     if not mx.metal.is_available():
-        return {"metal": "not available here"}
+        return None
     gpu, kernels = tuning.device(), _extension.metallib_kernels()
-    return {
-        "metal": f"available: {gpu.architecture}, tuned as generation {gpu.generation.number}",
-        "metal kernels": f"{len(kernels)} compiled ahead of time, others just in time" if kernels else "compiled just in time: there is no metallib",
-    }
+    generation = gpu.generation.number
+    without = f"none: they begin with generation {MATRIX_UNIT_GENERATION} (M5)"
+    return MetalDiagnosis(
+        architecture=gpu.architecture,
+        generation=generation,
+        compiled_kernels=len(kernels),
+        matrix_units="present, but there are no kernels for them yet" if generation >= MATRIX_UNIT_GENERATION else without,
+    )
+
+
+def _native_diagnosis(extension: Any) -> NativeDiagnosis:
+    difference, speedup = _compare()
+    return NativeDiagnosis(
+        instruction_set=extension.isa(),
+        available_instruction_sets=extension.available_isas().split(),
+        fast_bfloat16=extension.multiplies_bf16(),
+        threads=extension.num_threads(),
+        product="64 x 512 by 512 x 512, 4-bit",
+        largest_difference=difference,
+        speedup=speedup,
+    )
 
 
 def _compare() -> tuple[float, float]:
-    """(largest difference, time ratio) of the native and the plain quantized product on the CPU."""
+    """Compare the native quantized product with plain MLX's on the CPU. Return the largest difference and the ratio of times."""
     with mx.stream(mx.cpu):
         x = mx.random.normal((64, 512), key=mx.random.key(0))
         values, scales, biases = mx.quantize(mx.random.normal((512, 512), key=mx.random.key(1)) / 23, 64, 4)
@@ -71,13 +161,14 @@ def _compare() -> tuple[float, float]:
             return linear(x, weight)
 
         with use_backend("reference"):
-            plain, slow = _timed(product)
+            plain, plain_seconds = _timed(product)
         with use_backend("native"):
-            ours, fast = _timed(product)
-        return to_float(mx.max(mx.abs(plain - ours))), slow / fast
+            native, native_seconds = _timed(product)
+        return to_float(mx.max(mx.abs(plain - native))), plain_seconds / native_seconds
 
 
 def _timed(run: Callable[[], mx.array], repeats: int = 5) -> tuple[mx.array, float]:
+    """Return the result of a computation, and the median seconds of its repetitions."""
     result, times = run(), []
     mx.eval(result)
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The unembedding of a model, as the operations take it."""
+"""The unembedding of a model as data, for the operations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from metalens.utils.errors import InvalidValueError
 
 @dataclass(frozen=True)
 class Head:
-    """The unembedding of a model, frozen.
+    """The frozen unembedding of a model: z = f(s * (U n + u0)).
 
     Attributes:
         weight: U [V, D].
         bias: u0 [V], or None.
-        scale: s, multiplies the logits before the softcap.
+        scale: s, the factor of the logits before the softcap.
         softcap: c of f(t) = c * tanh(t / c), or None for a linear head.
-        used_rows: how many rows of U stand for tokens; those beyond are padding, and their logits -inf. None = all.
+        used_rows: number of leading rows of U that belong to tokens. The other rows are padding, with logits of -inf. None = all rows.
+
+    Raises:
+        InvalidValueError: if softcap is not positive, or used_rows is not from 1 to V.
     """
 
     weight: Weight
@@ -36,10 +39,10 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """V: rows of U, whatever the tokenizer says."""
+        """V, the number of rows of U. The tokenizer may have fewer tokens."""
         return self.weight.shape[0]
 
     @property
     def tokens(self) -> int:
-        """Ids that can be predicted: 0 <= id < tokens."""
+        """Number of ids that can be predicted: 0 <= id < tokens."""
         return self.vocab_size if self.used_rows is None else self.used_rows

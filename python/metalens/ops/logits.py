@@ -1,38 +1,33 @@
-"""From normed rows to logits, z = f(s * (U n + u0)), and back."""
+"""Compute logits z = f(s * (U n + u0)) from normed rows, and gradients at the rows from gradients at the logits."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 
-from metalens.ops.backends import native
+from metalens.ops.backends import extension
 from metalens.ops.head import Head
 from metalens.ops.matmul import linear
-from metalens.ops.weight import kernels_support
 
 
-def native_head(head: Head) -> tuple[ModuleType, Any] | None:
-    """The extension and the same head as its kernels take it; None where plain MLX must do, because of the backend or the weight's format.
+def native_head(head: Head) -> Any:
+    """Return the extension's form of a head that its kernels read.
 
     Raises:
-        ValueError: if the head's parts do not fit together.
+        ValueError: if the parts of the head do not fit together.
     """
-    w, extension = head.weight, native()
-    if extension is None or not kernels_support(w):
-        return None
-    made = extension.Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, head.bias, head.scale, head.softcap, head.used_rows)
-    return extension, made
+    w = head.weight
+    return extension().Head(w.values, w.scales, w.biases, w.group_size, w.bits, w.mode, head.bias, head.scale, head.softcap, head.used_rows)
 
 
 def head_logits(n: mx.array, head: Head) -> mx.array:
-    """Logits of normed rows, in float32.
+    """Return the logits of normed rows, in float32. Lazy.
 
-    The rows are widened first: logits rounded to 16 bits are off by more than the KL divergences that late layers have.
+    The rows are widened first: rounding logits to 16 bits changes them by more than the KL divergences of late layers.
 
     Args:
-        n: [..., D], after the final norm.
+        n: [..., D] rows after the final norm.
         head: the unembedding.
 
     Returns:
@@ -49,7 +44,13 @@ def head_logits(n: mx.array, head: Head) -> mx.array:
 
 
 def head_vjp(dz: mx.array, z: mx.array, head: Head) -> mx.array:
-    """The gradient at the normed rows from that at the logits: [..., V] -> [..., D], float32. `z` are the logits of `head_logits`."""
+    """Return the gradient [..., D] float32 at the normed rows, given the gradient `dz` [..., V] at their logits. Lazy.
+
+    Args:
+        dz: [..., V] gradient at the logits.
+        z: [..., V] logits, as `head_logits` returns them.
+        head: the unembedding.
+    """
     if head.softcap is not None:
         dz = dz * mx.where(mx.isinf(z), 0.0, 1 - mx.square(z / head.softcap))  # the logits of padding are -inf
     if head.scale != 1.0:

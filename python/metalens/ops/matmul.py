@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.ops.backends import native, precision
-from metalens.ops.weight import FLOATS, Weight, kernels_support
+from metalens.ops.backends import extension, extension_precision
+from metalens.ops.dispatch import Operation
+from metalens.ops.weight import FLOATS, Weight, unreadable
 
 
 def linear(x: mx.array, w: Weight, transpose: bool = True, dtype: mx.Dtype | None = None) -> mx.array:
-    """X W^T, or x W with transpose=False, for a dense or quantized W.
+    """Return the product x W^T, or x W with transpose=False, for a dense or quantized W. Lazy.
+
+    Differentiable in x, and in a dense W.
 
     Args:
         x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
-        w: the matrix [O, I].
-        transpose: the orientation.
-        dtype: of the result; None = the promoted type of x and the weight's values or scales.
+        w: the matrix W [O, I].
+        transpose: True for x W^T, False for x W.
+        dtype: type of the result; None = the promoted type of x and the values (dense), or that of `quantized_matmul`.
 
     Returns:
-        [..., O] or [..., I]. The native kernels accumulate in float32 and round once.
+        [..., O], or [..., I] with transpose=False. The native kernels accumulate in float32 and round once.
     """
-    if w.scales is not None:
-        return quantized_matmul(x, w.values, w.scales, w.biases, w.group_size, w.bits, transpose, w.mode, dtype)
-    extension = native()
-    if extension is not None and kernels_support(w) and x.dtype in FLOATS:
-        product: mx.array = extension.matmul(x, w.values, transpose, dtype, precision())
-        return product
-    plain = x @ (w.values.T if transpose else w.values)
-    return plain if dtype is None else plain.astype(dtype)
+    return _LINEAR(x, w, transpose, dtype)
 
 
 def quantized_matmul(
@@ -41,29 +37,50 @@ def quantized_matmul(
     mode: str = "affine",
     dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """X W^T, or x W with transpose=False, for a packed W: `mlx.core.quantized_matmul` on whichever backend is in use.
+    """Return `linear` of x and a packed W, with the arguments of `mlx.core.quantized_matmul`. Lazy.
 
     Args:
         x: [..., I], or [..., O] with transpose=False; float32, float16 or bfloat16.
         w: [O, I * bits / 32] uint32.
         scales: [O, I / group_size].
-        biases: like scales for mode 'affine', else None.
-        group_size, bits, mode: as in `mlx.core.quantize`. Plain MLX takes over for formats that the native kernels do not read.
-        transpose: the orientation.
-        dtype: of the result; None = as plain MLX, the promoted type of x and (affine) the scales.
+        biases: same shape as scales for mode 'affine', else None.
+        group_size, bits, mode: as in `mlx.core.quantize`. Plain MLX computes the formats that the native kernels do not read.
+        transpose: True for x W^T, False for x W.
+        dtype: type of the result; None = as in plain MLX: the promoted type of x and the scales ('affine'), or the type of x.
 
     Returns:
-        [..., O] or [..., I]. The native kernels accumulate in float32 and round once.
+        [..., O], or [..., I] with transpose=False. The native kernels accumulate in float32 and round once.
     """
-    computed = mx.result_type(x, scales) if mode == "affine" else x.dtype
-    dtype = dtype or computed
-    if x.dtype in FLOATS and kernels_support(Weight(w, scales, biases, group_size, bits, mode)):
-        extension = native()
-        if extension is not None:
-            product: mx.array = extension.quantized_matmul(
-                x.astype(computed), w, scales, biases, group_size, bits, transpose, mode, dtype, precision()
-            )
-            return product
+    return _LINEAR(x, Weight(w, scales, biases, group_size, bits, mode), transpose, dtype)
+
+
+def _reference(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | None) -> mx.array:
+    if w.scales is None:
+        y = x @ (w.values.T if transpose else w.values)
+        return y if dtype is None else y.astype(dtype)
+    dtype = dtype or _computed_type(x, w, w.scales)
     if x.size == 0:  # mx.quantized_matmul divides by the number of rows
-        return mx.zeros((*x.shape[:-1], w.shape[0] if transpose else w.shape[1] * 32 // bits), dtype)
-    return mx.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, mode).astype(dtype)
+        return mx.zeros((*x.shape[:-1], w.shape[0 if transpose else 1]), dtype)
+    return mx.quantized_matmul(x, w.values, w.scales, w.biases, transpose, w.group_size, w.bits, w.mode).astype(dtype)
+
+
+def _native(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | None) -> mx.array:
+    y: mx.array
+    if w.scales is None:
+        y = extension().matmul(x, w.values, transpose, dtype, extension_precision())
+        return y
+    computed = _computed_type(x, w, w.scales)
+    packed = (w.values, w.scales, w.biases, w.group_size, w.bits)
+    y = extension().quantized_matmul(x.astype(computed), *packed, transpose, w.mode, dtype or computed, extension_precision())
+    return y
+
+
+def _computed_type(x: mx.array, w: Weight, scales: mx.array) -> mx.Dtype:
+    return mx.result_type(x, scales) if w.mode == "affine" else x.dtype
+
+
+def _why_not_native(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | None) -> str:
+    return unreadable(w) if x.dtype in FLOATS else f"the kernels read no x of {x.dtype}"
+
+
+_LINEAR = Operation("linear", _reference, native=(_why_not_native, _native))

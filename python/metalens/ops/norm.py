@@ -1,4 +1,4 @@
-"""The final norm of a model, as the operations take it."""
+"""The final norm of a model as data, for the operations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Norm:
-    """The final norm of a model, frozen: a callable on [..., D].
+    """The frozen final norm of a model: a callable on rows [..., D].
 
     Attributes:
         function: the norm as the model runs it.
-        kind: what it computes, if that is something the kernels know; None = only `function` knows.
+        kind: the formula, if the kernels know it; None = only `function` can compute the norm.
         weight, bias: [D] or None.
-        eps: added to the mean square ('rms') or the variance ('layer').
+        eps: added to the mean square ('rms') or to the variance ('layer').
     """
 
     function: Callable[[mx.array], mx.array]
@@ -27,5 +27,5 @@ class Norm:
     eps: float = 0.0
 
     def __call__(self, h: mx.array) -> mx.array:
-        """The normed rows."""
+        """Return the normed rows."""
         return self.function(h)

@@ -1,10 +1,10 @@
-"""A setting that the user may make for the process, by a variable, or for a block of code, by a `with` statement."""
+"""A setting for the whole process (an environment variable) or for a block of code (a `with` statement)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -14,37 +14,50 @@ T = TypeVar("T", bound=str)
 
 
 class ScopedSetting(Generic[T]):
-    """One of several names.
+    """A setting with a fixed set of values.
 
     Args:
-        noun: what is chosen, for messages.
-        names: the possible ones; the first is the default.
-        variable: the environment variable that chooses for the process; empty means unset.
-        function: the name of the function that chooses for a block, for messages.
+        noun: what the setting is, for messages.
+        names: the values; the first is the default.
+        variable: the environment variable that sets it for the process; an empty variable counts as unset.
+        function: name of the function that sets it for a block, for messages.
+        aliases: other spellings of some values.
     """
 
-    def __init__(self, noun: str, names: tuple[T, ...], variable: str, function: str) -> None:
+    def __init__(self, noun: str, names: tuple[T, ...], variable: str, function: str, aliases: Mapping[str, T] | None = None) -> None:
         self.noun = noun
         self.names = names
         self.variable = variable
         self.function = function
+        self._known: dict[str, T] = {**{name: name for name in names}, **(aliases or {})}
         self._override: ContextVar[T | None] = ContextVar(variable, default=None)
 
-    def _checked(self, name: str, where: str) -> T:
-        for known in self.names:
-            if name == known:
-                return known
-        raise InvalidValueError(f"{where} names no {self.noun}: {name!r}. Choose one of {', '.join(self.names)}.")
-
     def get(self) -> T:
-        """The name in force: the innermost block's, else the variable's, else the default."""
-        return self._override.get() or self._checked(os.environ.get(self.variable) or self.names[0], f"The variable {self.variable}")
+        """Return the value in force: that of the innermost block, else of the environment variable, else the default."""
+        override = self._override.get()
+        if override is not None:
+            return override
+        value = os.environ.get(self.variable)
+        if not value:
+            return self.names[0]
+        if value not in self._known:
+            raise InvalidValueError(f"{self.variable}={value!r} is not a valid {self.noun}. {self._choices()}")
+        return self._known[value]
 
     @contextlib.contextmanager
-    def use(self, name: T) -> Iterator[None]:
-        """Choose for the length of a `with` block, in this thread and the tasks it starts."""
-        token = self._override.set(self._checked(name, f"{self.function}()"))
+    def use(self, name: str) -> Iterator[None]:
+        """Set the value inside the `with` block, for this thread and the tasks that it starts.
+
+        Raises:
+            InvalidValueError: on entry, for an unknown name.
+        """
+        if name not in self._known:
+            raise InvalidValueError(f"{self.function}() got {name!r}, which is not a valid {self.noun}. {self._choices()}")
+        token = self._override.set(self._known[name])
         try:
             yield
         finally:
             self._override.reset(token)
+
+    def _choices(self) -> str:
+        return f"Choose one of {', '.join(self.names)}."

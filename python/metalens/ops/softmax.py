@@ -1,4 +1,4 @@
-"""Softmax, KL divergence and the sums behind them: float32, as exact as float32 allows, over vocabularies of any size."""
+"""Compute softmax, KL divergence and the sums behind them in float32, without drift over vocabularies of any size."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ BLOCK = 256
 
 
 def row_sum(x: mx.array) -> mx.array:
-    """Sum over the last axis, in blocks of 256 and then over the blocks.
+    """Sum the last axis: first blocks of 256 terms, then the blocks.
 
-    MLX's CPU adds a row from end to end in float32. Over 128256 equal terms its roundings all point one way: the entropy of a flat row came out
-    0.011 nats wrong, and a KL of 4e-5 negative.
+    MLX's CPU kernel adds a row from end to end in float32. Over 128256 equal terms all roundings go in one direction: the
+    entropy of a flat row was wrong by 0.011 nats, and a KL of 4e-5 became negative.
     """
     v = x.shape[-1]
     whole = v - v % BLOCK
@@ -22,7 +22,10 @@ def row_sum(x: mx.array) -> mx.array:
 
 
 def log_softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """(log-probabilities [..., V], probabilities [..., V], log-sum-exp [...]), at the price of one exp: what MLX's CPU is slowest at."""
+    """Return log-probabilities [..., V], probabilities [..., V] and log-sum-exp [...] of logits z [..., V].
+
+    The three share one exponential, the slowest operation of MLX on a CPU.
+    """
     top = mx.max(z, axis=-1, keepdims=True)
     shifted = z - top
     e = mx.exp(shifted)
@@ -32,10 +35,10 @@ def log_softmax_and_lse(z: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def kl_divergence(p: mx.array, log_p: mx.array, log_q: mx.array) -> mx.array:
-    """KL(p || q) in nats over the last axis; where p is 0 its term is 0, also where log_p is -inf."""
+    """Return KL(p || q) in nats over the last axis. A term with p = 0 is 0, even if log_p is -inf."""
     return row_sum(mx.where(p == 0, 0.0, p * (log_p - log_q)))
 
 
 def entropy(p: mx.array, log_p: mx.array) -> mx.array:
-    """Entropy in nats over the last axis; where p is 0 its term is 0."""
+    """Return the entropy in nats over the last axis. A term with p = 0 is 0."""
     return -row_sum(mx.where(p == 0, 0.0, p * log_p))

@@ -1,4 +1,4 @@
-"""A matrix as MLX stores it, and which formats the kernels read."""
+"""A matrix as MLX stores it, and the formats that the kernels read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Weight:
     """A matrix W [O, I] as MLX stores it: dense, or packed along I with one scale (and bias) per group of `group_size` columns.
 
     Attributes:
-        values: [O, I] floats, or [O, I * bits / 32] uint32 when quantized.
-        scales: [O, I / group_size], or None when dense.
-        biases: like scales for mode 'affine', else None.
-        group_size, bits, mode: as in `mlx.core.quantize`; ignored when dense.
+        values: [O, I] floats, or [O, I * bits / 32] uint32 if quantized.
+        scales: [O, I / group_size], or None if dense.
+        biases: same shape as scales for mode 'affine', else None.
+        group_size, bits, mode: as in `mlx.core.quantize`; ignored if dense.
     """
 
     values: mx.array
@@ -44,18 +44,18 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I), unpacked."""
+        """The unpacked shape (O, I)."""
         rows, columns = self.values.shape
         return rows, columns if self.scales is None else columns * 32 // self.bits
 
 
-def kernels_support(w: Weight) -> bool:
-    """Whether the native and the Metal kernels read this matrix's format."""
+def unreadable(w: Weight) -> str:
+    """Return the reason why the native and the Metal kernels can't read this matrix, or ''."""
     if w.scales is None:
-        return w.values.dtype in FLOATS and w.values.ndim == 2
-    bits, groups = NATIVE_FORMATS.get(w.mode, ((), ()))
-    if w.bits not in bits or w.group_size not in groups:
-        return False
-    if w.mode != "affine":
-        return True
-    return w.biases is not None and w.scales.dtype in FLOATS and w.biases.dtype == w.scales.dtype
+        return "" if w.values.dtype in FLOATS and w.values.ndim == 2 else f"the kernels read no dense weights {w.values.dtype} {w.values.shape}"
+    bits, group_sizes = NATIVE_FORMATS.get(w.mode, ((), ()))
+    if w.bits not in bits or w.group_size not in group_sizes:
+        return f"the kernels read no {w.mode} weights of {w.bits} bits in groups of {w.group_size}"
+    if w.mode == "affine" and (w.biases is None or w.scales.dtype not in FLOATS or w.biases.dtype != w.scales.dtype):
+        return "the kernels read affine weights only if scales and biases have one float type"
+    return ""

@@ -1,4 +1,4 @@
-"""The layer x token picture of a lens."""
+"""The heat map of a reading: layers by tokens. matplotlib takes a second to import, so every function imports it when it is called."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import mlx.core as mx
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 
-from metalens.readings.reading import Predictions
+from metalens.readings.top_tokens import Predictions
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
 
-# Fonts that cover most scripts where they are installed; matplotlib falls back along the list, glyph by glyph.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any
+
+# Fonts that together cover most scripts. matplotlib takes each glyph from the first one that has it.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS")
-MAX_TOKEN = 11  # characters of a token that fit a cell
+# The most characters of a token that fit into a cell.
+MAX_TOKEN = 11
 
 
 def readable(token: str) -> str:
-    """A token as one visible word: spaces and line ends shown, long ones cut."""
+    """Return a token as one visible word: spaces and line ends get a sign, a long token is cut."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥")
     shown = "␣" * len(shown) if shown.strip() == "" else shown.strip(" ")
     return shown if len(shown) <= MAX_TOKEN else shown[: MAX_TOKEN - 1] + "…"
@@ -43,27 +46,31 @@ def lens_figure(
     cmap: str = "viridis",
     font_family: str | None = None,
     limits: tuple[float, float] | None = None,
-    new_figure: Callable[..., Figure] = Figure,
+    new_figure: Callable[..., Figure] | None = None,
 ) -> Figure:
-    """A heat map: one row per layer (the deepest on top), one column per token, the most likely next token written in each cell.
+    """Draw a heat map: one row per layer (the last layer on top), one column per token, the most likely next token in each cell.
 
     Args:
-        result: what `logit_lens` or `tuned_lens` returned, at least one layer.
-        tokens: [T] the text of each position.
-        values: [layers, T] what the color shows.
-        value_name: its name and unit, for the color bar.
-        title: above the picture.
-        model_row: the model's own answer, its text and value per position, as a row on top.
-        max_display_tokens: only this many last columns.
-        figsize: inches; None fits the content.
+        result: result of `logit_lens` or `tuned_lens`, at least one layer.
+        tokens: text of each position, T strings.
+        values: [layers, T] values that the color shows, rows in the order of `result`.
+        value_name: name and unit of the values, for the color bar.
+        title: text above the picture.
+        model_row: token and value of the model's own prediction at each position, drawn as a row on top.
+        max_display_tokens: number of columns; the last tokens are shown.
+        figsize: width and height in inches; None = fit the content.
         cmap: matplotlib color map.
-        font_family: goes before the default fonts.
-        limits: of the color scale; None fits the values. Two pictures compare only with the same limits.
-        new_figure: makes the empty figure; pyplot's own for one that is to be shown.
+        font_family: font that goes before the default fonts.
+        limits: ends of the color scale; None = fit the values. Two pictures can be compared only with the same limits.
+        new_figure: a function that makes the empty figure. None = matplotlib's Figure; pyplot's own makes one that can
+            be shown.
 
     Raises:
-        ValueError: if there is no layer or the sizes disagree.
+        InvalidValueError: if there is no layer or the sizes disagree.
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as NewFigure
+
     layers = sorted(result)
     grid = np.asarray(values, dtype=float)
     if not layers:
@@ -84,7 +91,7 @@ def lens_figure(
     fonts = [*([font_family] if font_family else []), *_installed(FONTS)]
     with mpl.rc_context({"font.family": fonts}):
         size = figsize or (max(6.0, 1.05 * len(columns) + 2.2), max(3.0, 0.42 * len(names) + 1.6))
-        figure = new_figure(figsize=size, layout="constrained")
+        figure = (new_figure or NewFigure)(figsize=size, layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(grid, cmap=cmap, aspect="auto", origin="lower", vmin=limits and limits[0], vmax=limits and limits[1])
         axes.set_xticks(
@@ -99,29 +106,33 @@ def lens_figure(
         for y, row in enumerate(texts):
             for x, text in enumerate(row):
                 ink = _ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
-                # Tokens are text: a "$" in one opens no formula.
+                # parse_math: a "$" in a token starts no formula.
                 axes.text(x, y, readable(text), ha="center", va="center", fontsize=9, color=ink, parse_math=False)
         figure.colorbar(image, ax=axes, label=value_name, shrink=0.9)
     return figure
 
 
 def _ink(r: float, g: float, b: float) -> str:
-    """Black or white, whichever reads better on this color (relative luminance, Rec. 709)."""
+    """Return black or white, the better contrast to this color (relative luminance, Rec. 709)."""
     return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.45 else "white"
 
 
 def _installed(names: Sequence[str]) -> list[str]:
+    from matplotlib.font_manager import fontManager
+
     present = {font.name for font in fontManager.ttflist}
     return [name for name in names if name in present] or ["sans-serif"]
 
 
 def picture_format(path: Path) -> str:
-    """The format that a picture's suffix names.
+    """Return the format that the suffix of a picture's path names, such as 'png'.
 
     Raises:
-        ValueError: for a suffix that matplotlib does not write.
+        InvalidValueError: if matplotlib does not write this format.
     """
-    supported = Figure().canvas.get_supported_filetypes()
+    from matplotlib.figure import Figure as NewFigure
+
+    supported = NewFigure().canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".").lower()
     if kind not in supported:
         raise InvalidValueError(f"Can't write a picture as {path.name!r}: the suffix must be one of {', '.join(sorted(supported))}.")
@@ -129,11 +140,11 @@ def picture_format(path: Path) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a picture, whole or not at all; the format follows from the suffix.
+    """Write a picture; the suffix tells the format. The file appears whole or not at all.
 
     Raises:
-        ValueError: for a suffix that matplotlib does not write.
-        OSError: if the path can't be written.
+        InvalidValueError: if matplotlib does not write this format.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     kind = picture_format(path)
@@ -143,11 +154,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def show_lens(result: Predictions, tokens: Sequence[str], values: mx.array, value_name: str, **options: Any) -> None:
-    """`lens_figure` in a window, or inline in a notebook. A result without layers shows nothing."""
+    """Show the picture of `lens_figure` in a window, or inline in a notebook. Arguments and errors as there."""
     import matplotlib.pyplot as plt
 
-    if not result:
-        return
     figure = lens_figure(result, tokens, values, value_name, new_figure=plt.figure, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*non-interactive.*")

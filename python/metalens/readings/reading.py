@@ -1,34 +1,45 @@
-"""What a lens says: predictions and statistics of the residual stream, layer by layer."""
+"""The result of reading a text through a lens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
-from metalens.lenses.lens import Lens, TunedLens
-from metalens.lenses.translators import parameters_of, translate
-from metalens.models.unembed import NormFunction
-from metalens.ops import LensStats, Norm, translate_norm
-from metalens.utils.arrays import to_float, to_list
-from metalens.utils.errors import InvalidValueError
+from metalens.ops import LensStats
+from metalens.readings.heat_map import lens_figure, save_figure
+from metalens.readings.rows import select_position
+from metalens.readings.top_tokens import Predictions, TopToken
+from metalens.utils.arrays import to_list
+from metalens.utils.errors import InvalidValueError, MissingPackageError
 
-# {layer: [[(token id, score, token), ...] per position]}; score is the raw logit, best first.
-Predictions = dict[int, list[list[tuple[int, float, str]]]]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib takes a second to import
+
+Color = Literal["probability", "entropy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
-    """One text read through one lens.
+    """One text, read through one lens: the predictions of every layer, and the model's own beside them.
+
+    Row r of the arrays belongs to layer `layers[r]`; the methods take layer numbers. Layer i is the output of block i.
+    A negative layer counts from the model's last block, a negative position from the last token that was read.
 
     Attributes:
-        layers: the blocks read, in the order asked for.
-        tokens: the text of each position read.
-        predictions: top-k of every layer and position.
-        stats: [len(layers), T] arrays.
-        model: what the model itself predicts, [1, T] arrays.
-        model_tokens: its most likely next token at each position.
+        layers: layer numbers, in the order that was asked for.
+        tokens: text of each token that was read, T in number.
+        predictions: {layer: [[(token id, logit, token), ...] per position]}, the top-k tokens, most likely first.
+        stats: statistics of the lens, [len(layers), T] arrays.
+        model: statistics of the model's own prediction, [1, T] arrays.
+        model_tokens: the model's most likely next token at each position.
+        token_ids: id of each token that was read.
+        lens: name of the lens: 'logit lens', 'tuned lens', or the name of a function.
+        num_layers: L, blocks of the model.
     """
 
     layers: list[int]
@@ -37,61 +48,149 @@ class Reading:
     stats: LensStats
     model: LensStats
     model_tokens: list[str]
+    token_ids: list[int]
+    lens: str
+    num_layers: int
 
+    def __repr__(self) -> str:
+        text = "".join(self.tokens)
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        count = f"{len(self.tokens)} token{'s' if len(self.tokens) != 1 else ''}"
+        return f"Reading({self.lens}, {len(self.layers)} of {self.num_layers} layers, {count}: {shown!r})"
 
-def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: NormFunction) -> mx.array:
-    """Translate and norm: [len(layers), T, D] from hidden[layer] [T, D], ready for the head."""
-    if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may translate otherwise
-        translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
-        return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
-    return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+    @property
+    def probabilities(self) -> mx.array:
+        """Return the probabilities [len(layers), T, k] of the top-k tokens, most likely first."""
+        return mx.exp(self.stats.top_logits - self.stats.lse[..., None])
 
+    def row(self, layer: int) -> int:
+        """Return the row of a layer in the arrays.
 
-def translated(parameters: Mapping[str, mx.array], h: mx.array, norm: Norm) -> mx.array:
-    """norm(translator(h)) [..., D] for a translator of any variant, given by its parameters. Lazy; differentiable in them."""
-    if "weight" in parameters:
-        return translate_norm(h, parameters["weight"], parameters["bias"], norm)
-    bias = parameters.get("bias", mx.zeros(h.shape[-1:]))
-    unbiased = translate({name: p for name, p in parameters.items() if name != "bias"}, h)
-    return translate_norm(unbiased, None, bias, norm)
+        Args:
+            layer: layer number, negative from the model's last block.
 
+        Raises:
+            InvalidValueError: if this layer was not read.
+        """
+        number = layer + self.num_layers if layer < 0 else layer
+        if number not in self.layers:
+            raise InvalidValueError(f"Layer {layer} was not read; this reading has layers {', '.join(map(str, self.layers))}.")
+        return self.layers.index(number)
 
-def require_finite(stats: LensStats) -> None:
-    """Raise ValueError if some row's logits are NaN: a weight that this input reached is damaged, or the lens's function is."""
-    if to_float(mx.any(mx.isnan(stats.lse))):
-        raise InvalidValueError(
-            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights. Load, convert or train it again."
+    def at_layer(self, layer: int) -> LensStats:
+        """Return the statistics of one layer, [T] arrays (top_ids and top_logits [T, k]). Arguments and errors as in `row`."""
+        row = self.row(layer)
+        arrays: dict[str, Any] = {name: None if array is None else array[row] for name, array in vars(self.stats).items()}
+        return LensStats(**arrays)
+
+    def top(self, layer: int, position: int = -1) -> list[TopToken]:
+        """Return the top-k next tokens of one layer at one position, most likely first.
+
+        Args:
+            layer: layer number, negative from the model's last block.
+            position: index among the tokens that were read, negative from the end.
+
+        Raises:
+            InvalidValueError: if this layer or position was not read.
+        """
+        row, column = self.row(layer), select_position(position, len(self.tokens)).start
+        return self._top(row, column, to_list(self.probabilities[row, column]))
+
+    def _top(self, row: int, column: int, probabilities: list[float]) -> list[TopToken]:
+        best = self.predictions[self.layers[row]][column]
+        return [TopToken(i, p, logit, token) for (i, logit, token), p in zip(best, probabilities, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the reading as JSON holds it.
+
+        Returns:
+            {"lens", "num_layers", "tokens": [T], "token_ids": [T], "layers": [{"layer", "entropy": [T],
+            "max_probability": [T], "top": [T][k] of {"id", "probability", "logit", "token"}}, ...], "model":
+            {"entropy": [T], "max_probability": [T], "tokens": [T]}}; entropies in nats.
+        """
+        probabilities = to_list(self.probabilities)
+        layers = [
+            {
+                "layer": layer,
+                "entropy": to_list(self.stats.entropy[row]),
+                "max_probability": to_list(self.stats.max_probability[row]),
+                "top": [[best._asdict() for best in self._top(row, i, p)] for i, p in enumerate(probabilities[row])],
+            }
+            for row, layer in enumerate(self.layers)
+        ]
+        model = {
+            "entropy": to_list(self.model.entropy[0]),
+            "max_probability": to_list(self.model.max_probability[0]),
+            "tokens": self.model_tokens,
+        }
+        about = {"lens": self.lens, "num_layers": self.num_layers, "tokens": self.tokens, "token_ids": self.token_ids}
+        return about | {"layers": layers, "model": model}
+
+    def to_pandas(self) -> Any:
+        """Return a pandas DataFrame with one row per layer, position and rank.
+
+        The columns are layer, position, token (the token that was read), rank (1 = most likely), id, prediction,
+        probability, logit, and entropy (nats).
+
+        Raises:
+            MissingPackageError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingPackageError("Reading.to_pandas needs pandas: pip install pandas. Reading.to_dict needs no package.") from error
+        records = [
+            {
+                "layer": entry["layer"],
+                "position": position,
+                "token": self.tokens[position],
+                "rank": rank,
+                "id": best["id"],
+                "prediction": best["token"],
+                "probability": best["probability"],
+                "logit": best["logit"],
+                "entropy": entry["entropy"][position],
+            }
+            for entry in self.to_dict()["layers"]
+            for position, top in enumerate(entry["top"])
+            for rank, best in enumerate(top, 1)
+        ]
+        return pd.DataFrame.from_records(records)
+
+    def plot(self, color: Color = "probability", title: str = "", **look: Any) -> Figure:
+        """Draw a heat map: layers down to up, tokens left to right, the most likely next token in each cell, the model's own answer on top.
+
+        Bright means certain. All probabilities share the scale from 0 to 1, so that two pictures can be compared.
+
+        Args:
+            color: the value that the color shows: 'probability' of the top token, or 'entropy' in nats.
+            title: text above the picture.
+            look: `max_display_tokens` (24), `figsize` in inches, `cmap` and `font_family`, as in
+                `metalens.readings.heat_map.lens_figure`.
+
+        Raises:
+            InvalidValueError: if `color` is another word.
+        """
+        if color not in ("probability", "entropy"):
+            raise InvalidValueError(f"color must be 'probability' or 'entropy', not {color!r}.")
+        certain = color == "probability"
+        values, of_model = (stats.max_probability if certain else stats.entropy for stats in (self.stats, self.model))
+        options: dict[str, Any] = {"max_display_tokens": 24, "cmap": "viridis" if certain else "viridis_r", "limits": (0.0, 1.0) if certain else None}
+        return lens_figure(
+            self.predictions,
+            self.tokens,
+            values,
+            "probability of the top token" if certain else "entropy (nats)",
+            title=title,
+            model_row=(self.model_tokens, to_list(of_model[0])),
+            **options | look,
         )
 
+    def save(self, path: str | Path, color: Color = "probability", title: str = "", **look: Any) -> None:
+        """Write the picture that `plot` draws. The suffix tells the format: .png, .pdf, .svg, ... The file appears whole or not at all.
 
-def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """All layers for None, else the given ones in their order.
-
-    Raises:
-        ValueError: naming the layers that the model does not have.
-    """
-    if layers is None:
-        return list(range(num_layers))
-    unknown = [layer for layer in layers if not 0 <= layer < num_layers]
-    if unknown:
-        raise InvalidValueError(f"The model has layers 0 to {num_layers - 1}; there is no layer {', '.join(map(str, unknown))}.")
-    return list(layers)
-
-
-def select_position(position: int | None, length: int) -> slice:
-    """The slice of the token axis that `position` means: everything for None, else one token, negative from the end."""
-    if position is None:
-        return slice(None)
-    if not -length <= position < length:
-        raise InvalidValueError(f"Position {position} is out of bounds for sequence length {length}. Valid range: [{-length}, {length - 1}]")
-    position %= length
-    return slice(position, position + 1)
-
-
-def predictions(stats: LensStats, layers: Sequence[int], token_strings: dict[int, str]) -> Predictions:
-    """The top-k of every layer and position, with the tokens' text looked up in `token_strings`."""
-    ids, logits = to_list(stats.top_ids), to_list(stats.top_logits)
-    return {
-        layer: [[(i, z, token_strings[i]) for i, z in zip(*position, strict=True)] for position in zip(ids[row], logits[row], strict=True)]
-        for row, layer in enumerate(layers)
-    }
+        Raises:
+            InvalidValueError: if matplotlib does not know the suffix, or as `plot`.
+            OSError: if the file cannot be written.
+        """
+        save_figure(self.plot(color, title, **look), path)

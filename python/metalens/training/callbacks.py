@@ -1,33 +1,33 @@
-"""What a run says while it goes on: a record for each step, and those who listen."""
+"""Progress records of a training run, and the callbacks that receive them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 from metalens.training.config import TrainingConfig
-from metalens.utils.errors import MissingPackageError
+from metalens.utils.errors import InvalidTypeError, MissingPackageError
 from metalens.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One step, as callbacks see it. Losses are from before the update, in nats per token.
+    """The record of one step. Its losses are from before the update, in nats per token.
 
     Attributes:
-        step: counted from 0.
-        loss: mean over layers.
-        losses: one per trained layer.
-        tokens: seen so far, this step's and the warm start's included.
-        layers: the layers that the losses are of.
-        gradient_norm: over all layers together, before clipping.
-        learning_rate: of this step.
-        tokens_per_second: of this step, capture included.
-        skipped: steps so far that were left out because something was not finite.
+        step: number of the step, counted from 0 over all passes.
+        loss: mean loss over layers.
+        losses: loss of each trained layer, in the order of `layers`.
+        tokens: tokens seen so far, those of this step and of the warm start included.
+        layers: layers that are trained in this pass.
+        gradient_norm: norm of the gradient over all layers together, before clipping.
+        learning_rate: learning rate of the step.
+        tokens_per_second: speed of the step, the forward pass of the model included.
+        skipped: number of steps so far that were skipped because a loss or gradient was not finite.
     """
 
     step: int
@@ -41,58 +41,61 @@ class Progress:
     skipped: int
 
 
-class Callback(Protocol):
-    """Who wants to know. Every method may be left out by deriving from `Listener`."""
+class Callback:
+    """Receives the events of a training run. Every method does nothing: override those that you need.
+
+    Of the processes of a group only rank 0 has its callbacks called.
+    """
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
-        """Before the first step."""
+        """Receive the settings before the first step. `first_step` is not 0 in a run that was resumed."""
 
     def on_step(self, progress: Progress) -> None:
-        """After every step."""
+        """Receive the record of a step after it."""
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """After a checkpoint was written; `step` is the next one."""
+        """Receive the folder of a checkpoint after it was written. `step` is the next one."""
 
     def on_end(self) -> None:
-        """At the end, also of a run that failed."""
+        """Receive the end of the run, also of one that failed."""
 
 
-class Listener:
-    """A Callback that does nothing."""
-
-    def on_start(self, config: TrainingConfig, first_step: int) -> None:
-        """Before the first step."""
-
-    def on_step(self, progress: Progress) -> None:
-        """After every step."""
-
-    def on_checkpoint(self, step: int, path: Path) -> None:
-        """After a checkpoint was written."""
-
-    def on_end(self) -> None:
-        """At the end."""
-
-
-class OnStep(Listener):
+class _EveryStep(Callback):
     """Calls a function after every step.
 
     Args:
-        function: of the Progress.
+        function: the function, of a Progress.
     """
 
-    def __init__(self, function: Callable[[Progress], None]) -> None:
+    def __init__(self, function: Callable[[Progress], Any]) -> None:
         self.function = function
 
     def on_step(self, progress: Progress) -> None:
-        """After every step."""
         self.function(progress)
 
 
-class MetricsFile(Listener):
-    """Writes every step as a line of JSON, with null for what is not finite. A resumed run cuts off what it will write again.
+def callbacks_of_process(given: Sequence[Callback | Callable[[Progress], Any]], rank: int) -> list[Callback]:
+    """Return the callbacks that one process calls: a function in every process, a Callback in rank 0 alone.
+
+    Raises:
+        InvalidTypeError: for an object that is neither.
+    """
+    found: list[Callback] = []
+    for each in given:
+        if hasattr(each, "on_step"):
+            found += [cast("Callback", each)] if rank == 0 else []
+        elif callable(each):
+            found.append(_EveryStep(each))
+        else:
+            raise InvalidTypeError(f"A callback is a metalens.training.Callback or a function of a Progress, not {type(each).__name__}.")
+    return found
+
+
+class MetricsFile(Callback):
+    """Writes every step as a line of JSON, with null for numbers that are not finite. A resumed run cuts off the lines that it will write again.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -100,7 +103,7 @@ class MetricsFile(Listener):
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
-        """Keep the lines of the steps before the first one; a half-written last line falls away."""
+        """Keep the lines of the steps before the first one. Drop a half-written last line."""
         kept = []
         if first_step and self.path.exists():
             for line in self.path.read_text(errors="replace").splitlines():
@@ -110,7 +113,7 @@ class MetricsFile(Listener):
                     break
                 if before:
                     kept.append(line)
-        with atomic_write(self.path) as temporary:  # a run that is killed here keeps what it had
+        with atomic_write(self.path) as temporary:  # a run that is killed here keeps its lines
             temporary.write_text("".join(line + "\n" for line in kept))
 
     def on_step(self, progress: Progress) -> None:
@@ -119,16 +122,16 @@ class MetricsFile(Listener):
             file.write(json.dumps({name: _finite(value) for name, value in asdict(progress).items()}) + "\n")
 
 
-class WandB(Listener):
-    """Reports to Weights & Biases, through its own package.
+class WandB(Callback):
+    """Reports to Weights & Biases, through its package.
 
     Args:
-        project, name: of the run there.
-        run_file: where the run's id is kept, so that a run that is resumed here goes on there; None = it becomes another one.
-        module: the package; None = import it.
+        project, name: project and name of the run there.
+        run_file: file with the id of the run, so that a run that is resumed here goes on there. None = it becomes another run.
+        module: the package. None = import it.
 
     Raises:
-        ImportError: saying what to install, if it is missing.
+        MissingPackageError: names the package to install.
     """
 
     def __init__(self, project: str, name: str | None = None, run_file: str | Path | None = None, module: Any = None) -> None:
@@ -156,15 +159,15 @@ class WandB(Listener):
             self.run.finish()
 
 
-class TensorBoard(Listener):
-    """Writes events for TensorBoard, through torch's or tensorboardX's writer.
+class TensorBoard(Callback):
+    """Writes events for TensorBoard, through the SummaryWriter of torch or tensorboardX.
 
     Args:
-        folder: for the events.
-        writer: a SummaryWriter; None = make one.
+        folder: folder for the events.
+        writer: a SummaryWriter. None = tensorboardX's.
 
     Raises:
-        ImportError: saying what to install, if there is no writer.
+        MissingPackageError: names the package to install.
     """
 
     def __init__(self, folder: str | Path, writer: Any = None) -> None:
@@ -176,7 +179,7 @@ class TensorBoard(Listener):
             self.writer.add_scalar(name, value, progress.step)
 
     def on_end(self) -> None:
-        """Write what is left."""
+        """Write the remaining events."""
         self.writer.close()
 
 

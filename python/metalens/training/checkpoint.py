@@ -1,8 +1,8 @@
-"""Checkpoints: everything that the rest of a run depends on, written so that a kill at any moment loses no more than the steps since the last one.
+"""Checkpoints: everything that the rest of a run depends on. A kill at any moment loses no more than the steps since the last checkpoint.
 
-A checkpoint is a folder `step-00000120/` with `state.safetensors` (parameters, optimizer) and `state.json` (step, position in the data, settings, and
-the hashes of both files). It is written under another name, forced to the disk, and renamed: a folder of the right name is whole. If it turns out
-damaged all the same, the one before it is taken, with a warning.
+A checkpoint is a folder `step-00000120/` with `state.safetensors` (parameters, optimizer) and `state.json` (step, position in the text, settings, and
+the hashes of both files). It is written under another name, forced to the disk, and renamed: a folder of the right name is whole. If it is damaged
+all the same, the checkpoint before it is used, with a warning.
 """
 
 from __future__ import annotations
@@ -21,18 +21,36 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from metalens.utils.files import require_writable
 
 STATE, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
+FINISHED = "finished"  # a file beside the checkpoints of a run that reached its end
+
+
+class UnfinishedRunError(InvalidValueError):
+    """A folder has checkpoints of a run that has not finished, and a new run would remove them.
+
+    Args:
+        folder: the folder.
+        remedy: what to do, in a sentence.
+
+    Attributes:
+        folder: as given.
+    """
+
+    def __init__(self, folder: Path, remedy: str = "go on with resume=True, remove the folder, or give another checkpoint_dir.") -> None:
+        self.folder = folder
+        super().__init__(f"{folder} has checkpoints of a run that has not finished: {remedy}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One of them, read.
+    """A checkpoint that was read.
 
     Attributes:
-        arrays: by name.
-        record: what JSON can hold.
+        arrays: arrays by name.
+        record: JSON values by name.
     """
 
     arrays: dict[str, mx.array]
@@ -43,8 +61,8 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        path: the folder; made if it is missing.
-        keep: how many of the newest stay. Two at least, so that there is one to fall back on.
+        path: the folder, which is made if it is missing.
+        keep: number of newest checkpoints to keep, at least 2, so that there is one to fall back on.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
@@ -53,15 +71,15 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in their order."""
+        """Return the steps that have a checkpoint, in order."""
         found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, arrays: dict[str, mx.array], record: dict[str, Any]) -> Path:
-        """Write one, then remove the oldest, and those of later steps: they belong to a run that fell back behind them.
+        """Write a checkpoint. Then delete the oldest ones, and those of later steps: the run has fallen back behind them.
 
         Raises:
-            OSError: saying so, if it can't be written; those before it are untouched.
+            OSError: if it can't be written; the checkpoints before it are untouched.
         """
         final = self.path / f"step-{step:08d}"
         temporary = self.path / f".{final.name}.{os.getpid()}"
@@ -71,10 +89,10 @@ class CheckpointFolder:
             mx.save_safetensors(str(temporary / STATE), arrays)
             _sync(temporary / STATE)
             whole = {**record, "format": FORMAT, "step": step, "sha256": _sha256(temporary / STATE)}
-            text = json.dumps({**whole, "record": _sha256_of(whole)}, indent=1, default=_plain)
+            text = json.dumps({**whole, "record": _sha256_of(whole)}, indent=1, default=_plain_number)
             (temporary / RECORD).write_text(text + "\n")
             _sync(temporary / RECORD)
-            if final.exists():  # of a run that fell back behind it
+            if final.exists():  # the run fell back behind it
                 shutil.rmtree(final)
             temporary.rename(final)
             _sync(self.path)
@@ -90,13 +108,13 @@ class CheckpointFolder:
         return final
 
     def _remove_leftovers(self) -> None:
-        """Of processes that were killed while they wrote: before the next one is written, which may need the room."""
+        """Delete partial checkpoints left by killed processes, to free space before writing."""
         for left in self.path.iterdir():
             if re.fullmatch(r"\.step-\d+\.\d+", left.name):
                 shutil.rmtree(left, ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest one that is whole, with a warning for each that is not; None if there is none."""
+        """Return the newest whole checkpoint, None if there is none. Warn about each damaged one."""
         for step in reversed(self.steps()):
             folder = self.path / f"step-{step:08d}"
             try:
@@ -107,10 +125,10 @@ class CheckpointFolder:
         return None
 
     def read(self, step: int) -> Checkpoint:
-        """The checkpoint of one step.
+        """Read the checkpoint of a step.
 
         Raises:
-            OSError, ValueError: if it is missing or damaged.
+            OSError, InvalidValueError: if it is missing or damaged.
         """
         return _read(self.path / f"step-{step:08d}")
 
@@ -137,12 +155,12 @@ def _sha256(file: Path) -> str:
 
 
 def _sha256_of(record: dict[str, Any]) -> str:
-    """Of what it says, however it is laid out."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=_plain).encode()).hexdigest()
+    """Return the hash of the values of a record, independent of its layout."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=_plain_number).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's numbers, which settings may hold, as JSON has them."""
+def _plain_number(value: Any) -> Any:
+    """Return a number of NumPy, which settings may hold, as JSON has it."""
     if isinstance(value, np.generic):
         return value.item()
     raise InvalidTypeError(f"{value!r} can't be written as JSON.")
@@ -154,3 +172,40 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ------------------------------------------------------------------ the folder of a run
+
+
+def default_folder(out: Path) -> Path:
+    """Return the folder for the checkpoints of a lens: OUT.checkpoints, beside OUT.npz."""
+    return out.with_name(out.stem + ".checkpoints")
+
+
+def prepare_folder(folder: Path, resume: bool) -> None:
+    """Make a folder ready for a run: delete the checkpoints of a finished run, unless the run is to be resumed.
+
+    Raises:
+        UnfinishedRunError: if the folder has checkpoints of a run that has not finished, and this one does not resume it.
+        OSError: if the folder can't be written.
+    """
+    require_writable(folder / FINISHED)
+    if resume:
+        return
+    old = [*folder.glob("step-*"), *folder.glob("rank-*-of-*")]
+    if old and not (folder / FINISHED).exists():
+        raise UnfinishedRunError(folder)
+    for part in old:
+        shutil.rmtree(part, ignore_errors=True)
+    (folder / FINISHED).unlink(missing_ok=True)
+
+
+def mark_finished(folder: Path) -> None:
+    """Note that the run of a folder has reached its end."""
+    (folder / FINISHED).touch()
+
+
+def tokens_of_newest(folder: Path) -> int | None:
+    """Return the tokens seen up to the newest checkpoint of a folder, None if there is none."""
+    records = sorted(folder.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
+    return int(json.loads(records[-1].read_text())["tokens"]) if records else None

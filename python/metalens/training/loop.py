@@ -1,8 +1,10 @@
-"""The training loop: sequences -> streams -> sums over the step's tokens -> one update per layer -> checkpoint.
+"""The training loop: sequences -> hidden states -> sums over the tokens of a step -> one update per layer -> checkpoint.
 
-A run holds the parameters and optimizer state of the layers that it trains at a time, one gradient for each, and one batch's streams and chunk of
-logits: nothing grows with the tokens of a step. All that the next step depends on is in a checkpoint, so a run that was killed and resumed gives the
-lens of one that was not, bit for bit on one backend.
+A run holds the parameters and optimizer state of the layers that it trains in one pass, one gradient for each of them, and the hidden states and a
+chunk of logits of one batch: no memory grows with the tokens of a step. A checkpoint has all that the next step depends on, so a run that was killed
+and resumed gives the lens of one that was not, bit for bit on one backend.
+
+`metalens.training.train` is the usual way to this loop.
 """
 
 from __future__ import annotations
@@ -12,24 +14,24 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.provenance import origin_of
 from metalens.lenses.translators import parameters_of
 from metalens.models.capture import HiddenStates, ResidualCapture
 from metalens.models.unembed import Unembed
-from metalens.training.batching import Capture, step_groups, steps_together
-from metalens.training.callbacks import Callback, OnStep, Progress
-from metalens.training.checkpoint import Checkpoint, CheckpointFolder
+from metalens.training.batching import BatchedCapture, step_groups
+from metalens.training.callbacks import Callback, Progress, callbacks_of_process
+from metalens.training.checkpoint import CheckpointFolder
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, Producer, Sampler, Step
-from metalens.training.distributed import Group
-from metalens.training.optimizer import LensOptimizer, Parameters, gradient_norm
+from metalens.training.distributed import Group, LayerPass
+from metalens.training.optimizer import gradient_norm
+from metalens.training.resume import RunCheckpoints, RunFacts
+from metalens.training.state import TrainingState, in_training_dtype
 from metalens.training.step import Sums, accumulate, no_sums
 from metalens.training.warm_start import warm_start
 from metalens.utils.arrays import to_list
@@ -40,17 +42,16 @@ log = logging.getLogger(__name__)
 
 
 class TrainingInterruptedError(MetalensError):
-    """The run was asked to stop, and did after a step; what it had done is in its newest checkpoint, if it has a folder for them."""
+    """The run was asked to stop, and stopped after a step. Its newest checkpoint, if it writes any, has all its progress."""
 
 
-def train(
+def train_loop(
     source: ResidualCapture,
     unembed: Unembed,
     data: mx.array | Corpus,
     config: TrainingConfig,
     *,
-    callback: Callable[[Progress], None] | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback | Callable[[Progress], Any]] = (),
     checkpoints: CheckpointFolder | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -58,34 +59,33 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
 ) -> TunedLens:
-    """Train a lens to predict, from every block's output, what the model itself will predict: KL(model || lens) over tokens.
+    """Train a lens to predict, from the output of every block, what the model itself predicts: minimize KL(model || lens) over tokens.
 
     A step whose loss or gradient is not finite is skipped with a warning and counted; the lens and the optimizer stay as they were.
 
     Args:
-        source: the model's residual streams.
-        unembed: its norm and head.
-        data: the training text, as a Corpus or as ids [tokens].
+        source: captures the model's hidden states.
+        unembed: the model's norm and head.
+        data: the training text, as a Corpus or as token ids [tokens].
         config: the settings.
-        callback: called with a Progress after every step, in every process of a group.
-        callbacks: who else is told, in rank 0 alone.
-        checkpoints: where checkpoints go; one folder for each run.
-        checkpoint_every: steps between them, at least 1; None = only at the end and when the run is stopped.
+        callbacks: receivers of the run's events: a Callback is called in rank 0 alone, a function of a Progress after every step in every process.
+        checkpoints: folder for checkpoints, one for each run. None = write none.
+        checkpoint_every: steps between checkpoints, at least 1. None = only at the end of each pass and when the run is stopped.
         resume: go on from the newest checkpoint, if there is one.
-        group: the processes that share the run; every one must make the same call.
-        stop: asked after every step; True, in any process, writes a checkpoint and ends the run in all.
-        show_progress: a progress bar on stderr with tokens/s and the time left.
+        group: the processes of the run, each of which must make the same call. None = this process alone.
+        stop: function that is called after every step. True, in any process, writes a checkpoint and ends the run in all.
+        show_progress: show a progress bar on stderr, with tokens/s and the time left.
 
     Returns:
-        the lens; with layers divided among processes, the whole one in rank 0, and elsewhere the identity for others' layers.
+        the lens. If the processes divide the layers, rank 0 has the whole lens, and others have the identity for the layers of others.
 
     Raises:
-        NotEnoughDataError: if the text is shorter than one sequence, or than the run and must not repeat.
-        ValueError: if the text has ids that the model does not know, if the checkpoint is of another run (says what differs), if there are
-            checkpoints and no resume, if the settings do not fit the model, or if the processes of a group differ in settings, model, text or
-            versions.
+        NotEnoughDataError: if the text is shorter than the run and must not repeat.
+        InvalidValueError: if the text is shorter than one sequence or has ids that the model does not know; if the checkpoint belongs to another run
+            (names the differences); if there are checkpoints and `resume` is False; if the settings do not fit the model; or if the processes of a
+            group differ in settings, model, text or versions.
         GroupLostError: if another process of the group has ended.
-        TrainingInterruptedError: when `stop` said so.
+        TrainingInterruptedError: when `stop` returned True.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
         raise InvalidValueError(f"checkpoint_every must be at least 1, or None, got {checkpoint_every}.")
@@ -94,19 +94,20 @@ def train(
         raise InvalidValueError(
             f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len."
         )
-    corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
     group = group or Group()
-    listeners = [*(callbacks if group.writes else ()), *([OnStep(callback)] if callback is not None else [])]
-    run = _Run(source, unembed, corpus, config, listeners, checkpoints, checkpoint_every, group, stop)
+    told = callbacks_of_process(callbacks, group.rank)
+    corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
+    of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed))
+    run = _Run(source, unembed, corpus, config, group, of_run, checkpoint_every, told, stop)
     try:
-        return run.go(resume, show_progress)
+        return run.train(resume, show_progress)
     finally:
-        for listener in listeners:
-            listener.on_end()
+        for callback in told:
+            callback.on_end()
 
 
 class _Run:
-    """One run. Its layers are trained in passes over the data, all in one unless config.layers_at_once says otherwise."""
+    """One run: passes over the text, each of which trains some layers (all, unless config.layers_at_once says otherwise) in steps."""
 
     def __init__(
         self,
@@ -114,66 +115,64 @@ class _Run:
         unembed: Unembed,
         corpus: Corpus,
         config: TrainingConfig,
-        callbacks: Sequence[Callback],
-        checkpoints: CheckpointFolder | None,
-        checkpoint_every: int | None,
         group: Group,
+        checkpoints: RunCheckpoints,
+        checkpoint_every: int | None,
+        callbacks: Sequence[Callback],
         stop: Callable[[], bool],
     ) -> None:
-        self.source, self.unembed, self.corpus, self.config = source, unembed, corpus, config
-        self.callbacks, self.checkpoints, self.checkpoint_every, self.stop = callbacks, checkpoints, checkpoint_every, stop
-        self.group = group
-        self.capture = Capture(source, unembed.embedding_rows)
-        # A lens knows what the settings mean for a translator, and checks the layers. That of the end is not computed before, and takes no memory.
-        start, self.lens = (
-            TunedLens(len(source), unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
-            for _ in range(2)
-        )
-        self.layers = self.lens.layers
-        self.mine = group.layers_of(self.layers)
-        passes = group.passes(self.layers, config.layers_at_once)
-        self.passes = [mine for mine, _ in passes]
-        self.passes_of_all = [of_all for _, of_all in passes]
-        self.parameters = {layer: self._stored(parameters_of(start.translators[layer])) for layer in self.mine}
-        self.pass_index = 0
-        self.step = 0
-        self.tokens = 0
-        self.skipped = 0
-        self.optimizer: LensOptimizer | None = None
+        self.unembed, self.corpus, self.config, self.group = unembed, corpus, config, group
+        self.checkpoints, self.checkpoint_every, self.callbacks, self.stop = checkpoints, checkpoint_every, callbacks, stop
+        self.capture = BatchedCapture(source, unembed.embedding_rows)
+        start = self._identity()  # checks that rank and layers fit the model
+        self.layers = start.layers
+        self.parameters_per_layer = len(parameters_of(start.translators[self.layers[0]]))
+        self.passes = group.passes(self.layers, config.layers_at_once)
+        mine = group.layers_of(self.layers)
+        self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), config) for layer in mine})
 
-    def _stored(self, parameters: Parameters) -> Parameters:
-        dtype = mx.bfloat16 if self.config.dtype == "bfloat16" else mx.float32
-        return {name: p.astype(dtype) for name, p in parameters.items()}
+    def _identity(self) -> TunedLens:
+        """Return the lens that training starts from. Its arrays take no memory before they are used."""
+        config, layers = self.config, len(self.capture.source)
+        return TunedLens(layers, self.unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
 
-    def go(self, resume: bool, show_progress: bool) -> TunedLens:
-        """All passes, from the newest checkpoint on if asked."""
-        if self.group.size > 1:
-            self.group.require_same(self._facts(resume))
-        sampler = self._sampler()
-        with self.group.together():
-            self._require_no_checkpoints_of_others()
-            if not resume:
-                self._require_no_checkpoints()
-        saved = self._newest() if resume and self.checkpoints is not None else None
-        if saved is not None:
-            self._restore(saved, sampler)
-        first = self.pass_index * self.config.num_steps + self.step
-        for listener in self.callbacks:
-            listener.on_start(self.config, first)
-        total = len(self.passes) * self.config.num_steps * self.config.step_tokens
-        with token_bar(total, "training the lens", show_progress and self.group.writes) as bar:
-            bar.update(first * self.config.step_tokens)
-            while self.pass_index < len(self.passes):
-                self._pass(sampler, bar)
-                if self.pass_index < len(self.passes) - 1:
+    def train(self, resume: bool, show_progress: bool) -> TunedLens:
+        """Make all passes, from the newest checkpoint on if asked."""
+        config, state = self.config, self.state
+        sampler = self._start(resume)
+        first = self._steps_done
+        for callback in self.callbacks:
+            callback.on_start(config, first)
+        with token_bar(len(self.passes) * config.num_steps * config.step_tokens, "training the lens", show_progress and self.group.writes) as bar:
+            bar.update(first * config.step_tokens)
+            while state.pass_index < len(self.passes):
+                self._train_pass(self.passes[state.pass_index], sampler, bar)
+                if state.pass_index < len(self.passes) - 1:
                     sampler = self._sampler()
-                self.pass_index += 1
-                self.step = 0
-                self.optimizer = None
-        return self._whole_lens()
+                state.end_pass()
+        return self._trained_lens()
+
+    @property
+    def _steps_done(self) -> int:
+        """Return the number of steps that are done in all passes."""
+        return self.state.pass_index * self.config.num_steps + self.state.step
+
+    def _start(self, resume: bool) -> Sampler:
+        """Check that the run can start. Restore the newest checkpoint if asked. Return the sampler for the rest of the pass."""
+        checkpoints, facts = self.checkpoints, self.checkpoints.facts
+        arguments = {"resume": resume, "checkpoint_every": self.checkpoint_every, "checkpoints": checkpoints.root is not None}
+        facts.require_same_in_group(self.group, self.corpus, **arguments)
+        sampler = self._sampler()
+        checkpoints.require_place(resume)
+        saved = checkpoints.newest() if resume else None
+        if saved is not None:
+            facts.require_record(saved.record)
+            sampler.restore(saved.record["position"])
+            self.state.restore(saved.arrays, saved.record, self.config, [each.layers for each in self.passes])
+        return sampler
 
     def _sampler(self) -> Sampler:
-        """At the beginning of the text, which has been found to be enough for a pass."""
+        """Return a sampler at the start of the text, which is long enough for a pass (NotEnoughDataError)."""
         config = self.config
         sampler = Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat)
         if not config.repeat:
@@ -184,211 +183,115 @@ class _Run:
             sampler.restore(start)
         return sampler
 
-    def _pass(self, sampler: Sampler, bar: Any) -> None:
-        """The steps of one group of layers that are left."""
-        config, layers = self.config, self.passes[self.pass_index]
-        if self.step == 0 and self.optimizer is None:
+    def _train_pass(self, layers: LayerPass, sampler: Sampler, bar: Any) -> None:
+        """Make the remaining steps of a pass."""
+        config, state = self.config, self.state
+        if state.optimizer is None:
             if config.warm_start_tokens:
-                self._warm_start(sampler, layers)
-            self.optimizer = LensOptimizer(config, {layer: self.parameters[layer] for layer in layers})
-        rank, world = self.group.data_share
-        with Producer(step_groups(sampler, config, self.step, rank, world)) as groups:
+                self._warm_start(layers.layers, sampler)
+            state.start_pass(config, layers.layers)
+        with Producer(step_groups(sampler, config, state.step, *self.group.data_rank)) as groups:
             for group in groups:
-                # With more processes than layers, some have none.
-                streams_of = self.capture.of_steps(group.steps) if layers else iter([()] * len(group.steps))
-                for i, (data, streams) in enumerate(zip(group.steps, streams_of, strict=True)):
-                    if group.first + i < self.step:  # done before the checkpoint from which the run goes on
+                # With more processes than layers, some have no layer and need no hidden states.
+                captured = self.capture.by_step(group.steps) if layers.layers else iter([()] * len(group.steps))
+                for i, (data, hidden_states) in enumerate(zip(group.steps, captured, strict=True)):
+                    if group.first + i < state.step:  # done before the checkpoint from which the run goes on
                         continue
-                    self._one_step(data, streams, layers, bar)
-                    ended = self.step == config.num_steps
-                    stopping = self.group.any(self.stop()) and not (ended and self.pass_index == len(self.passes) - 1)
-                    if (self.checkpoint_every is not None and self.step % self.checkpoint_every == 0) or ended or stopping:
-                        self._save(group.resumable(i))
-                    if stopping:
-                        raise TrainingInterruptedError(f"Stopped after step {self.step}.")
+                    self._step(data, hidden_states, layers, bar)
+                    self._save_or_stop(group.resumable(i))
 
-    def _warm_start(self, sampler: Sampler, layers: list[int]) -> None:
-        rank, world = self.group.data_share
-        data = sampler.take_step(self.config.warm_start_tokens, rank, world)
-        solved = warm_start(self.capture.streams(data.sequences), layers, self.unembed.hidden_dim, self.config.ridge, self._total())
+    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> None:
+        """Replace the parameters of layers by the closed-form solution on the next tokens."""
+        config, group = self.config, self.group
+        data = sampler.take_step(config.warm_start_tokens, *group.data_rank)
+        hidden_states = self.capture.hidden_states(data.sequences)
+        solved = warm_start(hidden_states, layers, self.unembed.hidden_dim, config.ridge, group.sum_over_data)
         for layer, parameters in solved.items():
-            # From rank 0: others may round the solution otherwise.
-            self.parameters[layer] = self._stored(parameters if self.group.layers_apart else self.group.shared(parameters))
-        self.tokens += data.tokens
+            # Rank 0 sends its solution: other processes may round theirs otherwise.
+            self.state.parameters[layer] = in_training_dtype(parameters if group.divides_layers else group.broadcast(parameters), config)
+        self.state.tokens += data.tokens
 
-    def _total(self) -> Callable[..., list[mx.array]]:
-        return self.group.total if self.group.share == "data" else lambda *values: list(values)
-
-    def _one_step(self, data: Step, streams: Iterable[HiddenStates], layers: list[int], bar: Any) -> None:
-        """Sum over the step's tokens, update every layer, tell everybody."""
-        assert self.optimizer is not None
-        start, config = time.perf_counter(), self.config
-        sums = self._sums(streams, layers)
-        if self.group.layers_apart:
-            layers_told = self.passes_of_all[self.pass_index]
-            names = len(parameters_of(self.lens.translators[self.layers[0]]))
-            summed, norm = self.group.of_all_layers(layers, layers_told, to_list(sums.losses), sums.gradients, names)
-        else:
-            layers_told, summed, norm = layers, to_list(sums.losses), gradient_norm(sums.gradients)
+    def _step(self, data: Step, hidden_states: Iterable[HiddenStates], layers: LayerPass, bar: Any) -> None:
+        """Sum over the tokens of a step, update every layer, and tell the callbacks."""
+        start, config, state = time.perf_counter(), self.config, self.state
+        sums = self._sum_over_tokens(hidden_states, layers.layers)
+        summed, norm = self._losses_and_norm(sums, layers)
         losses = [loss / data.tokens for loss in summed]
         scale = 1 / (data.tokens * (len(self.layers) if config.reduction == "mean" else 1))
         norm *= scale
         if math.isfinite(norm) and all(map(math.isfinite, losses)):
-            clipped = scale * self.optimizer.clip(norm)
-            for layer, gradient in zip(layers, sums.gradients, strict=True):
-                self.parameters[layer] = self.optimizer.update(layer, self.parameters[layer], gradient, self.step, clipped)
+            self._update(sums, scale, norm)
         else:
-            self.skipped += 1
+            state.skipped += 1
             warnings.warn(
-                f"Step {self.step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
+                f"Step {state.step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
                 "If this happens often, look for token ids outside the vocabulary or damaged weights.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.tokens += data.tokens
+        state.tokens += data.tokens
         loss = math.fsum(losses) / max(len(losses), 1)
-        seconds = time.perf_counter() - start
-        step = self.pass_index * config.num_steps + self.step
-        rate = config.learning_rate_at(self.step)
-        bar.set_postfix(step=f"{step + 1}/{len(self.passes) * config.num_steps}", KL=f"{loss:.3f}", refresh=False)
-        bar.update(config.step_tokens)
-        log.debug("step %d loss %.4f gradient norm %.4f", step, loss, norm)
-        self.step += 1
-        for listener in self.callbacks:
-            listener.on_step(Progress(step, loss, losses, self.tokens, layers_told, norm, rate, data.tokens / seconds, self.skipped))
+        number, rate, speed = self._steps_done, config.learning_rate_at(state.step), data.tokens / (time.perf_counter() - start)
+        state.step += 1
+        self._tell(Progress(number, loss, losses, state.tokens, layers.of_all, norm, rate, speed, state.skipped), bar)
 
-    def _sums(self, streams: Iterable[HiddenStates], layers: list[int]) -> Sums:
-        """Over all tokens of the step, of all processes."""
-        parameters = [self.parameters[layer] for layer in layers]
+    def _sum_over_tokens(self, hidden_states: Iterable[HiddenStates], layers: Sequence[int]) -> Sums:
+        """Return the sums over all tokens of a step, of all processes."""
+        parameters = [self.state.parameters[layer] for layer in layers]
         sums = no_sums(layers)
-        for stream in streams:
-            accumulate(sums, parameters, stream, self.unembed)
-        if not sums.gradients:  # a process without a share of a small step
+        for batch in hidden_states:
+            accumulate(sums, parameters, batch, self.unembed)
+        if not sums.gradients:  # a small step has no sequence for some processes
             sums.gradients = [{name: mx.zeros(p.shape) for name, p in of_layer.items()} for of_layer in parameters]
-        sums.losses = self.group.total_of_step(sums.losses, sums.gradients)
+        sums.losses = self.group.sum_step(sums.losses, sums.gradients)
         return sums
 
-    # Checkpoints
+    def _losses_and_norm(self, sums: Sums, layers: LayerPass) -> tuple[list[float], float]:
+        """Return the summed loss of every layer, and the norm of the summed gradient, over the layers of all processes."""
+        losses = to_list(sums.losses)
+        if not self.group.divides_layers:
+            return losses, gradient_norm(sums.gradients)
+        return self.group.gather_layers(layers.layers, layers.of_all, losses, sums.gradients, self.parameters_per_layer)
 
-    def _folder(self) -> CheckpointFolder | None:
-        """Where this process's state goes: with divided layers every process has a part of it."""
-        if self.checkpoints is None or not self.group.layers_apart:
-            return self.checkpoints
-        return CheckpointFolder(self.checkpoints.path / f"rank-{self.group.rank}-of-{self.group.size}", self.checkpoints.keep)
+    def _update(self, sums: Sums, scale: float, norm: float) -> None:
+        """Update every layer of this process. The norm decides about the clip."""
+        state = self.state
+        assert state.optimizer is not None
+        clipped = scale * state.optimizer.clip(norm)
+        for layer, gradient in zip(sums.layers, sums.gradients, strict=True):
+            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped)
 
-    def _save(self, position: dict[str, Any]) -> None:
-        folder = self._folder()
-        if folder is None or not (self.group.writes or self.group.share == "layers"):
-            return
-        assert self.optimizer is not None
-        arrays = {f"parameters.{layer}.{name}": p for layer, parameters in self.parameters.items() for name, p in parameters.items()}
-        arrays |= {f"optimizer.{name}": a for name, a in self.optimizer.state().items()}
-        record = {
-            "pass": self.pass_index,
-            "pass_step": self.step,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "position": position,
-            "config": self.config.to_dict(),
-            "model": self._model(),
-            "capture": self._captured_together(),
-        }
-        following = self.pass_index * self.config.num_steps + self.step
-        path = folder.save(following, arrays, record)
-        for listener in self.callbacks:
-            listener.on_checkpoint(following, path)
+    def _tell(self, progress: Progress, bar: Any) -> None:
+        """Tell the progress bar, the log and the callbacks about a step."""
+        total = len(self.passes) * self.config.num_steps
+        bar.set_postfix(step=f"{progress.step + 1}/{total}", KL=f"{progress.loss:.3f}", refresh=False)
+        bar.update(self.config.step_tokens)
+        log.debug("step %d loss %.4f gradient norm %.4f", progress.step, progress.loss, progress.gradient_norm)
+        for callback in self.callbacks:
+            callback.on_step(progress)
 
-    def _model(self) -> dict[str, Any]:
-        """What of the model a checkpoint must agree with."""
-        head = origin_of(self.unembed)["head"]
-        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+    def _save_or_stop(self, position: dict[str, Any]) -> None:
+        """Write a checkpoint if one is due, and end the run if a process was asked to stop. After the last step it is too late for that."""
+        state, every = self.state, self.checkpoint_every
+        ended = state.step == self.config.num_steps
+        stopping = self.group.any(self.stop()) and not (ended and state.pass_index == len(self.passes) - 1)
+        if ended or stopping or (every is not None and state.step % every == 0):
+            saved = self.checkpoints.save(state, position)
+            if saved is not None:
+                for callback in self.callbacks:
+                    callback.on_checkpoint(*saved)
+        if stopping:
+            raise TrainingInterruptedError(f"Stopped after step {state.step}.")
 
-    def _captured_together(self) -> dict[str, Any]:
-        """What a position in the text means, and how sums are rounded."""
-        return {"steps captured together": steps_together(self.config)}
-
-    def _require_no_checkpoints(self) -> None:
-        """A new run beside an old one's checkpoints would remove them, or be resumed from them."""
-        folder = self._folder()
-        if folder is not None and (steps := folder.steps()):
-            raise InvalidValueError(
-                f"{folder.path} has checkpoints already, the newest after step {steps[-1]}. Go on from it with resume, or give another folder."
-            )
-
-    def _require_no_checkpoints_of_others(self) -> None:
-        """A run that was divided otherwise has its state elsewhere in the folder: not to find it would be to start anew."""
-        if self.checkpoints is None:
-            return
-        ours = f"-of-{self.group.size}" if self.group.layers_apart else None
-        parts = [path for path in sorted(self.checkpoints.path.glob("rank-*-of-*")) if any(path.glob("step-*"))]
-        others = [path for path in parts if ours is None or not path.name.endswith(ours)]
-        if others or (ours is not None and self.checkpoints.steps()):
-            how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"
-            raise InvalidValueError(
-                f"{self.checkpoints.path} has checkpoints of a run that {how}. Go on from them with as many processes that share the same, "
-                "or give another folder."
-            )
-
-    def _newest(self) -> Checkpoint | None:
-        """The newest checkpoint: rank 0's, or with divided layers the newest that every process has."""
-        folder = self._folder()
-        assert folder is not None
-        path = folder.path
-        with self.group.together():
-            saved = folder.latest() if self.group.writes or self.group.layers_apart else None
-        steps = self.group.gathered(-1 if saved is None else int(saved.record["step"]))
-        if not self.group.layers_apart:
-            record = self.group.gathered(None if saved is None else saved.record)[0]
-            return None if record is None else Checkpoint(self.group.shared(None if saved is None else saved.arrays), record)
-        if min(steps) < 0 <= max(steps):
-            raise InvalidValueError(
-                f"Processes {[rank for rank, step in enumerate(steps) if step < 0]} find no checkpoint in their {path.parent}, and others do. "
-                "On several machines without a common disk every process must go on where it was. If the run ended while the first checkpoint was "
-                "written, remove the folder and start anew."
-            )
-        if min(steps) < max(steps):  # some got further before the run ended
-            with self.group.together():
-                if steps[self.group.rank] > min(steps):
-                    saved = folder.read(min(steps))
-        return saved
-
-    def _facts(self, resume: bool) -> dict[str, Any]:
-        """What all processes must agree on."""
-        about = {"model": self._model(), "text": self.corpus.identity(), "version of": {name: version(name) for name in ("metalens", "mlx")}}
-        facts = {f"{of} {name}": value for of, what in about.items() for name, value in what.items()}
-        run = {"share": self.group.share, "resume": resume, "checkpoint_every": self.checkpoint_every, "checkpoints": self.checkpoints is not None}
-        return {**self.config.to_dict(), **run, **facts}
-
-    def _restore(self, saved: Checkpoint, sampler: Sampler) -> None:
-        record = saved.record
-        for what, theirs, ours in (
-            ("settings", record["config"], self.config.to_dict()),
-            ("model", record["model"], self._model()),
-            ("forward passes", record.get("capture", {}), self._captured_together()),
-        ):
-            as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in ours.items()}
-            differ = [f"{name} was {theirs.get(name)!r} and is {as_json[name]!r}" for name in as_json if theirs.get(name) != as_json[name]]
-            if differ:
-                raise InvalidValueError(
-                    f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Give the same, or start anew in another folder."
-                )
-        sampler.restore(record["position"])
-        self.pass_index, self.step = int(record["pass"]), int(record["pass_step"])
-        self.tokens, self.skipped = int(record["tokens"]), int(record["skipped"])
-        for layer, parameters in self.parameters.items():
-            self.parameters[layer] = {name: saved.arrays[f"parameters.{layer}.{name}"] for name in parameters}
-        layers = self.passes[self.pass_index]
-        self.optimizer = LensOptimizer(self.config, {layer: self.parameters[layer] for layer in layers})
-        self.optimizer.restore({name.removeprefix("optimizer."): a for name, a in saved.arrays.items() if name.startswith("optimizer.")})
-
-    def _whole_lens(self) -> TunedLens:
-        """The lens with all layers, gathered one at a time where they are divided: in rank 0, others keep their own."""
+    def _trained_lens(self) -> TunedLens:
+        """Return the lens in float32. Divided layers are gathered in rank 0, one at a time; other processes keep their own."""
+        lens, group = self._identity(), self.group
         for i, layer in enumerate(self.layers):
-            found = self.parameters.get(layer, {})
-            if self.group.layers_apart:
-                everywhere = self.group.shared(found, owner=i % self.group.size)
-                found = everywhere if self.group.writes else found
-            for name, value in found.items():
-                setattr(self.lens.translators[layer], name, value.astype(mx.float32))
-            mx.eval(parameters_of(self.lens.translators[layer]) if found else [])
-        return self.lens
+            parameters = self.state.parameters.get(layer, {})
+            if group.divides_layers:
+                everywhere = group.broadcast(parameters, root=i % group.size)
+                parameters = everywhere if group.writes else parameters
+            for name, value in parameters.items():
+                setattr(lens.translators[layer], name, value.astype(mx.float32))
+            mx.eval(parameters_of(lens.translators[layer]) if parameters else [])
+        return lens

@@ -1,9 +1,9 @@
-"""The orthogonal factor of a matrix, nearly and by products alone: U V^T for U S V^T.
+"""The orthogonal factor of a matrix, approximately and with products alone: U V^T for U S V^T.
 
-Odd polynomials p of a matrix are odd polynomials of its singular values: p(X) = U p(S) V^T. A few quintics one after the other, each the best on the
-interval that the one before has left, bring all singular values of [low, 1] to within `error` of 1. That is how Amsel et al. 2025 ("The Polar
-Express", section 3) choose the coefficients. Muon's usual ones leave singular values about 0.3 off however often they are applied, and need an
-iteration more to come that near.
+An odd polynomial p of a matrix is the same polynomial of its singular values: p(X) = U p(S) V^T. A few quintics one after the other, each the best on
+the interval that the one before has left, bring all singular values of [low, 1] to within `error` of 1. Amsel et al. 2025 ("The Polar Express",
+section 3) choose the coefficients in this way. Muon's usual coefficients leave singular values about 0.3 off, however often they are applied, and
+need one iteration more to come that near.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from metalens.utils.arrays import to_float
 
 Quintic = tuple[float, float, float]
 
-# Of the singular values of a matrix of Frobenius norm 1, as many as it has rows, those count that are above this share of the size they would have
-# if they were equal, 1 / sqrt(rows). Held-out KL after 288 steps of 128 tokens on the demo model (256 rows): 0.7700, 0.7684, 0.7682, 0.7693 for
-# shares of 0.8, 0.32, 0.16, 0.05 with three iterations; 0.7679 for 0.16 with four, 0.7684 with four of Muon's usual ones.
-SHARE = 0.16
+# The smallest singular value that the polynomials are made for, relative to 1 / sqrt(rows): all singular values of a matrix of Frobenius norm 1 have
+# that size if they are equal. Held-out KL after 288 steps of 128 tokens on the demo model (256 rows): 0.7700, 0.7684, 0.7682, 0.7693 for 0.8, 0.32,
+# 0.16, 0.05 with three iterations; 0.7679 for 0.16 with four; 0.7684 with four of Muon's usual iterations.
+SMALLEST = 0.16
 ERROR = 0.3
-SLACK = 1.01  # rounded operands may raise a singular value of 1, and beyond it a polynomial is steep
+SLACK = 1.01  # rounded operands may raise a singular value above 1, where a polynomial is steep
 
 
 def best_quintic(low: float, high: float) -> tuple[Quintic, float]:
-    """(a, b, c) for which a s + b s^3 + c s^5 comes nearest to 1 on all of [low, high], 0 < low <= high; and the largest distance.
+    """Return (a, b, c) for which a s + b s^3 + c s^5 is nearest to 1 on all of [low, high], 0 < low <= high, and the largest distance from 1.
 
-    Remez: where the error is extreme it alternates in sign, at both ends and at the two zeros of the derivative between.
+    Remez's algorithm: the extreme errors alternate in sign. They lie at both ends and at the two zeros of the derivative between.
     """
-    if high - low < 1e-3 * high:  # the points would fall together: the limit is the Taylor polynomial of degree 2 in 1 - s^2
+    if high - low < 1e-3 * high:  # the points would coincide: the limit is the Taylor polynomial of degree 2 in 1 - s^2
         s = (low + high) / 2
         return (15 / 8 / s, -10 / 8 / s**3, 3 / 8 / s**5), ((high - low) / 2 / s) ** 3 * 5 / 2
     inner = low + (high - low) * np.array([0.25, 0.75])
@@ -49,13 +49,13 @@ def best_quintic(low: float, high: float) -> tuple[Quintic, float]:
 
 @cache
 def quintics(rows: int, iterations: int | None = None) -> tuple[tuple[Quintic, ...], float]:
-    """The polynomials for matrices with so many rows (the shorter side), and the largest distance from 1 that they leave where SHARE says it counts.
+    """Return the polynomials for matrices of a size, and the largest distance from 1 that they leave for singular values from SMALLEST on.
 
     Args:
-        rows: at least 1.
-        iterations: None = until the distance is at most ERROR: 3 for 18 to 310 rows, 4 up to 5600, then 5.
+        rows: the shorter side of the matrices, at least 1.
+        iterations: number of polynomials. None = until the distance is at most ERROR: 3 for 18 to 310 rows, 4 up to 5600, then 5.
     """
-    low, high, error = min(1.0, SHARE / math.sqrt(rows)), 1.0, math.inf
+    low, high, error = min(1.0, SMALLEST / math.sqrt(rows)), 1.0, math.inf
     found: list[Quintic] = []
     while len(found) < iterations if iterations is not None else error > ERROR:
         polynomial, error = best_quintic(low, high)
@@ -65,15 +65,15 @@ def quintics(rows: int, iterations: int | None = None) -> tuple[tuple[Quintic, .
 
 
 def orthogonalized(x: mx.array, iterations: int | None, precision: Precision) -> mx.array:
-    """U V^T, nearly, for x = U S V^T. Evaluated. A matrix of zeros stays one.
+    """Return U V^T approximately, for x = U S V^T. Evaluated. A matrix of zeros stays zero.
 
     Args:
-        x: [rows, columns], float32, of any size.
-        iterations: of `quintics`.
-        precision: of the products' operands.
+        x: matrix [rows, columns], float32.
+        iterations: number of polynomials, as in `quintics`.
+        precision: precision of the operands of products.
     """
     norm = mx.linalg.norm(x)
-    if to_float(norm) == 0:  # the last layer of a lens: its translator is exact as long as it is the identity
+    if to_float(norm) == 0:  # the last layer of a lens, whose translator is exact as long as it is the identity
         return x
     wide = x.shape[0] <= x.shape[1]
     found = (x if wide else x.T) / (SLACK * norm)
@@ -81,5 +81,5 @@ def orthogonalized(x: mx.array, iterations: int | None, precision: Precision) ->
         for a, b, c in quintics(min(x.shape), iterations)[0]:
             gram = linear(found, Weight(found))
             found = a * found + linear(b * gram + c * linear(gram, Weight(gram)), Weight(found), transpose=False)
-            mx.eval(found)  # MLX on a CPU reserves memory for all that is computed together
+            mx.eval(found)  # MLX on a CPU reserves memory for all arrays that are computed together
     return found if wide else found.T

@@ -1,4 +1,4 @@
-"""MLX arrays as Python numbers. MLX types `item()` and `tolist()` as any of several types; here the caller says which."""
+"""Convert MLX arrays to Python numbers. MLX types `item()` and `tolist()` as unions; these functions state one type."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import mlx.core as mx
 
 
 def to_float(a: mx.array) -> float:
-    """The one element of an array, as a float."""
+    """Return the only element of an array as a float."""
     return float(a.item())  # type: ignore[arg-type]
 
 
 def to_list(a: mx.array) -> list[Any]:
-    """The elements as nested lists; a list also for an array of one dimension."""
+    """Return the elements as nested lists; an array of one dimension gives a flat list."""
     return a.tolist()  # type: ignore[return-value]

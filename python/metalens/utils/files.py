@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Atomic writes: a reader never finds a partial file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; moved onto it, after fsync, when the block ends without an exception, else removed."""
+    """Yield a temporary path beside `path`. Move it onto `path`, after fsync, if the block ends without an exception; else delete it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -19,7 +19,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        # mkstemp's files are private; a result is as readable as any other new file.
+        # Files of mkstemp are private; a result must be as readable as any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -29,10 +29,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Find out now, and not after the work, that `path` can't be written: create missing parents and try a temporary file.
+    """Check before the work that `path` can be written: make missing parents and try a temporary file.
 
     Raises:
-        OSError: naming the path and the reason.
+        OSError: if it can't; names the path and the reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,6 @@ def require_writable(path: Path) -> None:
             raise IsADirectoryError(f"{path} is a directory")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        Path(name).unlink(missing_ok=True)  # TokenCache.lock removes what looks left behind
+        Path(name).unlink(missing_ok=True)  # missing_ok: TokenCache.lock deletes files that look left behind
     except OSError as error:
         raise type(error)(f"Can't write {path}: {error}. Choose a path in a folder that can be written.") from error

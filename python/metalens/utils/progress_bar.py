@@ -1,4 +1,4 @@
-"""The one progress bar: on stderr, in tokens per second with the time left; quiet in a log file."""
+"""The progress bar: on stderr, in tokens per second, with the time left; quiet in a log file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def token_bar(total: int, title: str, show: bool) -> tqdm:
-    """A bar over `total` tokens; where stderr is no terminal it reports twice a minute, not ten times a second."""
+    """Return a bar over `total` tokens. Where stderr is no terminal it reports twice a minute, not ten times a second."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=total, unit="tok", unit_scale=True, desc=title, disable=not show, mininterval=interval, maxinterval=2 * interval, file=sys.stderr

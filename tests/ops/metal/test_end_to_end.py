@@ -9,7 +9,7 @@ from mlx_lm.models import cohere, gemma2
 
 import mslcpu
 from metalens import InterpretableModel, evaluate, use_backend
-from metalens.training import TrainingConfig, loss_and_gradient, train
+from metalens.training import TrainingConfig, loss_and_gradient, train_loop
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
 
@@ -74,7 +74,7 @@ def test_training_and_reading(model, ids, device):
     losses: dict[str, list[float]] = {"metal": [], "reference": []}
 
     def trained(name):
-        return train(model.source, model.unembed, ids, config, callback=lambda p: losses[name].append(p.loss))
+        return train_loop(model.source, model.unembed, ids, config, callbacks=[lambda p: losses[name].append(p.loss)])
 
     with use_backend("reference"):
         expected = trained("reference")

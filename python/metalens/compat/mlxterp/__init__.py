@@ -1,4 +1,4 @@
-"""mlxterp's module names, so that its users' code runs unchanged:
+"""The module names of mlxterp. Code written for mlxterp runs unchanged after these lines:
 
 import sys, importlib
 sys.modules["mlxterp"] = importlib.import_module("metalens.compat.mlxterp")
@@ -8,7 +8,6 @@ for name in ("tuned_lens", "core", "core.module_resolver"):
 
 from __future__ import annotations
 
-import warnings
 from functools import cached_property
 
 import mlx.core as mx
@@ -18,26 +17,29 @@ from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
 from metalens.lenses.lens import TunedLens
 from metalens.model import InterpretableModel as _InterpretableModel
 from metalens.model import train_tuned_lens
+from metalens.utils.warn import warn_caller
 
 __all__ = ["InterpretableModel", "TunedLens", "train_tuned_lens"]
 
 
 class InterpretableModel(_InterpretableModel):
-    """`metalens.InterpretableModel`, with the two habits of mlxterp that its users' code leans on: `_module_resolver`, and tokenizers whose ids run
-    past the vocabulary in training data (mlxterp reads whatever memory lies there; here they wrap around, with a warning)."""
+    """`metalens.InterpretableModel` with two habits of mlxterp that its users' code relies on.
+
+    `_module_resolver` exists. Training data may hold ids beyond the vocabulary: mlxterp reads other memory for them,
+    here they wrap around with a warning.
+    """
 
     @cached_property
     def _module_resolver(self) -> ModuleResolver:
+        """Return the resolver of this model's modules."""
         return ModuleResolver(self.model, self.overrides.embedding, self.overrides.norm, self.overrides.head)
 
     def admit_training_ids(self, ids: np.ndarray) -> mx.array:
-        """The ids, those outside the vocabulary wrapped around."""
+        """Return the ids as MLX's int32. Wrap ids outside the vocabulary around, with a warning."""
         if ids.size and (ids.min() < 0 or ids.max() >= self.embedding_rows):
-            warnings.warn(
+            warn_caller(
                 f"The tokenizer gives ids outside the model's vocabulary (0 to {self.embedding_rows - 1}); they are taken modulo its size. "
-                "Is this the model's own tokenizer?",
-                UserWarning,
-                stacklevel=5,
+                "Is this the model's own tokenizer?"
             )
             ids = ids % self.embedding_rows
         return self.check_ids(ids)

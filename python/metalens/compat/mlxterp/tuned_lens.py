@@ -1,4 +1,4 @@
-"""mlxterp.tuned_lens."""
+"""The names of mlxterp.tuned_lens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["TunedLens", "kl_divergence", "log_softmax", "train_tuned_lens"]
 
 
 def log_softmax(x: mx.array, axis: int = -1) -> mx.array:
-    """Log-probabilities of logits along an axis."""
+    """Return the log-probabilities of logits along an axis."""
     return x - mx.logsumexp(x, axis=axis, keepdims=True)
 
 
 def kl_divergence(log_p: mx.array, log_q: mx.array) -> mx.array:
-    """Mean over all rows of KL(p || q) in nats, from log-probabilities [..., V]; a scalar."""
+    """Return the mean over all rows of KL(p || q) in nats, a scalar, from log-probabilities [..., V]."""
     return mx.mean(kl_of_rows(mx.exp(log_p), log_p, log_q))

@@ -1,4 +1,4 @@
-"""tuned-lens's files (AlignmentResearch/tuned-lens), read and written without torch.
+"""Lenses of tuned-lens (AlignmentResearch/tuned-lens), read and written without torch.
 
 from metalens.compat import tuned_lens
 
@@ -7,7 +7,7 @@ tuned_lens.save(lens, "my-lens", model_name="EleutherAI/pythia-160m-deduped")
 tuned_lens.convert("my-lens", "lens-for-mlxterp", to="metalens")
 """
 
-from metalens.compat.tuned_lens.conversion import Format, convert
+from metalens.compat.tuned_lens.conversion import Format, convert, load_lens
 from metalens.compat.tuned_lens.folder import LensConfig, is_tuned_lens, load, save
 
-__all__ = ["Format", "LensConfig", "convert", "is_tuned_lens", "load", "save"]
+__all__ = ["Format", "LensConfig", "convert", "is_tuned_lens", "load", "load_lens", "save"]

@@ -1,4 +1,4 @@
-"""From one kind of lens file to the other."""
+"""Open a lens of either file format, and convert one format to the other."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ from pathlib import Path
 from typing import Literal
 
 from metalens.compat.tuned_lens.folder import is_tuned_lens, load, save
-from metalens.lenses.lens import TunedLens, lens_files
+from metalens.lenses.lens import TunedLens
+from metalens.lenses.lens_file import lens_files
 
 Format = Literal["tuned-lens", "metalens"]
+
+
+def load_lens(path: str | Path, *, hub: bool = False) -> TunedLens:
+    """Read a lens: a pair of metalens or mlxterp, or a folder of tuned-lens.
+
+    Args:
+        path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or with `hub`
+            an id.
+        hub: if no file has this name, read the lens with this id from tuned-lens's collection on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: if there is no lens at the path, or none with this id on the hub.
+        InvalidValueError: if the files are damaged or are not a lens.
+    """
+    return load(path) if _is_theirs(path, hub) else TunedLens.load(path)
 
 
 def convert(
@@ -20,36 +36,51 @@ def convert(
     hub: bool = False,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> tuple[Path, Path]:
-    """Read a lens of either kind, and write it as the other.
+    """Read a lens of either format and write it in the other.
+
+    When the target is metalens, all translators are written as full matrices, whatever the variant of the source, so
+    mlxterp can load the result.
 
     Args:
-        source: our pair of .npz and .json, or a folder of tuned-lens's.
+        source: a pair of .npz and .json, or a folder of tuned-lens.
         target: the pair or the folder to write.
-        to: 'tuned-lens' or 'metalens'; None = what the source is not. 'metalens' stores every W whole, whatever variant the source is: a file that
-            mlxterp loads.
-        model_name: the model's path or hub id, for tuned-lens's config.json and for `origin`; None = what the source says.
-        hub: take `source` for the id of a lens on the hub if no file has that name.
-        dtype: of the numbers in tuned-lens's file.
+        to: 'tuned-lens' or 'metalens'; None = the format that the source does not have.
+        model_name: path or hub id of the model, for tuned-lens's config.json and for the provenance; None = the name in
+            the source.
+        hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging
+            Face hub.
+        dtype: number format of the tensors in tuned-lens's file.
 
     Returns:
         the two files written.
 
     Raises:
         FileNotFoundError: if there is no lens at the source.
-        ValueError: if it is damaged, or tuned-lens's file needs a model's name that is not known.
+        InvalidValueError: if the lens is damaged, or tuned-lens's file needs the name of the model and it is not known.
     """
-    theirs = is_tuned_lens(source)
-    if not theirs and not any(file.is_file() for file in lens_files(source)):
-        if not hub:
-            pair, config = lens_files(source)
-            raise FileNotFoundError(f"No lens at {source}: neither {pair.name} and {config.name}, nor a folder with params.pt and config.json.")
-        theirs = True
-    lens = load(source) if theirs else TunedLens.load(source)
+    theirs = _is_theirs(source, hub)
+    lens = load_lens(source, hub=hub)
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
         save(lens, target, model_name, dtype=dtype)
         return Path(target) / "params.pt", Path(target) / "config.json"
     full = lens.to_full()
     if model_name is not None:
-        full.origin["model"] = model_name
+        full.provenance["model"] = model_name
     full.save(target)
     return lens_files(target)
+
+
+def _is_theirs(path: str | Path, hub: bool) -> bool:
+    """Return whether a lens is in tuned-lens's format.
+
+    Raises:
+        FileNotFoundError: if there is no lens at the path, and `hub` is off.
+    """
+    if is_tuned_lens(path):
+        return True
+    pair, config = lens_files(path)
+    if pair.is_file() or config.is_file():
+        return False
+    if not hub:
+        raise FileNotFoundError(f"No lens at {path}: neither {pair.name} and {config.name}, nor a folder with params.pt and config.json.")
+    return True

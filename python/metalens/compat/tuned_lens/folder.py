@@ -1,8 +1,9 @@
-"""tuned-lens's folders: params.pt and config.json, here or on the hub, as lenses of this library.
+"""Folders of tuned-lens: params.pt and config.json, on this machine or on the hub.
 
-Upstream's translator i reads the INPUT of block i (0 is the embedding), has y = h + A h + b, and there is none for the last block's output:
+Upstream's translator i is y = h + A h + b of the INPUT of block i (0 is the embedding). The output of the last block
+has no translator:
 
-    W_i = I + A_ref[i+1], b_i = b_ref[i+1] for i < L-1;  W_{L-1} = I, b_{L-1} = 0;  (A_ref[0], b_ref[0]) is kept as `lens.embedding`
+    W_i = I + A_ref[i+1], b_i = b_ref[i+1] for i < L-1;  W_{L-1} = I, b_{L-1} = 0;  `lens.embedding` keeps (A_ref[0], b_ref[0])
 
 Source: tuned_lens/nn/lenses.py and load_artifacts.py of AlignmentResearch/tuned-lens.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,18 +24,20 @@ from metalens.lenses.lens import TunedLens
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
+from metalens.utils.warn import warn_caller
 
 PARAMS, CONFIG = "params.pt", "config.json"
 REPOSITORY, REPOSITORY_TYPE = "AlignmentResearch/tuned-lens", "space"
-CONFIG_LIMIT = 1 << 20  # bytes
+# The largest config.json that is read, in bytes.
+CONFIG_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
 class LensConfig:
-    """config.json: upstream's TunedLensConfig, field by field.
+    """The contents of config.json, with the fields of upstream's TunedLensConfig.
 
-    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding: it depends on NumPy's version and on quantization, so it is kept
-    and never checked.
+    `unembed_hash` is the sha256 of NumPy's abbreviated print-out of the unembedding. It depends on NumPy's version and
+    on the quantization, so it is kept and never checked.
     """
 
     base_model_name_or_path: str
@@ -58,14 +60,14 @@ class LensConfig:
             raise InvalidValueError(f"bias must be true or false and lens_type 'linear_tuned_lens', got {self.bias!r:.50} and {self.lens_type!r:.50}")
 
     def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of the tensors in params.pt, if it has `count` of them as it should; else of the first few."""
+        """Return {name: shape} of the tensors in params.pt. Stop one layer after `count` tensors: a damaged file may claim any number of layers."""
         parts: dict[str, tuple[int, ...]] = {"weight": (self.d_model, self.d_model)} | ({"bias": (self.d_model,)} if self.bias else {})
         layers = min(self.num_hidden_layers, count // len(parts) + 1)
         return {f"{i}.{part}": shape for i in range(layers) for part, shape in parts.items()}
 
 
 def is_tuned_lens(path: str | Path) -> bool:
-    """Whether this is a folder of tuned-lens's, by the names of its files; or the params.pt of one."""
+    """Return whether the path is a folder of tuned-lens, or the params.pt of one. The names of the files decide."""
     folder = _folder(path)
     return (folder / PARAMS).is_file() and (folder / CONFIG).is_file()
 
@@ -78,23 +80,25 @@ def load(
     subfolder: str = "lens",
     cache_dir: str | Path | None = None,
 ) -> TunedLens:
-    """Read a lens of tuned-lens's, without torch and without running anything in its files.
+    """Read a lens of tuned-lens. This needs no torch, and runs nothing that the files contain.
 
     Args:
-        path_or_id: a folder with params.pt and config.json; else the id of a lens on the Hugging Face hub, e.g. 'EleutherAI/pythia-160m-deduped'.
-        repo_id: the hub's repository. None = $TUNED_LENS_REPO_ID, or AlignmentResearch/tuned-lens.
-        repo_type: None = $TUNED_LENS_REPO_TYPE, or 'space'.
-        revision: of the repository.
-        subfolder: of the repository, in which the lenses' folders are.
-        cache_dir: of downloads; None = the hub's own.
+        path_or_id: a folder with params.pt and config.json; else the id of a lens on the Hugging Face hub, e.g.
+            'EleutherAI/pythia-160m-deduped'.
+        repo_id: repository on the hub. None = $TUNED_LENS_REPO_ID, or AlignmentResearch/tuned-lens.
+        repo_type: type of the repository. None = $TUNED_LENS_REPO_TYPE, or 'space'.
+        revision: revision of the repository.
+        subfolder: folder of the repository that contains the lenses' folders.
+        cache_dir: folder for downloads; None = the hub's own cache.
 
     Returns:
-        a full lens, float32, its last translator the identity. `origin` has "model" and "revision" (of the model), and the unembedding's hash under
-        "tuned_lens"; `embedding` the translator of the embedding, if that is not zero. Adding I rounds the diagonal of A to 6e-8; all else is exact.
+        a full lens in float32, with the identity as its last translator. `provenance` has the model's "model" and
+        "revision", and the hash of the unembedding under "tuned_lens". `embedding` is the translator of the embedding
+        if it is not zero. Adding I rounds the diagonal of A to 6e-8; all else is exact.
 
     Raises:
-        FileNotFoundError: if there is no such folder, and no such lens on the hub or no way to get it.
-        ValueError: if the files are damaged, disagree, or are anything but a lens.
+        FileNotFoundError: if there is no such folder, and the hub has no such lens or cannot be reached.
+        InvalidValueError: if the files are damaged, disagree, or are not a lens.
     """
     if is_tuned_lens(path_or_id):
         params, config = _folder(path_or_id) / PARAMS, _folder(path_or_id) / CONFIG
@@ -114,9 +118,9 @@ def load(
     if any(to_float(mx.any(array != 0)) for array in first):
         lens.embedding = first
     facts = {"model": described.base_model_name_or_path, "revision": described.base_model_revision}
-    lens.origin = {key: value for key, value in facts.items() if value is not None}
+    lens.provenance = {key: value for key, value in facts.items() if value is not None}
     if described.unembed_hash is not None:
-        lens.origin["tuned_lens"] = {"unembed_hash": described.unembed_hash}
+        lens.provenance["tuned_lens"] = {"unembed_hash": described.unembed_hash}
     return lens
 
 
@@ -128,38 +132,38 @@ def save(
     revision: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> None:
-    """Write a lens as tuned-lens's params.pt and config.json, which upstream's TunedLens loads.
+    """Write a lens as params.pt and config.json, which upstream's TunedLens loads. Each file appears whole or not at all.
 
-    Upstream has no translator for the last block's output: it is left out, with a warning if it is not the identity. The embedding's translator is
-    `lens.embedding`, or zero.
+    Upstream has no translator for the last block's output. That translator is left out, with a warning if it is not the
+    identity. The translator of the embedding is `lens.embedding`, or zero.
 
     Args:
-        lens: of any variant; low-rank and bias-only ones are written out whole.
-        folder: is created where missing. Each file appears whole or not at all.
-        model_name: the model's path or hub id. None = the one that the lens remembers.
-        revision: of the model. None = the one that the lens remembers.
-        dtype: of the tensors.
+        lens: a lens of any variant. Every translator is written as a full matrix.
+        folder: folder for the files; it is created if it is missing.
+        model_name: path or hub id of the model. None = the name that the lens remembers.
+        revision: revision of the model. None = the revision that the lens remembers.
+        dtype: number format of the tensors.
 
     Raises:
-        ValueError: if the model's name is not known, or a number has no finite form in the type.
+        InvalidValueError: if the name of the model is not known, the dtype is another, or a number has no finite form
+            in this dtype.
+        OSError: if a file cannot be written.
     """
     if dtype not in WRITABLE:
         raise InvalidValueError(f"dtype must be one of {', '.join(WRITABLE)}, got {dtype!r}.")
-    remembered = lens.origin.get("model")
+    remembered = lens.provenance.get("model")
     model_name = model_name or remembered
     if not isinstance(model_name, str):
-        raise InvalidValueError("config.json names the model that the lens was made for, and this lens does not remember it: give model_name.")
+        raise InvalidValueError("config.json names the model of the lens, and this lens does not remember its model: give model_name.")
     own = model_name == remembered
-    about: Any = lens.origin.get("tuned_lens", {})
+    about: Any = lens.provenance.get("tuned_lens", {})
     unembed_hash = about.get("unembed_hash") if own and isinstance(about, dict) else None
-    revision = revision or (lens.origin.get("revision") if own else None)
+    revision = revision or (lens.provenance.get("revision") if own else None)
     config = LensConfig(model_name, lens.hidden_dim, lens.num_layers, True, revision, unembed_hash)
     weight, bias = lens.dense(lens.num_layers - 1)
     if to_float(mx.any(weight != mx.eye(lens.hidden_dim))) or to_float(mx.any(bias != 0)):
-        warnings.warn(
-            f"tuned-lens has no translator for the last block's output: that of layer {lens.num_layers - 1}, which is not the identity, is left out.",
-            UserWarning,
-            stacklevel=2,
+        warn_caller(
+            f"tuned-lens has no translator for the last block's output: that of layer {lens.num_layers - 1}, which is not the identity, is left out."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +174,7 @@ def save(
 
 
 def _residuals(lens: TunedLens) -> Iterator[mx.array]:
-    """A_ref[0], b_ref[0], A_ref[1], ... of upstream."""
+    """Yield A_ref[0], b_ref[0], A_ref[1], ... of upstream."""
     d = lens.hidden_dim
     yield from lens.embedding or (mx.zeros((d, d)), mx.zeros((d,)))
     for i in range(lens.num_layers - 1):
@@ -197,28 +201,28 @@ def _read_config(file: Path) -> LensConfig:
         raise InvalidValueError(f"{file} does not describe a lens of tuned-lens: {error}.") from error
     unknown = sorted(set(found) - set(known))
     if unknown:
-        warnings.warn(f"{file}: ignoring {', '.join(unknown[:4])}, which tuned-lens's configurations do not have.", UserWarning, stacklevel=3)
+        warn_caller(f"{file}: ignoring {', '.join(unknown[:4])}, which tuned-lens's configurations do not have.")
     return config
 
 
 def _download(
     resource: str, repo_id: str | None, repo_type: str | None, revision: str, subfolder: str, cache_dir: str | Path | None
 ) -> tuple[Path, Path]:
-    """Params.pt and config.json of a lens on the hub, from its cache if they are there."""
+    """Return the paths of params.pt and config.json of a lens on the hub, downloaded or from the cache."""
     repo_id = repo_id or os.environ.get("TUNED_LENS_REPO_ID") or REPOSITORY
     repo_type = repo_type or os.environ.get("TUNED_LENS_REPO_TYPE") or REPOSITORY_TYPE
     missing = f"No lens at {resource!r}: it is no folder with {PARAMS} and {CONFIG}"
     try:
         from huggingface_hub import hf_hub_download  # comes with mlx-lm; slow to import
     except ImportError as error:
-        raise FileNotFoundError(f"{missing}, and the hub can't be asked without huggingface_hub: pip install huggingface_hub.") from error
+        raise FileNotFoundError(f"{missing}, and the hub cannot be read without huggingface_hub: pip install huggingface_hub.") from error
     where = f"{subfolder}/{resource}".strip("/")
     try:
         params, config = (
             Path(hf_hub_download(repo_id, name, subfolder=where, repo_type=repo_type, revision=revision, cache_dir=cache_dir))
             for name in (PARAMS, CONFIG)
         )
-    except Exception as error:  # of the network, the hub, its cache: each has types of its own
+    except Exception as error:  # the network, the hub and its cache each raise types of their own
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{missing}, and {where!r} could not be had from the hub's {repo_type} {repo_id}: {reason}") from error
+        raise FileNotFoundError(f"{missing}, and {where!r} could not be downloaded from the hub's {repo_type} {repo_id}: {reason}") from error
     return params, config

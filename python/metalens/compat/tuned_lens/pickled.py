@@ -1,8 +1,10 @@
-"""Pickles of tensors, read without pickle: nothing in them can be called.
+"""Read pickles of tensors without the pickle module, so that a file can call nothing.
 
-`torch.save` writes a pickle that builds its tensors by calling functions by name, and Python's unpickler, however restricted, imports, calls and sets
-attributes on the file's behalf. `read` is an interpreter for the two dozen opcodes that files of tensors need. Its only values are numbers, strings,
-tuples, lists, dicts, and the classes below; a name is looked up in a table of its own and stands for a mark, never for the thing of that name.
+`torch.save` writes a pickle that builds its tensors by calling functions by name. Python's unpickler imports modules,
+calls functions and sets attributes because a file says so, even with restrictions. `read` is an interpreter for the two
+dozen opcodes that files of tensors need. Its only values are numbers, strings, tuples, lists, dicts, and the classes
+below. It looks a name up in a table of its own, which maps the name to an enum member and never to the object of that
+name.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ from typing import IO, Any
 
 
 class Name(Enum):
-    """The two callables that a file of tensors names."""
+    """The two callables that a file of tensors names. They are never called."""
 
     ORDERED_DICT = "collections OrderedDict"
     REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 
 
 class Element(Enum):
-    """Types of numbers, by torch's name of their storage."""
+    """Number formats, by torch's name of their storage."""
 
     FLOAT32 = "torch FloatStorage"
     FLOAT16 = "torch HalfStorage"
@@ -30,7 +32,7 @@ class Element(Enum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Return the bytes of one number."""
         return {Element.FLOAT32: 4, Element.FLOAT64: 8}.get(self, 2)
 
 
@@ -39,9 +41,9 @@ class Storage:
     """A run of numbers in the file.
 
     Attributes:
-        element: their type.
-        key: its name in the file.
-        size: how many numbers.
+        element: format of the numbers.
+        key: name of the storage in the file.
+        size: number of numbers.
     """
 
     element: Element
@@ -65,16 +67,17 @@ TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read(stream: IO[bytes]) -> Any:
-    """The object that one pickle of protocol 2 builds; the stream is left after it.
+    """Return the object that one pickle of protocol 2 builds. Leave the stream at the end of the pickle.
 
     Args:
-        stream: of bytes in memory: what it may ask for is bounded by their number.
+        stream: bytes in memory. Their number bounds the memory that the pickle can ask for.
 
     Returns:
         numbers, strings, tuples, lists, dicts (also for OrderedDict), `Tensor` and `Storage`.
 
     Raises:
-        ValueError: for anything that a file of tensors does not need, with the opcode and its position; and for damaged pickles.
+        ValueError: if the pickle is damaged, or has an opcode that files of tensors do not need; the message names the
+            opcode and its position.
     """
     machine = _Machine()
     for opcode, argument, position in pickletools.genops(stream):
@@ -88,7 +91,7 @@ def read(stream: IO[bytes]) -> Any:
 class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # heights of the stack
+        self.marks: list[int] = []  # height of the stack at each MARK
         self.memo: dict[int, Any] = {}
         self.result: Any = None
 
@@ -169,7 +172,7 @@ class _Machine:
 
 
 def _storage(identity: Any) -> Storage:
-    """From the persistent id ('storage', type, key, device, size), and in old files a sixth part, a view, which must be None."""
+    """Return the storage of a persistent id ('storage', type, key, device, size). In old files it has a sixth part, a view, which must be None."""
     if type(identity) is tuple and len(identity) in (5, 6) and identity[0] == "storage" and (len(identity) == 5 or identity[5] is None):
         _, element, key, _, size = identity[:5]
         if type(element) is Element and type(key) is str and type(size) is int and size >= 0:

@@ -1,8 +1,8 @@
-"""Files of torch tensors, read and written without torch.
+"""Read and write files of torch tensors without torch.
 
-Read: the zip archive that torch.save has written since 1.6 (data.pkl, data/<key>, byteorder, version), and the older stream of pickles and bytes.
-Written: the zip archive, as `torch.load(weights_only=True)` reads it.
-A file is believed in nothing that its bytes don't bear out: sizes are checked against it before anything is allocated.
+Reads the zip archive that torch.save has written since version 1.6 (data.pkl, data/<key>, byteorder, version), and the
+older stream of pickles and bytes. Writes the zip archive, which `torch.load(weights_only=True)` reads. A file is not
+trusted: every size that it claims is compared with its number of bytes before memory is allocated.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ import numpy as np
 from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
 from metalens.utils.errors import InvalidValueError
 
-PICKLE_LIMIT = 1 << 20  # bytes; a tensor takes some 150
+# The largest pickle that is read, in bytes. A tensor takes about 150.
+PICKLE_LIMIT = 1 << 20
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# {our name: (torch's storage, MLX's type)}
+# {name of a dtype: (torch's storage, MLX's dtype)}
 WRITABLE = {"float32": (Element.FLOAT32, mx.float32), "float16": (Element.FLOAT16, mx.float16), "bfloat16": (Element.BFLOAT16, mx.bfloat16)}
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a file says it holds, and how to read a storage's bytes."""
+    """The contents that a file claims.
+
+    Attributes:
+        state: object that its pickle builds.
+        little_endian: byte order of its numbers.
+        read: a function that reads the bytes of a storage.
+    """
 
     state: Any
     little_endian: bool
@@ -38,18 +45,19 @@ class _Contents:
 
 
 def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, ...]]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a state dict, one at a time, as float32.
+    """Yield the tensors of a state dict, one at a time, as float32. Nothing in the file is run.
 
     Args:
-        file: as torch.save wrote it.
-        expected: called with the number of tensors in the file; {name: shape} of those that must be there, no more and no fewer.
+        file: a file that torch.save wrote.
+        expected: a function from the number of tensors in the file to {name: shape} of the required tensors. More or
+            fewer tensors are an error.
 
     Yields:
         (name, array), in the order of the file's storages.
 
     Raises:
-        ValueError: if it is anything but such a file, or holds NaN or infinity. Nothing in the file is ever run.
-        OSError: if it can't be opened.
+        InvalidValueError: if the file is not such a file, or holds NaN or infinity.
+        OSError: if the file cannot be opened.
     """
     with file.open("rb") as stream:
         try:
@@ -60,7 +68,7 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
             shapes = expected(len(state))
             if set(shapes) != set(state):
                 names = sorted(set(shapes) ^ set(state))
-                raise InvalidValueError(f"expected {len(shapes)} tensors, found {len(state)}; these are missing or too many: {', '.join(names[:4])}")
+                raise InvalidValueError(f"expected {len(shapes)} tensors, found {len(state)}; missing or unexpected: {', '.join(names[:4])}")
             by_storage: dict[Storage, list[str]] = {}
             for name, tensor in state.items():
                 _check_view(name, tensor, shapes[name])
@@ -69,18 +77,18 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
                 data = contents.read(storage)
                 for name in names:
                     yield name, _array(name, state[name], data, contents.little_endian)
-        except Exception as error:  # zipfile alone has a dozen types for damaged archives
+        except Exception as error:  # zipfile alone raises a dozen types for damaged archives
             raise InvalidValueError(f"{file} is not a tuned lens file, or is damaged: {error}.") from error
 
 
 def _check_view(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Within its storage, of the right shape, and no number used twice: else a small file could ask for any amount of memory."""
+    """Check that a tensor lies within its storage, has this shape and uses no number twice: a small file must not ask for any amount of memory."""
     if tensor.shape != shape:
         raise InvalidValueError(f"{name} has shape {tensor.shape}; its config.json says {shape}")
     needed = 1
     for stride, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
         if size > 1 and stride < needed:
-            raise InvalidValueError(f"{name} has strides {tensor.strides}, by which its numbers would overlap")
+            raise InvalidValueError(f"{name} has strides {tensor.strides}, with which its numbers overlap")
         needed += stride * (size - 1)
     if tensor.offset + needed > tensor.storage.size:
         raise InvalidValueError(f"{name} reaches beyond its storage of {tensor.storage.size} numbers")
@@ -131,7 +139,7 @@ def _open_zip(stream: IO[bytes]) -> _Contents:
     def read_storage(storage: Storage) -> bytes:
         data = record(f"data/{storage.key}", storage.size * storage.element.itemsize)
         if len(data) < storage.size * storage.element.itemsize:
-            raise InvalidValueError(f"its data/{storage.key} has {len(data)} bytes in place of {storage.size} numbers")
+            raise InvalidValueError(f"its data/{storage.key} has {len(data)} bytes, fewer than {storage.size} numbers need")
         return data
 
     return _Contents(read(io.BytesIO(record("data.pkl", PICKLE_LIMIT))), order == b"little", read_storage)
@@ -141,13 +149,14 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Ite
     """Write a state dict as torch.save does: an OrderedDict of contiguous tensors on the CPU.
 
     Args:
-        file: is overwritten.
+        file: path of the file; an old file is overwritten.
         shapes: {name: shape}, in the order of `arrays`.
-        arrays: one per name; asked for one at a time.
-        dtype: of the tensors, a key of WRITABLE.
+        arrays: an array for each name. One at a time is in memory.
+        dtype: number format of the tensors, a key of WRITABLE.
 
     Raises:
-        ValueError: if a number has no finite form in this type.
+        InvalidValueError: if a number has no finite form in this dtype.
+        OSError: if the file cannot be written.
     """
     element, kind = WRITABLE[dtype]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -156,13 +165,15 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Ite
         for key, (name, array) in enumerate(zip(shapes, arrays, strict=True)):
             converted = array.astype(kind)
             if not mx.all(mx.isfinite(converted)).item():
-                raise InvalidValueError(f"{name} holds numbers that {dtype} can't: NaN, infinity, or larger than its largest.")
+                raise InvalidValueError(
+                    f"{name} holds numbers that {dtype} has no form for: NaN, infinity, or a number beyond its range. Write it as float32."
+                )
             _write_record(archive, f"data/{key}", np.array(mx.contiguous(converted).view(mx.uint8)).tobytes())
         _write_record(archive, "version", b"3\n")
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """A record at a multiple of 64 bytes, where torch puts it too, so that it can be mapped into memory."""
+    """Write a record whose data start at a multiple of 64 bytes, as torch's do, so that they can be mapped into memory."""
     entry = zipfile.ZipInfo(f"params/{name}")
     assert archive.fp is not None
     start = archive.fp.tell() + 30 + len(entry.filename) + 4
@@ -172,7 +183,7 @@ def _write_record(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 def _state_pickle(shapes: Mapping[str, tuple[int, ...]], element: Element) -> bytes:
-    """The pickle of protocol 2 of an OrderedDict of tensors, whose storages are named 0, 1, ..."""
+    """Return the pickle, in protocol 2, of an OrderedDict of tensors whose storages are named 0, 1, ..."""
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -201,27 +212,30 @@ def _state_pickle(shapes: Mapping[str, tuple[int, ...]], element: Element) -> by
 
 
 def _open_legacy(stream: IO[bytes]) -> _Contents:
-    """Five pickles (a magic number, the protocol, facts of the machine, the object, the storages' keys); then each storage's size and numbers."""
+    """Open a file of five pickles (a magic number, the protocol, facts of the machine, the object, the storages' keys) and the storages' bytes.
+
+    The bytes of each storage are its number of elements (8 bytes), then the elements.
+    """
     stream.seek(0)
     head = io.BytesIO(stream.read(PICKLE_LIMIT))
     if read(head) != LEGACY_MAGIC or read(head) != LEGACY_PROTOCOL:
-        raise InvalidValueError("no archive and no older file of torch.save")
+        raise InvalidValueError("neither an archive nor an older file of torch.save")
     machine, state, keys = read(head), read(head), read(head)
     if not isinstance(machine, dict) or type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
         raise InvalidValueError("its pickles are not those of torch.save")
     little_endian = machine.get("little_endian") is not False
     storages = {tensor.storage.key: tensor.storage for tensor in state.values() if type(tensor) is Tensor} if isinstance(state, dict) else {}
-    position, end, places = head.tell(), stream.seek(0, io.SEEK_END), {}
+    position, end, offsets = head.tell(), stream.seek(0, io.SEEK_END), {}
     for key in keys:
         if key not in storages:
             raise InvalidValueError(f"it has no tensor for its storage {key!r:.200}")
-        places[key] = position + 8
+        offsets[key] = position + 8
         position += 8 + storages[key].size * storages[key].element.itemsize
     if position != end:
-        raise InvalidValueError(f"it has {end} bytes where its tensors take {position}")
+        raise InvalidValueError(f"it has {end} bytes, and its tensors take {position}")
 
     def read_storage(storage: Storage) -> bytes:
-        stream.seek(places[storage.key] - 8)
+        stream.seek(offsets[storage.key] - 8)
         if int.from_bytes(stream.read(8), "little" if little_endian else "big", signed=True) != storage.size:
             raise InvalidValueError(f"its storage {storage.key!r:.200} has another size than its tensor says")
         return stream.read(storage.size * storage.element.itemsize)

@@ -1,6 +1,7 @@
 """Training data: sources -> documents -> token cache (Corpus) -> sequences (Sampler) -> the model, fed by a Producer."""
 
 from metalens.training.data.corpus import Corpus, open_corpus
+from metalens.training.data.inputs import TrainingData, read_inputs
 from metalens.training.data.producer import Producer
 from metalens.training.data.sampler import NotEnoughDataError, Sampler, Step, batches
 from metalens.training.data.sources import documents, find_sources
@@ -11,8 +12,10 @@ __all__ = [
     "Producer",
     "Sampler",
     "Step",
+    "TrainingData",
     "batches",
     "documents",
     "find_sources",
     "open_corpus",
+    "read_inputs",
 ]

@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, complete or not there, and opened as memory maps."""
+"""Tokens on disk: written once, either complete or absent, and opened as memory maps."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ DOCUMENTS = np.dtype("<u8")
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """The given folder, else $METALENS_CACHE, else ~/.cache/metalens/tokens."""
+    """Return the given folder, else $METALENS_CACHE, else ~/.cache/metalens/tokens."""
     return Path(folder or os.environ.get("METALENS_CACHE") or "~/.cache/metalens/tokens").expanduser()
 
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """What the cache holds of one corpus.
+    """The tokens of one corpus in the cache.
 
     Attributes:
-        ids: [tokens], uint16 or uint32, read-only and not in memory.
-        documents: [documents + 1], the first token of each document, and the number of tokens.
+        ids: token ids [tokens], uint16 or uint32, read-only and memory-mapped.
+        documents: first token of each document, and the number of tokens, [documents + 1].
         counts: further numbers about the text.
     """
 
@@ -41,10 +41,10 @@ class StoredTokens:
 
 
 class TokenCache:
-    """A folder with three files per corpus: KEY.ids (little-endian), KEY.documents (uint64), and KEY.json, which is there when the others are whole.
+    """A folder with three files per corpus: KEY.ids (little-endian), KEY.documents (uint64), and KEY.json, which exists when the others are whole.
 
     Args:
-        folder: see `cache_folder`; made when something is written.
+        folder: the folder, see `cache_folder`. It is made when the first file is written.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -54,7 +54,7 @@ class TokenCache:
         return self.folder / f"{key}.{suffix}"
 
     def open(self, key: str) -> StoredTokens | None:
-        """The tokens under a key; None if there are none, or something else than what was written."""
+        """Open the tokens under a key. Return None if there are none, or if the files are not as they were written."""
         try:
             record = json.loads(self._path(key, "json").read_text(encoding="utf-8"))
             dtype = np.dtype(str(record["dtype"]))
@@ -70,17 +70,17 @@ class TokenCache:
         return StoredTokens(maps[0], maps[1], counts)
 
     def write(self, key: str, dtype: np.dtype[Any], documents: Iterable[tuple[np.ndarray, bool]], counts: dict[str, int]) -> StoredTokens:
-        """Store tokens as they come. If that fails or is interrupted, nothing is stored.
+        """Store tokens as they come. A write that fails or is interrupted stores nothing.
 
         Args:
-            key: the name.
-            dtype: of the ids.
-            documents: ids [n] and whether they start a document, in order.
-            counts: kept with them; read after the last document.
+            key: name of the corpus.
+            dtype: type of the stored ids.
+            documents: ids [n], and whether they start a document, in order.
+            counts: numbers that are stored beside the tokens; read after the last document.
 
         Raises:
             OSError: if the folder can't be written.
-            ValueError: if there are no tokens.
+            InvalidValueError: if there are no tokens.
         """
         require_writable(self._path(key, "json"))
         starts, tokens = [], 0
@@ -99,14 +99,14 @@ class TokenCache:
             path.write_text(json.dumps(record), encoding="utf-8")
         stored = self.open(key)
         if stored is None:
-            raise OSError(f"What was written to {self.folder} can't be read back. Is something else deleting files there?")
+            raise OSError(f"The tokens that were written to {self.folder} can't be read back. Check whether another program deletes files there.")
         return stored
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """One process at a time, so that several do not tokenize the same text; what killed ones left half written is removed.
+        """Let one process at a time tokenize a text, and delete partial files that killed processes left.
 
-        Where the file system has no locks, all go on: they would write the same bytes, and each file is replaced at once.
+        Where the file system has no locks, all processes go on: they write the same bytes, and each file is replaced at once.
         """
         path = self._path(key, "lock")
         require_writable(path)
@@ -124,7 +124,7 @@ class TokenCache:
         return self.folder / "facts" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
     def recall(self, name: str) -> Any:
-        """What was remembered under a name, or None."""
+        """Return the value under a name, or None."""
         try:
             fact = json.loads(self._fact(name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -132,7 +132,7 @@ class TokenCache:
         return fact.get("value") if isinstance(fact, dict) and fact.get("name") == name else None
 
     def remember(self, name: str, value: Any) -> None:
-        """Keep a JSON value under a name; in a folder that can't be written nothing is kept, which costs time only."""
+        """Keep a JSON value under a name. In a folder that can't be written nothing is kept, which costs time only."""
         path = self._fact(name)
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

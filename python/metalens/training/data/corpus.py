@@ -1,11 +1,12 @@
-"""A text as token ids on disk: tokenized once, opened at once.
+"""A text as token ids on disk: tokenized by the first run, opened by later ones.
 
 Conventions. Documents are tokenized without special tokens.
-- join="eos": every document is preceded by the tokenizer's EOS token and all follow each other in one stream, which sequences are cut from across
-  documents: EOS d1 EOS d2 ... (tuned-lens's convention; the ids are those of its joined text).
-- join="packed": no separators, and no sequence crosses the end of a document.
-A beginning-of-sequence token is never in the stream: what the tokenizer puts before a text is `Corpus.prefix`, and the sampler puts it before every
-sequence. That is what models with such a token have seen in training, and what tuned-lens trains on. What a tokenizer puts after a text is left out.
+- join="eos": the documents follow each other in one row of ids, each with the tokenizer's EOS token before it: EOS d1 EOS d2 ... Sequences are cut
+  from it across documents (tuned-lens's convention; the ids are those of its joined text).
+- join="packed": there are no separators, and no sequence crosses the end of a document.
+A beginning-of-sequence token is never among these ids. The ids that the tokenizer puts before a text are `Corpus.prefix`, and the sampler puts them
+before every sequence: models with such a token have seen this in training, and tuned-lens trains on it. Ids that a tokenizer puts after a text are
+left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metalens.models.tokenization import as_token_ids
 from metalens.training.data.cache import StoredTokens, TokenCache
 from metalens.training.data.readers import Piece, Source
 from metalens.training.data.sources import find_sources
@@ -24,20 +26,20 @@ from metalens.training.data.tokenizing import TextTokenizer, digest, encoded
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 Join = Literal["eos", "packed"]
-FORMAT = 1  # raise it when the same text and tokenizer come to give other tokens
+FORMAT = 1  # raise it when a change of this package changes the tokens of a text and tokenizer
 
 
 class Corpus:
-    """Token ids and where they come from. Made by `open_corpus` or `from_ids`.
+    """Token ids and their origin. Made by `open_corpus` or `from_ids`.
 
     Attributes:
-        ids: [tokens], of an unsigned or int32 type; a memory map if it is from the cache.
-        documents: [documents + 1], the first token of each document (with join="eos" its EOS), and the number of tokens.
+        ids: token ids [tokens], of an unsigned type or int32; a memory map if they come from the cache.
+        documents: first token of each document (with join="eos" its EOS), and the number of tokens, [documents + 1].
         prefix: ids that belong before every sequence and are not in `ids`.
         join: "eos" or "packed", as above.
-        bytes: UTF-8 bytes of the documents, what bits per byte are about; None for ids without text.
-        joined_bytes: the same with the EOS tokens as text between them: tuned-lens divides by this.
-        fingerprint: changes whenever the text, the tokenizer or the joining does.
+        bytes: UTF-8 bytes of the documents, for bits per byte. None = ids without text.
+        joined_bytes: the same with the EOS tokens as text between the documents; tuned-lens divides by this.
+        fingerprint: hash that changes with the text, the tokenizer and the joining.
     """
 
     def __init__(
@@ -62,33 +64,33 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """How many ids there are, `prefix` not counted."""
+        """Return the number of ids, without `prefix`."""
         return int(self.ids.size)
 
     @classmethod
     def from_ids(cls, ids: Any, *, prefix: Sequence[int] = ()) -> Corpus:
-        """One stream of ids [tokens] that are at hand (an array of NumPy or MLX, or a list); joined as it is, and one document.
+        """Make a corpus of one document from token ids [tokens]: a list, or an array of NumPy or MLX.
 
         Raises:
-            TypeError: if they are not integers.
-            ValueError: if they are not one-dimensional, not ids, or none.
+            InvalidTypeError: if they are not integers.
+            InvalidValueError: if there are none, if they are not one-dimensional, or if one is negative or too large.
         """
-        array = np.asarray(ids)
+        array = as_token_ids(ids)
         if array.dtype.kind not in "iu":
             raise InvalidTypeError(
-                f"Token ids must be integers, got {array.dtype}." if array.size else "There are no token ids. Provide text that is not empty."
+                f"Token ids must be integers, got {array.dtype}." if array.size else "There are no token ids. Give text that is not empty."
             )
         if array.ndim != 1 or not array.size:
             raise InvalidValueError(f"Token ids must be [tokens] and not empty, got {array.shape}.")
         if not 0 <= array.min() <= array.max() < 1 << 31:
-            raise InvalidValueError(f"Token ids must be within 0 and {(1 << 31) - 1}, got {array.min()} to {array.max()}.")
+            raise InvalidValueError(f"Token ids must be from 0 to {(1 << 31) - 1}, got {array.min()} to {array.max()}.")
         array = np.ascontiguousarray(array, "<i4")
         content = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         about = {"join": "eos", "content": content, "tokenizer": None, "fingerprint": digest([FORMAT, "ids", content, list(prefix)])}
         return cls(array, np.asarray([0, array.size], "<u8"), "eos", prefix=tuple(prefix), about=about | {"sources": [{"kind": "ids"}]})
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the ids, short and as flat JSON: fingerprints of content and tokenizer, joining, counts."""
+        """Return what decides about the ids as short flat JSON: fingerprints of content and tokenizer, joining, counts."""
         tokenizer = self._about["tokenizer"]
         return {
             "fingerprint": self.fingerprint,
@@ -100,7 +102,7 @@ class Corpus:
         }
 
     def describe(self) -> dict[str, Any]:
-        """All of it, as JSON: `identity`, the sources with their hashes, the tokenizer, bytes."""
+        """Return all facts as JSON: `identity`, the sources with their hashes, the tokenizer, bytes."""
         return self._about | {
             "documents": len(self.documents) - 1,
             "tokens": self.tokens,
@@ -111,7 +113,7 @@ class Corpus:
 
 
 def open_corpus(
-    sources: str | Path | Sequence[str | Path],
+    sources: str | Path | Source | Sequence[str | Path | Source],
     tokenizer: Any,
     *,
     field: str = "text",
@@ -122,21 +124,21 @@ def open_corpus(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """The tokens of texts; tokenized by the first call, read from the cache by later ones, in whatever process.
+    """Return the tokens of texts. The first call tokenizes them; later calls, also of other processes, read them from the cache.
 
     Args:
-        sources: files, folders, ids of hub data sets, as for `find_sources`.
-        tokenizer: of the model; transformers', mlx-lm's, or anything with `encode(text)`.
-        field: field of JSON Lines and column of tables that has the text.
-        join: how documents follow each other, see the top of this file.
-        cache_dir: default: $METALENS_CACHE, else ~/.cache/metalens/tokens.
-        split: of hub data sets.
-        max_tokens: stop reading once there are so many (a part of a long text or a document more): what large data sets need.
-        workers: processes to tokenize with, useful for slow tokenizers; see `tokenizing.encoded`. Does not change the result.
-        progress: called while tokenizing, with the number of new tokens.
+        sources: files, folders, ids of hub data sets, or Sources, as for `find_sources`.
+        tokenizer: tokenizer of the model: transformers', mlx-lm's, or any object with `encode(text)`.
+        field: field of JSON Lines, or column of tables, with the text.
+        join: how documents follow each other: 'eos' or 'packed', see the top of this file.
+        cache_dir: folder of the cache. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
+        split: split of hub data sets.
+        max_tokens: number of tokens after which reading stops (a document, or a part of a long text, later). Large data sets need it.
+        workers: number of processes that tokenize, useful for slow tokenizers; see `tokenizing.encoded`. They do not change the result.
+        progress: function that is called while tokenizing, with the number of new tokens.
 
     Raises:
-        ValueError: if there is no text, or something is wrong with it: says where, and what to do.
+        InvalidValueError: if there is no text, or the text is faulty: names the place and the remedy.
         OSError: if a file can't be read or the cache can't be written.
     """
     if join not in ("eos", "packed"):

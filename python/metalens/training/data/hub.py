@@ -22,9 +22,9 @@ class HubDataset(Source):
 
     Args:
         dataset: id on the hub, owner/name.
-        configuration: of those that the data set has; None is its default.
-        revision: branch, tag or commit.
-        split: of those that the data set has.
+        configuration: configuration of the data set. None = its default.
+        revision: branch, tag or commit. None = 'main'.
+        split: split of the data set.
         field: column with the text.
     """
 
@@ -41,17 +41,17 @@ class HubDataset(Source):
 
     @classmethod
     def from_name(cls, name: str, *, field: str, split: str) -> HubDataset | None:
-        """The data set that `name`, `name:configuration`, `name@revision` or `name:configuration@revision` means; None if it can't be one."""
+        """Return the data set of a name: `name`, `name:configuration`, `name@revision` or `name:configuration@revision`. None = no such name."""
         match = NAME.fullmatch(name)
         if match is None or match["name"].startswith("."):
             return None
         return cls(match["name"], configuration=match["configuration"], revision=match["revision"], split=split, field=field)
 
     def identity(self, memory: Memory | None = None) -> Identity:
-        """The names, and the commit, which is asked for on the hub; without a connection the commit of the last time is used.
+        """Return the names and the commit of the data set. Ask the hub for the commit; without a connection use the commit of the last time.
 
         Raises:
-            ValueError: if the hub can't be asked and no commit is known.
+            InvalidValueError: if the hub can't be reached and no commit is known.
         """
         self._commit = self._find_commit(memory)
         return {
@@ -73,7 +73,7 @@ class HubDataset(Source):
             known = memory.recall(fact) if memory is not None else None
             if not isinstance(known, str):
                 raise self._unreachable(error) from error
-            log.warning("The hub can't be asked about %s (%s); going on with its revision of last time, %s.", self.dataset, error, known)
+            log.warning("The hub can't be reached for %s (%s); using the revision of the last time, %s.", self.dataset, error, known)
             return known
         if memory is not None:
             memory.remember(fact, commit)
@@ -86,7 +86,7 @@ class HubDataset(Source):
         )
 
     def pieces(self) -> Iterator[Piece]:
-        """One document per row, streamed."""
+        """Yield one document per row, streamed."""
         try:
             datasets: Any = importlib.import_module("datasets")
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""The next inputs are made ready while the model computes."""
+"""A thread that makes the next inputs while the model computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _Shared(Generic[T]):
-    """What the thread and the consumer both hold; without a reference to the Producer, so that one that is forgotten can be collected."""
+    """State of the thread and the consumer. It holds no reference to the Producer, so that a forgotten Producer can be collected."""
 
     def __init__(self, depth: int) -> None:
         self.changed = threading.Condition()
@@ -25,14 +25,14 @@ class _Shared(Generic[T]):
         self.error: BaseException | None = None
 
     def stop(self) -> None:
-        """Let the thread end after what it is doing; drop what is ready."""
+        """Let the thread end after its current item; drop the items that are ready."""
         with self.changed:
             self.ended = True
             self.ready.clear()
             self.changed.notify_all()
 
     def wait_for_room(self) -> bool:
-        """Wait until another item may be made; False if none is wanted any more."""
+        """Wait until there is room for another item. Return False if no more items are wanted."""
         with self.changed:
             self.changed.wait_for(lambda: self.ended or len(self.ready) < self.depth)
             return not self.ended
@@ -60,7 +60,7 @@ def _produce(shared: _Shared[T], source: Iterable[T] | Callable[[], T]) -> None:
             shared.put(following())
     except StopIteration:
         pass
-    except BaseException as caught:  # it is the consumer's to handle
+    except BaseException as caught:  # the consumer handles it
         error = caught
     finally:
         # A generator is closed here, in the thread that ran it.
@@ -70,18 +70,17 @@ def _produce(shared: _Shared[T], source: Iterable[T] | Callable[[], T]) -> None:
 
 
 class Producer(Generic[T]):
-    """Iterates over what a background thread makes ahead, at most `depth` items of it.
+    """Iterates over items that a background thread makes ahead, at most `depth` of them.
 
-    What was made and what was consumed differ by up to `depth` items: where a position matters (a checkpoint), items must carry it, as
-    `Step.state` does, and the consumer keep that of the last item it has used up.
+    The thread is up to `depth` items ahead of the consumer. Where a position matters (a checkpoint), items must carry it, as `Step.state` does,
+    and the consumer must keep the position of the last item that it has used up.
 
-    An exception in the source is raised by `next` after all items made before it, and again by every later `next`. As a context manager it closes
-    itself; one that is neither closed nor referenced any more ends its thread too.
+    `next` raises an exception of the source after all items that were made before it, and every later `next` raises it again. The Producer closes
+    itself at the end of a `with` block; one that is no longer referenced ends its thread too.
 
     Args:
-        source: an iterable; or a function that returns the next item, and raises StopIteration when there are no more. It is used by the thread alone
-            from now on.
-        depth: items made ahead, at least 1.
+        source: an iterable; or a function that returns the next item and raises StopIteration at the end. From now on only the thread uses it.
+        depth: number of items to make ahead, at least 1.
     """
 
     def __init__(self, source: Iterable[T] | Callable[[], T], depth: int = 2) -> None:
@@ -108,7 +107,7 @@ class Producer(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread and wait for it: at most as long as the source takes for one item. What is ready is dropped; `next` raises StopIteration."""
+        """End the thread and wait for it, at most as long as the source takes for one item. Ready items are dropped; `next` raises StopIteration."""
         self._shared.stop()
         self._shared.error = None
         self._thread.join()

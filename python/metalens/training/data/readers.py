@@ -12,29 +12,29 @@ import re
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from metalens.utils.errors import InvalidValueError
 
-# Characters of a long text that are read, and tokenized, at once.
+# Characters of a long text that are read and tokenized at once.
 BLOCK = 1 << 20
 
-# Where a text can be cut without changing what usual pre-tokenizers see: at one line break between two words. Else wherever words end.
+# Places to cut a text. A single line break between two words comes first: usual pre-tokenizers see the same on both sides. Else the ends of words.
 CUTS = [re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n"), re.compile(r"(?<=\S)(?= )")]
 
-# A file changed less than this many ns ago may change again within the clock tick of its time stamp; its hash is not remembered.
+# A file that changed less than this many ns ago may change again within the clock tick of its time stamp: its hash is not remembered.
 SETTLED = 2_000_000_000
 
 Identity = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """A document, or a part of a long one.
+    """A document, or a part of a long document.
 
     Attributes:
-        text: can be encoded as UTF-8.
+        text: the text, which can be encoded as UTF-8.
         starts: whether a new document starts here.
     """
 
@@ -43,47 +43,47 @@ class Piece(NamedTuple):
 
 
 class Memory(Protocol):
-    """Small facts kept between runs (the hash of a file that has not changed)."""
+    """Small facts that are kept between runs, such as the hash of an unchanged file."""
 
     def recall(self, name: str) -> Any:
-        """What was remembered under a name, or None."""
+        """Return the value under a name, or None."""
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a JSON value under a name."""
 
 
 class Source(ABC):
-    """Text that can be read more than once, in the same order."""
+    """A text that can be read more than once, in the same order."""
 
     name: str
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
-        """The documents, long texts in parts.
+        """Yield the documents, long ones in parts.
 
         Raises:
-            ValueError: naming the place, what is wrong there, and what to do.
+            InvalidValueError: names the place, the fault and the remedy.
         """
 
     @abstractmethod
     def identity(self, memory: Memory | None = None) -> Identity:
-        """What is read, as flat JSON that changes when the text does, and not when a file is moved."""
+        """Return flat JSON that changes when the text changes, but not when a file is moved."""
 
     def require_unchanged(self) -> None:  # noqa: B027 - what has a fixed revision cannot change
-        """Check that what was read is what `identity` described (ValueError)."""
+        """Check that the text is still the one that `identity` described (InvalidValueError)."""
 
 
 def plain_text(text: str, where: str) -> str:
-    r"""The text, if it can be UTF-8: JSON can hold halves of surrogate pairs ("\ud800")."""
+    r"""Return the text if it can be encoded as UTF-8 (InvalidValueError): JSON can hold halves of surrogate pairs ("\ud800")."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Remove or mend that document.") from error
+        raise InvalidValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Fix or remove that document.") from error
     return text
 
 
 def text_of(record: Any, field: str, where: str) -> str:
-    """The text in a record's field, or a ValueError that says what the record has instead."""
+    """Return the text in a field of a record. If there is none, InvalidValueError names the fields that the record has."""
     if not isinstance(record, dict):
         raise InvalidValueError(f'{where}: expected one JSON object per line, like {{"{field}": "..."}}, got {type(record).__name__}.')
     if field not in record:
@@ -97,11 +97,39 @@ def text_of(record: Any, field: str, where: str) -> str:
     return plain_text(record[field], where)
 
 
-class FileSource(Source):
-    """A file, known by the hash of its bytes.
+class TextList(Source):
+    """Texts in memory, each a document.
 
     Args:
-        path: of an existing file.
+        texts: the texts.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = list(texts)
+        self.name = f"{len(self.texts)} texts"
+
+    def identity(self, memory: Memory | None = None) -> Identity:
+        """Return the number, size and SHA-256 of the texts."""
+        sha256, size = hashlib.sha256(), 0
+        for text in self.texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            sha256.update(len(encoded).to_bytes(8, "little") + encoded)
+            size += len(encoded)
+        return {"kind": "texts", "documents": len(self.texts), "bytes": size, "sha256": sha256.hexdigest()}
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield one document per text."""
+        if not any(text.strip() for text in self.texts):
+            raise InvalidValueError("The texts are empty or blank. Give texts with content.")
+        for number, text in enumerate(self.texts):
+            yield Piece(plain_text(text, f"text {number}"), starts=True)
+
+
+class FileSource(Source):
+    """A file, identified by the hash of its bytes.
+
+    Args:
+        path: path of an existing file.
     """
 
     kind = "file"
@@ -112,12 +140,12 @@ class FileSource(Source):
         self._stamp: list[int] | None = None
 
     def stamp(self) -> list[int]:
-        """What changes whenever the file is written; unlike mtime, ctime can't be set back."""
+        """Return numbers that change whenever the file is written. Unlike mtime, ctime can't be set back."""
         stat = os.stat(self.path)
         return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
     def identity(self, memory: Memory | None = None) -> Identity:
-        """Kind, size and SHA-256 of the file. A remembered hash saves reading it."""
+        """Return the kind, size and SHA-256 of the file. A remembered hash saves reading it."""
         self._stamp = self.stamp()
         name = f"file {self.path.resolve()}"
         known = memory.recall(name) if memory is not None else None
@@ -131,9 +159,9 @@ class FileSource(Source):
         return {"kind": self.kind, "bytes": self._stamp[0], "sha256": sha256}
 
     def require_unchanged(self) -> None:
-        """Check the file against what it was at `identity`."""
+        """Check that the file has not changed since `identity`."""
         if self._stamp is not None and self.stamp() != self._stamp:
-            raise InvalidValueError(f"{self.path} changed while it was read. Start again when nothing writes to it any more.")
+            raise InvalidValueError(f"{self.path} changed while it was read. Start again when no program writes to it any more.")
 
     def _open(self) -> IO[bytes]:
         return gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb")  # type: ignore[return-value]
@@ -148,7 +176,7 @@ class TextFile(FileSource):
     kind = "text"
 
     def pieces(self) -> Iterator[Piece]:
-        """The text in parts of about BLOCK characters."""
+        """Yield the text in parts of about BLOCK characters."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         rest, starts, lines, blank, ended = "", True, 1, True, False
         with self._open() as file:
@@ -172,7 +200,7 @@ class TextFile(FileSource):
 
 
 def read(file: IO[bytes], path: Path) -> bytes:
-    """The next bytes; damaged compression is an error that names the file."""
+    """Read the next bytes. Damaged compression is an error that names the file."""
     try:
         return file.read(BLOCK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -180,7 +208,7 @@ def read(file: IO[bytes], path: Path) -> bytes:
 
 
 def cut(text: str) -> int:
-    """Where to end a part of a text that goes on: as late as possible at the best kind of place that it has."""
+    """Return the position at which to cut a text that goes on: the last one of the best kind of place that the text has."""
     for place in CUTS:
         end = max((found.end() for found in place.finditer(text)), default=0)
         if end:
@@ -189,11 +217,11 @@ def cut(text: str) -> int:
 
 
 class JsonLines(FileSource):
-    """One JSON object per line, a field of which is a document. Blank lines are skipped.
+    """A file with one JSON object per line; one field of each object is a document. Blank lines are skipped.
 
     Args:
-        path: the file; read through gzip if its name ends in .gz.
-        field: with the text.
+        path: path of the file, which is read through gzip if its name ends in .gz.
+        field: field with the text.
     """
 
     kind = "json-lines"
@@ -203,11 +231,11 @@ class JsonLines(FileSource):
         self.field = field
 
     def identity(self, memory: Memory | None = None) -> Identity:
-        """As of every file, and which field."""
+        """Return the identity of the file, and the field."""
         return super().identity(memory) | {"field": self.field}
 
     def pieces(self) -> Iterator[Piece]:
-        """One document per line."""
+        """Yield one document per line."""
         empty = True
         with self._open() as file:
             lines = enumerate(file, 1)
@@ -236,8 +264,8 @@ class ParquetFile(FileSource):
     """A column of a Parquet file, one document per row. Needs pyarrow.
 
     Args:
-        path: the file.
-        field: the column.
+        path: path of the file.
+        field: column with the text.
     """
 
     kind = "parquet"
@@ -247,11 +275,11 @@ class ParquetFile(FileSource):
         self.field = field
 
     def identity(self, memory: Memory | None = None) -> Identity:
-        """As of every file, and which column."""
+        """Return the identity of the file, and the column."""
         return super().identity(memory) | {"field": self.field}
 
     def pieces(self) -> Iterator[Piece]:
-        """One document per row, some rows in memory at a time."""
+        """Yield one document per row, some rows in memory at a time."""
         try:
             parquet = importlib.import_module("pyarrow.parquet")
             arrow = importlib.import_module("pyarrow")

@@ -1,8 +1,8 @@
-"""Which sequences a training step sees: every token once per epoch, in an order that a position and a seed determine."""
+"""Sequences for training steps: every token once per epoch, in an order that a position and a seed determine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,27 @@ from metalens.utils.errors import InvalidValueError
 
 
 class NotEnoughDataError(InvalidValueError):
-    """The text ends before the training does."""
+    """The text ends before the training does.
+
+    Args:
+        shortage: the tokens that are needed and those there are, in a sentence.
+        changes: settings with which the text suffices, [{setting: value}, ...], the smallest change first.
+        advice: what to do, in a sentence. None = worded from `changes`.
+
+    Attributes:
+        shortage, changes: as given.
+    """
+
+    def __init__(self, shortage: str, changes: Sequence[Mapping[str, Any]] = (), advice: str | None = None) -> None:
+        self.shortage = shortage
+        self.changes = [dict(change) for change in changes]
+        if advice is None:
+            advice = "Give more text"
+            if changes:
+                options = "; ".join(", ".join(f"{name}={value!r}" for name, value in change.items()) for change in changes)
+                advice += f", or one of: {options}"
+            advice += "."
+        super().__init__(f"{shortage} {advice}")
 
 
 @dataclass(frozen=True)
@@ -21,9 +41,9 @@ class Step:
     """The data of one optimizer step.
 
     Attributes:
-        sequences: int32 [t] each, this rank's share.
-        tokens: of all ranks together.
-        state: of the sampler after this step, for a checkpoint written after it.
+        sequences: the sequences of this rank, int32 [t] each.
+        tokens: number of tokens of all ranks together.
+        state: state of the sampler after this step, for a checkpoint that is written then.
     """
 
     sequences: list[np.ndarray]
@@ -34,20 +54,20 @@ class Step:
 class Sampler:
     """Cuts a corpus into sequences and hands them out.
 
-    Sequences hold at most `length` tokens, begin with the corpus's prefix, do not overlap, and hold together every token of the corpus once. The
-    last one (of each document, if the corpus is packed) is shorter if it must be, down to one token: KL has a value at every position.
+    Sequences hold at most `length` tokens, begin with the prefix of the corpus and do not overlap. Together they hold every token of the corpus
+    once. The last sequence (of each document, if the corpus is packed) may be shorter, down to one token: KL has a value at every position.
 
-    A position is (epoch, index) and nothing else: the order of an epoch follows from seed and epoch, through PCG64's raw numbers, which NumPy
-    promises never to change.
+    A position is (epoch, index) and nothing else. The order of an epoch follows from the seed and the epoch, through the raw numbers of PCG64,
+    which NumPy promises never to change.
 
     Args:
         corpus: the tokens.
-        length: of the sequences, the prefix included.
-        seed: shuffles the sequences anew in every epoch; None keeps their order.
-        repeat: whether another epoch follows when one ends.
+        length: tokens per sequence, the prefix included.
+        seed: seed that shuffles the sequences, anew in every epoch. None = the order of the text.
+        repeat: begin another epoch when one ends.
 
     Raises:
-        ValueError: if no token fits into a sequence, or the seed is negative.
+        InvalidValueError: if no token fits into a sequence, or the seed is negative.
     """
 
     def __init__(self, corpus: Corpus, length: int, *, seed: int | None = None, repeat: bool = False) -> None:
@@ -74,12 +94,12 @@ class Sampler:
         self._shuffled: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Sequences in an epoch."""
+        """Return the number of sequences in an epoch."""
         return len(self._starts)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens in an epoch, prefixes included: every one is a row that the lens trains on."""
+        """Return the number of tokens in an epoch, prefixes included: the lens trains on each of them."""
         return int(self._sizes.sum())
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -94,18 +114,18 @@ class Sampler:
         return np.concatenate([self._prefix, self.corpus.ids[self._starts[i] : self._ends[i]]], dtype=np.int32, casting="unsafe")
 
     def take_step(self, tokens: int, rank: int = 0, world: int = 1) -> Step:
-        """The next whole sequences, until they hold at least so many tokens.
+        """Return the next whole sequences that together hold at least `tokens` tokens.
 
-        Every rank must make the same calls: each moves on by the whole step, which does not depend on their number, and gets a share of its own
-        (every world-th sequence; a small step may have none for some).
+        Every rank must make the same calls. Each moves on by the whole step, which does not depend on the number of ranks, and gets every world-th
+        sequence of it; a small step may have no sequence for some ranks.
 
         Args:
-            tokens: of all ranks together, at least 1.
-            rank: which share, from 0.
-            world: number of shares.
+            tokens: tokens of all ranks together, at least 1.
+            rank: number of this process, from 0.
+            world: number of processes that divide the step.
 
         Raises:
-            NotEnoughDataError: if the text ends before and does not repeat. The position stays as it was.
+            NotEnoughDataError: if the text ends before that and does not repeat. The position stays as it was.
         """
         if tokens < 1 or not 0 <= rank < world:
             raise InvalidValueError(f"Expected at least one token and a rank from 0 to world - 1, got tokens={tokens}, rank={rank}, world={world}.")
@@ -124,18 +144,18 @@ class Sampler:
         return Step([self._sequence(i) for i in taken[rank::world]], count, self.state())
 
     def take_tokens(self, n: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
-        """The sequences of `take_step`."""
+        """Return the sequences of `take_step`."""
         return self.take_step(n, rank, world).sequences
 
     def remaining_tokens(self) -> int:
-        """Tokens from here to the end of the epoch."""
+        """Return the number of tokens from here to the end of the epoch."""
         return int(self._sizes[self._order(self.epoch)[self.index :]].sum())
 
     def require(self, tokens: int, steps: int = 1) -> None:
-        """Find out now whether so many steps of so many tokens can be taken from here.
+        """Check that the text from here on is long enough for `steps` steps of `tokens` tokens.
 
         Raises:
-            NotEnoughDataError: if not.
+            NotEnoughDataError: if it is too short and does not repeat.
         """
         if self.repeat:
             return
@@ -152,19 +172,19 @@ class Sampler:
         left = self.remaining_tokens()
         there = f"there are {left}" if left == self.total_tokens else f"{left} of {self.total_tokens} are left"
         return NotEnoughDataError(
-            f"Not enough text: {need} are needed ({tokens * steps} tokens), {there}. "
-            "Give more text, train for fewer or smaller steps, or allow the text to repeat (repeat=True)."
+            f"Not enough text: {need} are needed ({tokens * steps} tokens), {there}.",
+            advice="Give more text, train for fewer or smaller steps, or allow the text to repeat (repeat=True).",
         )
 
     def state(self) -> dict[str, Any]:
-        """The position, and what it is a position in; JSON."""
+        """Return the position and the identity of the text that it belongs to, as JSON values."""
         return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "length": self.length, "corpus": self.corpus.identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where a `state` was taken: what follows is what followed there.
+        """Go on from a `state`: the sequences that follow are those that followed there.
 
         Raises:
-            ValueError: if this sampler's corpus, length or seed are others (names them), or it is no state.
+            InvalidValueError: if it belongs to another corpus, length or seed (names them), or is no state.
         """
         try:
             theirs = {"seed": state["seed"], "length": state["length"]} | {f"corpus {k}": v for k, v in dict(state["corpus"]).items()}
@@ -175,7 +195,7 @@ class Sampler:
         differ = [f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]
         if differ:
             raise InvalidValueError(
-                f"The data are not those that the position belongs to: {'; '.join(differ)}. Give the same text, tokenizer and settings."
+                f"The data are not those that the position belongs to: {'; '.join(differ)}. Use the same text, tokenizer and settings."
             )
         if epoch < 0 or not 0 <= index <= len(self):
             raise InvalidValueError(f"There is no position {index} in epoch {epoch}: an epoch has {len(self)} sequences.")
@@ -183,14 +203,15 @@ class Sampler:
 
 
 def batches(sizes: Iterable[int], tokens: int) -> list[list[int]]:
-    """Which sequences go through the model together: those of equal length.
+    """Group sequences of equal length into batches that go through the model together.
 
     Args:
-        sizes: of the sequences.
-        tokens: at most so many in a batch, unless one sequence has more.
+        sizes: tokens of each sequence.
+        tokens: largest number of tokens in a batch, unless one sequence has more.
 
     Returns:
-        The numbers of sequences, each once, ascending in a batch; batches of one length after another, in the order in which these first occur.
+        batches of sequence numbers, ascending in a batch, each number once. The batches of one length follow those of another, in the order in
+        which the lengths first occur.
     """
     groups: dict[int, list[int]] = {}
     for i, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Where training text comes from: names of files, folders and hub data sets to documents."""
+"""Training text: from names of files, folders and hub data sets to documents."""
 
 from __future__ import annotations
 
@@ -15,34 +15,39 @@ SUFFIXES = (".txt", ".txt.gz", *JSON_LINES, *PARQUET)
 
 
 def file_source(path: Path, field: str) -> FileSource:
-    """The reader of a file, by the end of its name; any other file is taken for plain text."""
+    """Return the reader of a file, chosen by the end of its name. A file with another ending is read as plain text."""
     name = path.name.lower()
     if name.endswith(JSON_LINES):
         return JsonLines(path, field)
     return ParquetFile(path, field) if name.endswith(PARQUET) else TextFile(path)
 
 
-def find_sources(sources: str | Path | Sequence[str | Path], *, field: str = "text", split: str = "train") -> list[Source]:
-    """The files, folders and hub data sets behind names, in order.
+def find_sources(sources: str | Path | Source | Sequence[str | Path | Source], *, field: str = "text", split: str = "train") -> list[Source]:
+    """Return the readers of files, folders and hub data sets, in order.
 
     Args:
-        sources: a file, a folder (all files in it and below it with a known ending, sorted, hidden ones left out), the id of a data set on the
-            Hugging Face hub (`owner/name`, `owner/name:configuration@revision`, with or without `hf:` before it), or several of these.
+        sources: a file; a folder (all files in it and below it with a known ending, sorted, without hidden ones); the id of a data set on the
+            Hugging Face hub (`owner/name`, `owner/name:configuration@revision`, with or without `hf:` before it); a Source; or several of these.
         field: field or column with the text.
-        split: of hub data sets.
+        split: split of hub data sets.
 
     Raises:
-        ValueError: if there is nothing at a name, or nothing readable in a folder.
+        InvalidValueError: if a name has no file, folder or data set, or a folder has no readable file.
     """
     found: list[Source] = []
-    for name in [sources] if isinstance(sources, str | Path) else sources:
+    for name in [sources] if isinstance(sources, str | Path | Source) else sources:
+        if isinstance(name, Source):
+            found.append(name)
+            continue
         path = Path(name).expanduser()
         hub = None if isinstance(name, Path) else HubDataset.from_name(name, field=field, split=split)
         if path.is_dir():
             inside = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
             files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
             if not files:
-                raise InvalidValueError(f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}.")
+                raise InvalidValueError(
+                    f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}. Name a file or another folder."
+                )
             found += [file_source(p, field) for p in files]
         elif path.exists():
             found.append(file_source(path, field))
@@ -56,7 +61,7 @@ def find_sources(sources: str | Path | Sequence[str | Path], *, field: str = "te
 
 
 def documents(sources: Iterable[Source]) -> Iterator[str]:
-    """The documents of all sources as whole texts; one of them in memory at a time."""
+    """Yield the documents of all sources as whole texts, one in memory at a time."""
     parts: list[str] = []
     for source in sources:
         for piece in source.pieces():

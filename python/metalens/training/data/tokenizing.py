@@ -1,4 +1,7 @@
-"""Tokenizers as a corpus needs them: plain ids, what belongs before every text, and a fingerprint of everything that decides about ids."""
+"""Tokenizers for a corpus: plain ids, the ids that belong before every text, and a fingerprint of everything that decides about ids.
+
+Tokenizers of mlx-lm and transformers are recognized by their class names: neither package is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,42 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from transformers import PreTrainedTokenizerBase
 
 from metalens.training.data.readers import BLOCK, Piece
 from metalens.utils.errors import InvalidValueError
 
-# Decides nothing by itself: it shows differences that neither a vocabulary nor a serialized tokenizer does.
+# A text whose ids show differences between tokenizers that neither a vocabulary nor a serialized tokenizer shows.
 PROBE = "  Zwölf Boxkämpfer\tjagen 3.14159 foxes' \u4f60\u597d\n\nat  night — 'tis\r\n"
 
-BATCH = 1024  # pieces that are tokenized together, unless they are long
+BATCH = 1024  # pieces that are tokenized together; fewer if they are long
 
 
 def digest(value: Any) -> str:
-    """A short hash of a JSON value: 32 hexadecimal digits."""
+    """Return a short hash of a JSON value: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
+def is_instance_of(tokenizer: Any, class_name: str) -> bool:
+    """Tell whether a class of this name is among an object's classes."""
+    return any(each.__name__ == class_name for each in type(tokenizer).__mro__)
+
+
 class TextTokenizer:
-    """A tokenizer of transformers or mlx-lm, or anything with `encode(text)`.
+    """A tokenizer of transformers or mlx-lm, or any object with `encode(text)`.
+
+    Args:
+        tokenizer: the tokenizer.
 
     Attributes:
-        tokenizer: without mlx-lm's wrapper.
+        tokenizer: the tokenizer without mlx-lm's wrapper.
         eos: id of the end-of-sequence token, or None.
-        eos_text: what it looks like in a text ("" if there is none).
-        prefix: the ids that the tokenizer puts before every text, a beginning-of-sequence token as a rule; often none.
-        largest: no id is larger; None if the tokenizer does not tell.
+        eos_text: text of that token, "" if there is none.
+        prefix: ids that the tokenizer puts before every text, as a rule a beginning-of-sequence token; often none.
+        largest: largest id, or None if the tokenizer does not tell.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+        self.tokenizer = tokenizer._tokenizer if is_instance_of(tokenizer, "TokenizerWrapper") else tokenizer
         eos = getattr(tokenizer, "eos_token_id", None)
         self.eos: int | None = None if eos is None else int(eos)
         self.eos_text = str(getattr(self.tokenizer, "eos_token", None) or "")
@@ -66,17 +75,17 @@ class TextTokenizer:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The smaller one of little-endian uint16 and uint32 that holds every id."""
+        """Return the type of stored ids: little-endian uint16 if it holds every id, else uint32."""
         return np.dtype("<u2" if self.largest is not None and self.largest < 1 << 16 else "<u4")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [tokens] of each text, without the special tokens that the tokenizer would add. Deterministic, whatever is tokenized together.
+        """Return the ids [tokens] of each text, without the special tokens that the tokenizer adds. They do not depend on the other texts.
 
         Raises:
-            ValueError: if an id is not within 0 and `largest`.
+            InvalidValueError: if an id is not from 0 to `largest`.
         """
-        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            # One call: fast tokenizers use all cores for it. Not verbose: texts longer than the model's context are no mistake here.
+        if is_instance_of(self.tokenizer, "PreTrainedTokenizerBase"):
+            # One call: fast tokenizers use all cores for it. Not verbose: a text longer than the model's context is no mistake here.
             rows = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
                 "input_ids"
             ]
@@ -90,12 +99,12 @@ class TextTokenizer:
         limit = np.iinfo(self.dtype).max
         if ids.size and not 0 <= ids.min() <= ids.max() <= limit:
             raise InvalidValueError(
-                f"The tokenizer gave an id that is not one ({ids.min()} to {ids.max()}; expected 0 to {limit}). Is its vocabulary damaged?"
+                f"The tokenizer gave ids from {ids.min()} to {ids.max()}; expected 0 to {limit}. Check whether its vocabulary is damaged."
             )
         return ids.astype(self.dtype)
 
     def describe(self) -> dict[str, Any]:
-        """Class, name, EOS, prefix and fingerprint, as flat JSON."""
+        """Return class, name, EOS, prefix and fingerprint as flat JSON."""
         return {
             "class": type(self.tokenizer).__name__,
             "name": str(getattr(self.tokenizer, "name_or_path", "")),
@@ -105,11 +114,11 @@ class TextTokenizer:
         }
 
     def fingerprint(self) -> str:
-        """Of the vocabulary, the rules (of a fast tokenizer), the special tokens, the class, and the ids of a probe."""
+        """Return a hash of the vocabulary, the rules (of a fast tokenizer), the special tokens, the class, and the ids of a probe."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None and hasattr(backend, "to_str"):
             content = json.loads(backend.to_str())
-            # Set by whatever was tokenized last, and not used here.
+            # The last call of the tokenizer set these; they have no effect here.
             content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         else:
             try:
@@ -124,7 +133,7 @@ Encoded = tuple[list[Piece], list[np.ndarray]]
 
 
 def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of at most BATCH, and of little more than BLOCK characters."""
+    """Yield pieces in lists of at most BATCH pieces and little more than BLOCK characters."""
     batch: list[Piece] = []
     characters = 0
     for piece in pieces:
@@ -138,19 +147,19 @@ def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encoded(tokenizer: TextTokenizer, pieces: Iterable[Piece], workers: int | None = None) -> Iterator[Encoded]:
-    """Batches of pieces with their ids, in the order of the pieces and the same for any number of workers.
+    """Yield batches of pieces with their ids, in the order of the pieces, the same for any number of workers.
 
     Args:
-        tokenizer: must be picklable if there are workers.
-        pieces: what to tokenize.
-        workers: processes. None or 1: in this one, where the threads of fast tokenizers use all cores already; more help slow ones. They are spawned:
-            a script must guard its own start with `if __name__ == "__main__"`.
+        tokenizer: the tokenizer, picklable if there are workers.
+        pieces: the pieces to tokenize.
+        workers: number of processes. None or 1 = this process, where the threads of fast tokenizers use all cores already; more help slow
+            tokenizers. They are spawned: a script must guard its own start with `if __name__ == "__main__"`.
     """
     if workers is None or workers <= 1:
         for batch in batches_of(pieces):
             yield batch, tokenizer.encode([piece.text for piece in batch])
         return
-    # Not forked: MLX and fast tokenizers have threads that would be missing in a fork.
+    # Spawned: a fork would lack the threads of MLX and of fast tokenizers.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (pickle.dumps(tokenizer),))
     with pool:
         waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()

@@ -1,1 +1,1 @@
-"""mlxterp.core."""
+"""The names of mlxterp.core."""

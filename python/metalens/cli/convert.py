@@ -1,0 +1,42 @@
+"""metalens convert: between the files of metalens and those of tuned-lens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from metalens.cli.common import note, one_clear_error
+
+
+@click.command("convert")
+@click.argument("source", metavar="SOURCE", type=click.Path())
+@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["tuned-lens", "metalens"]), help="Format to write.  [default: the one that SOURCE does not have]")
+@click.option("--model", help="Path or hub id of the lens's model, for the config.json of tuned-lens.  [default: the model that SOURCE names]")
+@click.option("--hub", is_flag=True, help="Take SOURCE as the id of a lens in tuned-lens's collection on the Hugging Face hub.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the numbers in tuned-lens's file.",
+)
+@one_clear_error
+def convert_command(
+    source: str,
+    target: Path,
+    to: Literal["tuned-lens", "metalens"] | None,
+    model: str | None,
+    hub: bool,
+    dtype: Literal["float32", "float16", "bfloat16"],
+) -> None:
+    """Convert a lens between metalens's two files (SOURCE.npz, SOURCE.json) and tuned-lens's folder (params.pt, config.json).
+
+    When converting to metalens, all translators are written as full matrices, so that mlxterp can load the result.
+    """
+    from metalens.compat.tuned_lens import convert
+
+    written = convert(source, target, to, model, hub=hub, dtype=dtype)
+    note(f"Lens written to {written[0]} and {written[1].name}.")

@@ -1,0 +1,148 @@
+"""metalens eval: how good a lens is on text, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from metalens.cli.common import (
+    DEFAULT_LENGTH,
+    SeveralFiles,
+    data_options,
+    json_option,
+    lens_option,
+    load_model,
+    note,
+    one_clear_error,
+    print_json,
+    print_table,
+    renamed_option,
+    save_option,
+    sources_of,
+)
+from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import require_writable
+
+if TYPE_CHECKING:
+    from metalens import Evaluation
+    from metalens.evaluation import EvaluationText
+    from metalens.model import InterpretableModel
+
+RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
+
+
+@click.command("eval", cls=SeveralFiles)
+@click.argument("model")
+@lens_option
+@data_options(required=True, split="test")
+@renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
+@click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
+@click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
+@click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
+@click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
+@save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats)."
+)
+@json_option
+@one_clear_error
+def eval_command(
+    model: str,
+    lens_path: Path | None,
+    data: tuple[str, ...],
+    field: str,
+    split: str,
+    max_tokens: int | None,
+    max_seq_len: int | None,
+    entropy: bool,
+    logit_stats: bool,
+    layer_transfer: bool,
+    picture: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare a tuned lens with the logit lens on the text of --data, layer by layer.
+
+    Scores are in nats per token. Layer i is the output of block i.
+    """
+    from metalens import TunedLens, evaluate
+    from metalens.evaluation import write_results
+
+    layer_transfer = layer_transfer or picture is not None
+    if layer_transfer and lens_path is None:
+        raise InvalidValueError("Layer transfer (--layer-transfer, --save) needs a tuned lens: give --lens.")
+    _require_writable(picture, out)
+    lens = None if lens_path is None else TunedLens.load(lens_path)
+    read = _text(data, field, split, max_tokens)
+    loaded = load_model(model)
+    evaluation = evaluate(
+        loaded,
+        read(loaded),
+        lens,
+        max_seq_len=max_seq_len,
+        max_tokens=max_tokens,
+        layer_transfer=layer_transfer,
+        logit_stats=logit_stats,
+        show_progress=True,
+    )
+    if out is not None:
+        note(f"Written to {out}/: {', '.join(path.name for path in write_results(evaluation, out))}.")
+    if picture is not None:
+        _save_transfer(evaluation, picture, model)
+    if as_json:
+        print_json(evaluation.to_dict())
+    else:
+        _print_tables(evaluation, entropy)
+
+
+def _require_writable(picture: Path | None, out: Path | None) -> None:
+    """Find out before the work whether its results can be written."""
+    if picture is not None:
+        from metalens.readings.heat_map import picture_format
+
+        picture_format(picture)
+        require_writable(picture)
+    if out is not None:
+        for name in RESULTS:
+            require_writable(out / name)
+
+
+def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None) -> Callable[[InterpretableModel], EvaluationText]:
+    """Find the sources of a text, and return a function that reads them for a model.
+
+    One plain text is read as it is. Other sources are joined as `train` joins them.
+    """
+    from metalens.training.data import documents, find_sources, open_corpus
+    from metalens.training.data.readers import TextFile
+
+    sources = sources_of(data)
+    found = find_sources(sources, field=field, split=split)
+    if len(found) == 1 and isinstance(found[0], TextFile):
+        text = next(documents(found))
+        return lambda _: text
+    return lambda model: open_corpus(sources, model.tokenizer, field=field, split=split, max_tokens=max_tokens)
+
+
+def _save_transfer(evaluation: Evaluation, picture: Path, model: str) -> None:
+    from metalens.display.figures import transfer_figure
+    from metalens.readings.heat_map import save_figure
+
+    if evaluation.transfer is not None:
+        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}"), picture)
+        note(f"Picture written to {picture}.")
+
+
+def _print_tables(evaluation: Evaluation, entropy: bool) -> None:
+    from metalens.display.tables import evaluation_table, transfer_table
+
+    print_table(evaluation_table(evaluation, entropy))
+    if evaluation.transfer is None:
+        return
+    if len(evaluation.transfer.penalty) <= WIDEST_TRANSFER:
+        print_table(transfer_table(evaluation.transfer))
+    else:
+        note("The matrices of layer transfer are too wide for a table. Use --json, --out or --save.")

@@ -1,0 +1,32 @@
+"""The picture of layer transfer. (A reading draws its own: `Reading.plot`.)"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from metalens.evaluation import Transfer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:
+    Figure = Any  # matplotlib takes a second to import
+
+
+def transfer_figure(transfer: Transfer, title: str = "") -> Figure:
+    """Draw the transfer penalty as a heat map.
+
+    The penalty says how many nats per token the cross-entropy rises if another layer's translator reads a layer.
+    """
+    from matplotlib.figure import Figure as NewFigure
+
+    penalty = transfer.penalty
+    size = max(4.0, 0.25 * len(penalty) + 2.5)
+    figure = NewFigure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(penalty, cmap="viridis", origin="lower", vmin=min(0.0, *map(min, penalty)))
+    axes.set_xlabel("output of block")
+    axes.set_ylabel("translator of block")
+    if title:
+        axes.set_title(title, parse_math=False)
+    figure.colorbar(image, ax=axes, label="transfer penalty (nats per token)", shrink=0.9)
+    return figure

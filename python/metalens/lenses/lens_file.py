@@ -1,0 +1,238 @@
+"""The files of a lens: `<name>.npz` holds the arrays, `<name>.json` says what they are.
+
+    x.npz    translators_<i>_weight [D, D] and translators_<i>_bias [D] of every layer i, float32. A variant stores the arrays that
+             `lenses.translators.VARIANTS` lists. embedding_weight [D, D] and embedding_bias [D] are optional.
+    x.json   num_layers and hidden_dim. On demand also format_version, variant, rank, layers, and the provenance under the key "origin".
+
+mlxterp writes and reads the pair of a full lens. This module knows files and arrays; `lenses.lens` builds the lens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from metalens.lenses.translators import VARIANTS, shape_of
+from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import atomic_write
+
+# Version 1 is a full lens: mlxterp and every metalens read it, whatever else the file says. Version 2 knows the variants.
+FORMAT_VERSION = 2
+# The largest number of layers that a file may claim without having arrays for them.
+MAX_LAYERS = 10_000
+EMBEDDING = ("embedding_weight", "embedding_bias")
+# The provenance keeps its old key, so that older versions read it.
+PROVENANCE = "origin"
+# {key of version 0.1.0: key now}, in the provenance
+OLD_KEYS = {"quantisation": "quantization"}
+
+
+@dataclass(frozen=True)
+class LensDescription:
+    """What the .json file says about a lens.
+
+    Attributes:
+        num_layers: L, blocks of the model.
+        hidden_dim: D, width of its residual stream.
+        variant: a key of VARIANTS.
+        rank: rank of low-rank translators; None for the other variants.
+        layers: blocks that have a translator; None = all.
+        provenance: the model, the training and the text of the lens, as JSON.
+    """
+
+    num_layers: int
+    hidden_dim: int
+    variant: str = "full"
+    rank: int | None = None
+    layers: list[int] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def translated_layers(self) -> list[int]:
+        """Return the blocks that have a translator."""
+        return list(range(self.num_layers)) if self.layers is None else self.layers
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether every block has a translator y = W h + b with the whole W."""
+        return self.variant == "full" and len(self.translated_layers) == self.num_layers
+
+
+@dataclass(frozen=True)
+class LensData:
+    """A lens as its files hold it.
+
+    Attributes:
+        description: contents of the .json file.
+        translators: {layer: {parameter: array}}, as `lenses.translators.parameters_of` returns them.
+        embedding: (A [D, D], b [D]), or None.
+    """
+
+    description: LensDescription
+    translators: Mapping[int, Mapping[str, mx.array]]
+    embedding: tuple[mx.array, mx.array] | None = None
+
+
+def lens_files(path: str | Path) -> tuple[Path, Path]:
+    """Return the (.npz, .json) pair that a lens path names. Only these two suffixes are removed: 'Llama-3.2-1B' keeps its dot.
+
+    Raises:
+        InvalidValueError: if the path has no file name.
+    """
+    path = Path(path)
+    stem = path.name[: -len(path.suffix)] if path.suffix in {".npz", ".json"} else path.name
+    if not stem:
+        raise InvalidValueError(f"{str(path)!r} names no lens file. Give a file name, such as 'my-lens'.")
+    return path.with_name(stem + ".npz"), path.with_name(stem + ".json")
+
+
+def write_lens(path: str | Path, lens: LensData) -> None:
+    """Write both files of a lens. Create missing folders. Each file appears whole or not at all.
+
+    Raises:
+        InvalidValueError: if JSON cannot hold the provenance; nothing is written then.
+        OSError: if a file cannot be written.
+    """
+    weights, config = lens_files(path)
+    text = json.dumps(_config_of(lens), indent=2, allow_nan=False, default=_refuse) + "\n"
+    arrays: dict[str, Any] = {
+        array_name(layer, part): np.array(array.astype(mx.float32)) for layer, parts in lens.translators.items() for part, array in parts.items()
+    }
+    if lens.embedding is not None:
+        arrays |= {name: np.array(array.astype(mx.float32)) for name, array in zip(EMBEDDING, lens.embedding, strict=True)}
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(weights) as temporary:
+        np.savez(temporary, allow_pickle=False, **arrays)
+    with atomic_write(config) as temporary:
+        temporary.write_text(text)
+
+
+def read_lens(path: str | Path) -> LensData:
+    """Read both files of a lens that metalens or mlxterp wrote.
+
+    Raises:
+        FileNotFoundError: if one of the two files is missing.
+        InvalidValueError: if a file is damaged or is not a lens, if the files disagree, or if an array holds NaN or
+            infinity.
+    """
+    weights, config = lens_files(path)
+    for file in (weights, config):
+        if not file.is_file():
+            raise FileNotFoundError(f"No lens at {path}: {file} is missing. A lens is the pair {weights.name} and {config.name}.{_hint(Path(path))}")
+    described = _read_config(config)
+    expected = f"a lens of {described.num_layers} layers, as {config.name} says"
+    arrays = read_arrays(weights, lambda stored: _expected_arrays(described, stored), expected)
+    translators = {i: {part: arrays[array_name(i, part)] for part in VARIANTS[described.variant]} for i in described.translated_layers}
+    embedding = (arrays[EMBEDDING[0]], arrays[EMBEDDING[1]]) if EMBEDDING[0] in arrays else None
+    return LensData(described, translators, embedding)
+
+
+def _hint(path: Path) -> str:
+    return " The folder is one of tuned-lens: read it with metalens.compat.load_lens." if (path / "params.pt").is_file() else ""
+
+
+# ------------------------------------------------------------------ the .json file
+
+
+def _config_of(lens: LensData) -> dict[str, Any]:
+    described = lens.description
+    config: dict[str, Any] = {"num_layers": described.num_layers, "hidden_dim": described.hidden_dim}
+    if not described.is_full:
+        config |= {"format_version": FORMAT_VERSION, "variant": described.variant, "rank": described.rank, "layers": described.translated_layers}
+    elif described.provenance or lens.embedding is not None:
+        config |= {"format_version": 1}
+    return config | ({PROVENANCE: described.provenance} if described.provenance else {})
+
+
+def _refuse(value: Any) -> Any:
+    raise InvalidValueError(f"The lens's provenance holds {value!r}, which JSON has no form for. Put text, numbers, lists and dicts of them there.")
+
+
+def _read_config(file: Path) -> LensDescription:
+    try:
+        config: Any = json.loads(file.read_text())
+        num_layers, hidden_dim = int(config["num_layers"]), int(config["hidden_dim"])
+        written = config.get("format_version", 1)
+        variant, rank, layers, provenance = config.get("variant", "full"), config.get("rank"), config.get("layers"), config.get(PROVENANCE, {})
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InvalidValueError(f"{file} does not describe a lens: expected JSON with num_layers and hidden_dim ({error!r}).") from error
+    if not isinstance(written, int) or written > FORMAT_VERSION:
+        raise InvalidValueError(f"{file} has format_version {written!r}; this metalens reads up to {FORMAT_VERSION}. Read it with a newer metalens.")
+    if (
+        not isinstance(variant, str)
+        or variant not in VARIANTS
+        or (type(rank) is int) != (variant == "low-rank")
+        or not (layers is None or (isinstance(layers, list) and all(type(i) is int and 0 <= i < num_layers <= MAX_LAYERS for i in layers)))
+        or not isinstance(provenance, dict)
+    ):
+        raise InvalidValueError(
+            f"{file} does not describe a lens: expected a variant of {', '.join(VARIANTS)}, a rank for low-rank only, layers as a list of different "
+            f"numbers, and {PROVENANCE} as an object; "
+            f"found variant {variant!r}, rank {rank!r}, layers {layers!r:.200}, {PROVENANCE} {provenance!r:.200}."
+        )
+    provenance = {OLD_KEYS.get(key, key): value for key, value in provenance.items()}
+    return LensDescription(num_layers, hidden_dim, variant, rank, layers, provenance)
+
+
+# ------------------------------------------------------------------ the .npz file
+
+
+def array_name(layer: int, parameter: str) -> str:
+    """Return the name of a translator's parameter in the .npz file."""
+    return f"translators_{layer}_{parameter}"
+
+
+def _expected_arrays(described: LensDescription, stored: set[str]) -> dict[str, tuple[int, ...]]:
+    """Return {name: shape} of a lens's arrays. Stop one layer after the number of stored arrays: a damaged file may claim any number of layers."""
+    d = described.hidden_dim
+    layers = range(described.num_layers) if described.layers is None else described.layers
+    expected = {array_name(i, part): shape_of(part, d, described.rank) for i in layers[: len(stored) + 1] for part in VARIANTS[described.variant]}
+    if set(EMBEDDING) <= stored:
+        expected |= {EMBEDDING[0]: (d, d), EMBEDDING[1]: (d,)}
+    return expected
+
+
+class WrongArraysError(InvalidValueError):
+    """The archive is whole, but does not hold what its description says."""
+
+
+def read_arrays(file: Path, expected: Callable[[set[str]], Mapping[str, tuple[int, ...]]], what: str) -> dict[str, mx.array]:
+    """Read the arrays of an .npz file as float32.
+
+    Args:
+        file: the archive. Pickled objects in it are not read.
+        expected: a function from the stored names to {name: shape} of the required arrays. More or fewer arrays are an
+            error.
+        what: the expected contents, for error messages: 'a lens of 2 layers, as x.json says'.
+
+    Raises:
+        InvalidValueError: if the file is damaged, or holds other arrays, or NaN or infinity.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            stored = set(archive.files)
+            shapes = expected(stored)
+            for names, verb in ((set(shapes) - stored, "it holds no"), (stored - set(shapes), "it also holds")):
+                if names:
+                    raise WrongArraysError(f"{file} is not {what}: {verb} {', '.join(sorted(names)[:4])}.")
+            return {name: mx.array(_checked(archive[name], shape, f"{file}: {name}", what)) for name, shape in shapes.items()}
+    except WrongArraysError:
+        raise
+    except Exception as error:  # a dozen types, depending on the damaged byte
+        raise InvalidValueError(f"{file} is damaged or no .npz archive ({error}). Copy it again, or train the lens again.") from error
+
+
+def _checked(array: np.ndarray, shape: tuple[int, ...], name: str, what: str) -> np.ndarray:
+    if array.shape != shape or array.dtype.kind not in "fiu":
+        raise WrongArraysError(f"{name} has shape {array.shape} and type {array.dtype}; {what}, would have numbers of shape {shape}.")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise WrongArraysError(f"{name} holds NaN or infinity. Its training diverged; train it again.")
+    return array

@@ -1,0 +1,82 @@
+"""From hidden states to rows that are ready for the head, and the choice of layers and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from metalens.lenses.lens import Lens, TunedLens
+from metalens.lenses.translators import parameters_of, translated
+from metalens.models.unembed import NormFunction
+from metalens.ops import LensStats, Norm
+from metalens.utils.arrays import to_float
+from metalens.utils.errors import InvalidValueError
+
+
+def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: NormFunction) -> mx.array:
+    """Apply a lens and a norm to the output of some blocks. Lazy.
+
+    Args:
+        hidden: output of block i at index i, [T, D] each.
+        layers: indices of the blocks to read.
+        lens: the lens.
+        norm: the final norm, or its replacement.
+
+    Returns:
+        [len(layers), T, D], ready for the head.
+    """
+    if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may have a __call__ of its own
+        translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
+        return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
+    return mx.stack([norm(lens(hidden[layer], layer)) for layer in layers])
+
+
+def require_finite(stats: LensStats) -> None:
+    """Check that no row's logits are NaN. A damaged weight of the model or the lens, which this input reached, makes them NaN.
+
+    Raises:
+        InvalidValueError: if a row is NaN.
+    """
+    if to_float(mx.any(mx.isnan(stats.lse))):
+        raise InvalidValueError(
+            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights. Load, convert or train it again."
+        )
+
+
+def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """Return the layers that a caller asks for: all for None, else the given ones in their order, each once.
+
+    Args:
+        layers: layer numbers, negative from the end; None = all.
+        num_layers: L, blocks of the model.
+
+    Returns:
+        numbers from 0 to L - 1.
+
+    Raises:
+        InvalidValueError: if the model does not have one of the layers; the message names it.
+    """
+    if layers is None:
+        return list(range(num_layers))
+    unknown = [layer for layer in layers if not -num_layers <= layer < num_layers]
+    if unknown:
+        raise InvalidValueError(
+            f"The model has layers 0 to {num_layers - 1}; there is no layer {', '.join(map(str, unknown))}. "
+            f"Negative numbers from {-num_layers} count from the end."
+        )
+    return list(dict.fromkeys(layer % num_layers for layer in layers))
+
+
+def select_position(position: int | None, length: int) -> slice:
+    """Return the slice of the token axis that a position names: all tokens for None, else one token, negative from the end.
+
+    Raises:
+        InvalidValueError: if the text does not have this position.
+    """
+    if position is None:
+        return slice(None)
+    if not -length <= position < length:
+        raise InvalidValueError(f"Position {position} is out of bounds for sequence length {length}. Valid range: [{-length}, {length - 1}]")
+    position %= length
+    return slice(position, position + 1)

@@ -1,0 +1,162 @@
+"""Going on from a checkpoint: where each process keeps its checkpoints, and whether they belong to the run.
+
+Processes that divide the text have the same state, and rank 0 writes it. Processes that divide the layers write a part each, in folders
+rank-<rank>-of-<size>, and go on from the newest step that all of them have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from metalens.lenses.provenance import provenance_of
+from metalens.models.capture import ResidualCapture
+from metalens.models.unembed import Unembed
+from metalens.training.batching import steps_together
+from metalens.training.checkpoint import Checkpoint, CheckpointFolder
+from metalens.training.config import TrainingConfig
+from metalens.training.data import Corpus
+from metalens.training.distributed import Group
+from metalens.training.state import TrainingState
+from metalens.utils.errors import InvalidValueError
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts that a run must have in common with its checkpoint, and all its processes with each other.
+
+    Attributes:
+        config: the settings.
+        source: captures the model's hidden states.
+        unembed: the model's norm and head.
+    """
+
+    config: TrainingConfig
+    source: ResidualCapture
+    unembed: Unembed
+
+    def model(self) -> dict[str, Any]:
+        """Return the sizes of the model and the hash of its head."""
+        head = provenance_of(self.unembed)["head"]
+        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+
+    def record(self) -> dict[str, Any]:
+        """Return the facts for the record of a checkpoint.
+
+        "capture" says what a position in the text means, and how sums are rounded.
+        """
+        return {"config": self.config.to_dict(), "model": self.model(), "capture": {"steps captured together": steps_together(self.config)}}
+
+    def require_record(self, record: Mapping[str, Any]) -> None:
+        """Check that the record of a checkpoint has the facts of this run.
+
+        Raises:
+            InvalidValueError: if it does not; names the differences.
+        """
+        for what, name in (("settings", "config"), ("model", "model"), ("forward passes", "capture")):
+            theirs, ours = record.get(name, {}), self.record()[name]
+            as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
+            differ = [f"{key} was {theirs.get(key)!r} and is {as_json[key]!r}" for key in as_json if theirs.get(key) != as_json[key]]
+            if differ:
+                raise InvalidValueError(
+                    f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Use the same, or start anew in another folder."
+                )
+
+    def require_same_in_group(self, group: Group, corpus: Corpus, **arguments: Any) -> None:
+        """Check that all processes of a group run with the same facts, text, package versions and arguments.
+
+        Raises:
+            InvalidValueError: in every process; names the differences.
+        """
+        if group.size == 1:
+            return
+        about = {"model": self.model(), "text": corpus.identity(), "version of": {name: version(name) for name in ("metalens", "mlx")}}
+        facts = {f"{of} {name}": value for of, values in about.items() for name, value in values.items()}
+        group.require_same({**self.config.to_dict(), "parallel": group.parallel, **arguments, **facts})
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, in one process of its group.
+
+    Args:
+        root: folder of the run. None = write no checkpoints.
+        group: processes of the run.
+        facts: facts of the run.
+    """
+
+    def __init__(self, root: CheckpointFolder | None, group: Group, facts: RunFacts) -> None:
+        self.root, self.group, self.facts = root, group, facts
+        self.folder = root
+        if root is not None and group.divides_layers:
+            self.folder = CheckpointFolder(root.path / f"rank-{group.rank}-of-{group.size}", root.keep)
+
+    def require_place(self, resume: bool) -> None:
+        """Check, in all processes together, that the run may write its checkpoints here.
+
+        Raises:
+            InvalidValueError: if there are checkpoints of a run that was divided otherwise, or any checkpoints for a run that does not resume.
+        """
+        with self.group.together():
+            self._require_same_division()
+            if not resume and self.folder is not None and (steps := self.folder.steps()):
+                # A new run would remove them, or be resumed from them.
+                raise InvalidValueError(
+                    f"{self.folder.path} has checkpoints already, the newest after step {steps[-1]}. "
+                    "Go on from it with resume, or give another folder."
+                )
+
+    def _require_same_division(self) -> None:
+        """Check that no run that was divided otherwise has its state elsewhere in the folder: this one would start anew beside it."""
+        if self.root is None:
+            return
+        ours = f"-of-{self.group.size}" if self.group.divides_layers else None
+        parts = [path for path in sorted(self.root.path.glob("rank-*-of-*")) if any(path.glob("step-*"))]
+        others = [path for path in parts if ours is None or not path.name.endswith(ours)]
+        if others or (ours is not None and self.root.steps()):
+            how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"
+            raise InvalidValueError(
+                f"{self.root.path} has checkpoints of a run that {how}. Go on from them with as many processes and the same division, "
+                "or give another folder."
+            )
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint: rank 0's, or with divided layers that of the newest step that every process has. None = no checkpoint.
+
+        Raises:
+            InvalidValueError: if some processes have checkpoints and others have none.
+        """
+        if self.folder is None:
+            return None
+        group = self.group
+        with group.together():
+            saved = self.folder.latest() if group.writes or group.divides_layers else None
+        steps = group.gather_json(-1 if saved is None else int(saved.record["step"]))
+        if not group.divides_layers:
+            record = group.gather_json(None if saved is None else saved.record)[0]
+            return None if record is None else Checkpoint(group.broadcast(None if saved is None else saved.arrays), record)
+        if min(steps) < 0 <= max(steps):
+            raise InvalidValueError(
+                f"Processes {[rank for rank, step in enumerate(steps) if step < 0]} find no checkpoint in their {self.folder.path.parent}, and "
+                "others do. Without a common disk every process must go on, on the machine where it was. If the run ended while the first "
+                "checkpoint was written, remove the folder and start anew."
+            )
+        if min(steps) < max(steps):  # some processes got further before the run ended
+            with group.together():
+                if steps[group.rank] > min(steps):
+                    saved = self.folder.read(min(steps))
+        return saved
+
+    def save(self, state: TrainingState, position: Mapping[str, Any]) -> tuple[int, Path] | None:
+        """Write the state of this process, if it is its turn to write. Return the number of the next step and the folder.
+
+        Args:
+            state: the state.
+            position: position in the text from which a run goes on.
+        """
+        if self.folder is None or not (self.group.writes or self.group.parallel == "layers"):
+            return None
+        step = state.pass_index * self.facts.config.num_steps + state.step
+        return step, self.folder.save(step, state.arrays(), {**state.numbers(), "position": dict(position), **self.facts.record()})

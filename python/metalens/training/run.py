@@ -1,0 +1,200 @@
+"""The one way to train a lens: from a model and a text to a lens that remembers both, with checkpoints on the way.
+
+The command line, the demo, the benchmarks and mlxterp's `train_tuned_lens` all call `train`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, cast
+
+import mlx.nn as nn
+import numpy as np
+
+from metalens.lenses.lens import TunedLens
+from metalens.lenses.lens_file import lens_files
+from metalens.lenses.provenance import provenance_of
+from metalens.models.capture import ResidualCapture
+from metalens.models.language_model import LanguageModel
+from metalens.models.tokenization import NO_TOKENIZER
+from metalens.training.callbacks import Callback, Progress
+from metalens.training.checkpoint import CheckpointFolder, default_folder, mark_finished, prepare_folder, tokens_of_newest
+from metalens.training.config import TrainingConfig
+from metalens.training.data import Corpus, TrainingData, open_corpus, read_inputs
+from metalens.training.data.hub import HubDataset
+from metalens.training.data.readers import Source
+from metalens.training.distributed import Group
+from metalens.training.loop import train_loop
+from metalens.training.settings import resolve
+from metalens.training.sufficiency import require_enough, tokens_to_read
+from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import require_writable
+from metalens.utils.progress_bar import token_bar
+
+P = ParamSpec("P")
+
+
+def _old_call_too(function: Callable[P, TunedLens]) -> Callable[P, TunedLens]:
+    """Send calls of version 0.1.0, `train(source, unembed, data, config, ...)`, to `train_loop`."""
+
+    @functools.wraps(function)
+    def train(*args: P.args, **kwargs: P.kwargs) -> TunedLens:
+        if not isinstance(args[0] if args else kwargs.get("source"), ResidualCapture):
+            return function(*args, **kwargs)
+        warnings.warn(
+            "train(source, unembed, data, config) is now metalens.training.train_loop, and metalens.train(model, data) is the usual way to train. "
+            "The old call will be removed in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        options: dict[str, Any] = dict(kwargs)
+        on_step = options.pop("callback", None)
+        options["callbacks"] = [*options.get("callbacks", ()), *([] if on_step is None else [on_step])]
+        return cast("Callable[..., TunedLens]", train_loop)(*args, **options)
+
+    return train
+
+
+@_old_call_too
+def train(
+    model: LanguageModel | nn.Module | str | Path,
+    data: TrainingData,
+    *,
+    recipe: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_dir: str | Path | CheckpointFolder | None = None,
+    callbacks: Sequence[Callback | Callable[[Progress], Any]] = (),
+    group: Group | None = None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None = None,
+    field: str = "text",
+    split: str = "train",
+    join: Literal["eos", "packed"] = "eos",
+    max_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
+    checkpoint_every: int | None = 50,
+    stop: Callable[[], bool] | None = None,
+    show_progress: bool = False,
+    **settings: Any,
+) -> TunedLens:
+    """Train a lens for a model on a text.
+
+    `settings` are those of `TrainingConfig` (num_steps=..., learning_rate=..., ...). They replace those of `config`, which replace the recipe's.
+    Everything that can be wrong with the arguments is found before the model is loaded.
+
+    Args:
+        model: a LanguageModel (an InterpretableModel is one), or a name: a folder, a hub id, or 'demo' for the bundled model.
+        data: the training text. A string names a file, a folder or, with 'hf:' before it, a data set of the Hugging Face hub
+            ('hf:owner/name:configuration@revision'); a Path names a file or folder. A list holds such names, or texts, each a document: a text has
+            a space or a line break in it. Token ids are a list, an array, or a list of these. A Corpus is taken as it is.
+            `metalens.training.data.read_inputs` has the rules in full: a mistyped name is an error, not a text.
+        recipe: name of a recipe, see `metalens.training.RECIPES`. None = the one that `config` names, else 'fast'.
+        out: path of the lens: OUT.npz and OUT.json are written. None = only return the lens.
+        resume: go on from the newest checkpoint, if there is one.
+        checkpoint_dir: folder for checkpoints. None = OUT.checkpoints, or without `out` no checkpoints.
+        callbacks: receivers of the run's events: a Callback is called in rank 0 alone, a function of a Progress after every step in every process.
+        group: the processes of the run, see `Group.from_environment`, each of which must make the same call. None = this process alone.
+        config: settings as a JSON or TOML file (examples/train.toml has all of them), a dict, or a complete TrainingConfig.
+        field: field of JSON Lines, or column of tables, with the text.
+        split: split of hub data sets.
+        join: how documents follow each other: 'eos' puts the EOS token between them; with 'packed' no sequence crosses the end of a document.
+        max_tokens: number of tokens after which reading stops. None = all of the text; of hub data sets, the tokens that the run needs.
+        cache_dir: folder for tokens. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
+        checkpoint_every: steps between checkpoints. None = write no checkpoints.
+        stop: function that is called after every step. True writes a checkpoint and ends the run: see `metalens.training.interruptible` for Ctrl-C.
+        show_progress: show progress bars on stderr.
+        settings: settings of TrainingConfig.
+
+    Returns:
+        the lens, which remembers the model, the recipe, the settings and the text. If the processes divide the layers, only rank 0 has all of them.
+
+    Raises:
+        NotEnoughDataError: if the text is too short for the run and must not repeat; names settings that would fit.
+        UnfinishedRunError: if the checkpoints of a run that has not finished are in the way.
+        TrainingInterruptedError: when `stop` returned True.
+        InvalidValueError, InvalidTypeError: for wrong settings, data or models, and for a checkpoint of another run.
+        GroupLostError: if another process of the group has ended.
+        OSError: if a file can't be read or written.
+    """
+    resolve(recipe, config, settings)
+    inputs = read_inputs(data, field=field, split=split)
+    group = group or Group()
+    folder = _checkpoint_folder(out, checkpoint_dir, checkpoint_every)
+    if resume and folder is None:
+        raise InvalidValueError("resume=True needs the checkpoints of the run: give its out or its checkpoint_dir, and checkpoint_every.")
+    with group.together():
+        if group.writes:
+            for file in () if out is None else lens_files(out):
+                require_writable(file)
+            if folder is not None:
+                prepare_folder(folder, resume)
+    model = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    name, settled = resolve(recipe, config, settings, model.default_sequence_length)
+    how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
+    corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
+    model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
+    require_enough(corpus, settled)
+    tokens: list[int] = []
+    checkpoints = None
+    if folder is not None:
+        checkpoints = checkpoint_dir if isinstance(checkpoint_dir, CheckpointFolder) else CheckpointFolder(folder)
+    lens = train_loop(
+        model.source,
+        model.unembed,
+        corpus,
+        settled,
+        callbacks=[*callbacks, lambda progress: tokens.append(progress.tokens)],
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        group=group,
+        stop=stop or (lambda: False),
+        show_progress=show_progress,
+    )
+    seen = tokens[-1] if tokens else tokens_of_newest(folder) if folder is not None else None
+    _remember(lens, model, name, settled, corpus, None if seen is None else seen // len(group.passes(lens.layers, settled.layers_at_once)))
+    if group.writes:
+        if out is not None:
+            lens.save(out)
+        if folder is not None:
+            mark_finished(folder)
+    return lens
+
+
+def _checkpoint_folder(out: str | Path | None, given: str | Path | CheckpointFolder | None, every: int | None) -> Path | None:
+    """Return the folder for the checkpoints of a run, None if it writes none."""
+    if every is None:
+        return None
+    if isinstance(given, CheckpointFolder):
+        return given.path
+    if given is not None:
+        return Path(given)
+    return None if out is None else default_folder(lens_files(out)[0])
+
+
+def _tokenized(sources: list[Source], model: LanguageModel, config: TrainingConfig, how: Mapping[str, Any], show: bool) -> Corpus:
+    """Return the tokens of a text, with a progress bar while it is tokenized; tokens from the cache need none."""
+    if model.tokenizer is None:
+        raise InvalidValueError(NO_TOKENIZER)
+    how = dict(how)
+    if how["max_tokens"] is None and any(isinstance(source, HubDataset) for source in sources):
+        how["max_tokens"] = tokens_to_read(config)
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def progress(tokens: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(token_bar(how["max_tokens"] or 0, "tokenizing", show)))
+            bars[0].update(tokens)
+
+        return open_corpus(sources, model.tokenizer, progress=progress, **how)
+
+
+def _remember(lens: TunedLens, model: LanguageModel, recipe: str | None, config: TrainingConfig, corpus: Corpus, tokens: int | None) -> None:
+    """Write into a lens which model, recipe, settings and text it was trained with. `tokens` are those that each layer has seen."""
+    training = {**config.to_dict(), "data": corpus.identity()}
+    lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}

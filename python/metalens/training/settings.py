@@ -1,0 +1,131 @@
+"""Settings of a run from several places: a recipe, changed by a file of settings, changed by the caller."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from metalens.models.language_model import DEFAULT_SEQUENCE
+from metalens.training.config import TrainingConfig, setting_types
+from metalens.training.recipes import RECIPES, settings_of
+from metalens.utils.errors import InvalidValueError
+
+DEFAULT_RECIPE = "fast"
+
+# Recipes leave these open. A run never repeats its text unless the caller asks for it.
+DEFAULTS = {"repeat": False, "seed": 0}
+
+MAX_SEQ_LEN_DEFAULT = f"{DEFAULT_SEQUENCE}, or the model's context if that is shorter"
+
+
+def resolve(
+    recipe: str | None, config: TrainingConfig | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any], context: int | None = None
+) -> tuple[str | None, TrainingConfig]:
+    """Return the name of the recipe and the configuration of a run.
+
+    `settings` replace those of `config`, which replace those of the recipe. Two defaults follow from others: sequences are as long as the model's
+    context and the step allow, up to 512 tokens; and translators of low rank or of biases alone begin without the warm start, which gives full
+    matrices.
+
+    Args:
+        recipe: name of a recipe. None = the one that `config` names with 'recipe', else 'fast'.
+        config: more settings: a JSON or TOML file, a dict, or a complete TrainingConfig, which needs no recipe.
+        settings: settings by name.
+        context: longest sequence of the model, in tokens, if it is known.
+
+    Raises:
+        InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
+        OSError: if the file can't be read.
+    """
+    if isinstance(config, TrainingConfig):
+        given = config.to_dict()
+        name = recipe
+    else:
+        given = read_settings(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+        name = recipe or given.pop("recipe", None) or DEFAULT_RECIPE
+    given = {key: value for key, value in given.items() if key != "recipe"} | dict(settings)
+    merged = ({} if name is None else DEFAULTS | settings_of(name)) | given
+    if "max_seq_len" not in given:
+        limits = (merged.get("max_seq_len", DEFAULT_SEQUENCE), context, merged.get("tokens_per_step"))
+        merged["max_seq_len"] = min(limit or sys.maxsize for limit in limits)
+    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given:
+        merged["warm_start_tokens"] = 0
+    return name, TrainingConfig.from_dict(merged)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' may be among them.
+
+    Raises:
+        InvalidValueError: if the file is damaged, or has an unknown setting or one of another type; names the setting and the file.
+        OSError: if it can't be read.
+    """
+    is_toml = file.suffix.lower() == ".toml"
+    try:
+        text = file.read_text(encoding="utf-8")
+        found: Any = tomllib.loads(text) if is_toml else json.loads(text)
+    except ValueError as error:
+        raise InvalidValueError(f"{file} can't be read as {'TOML' if is_toml else 'JSON'}: {error}.") from error
+    if not isinstance(found, dict):
+        raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
+    kinds = setting_types() | {"recipe": str}
+    if unknown := sorted(set(found) - set(kinds)):
+        raise InvalidValueError(f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, {', '.join(sorted(setting_types()))}.")
+    for name, value in found.items():
+        if not is_of_type(value, kinds[name]):
+            raise InvalidValueError(f"{file}: {name} can't be {value!r}; it takes {type_in_words(kinds[name])}.")
+    return found
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Tell whether a JSON value is of the type of a setting."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(is_of_type(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(type(each) is int for each in value)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def type_in_words(kind: Any) -> str:
+    """Return the type of a setting in words."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(type_in_words(each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of whole numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[kind]
+
+
+def example_file() -> str:
+    """Return examples/train.toml: every setting with its help and the value that `train` gives it with the default recipe.
+
+    TOML has no null: a setting without a value, or with one that depends on the model, stands behind a '#' with an example.
+    """
+    _, config = resolve(None, None, {})
+    lines = [
+        "# The settings of `metalens train --config train.toml` and of `metalens.train(..., config='train.toml')`.",
+        "# Every value here is the default. Options of the command and arguments of the function override the file.",
+        "",
+        f"# Named settings to start from: {', '.join(RECIPES)}. The settings below replace the recipe's.",
+        f"recipe = {json.dumps(DEFAULT_RECIPE)}",
+    ]
+    for each in fields(TrainingConfig):
+        value, unset = getattr(config, each.name), each.metadata["unset"]
+        if each.name == "max_seq_len":
+            comment, line = f"{each.metadata['help']} Without this line: {MAX_SEQ_LEN_DEFAULT}.", f"# max_seq_len = {DEFAULT_SEQUENCE}"
+        elif value is None:
+            comment, line = f"{each.metadata['help']} Without this line: {unset}.", f"# {each.name} = {json.dumps(each.metadata['example'])}"
+        else:
+            comment, line = each.metadata["help"], f"{each.name} = {json.dumps(value)}"
+        lines += ["", *textwrap.wrap(comment, 118, initial_indent="# ", subsequent_indent="# "), line]
+    return "\n".join(lines) + "\n"

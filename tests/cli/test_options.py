@@ -1,0 +1,118 @@
+"""Options mean the same in every command, and older spellings still work."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from click.testing import CliRunner
+
+from metalens import TunedLens
+from metalens.cli import COMMANDS, main
+from metalens.estimate.roofline import Bounds
+from metalens.models.bundled import HELD_OUT_TEXT
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
+
+
+def options(command):
+    return {spelling: parameter for parameter in main.commands[command].params for spelling in parameter.opts if spelling.startswith("--")}
+
+
+MEANINGS = {
+    "--lens": ("eval", "lens"),
+    "--out": ("train", "eval", "demo"),
+    "--save": ("eval", "lens"),
+    "--max-tokens": ("train", "eval"),
+    "--max-seq-len": ("train", "plan", "eval"),
+    "--layers": ("train", "plan", "lens"),
+    "--data": ("train", "plan", "eval"),
+    "--parallel": ("train", "plan"),
+    "--json": ("plan", "eval", "lens", "roofline", "models", "doctor"),
+}
+
+
+@pytest.mark.parametrize(("option", "commands"), MEANINGS.items(), ids=MEANINGS)
+def test_an_option_is_in_these_commands(option, commands):
+    assert tuple(name for name in COMMANDS if option in options(name)) == commands
+
+
+@pytest.mark.parametrize(
+    ("command", "old"),
+    [("eval", "--tokens"), ("eval", "--transfer"), ("lens", "--colour"), ("roofline", "--tokens"), ("plan", "--share"), ("train", "--share")],
+)
+def test_older_spellings_are_left_out_of_the_help(run, command, old):
+    assert old not in options(command)
+    help_text = run(command, "--help").stdout
+    assert f"{old} " not in help_text
+
+
+@pytest.mark.parametrize(
+    ("command", "default", "other"),
+    [("train", "train", "`eval` is 'test'"), ("plan", "train", "`eval` is 'test'"), ("eval", "test", "`train` is 'train'")],
+)
+def test_the_default_split_is_said(command, default, other):
+    split = options(command)["--split"]
+    assert split.default == default
+    assert other in split.help
+
+
+def test_every_option_has_a_help_text_that_is_a_phrase():
+    for command in COMMANDS:
+        for spelling, option in options(command).items():
+            if command not in ("train", "plan"):
+                assert option.help, f"{command} {spelling}"
+                assert not option.help.startswith(("Of ", "For ", "That ")), f"{command} {spelling}"
+
+
+def test_older_spellings_of_eval(run, tmp_path):
+    TunedLens(8, 256).save(tmp_path / "lens")
+    result = run("eval", "demo", "--lens", "lens", "--data", HELD_OUT_TEXT, "--tokens", 40, "--transfer", "transfer.png", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["tokens"] == 40
+    assert len(answer["transfer"]["kl"]) == 8
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_older_spelling_of_lens(run, tmp_path):
+    result = run("lens", "demo", "A prompt", "--save", "out.svg", "--colour", "entropy")
+    assert result.exit_code == 0, result.stderr
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+
+
+def test_older_spelling_of_roofline(run):
+    old, new = (json.loads(run("roofline", "demo", "--chip", "M1", option, 64, "--json").stdout) for option in ("--tokens", "--batch-tokens"))
+    assert old == new
+    assert new["batch_tokens"] == 64
+
+
+def test_older_spelling_of_plan(run):
+    old, new = (json.loads(run("plan", "demo", "--processes", 3, option, "layers", "--json").stdout) for option in ("--share", "--parallel"))
+    assert old == new
+    assert new["processes"] == 3
+
+
+def identifiers(value):
+    """All keys of a JSON value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from identifiers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from identifiers(inner)
+
+
+def test_keys_of_json_are_identifiers(run):
+    for arguments in (("plan", "demo"), ("plan", "Llama-3.1-8B-4bit", "--memory", 5), ("doctor",)):
+        result = run(*arguments, "--json")
+        assert all(key.isidentifier() and key == key.lower() for key in identifiers(json.loads(result.stdout))), arguments
+    found = json.loads(run("roofline", "demo", "--json").stdout)
+    assert set(found) == {"note", "model", "batch_tokens", "tokens_per_second"}
+    assert set(found["tokens_per_second"]["M1"]) == {field.name for field in fields(Bounds)}
+    found = json.loads(run("models", "--json").stdout)
+    assert set(found) == {"tested_mlx_lm", "installed_mlx_lm", "models"}
