@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mslcpu
-from metalens.ops.metal import descriptors, source
+from metalens.ops.metal import constants, descriptors, source
 from support import oracle
 from support.metal_emulation import needs_clang
 
@@ -66,4 +66,4 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
 
 
 def map_columns_of(width):
-    return -(-width // descriptors.MAP_WIDTH)
+    return -(-width // constants.MAP_WIDTH)

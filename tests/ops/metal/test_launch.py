@@ -9,7 +9,7 @@ import pytest
 import mslcpu
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend
 from metalens.ops.backends import metal
-from metalens.ops.metal import descriptors, kernel, source, stats, tuning
+from metalens.ops.metal import constants, descriptors, kernel, source, stats, tuning
 from metalens.ops.metal import kl as metal_kl
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
@@ -42,17 +42,18 @@ def test_a_problem_must_be_stated_whole():
 @pytest.mark.parametrize(
     ("name", "header", "value"),
     [
-        ("MAP_WIDTH", "common.h", descriptors.MAP_WIDTH),
-        ("NORM_ROWS", "norm_grad.h", descriptors.NORM_ROWS),
-        ("GRAD_SIMDS", "lens_softmax_grad.h", descriptors.GRAD_THREADS // 32),
-        ("SIMDS", "common.h", descriptors.MERGE_ROWS),
-        ("SIMDS", "common.h", stats.SIMDS),
-        ("SIMDS", "common.h", kernel.THREADS // 32),
+        ("MAP_WIDTH", "common.h", constants.MAP_WIDTH),
+        ("NORM_ROWS", "norm_grad.h", constants.NORM_ROWS),
+        ("GRAD_SIMDS", "lens_softmax_grad.h", constants.GRAD_THREADS // 32),
+        ("SIMDS", "common.h", constants.SIMDS),
+        ("SIMDS", "common.h", constants.THREADS // 32),
+        ("LANES", "common.h", constants.LANES),
         ("LANES", "common.h", stats.LARGEST_K),
-        ("IDS_PER_STEP", "lens_stats_vector.h", tuning.IDS_PER_STEP),
-        ("FIELDS", "stats_rows.h", stats.FIELDS),
-        ("TILE_IDS", "tile.h", tuning.TILE_IDS),
-        ("TILE_DEPTH", "tile.h", tuning.TILE_DEPTH),
+        ("LANES", "common.h", tuning.VECTOR_ROWS[-1] * constants.IDS_PER_STEP),
+        ("IDS_PER_STEP", "lens_stats_vector.h", constants.IDS_PER_STEP),
+        ("FIELDS", "stats_rows.h", constants.FIELDS),
+        ("TILE_IDS", "tile.h", constants.TILE_IDS),
+        ("TILE_DEPTH", "tile.h", constants.TILE_DEPTH),
     ],
 )
 def test_constants_agree(name, header, value):
@@ -60,6 +61,7 @@ def test_constants_agree(name, header, value):
     assert int(found) == value
     with pytest.raises(KeyError, match="no constant"):
         source.constant(header, "NOTHING")
+    assert not hasattr(constants, "NOTHING")
 
 
 def test_the_backend_needs_a_gpu():

@@ -5,7 +5,7 @@ import pytest
 
 import mslcpu
 from metalens.ops import lens_kl, lens_stats, lens_target
-from metalens.ops.metal import cost, tuning
+from metalens.ops.metal import constants, cost, tuning
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
 
@@ -45,7 +45,7 @@ def test_lens_stats_writes_no_logits_and_reads_the_head_once_per_block(rng, devi
     assert report.buffers["scales"].read == blocks.count * V * D // 8 * 4
     assert report.matrix_ops == cost.lens_stats(layers, tokens, V, D, head_bytes(head), with_model, device.generation).matrix_ops
     written = sum(t.written for t in report.buffers.values())
-    _, splits = tuning.split_vocab(V, tuning.TILE_IDS, blocks.count, device)
+    _, splits = tuning.split_vocab(V, constants.TILE_IDS, blocks.count, device)
     assert written == splits * blocks.count * blocks.rows * 4 * (8 + 1 + 2 * 5) < layers * tokens * V * 4
 
 
@@ -54,7 +54,7 @@ def test_a_label_costs_one_tile(rng):
     with emulated(), mslcpu.recording() as reports:
         mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(5)).lse)
     without, with_labels = (r.matrix_ops for r in reports if "lens_stats_float" in r.name)
-    splits = tuning.split_vocab(V, tuning.TILE_IDS, 1, M1)[1]
+    splits = tuning.split_vocab(V, constants.TILE_IDS, 1, M1)[1]
     assert with_labels - without == splits * cost.tile_product(16, 1, D)
 
 

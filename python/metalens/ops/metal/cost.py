@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalens.ops.metal import tuning
-from metalens.ops.metal.descriptors import MAP_WIDTH
-from metalens.ops.metal.tuning import TILE_DEPTH, TILE_IDS, GpuGeneration
+from metalens.ops.metal import constants, tuning
+from metalens.ops.metal.tuning import GpuGeneration
 
 MATRIX_OPERATION = 2 * 8 * 8 * 8  # multiplications and additions
 
@@ -51,7 +50,7 @@ def weight_bytes(rows: int, columns: int, bits: int, group_size: int, group_byte
 
 def tile_product(rows: int, ids: int, depth: int) -> int:
     """Return the matrix operations of tiles with whole rows: ids and depth are padded to the tile's size."""
-    return rows // 8 * (up(ids, TILE_IDS) // 8) * (up(depth, TILE_DEPTH) // 8)
+    return rows // 8 * (up(ids, constants.TILE_IDS) // 8) * (up(depth, constants.TILE_DEPTH) // 8)
 
 
 def lens_stats(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, with_model: bool, generation: GpuGeneration) -> Cost:
@@ -75,14 +74,14 @@ def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGene
 
 def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int) -> Cost:
     """Return the cost of lens_softmax_grad for a chunk: read once from memory (two more passes hit the cache), written once, with its map."""
-    per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // MAP_WIDTH)
+    per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // constants.MAP_WIDTH)
     return Cost(0, 0, rows * per_row + tokens * vocab * 4)
 
 
 def lens_backward(rows: int, vocab: int, depth: int, weight: int, gradient_bytes: int, generation: GpuGeneration) -> Cost:
     """Return the cost of g U without skipped tiles."""
     block = tuning.matmul_block(rows, generation)
-    products = up(rows, block) // 8 * (up(depth, TILE_IDS) // 8) * (up(vocab, MAP_WIDTH) // 8)
+    products = up(rows, block) // 8 * (up(depth, constants.TILE_IDS) // 8) * (up(vocab, constants.MAP_WIDTH) // 8)
     return Cost(products, 0, rows * (vocab * gradient_bytes + 4 * depth) + weight)
 
 

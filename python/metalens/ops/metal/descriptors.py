@@ -6,14 +6,9 @@ from functools import cache
 
 import mlx.core as mx
 
+from metalens.ops.metal import constants
 from metalens.ops.metal.formats import ELEMENTS, Format
 from metalens.ops.metal.kernel import Argument, Kernel
-from metalens.ops.metal.source import constant
-
-MERGE_ROWS = constant("common.h", "SIMDS")  # rows of a threadgroup of lens_stats_merge: one for each simdgroup
-NORM_ROWS = constant("norm_grad.h", "NORM_ROWS")  # rows of a threadgroup of norm_grad
-GRAD_THREADS = constant("lens_softmax_grad.h", "GRAD_THREADS")  # threads of a threadgroup of lens_softmax_grad
-MAP_WIDTH = constant("common.h", "MAP_WIDTH")  # ids that share one entry of lens_softmax_grad's map
 
 # The factor of the gradient of the logits, so that half holds it: |q - p| <= 1, and 2^-39 is still a number.
 GRAD_SCALE = {mx.float32: 1.0, mx.float16: 2.0**15}
@@ -120,7 +115,7 @@ def lens_softmax_grad(gradient: mx.Dtype) -> Kernel:
         _buffers(chunk="float", model="float", lse_model="float", problem="int"),
         _buffers(gradient=element, tile_absmax="float", row_l1="float", kl="float", lse="float", entropy="float"),
         shared="metalens::GRAD_SIMDS",
-        threads=GRAD_THREADS,
+        threads=constants.GRAD_THREADS,
     )
 
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 
 from metalens import _extension
-from metalens.ops.metal import tuning
-from metalens.ops.metal.source import constant, inlined
-
-THREADS = constant("common.h", "THREADS")  # threads of a threadgroup that multiplies tiles
+from metalens.ops.metal import constants, tuning
+from metalens.ops.metal.source import inlined
 
 # mx.fast.metal_kernel binds inputs of fewer elements to `constant` memory; the functions take `device` pointers.
 FEWEST = 8
@@ -65,7 +63,7 @@ class Kernel:
     outputs: tuple[Argument, ...]
     shared: str = ""
     groups: bool = False
-    threads: int = THREADS
+    threads: int = field(default_factory=lambda: constants.THREADS)
 
     @property
     def name(self) -> str:

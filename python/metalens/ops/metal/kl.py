@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metalens.ops.head import Head
-from metalens.ops.metal import descriptors, tuning
+from metalens.ops.metal import constants, descriptors, tuning
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.matmul import linear
@@ -110,7 +110,7 @@ def _softmax_grad(chunk: mx.array, z_model: mx.array, lse_model: mx.array, head:
         descriptors.lens_softmax_grad(dtype),
         [chunk, z_model, lse_model.astype(mx.float32), mx.array(pack("lens_softmax_grad.h", "SoftmaxGradProblem", problem))],
         (rows, 1, 1),
-        [(rows, width), (rows, -(-width // descriptors.MAP_WIDTH)), *[(rows,)] * 4],
+        [(rows, width), (rows, -(-width // constants.MAP_WIDTH)), *[(rows,)] * 4],
         [dtype, *[mx.float32] * 5],
         reuse=[0 if dtype == mx.float32 else -1, *[-1] * 5],
     )
@@ -122,8 +122,8 @@ def _backward(gradient: _Gradient, head: Head, skip: bool) -> mx.array:
     (rows, width), dtype, depth = gradient.values.shape, gradient.values.dtype, head.weight.shape[1]
     gpu = tuning.device()
     block = tuning.matmul_block(rows, gpu.generation)
-    row_blocks, column_blocks = -(-rows // block), -(-depth // tuning.TILE_IDS)
-    ids_per_split, splits = tuning.split_vocab(head.tokens, descriptors.MAP_WIDTH, row_blocks * column_blocks, gpu)
+    row_blocks, column_blocks = -(-rows // block), -(-depth // constants.TILE_IDS)
+    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.MAP_WIDTH, row_blocks * column_blocks, gpu)
     problem = {
         "rows": rows,
         "width": width,

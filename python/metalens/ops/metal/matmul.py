@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.ops.metal import descriptors, tuning
+from metalens.ops.metal import constants, descriptors, tuning
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.source import pack
@@ -33,7 +33,7 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
             mx.zeros(8) if bias is None else bias.astype(mx.float32),
             mx.array(pack("linear.h", "LinearProblem", problem)),
         ],
-        (-(-rows // block), -(-columns // tuning.TILE_IDS), 1),
+        (-(-rows // block), -(-columns // constants.TILE_IDS), 1),
         [(rows, columns)],
         [mx.float32],
     )

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metalens.ops.head import Head
-from metalens.ops.metal import descriptors, tuning
+from metalens.ops.metal import constants, descriptors, tuning
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import Kernel, launch
-from metalens.ops.metal.source import constant, pack
+from metalens.ops.metal.source import pack
 from metalens.ops.weight import FLOATS
 
-LARGEST_K = tuning.LANES  # the top k lie across the lanes of a simdgroup
-FIELDS = constant("stats_rows.h", "FIELDS")  # floats in the state of a row
-SIMDS = constant("common.h", "SIMDS")  # simdgroups of a threadgroup
+LARGEST_K = 32  # the top k lie across the lanes of a simdgroup
 
 
 def lens_stats(
@@ -86,11 +84,11 @@ def _plan(n: mx.array, head: Head, with_model: bool, rounded: bool) -> _Plan:
     blocks = tuning.blocks(layers, tokens, with_model, gpu.generation)
     if blocks.is_vector:  # each simdgroup takes a split
         kernel = descriptors.lens_stats_vector(n.dtype, weight_format, blocks.rows)
-        ids_per_split, splits = tuning.split_vocab(head.tokens, tuning.IDS_PER_STEP, blocks.count, gpu)
-        groups = -(-splits // SIMDS)
-        return _Plan(kernel, layers, tokens, blocks, ids_per_split, groups * SIMDS, groups)
+        ids_per_split, splits = tuning.split_vocab(head.tokens, constants.IDS_PER_STEP, blocks.count, gpu)
+        groups = -(-splits // constants.SIMDS)
+        return _Plan(kernel, layers, tokens, blocks, ids_per_split, groups * constants.SIMDS, groups)
     kernel = descriptors.lens_stats(n.dtype, weight_format, blocks.rows, rounded)
-    ids_per_split, splits = tuning.split_vocab(head.tokens, tuning.TILE_IDS, blocks.count, gpu)
+    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.TILE_IDS, blocks.count, gpu)
     return _Plan(kernel, layers, tokens, blocks, ids_per_split, splits, splits)
 
 
@@ -134,7 +132,7 @@ def _states(plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.
         plan.kernel,
         [n, n_model, *arrays(head.weight), bias, labels, problem],
         (plan.blocks.count, plan.groups, 1),
-        [(*slots, FIELDS), slots, (*slots, k), (*slots, k)],
+        [(*slots, constants.FIELDS), slots, (*slots, k), (*slots, k)],
         [mx.float32, mx.int32, mx.float32, mx.int32],
     )
 
@@ -152,7 +150,7 @@ def _merged(states: list[mx.array], labels: mx.array, problem: mx.array, shape: 
     outputs = launch(
         descriptors.lens_stats_merge(),
         [*states, labels, problem],
-        (-(-layers * tokens // descriptors.MERGE_ROWS), 1, 1),
+        (-(-layers * tokens // constants.SIMDS), 1, 1),  # one row for each simdgroup
         [(*shape, k) if name in ("top_ids", "top_logits") else shape for name in names],
         [_TYPES.get(name, mx.float32) for name in names],
     )

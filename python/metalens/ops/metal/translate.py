@@ -12,7 +12,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.metal import descriptors
+from metalens.ops.metal import constants, descriptors
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.matmul import linear
 from metalens.ops.metal.source import pack
@@ -56,7 +56,7 @@ def _norm_grad(y: mx.array, dn: mx.array, norm: Norm) -> tuple[mx.array, mx.arra
     assert norm.kind is not None
     problem = {"rows": rows, "depth": depth, "kind": KINDS[norm.kind], "with_gain": int(norm.weight is not None), "eps": norm.eps}
     gain = mx.zeros(8) if norm.weight is None else norm.weight.astype(mx.float32)
-    blocks = -(-rows // descriptors.NORM_ROWS)
+    blocks = -(-rows // constants.NORM_ROWS)
     dy, db = launch(
         descriptors.norm_grad(),
         [y, gain, dn.astype(mx.float32), mx.array(pack("norm_grad.h", "NormGradProblem", problem))],

@@ -26,13 +26,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from metalens.ops.metal.source import constant
-
-LANES = constant("common.h", "LANES")
-TILE_IDS = constant("tile.h", "TILE_IDS")
-TILE_DEPTH = constant("tile.h", "TILE_DEPTH")
-IDS_PER_STEP = constant("lens_stats_vector.h", "IDS_PER_STEP")
-VECTOR_ROWS = tuple(rows for rows in (1, 2, 4, 8) if rows * IDS_PER_STEP <= LANES)  # rows of a block of lens_stats_vector
+VECTOR_ROWS = (1, 2, 4, 8)  # rows of a block of lens_stats_vector: with the four ids of a step, eight rows fill a simdgroup
 GROUPS_PER_CORE = 4
 DISPATCH_SECONDS = 0.1
 
