@@ -1,4 +1,4 @@
-// What every kernel shares: names, and the two functions of small numbers that Metal's library lacks.
+// Common parts of all kernels: constants, and functions of small numbers that Metal's library lacks.
 #pragma once
 
 #include <metal_simdgroup_matrix>
@@ -10,22 +10,22 @@ using namespace metal;
 
 namespace metalens {
 
-// Lanes of a simdgroup, and simdgroups of every threadgroup that multiplies tiles: 128 threads keep well below the limit of any pipeline.
+// Lanes of a simdgroup, and simdgroups of a threadgroup that multiplies tiles. 128 threads are well below the limit of any pipeline.
 constexpr constant int LANES = 32;
 constexpr constant int SIMDS = 4;
 constexpr constant int THREADS = LANES * SIMDS;
 
-// Weights are read eight values at a time: in every format they fill whole bytes, and share one scale.
+// Weights are read eight values at a time. In every format, eight values fill whole bytes and share one scale.
 constexpr constant int UNIT = 8;
 
-// Columns of the vocabulary that share one entry of the map of negligible tiles.
+// Ids of the vocabulary that share one entry of the map of negligible tiles.
 constexpr constant int MAP_WIDTH = 32;
 
 constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-// exp(t) - 1 - t >= 0, with a small relative error for every t: the part of a KL divergence that one token adds.
+// exp(t) - 1 - t >= 0, with a small relative error for every t: the term of a KL divergence for one token.
 METAL_FUNC float exp_beyond_linear(float t) {
   if (abs(t) >= 1.0f) {
     return precise::exp(t) - 1.0f - t;
@@ -48,7 +48,7 @@ METAL_FUNC float exp_minus_one(float t) {
   return abs(t) >= 1.0f ? precise::exp(t) - 1.0f : t + exp_beyond_linear(t);
 }
 
-// log(1 + t) for t > -1. The rounding of 1 + t is undone by the factor behind it.
+// log(1 + t) for t > -1. The factor t / (u - 1) undoes the rounding of u = 1 + t.
 METAL_FUNC float log_one_plus(float t) {
   const float u = 1.0f + t;
   return u == 1.0f ? t : u > 3.0e38f ? precise::log(t) : precise::log(u) * (t / (u - 1.0f));

@@ -1,15 +1,15 @@
-// lens_softmax_grad: from a chunk of logits to q - p, with the KL divergence, the log-sum-exp and the entropy of every row.
+// lens_softmax_grad: turn a chunk of logits into q - p, with the KL divergence, the log-sum-exp and the entropy of every row.
 //
-// The delta form (design of csrc/cpu/lens_kl.h): for a linear head the chunk holds the differences d = z - z* themselves, which a matrix product of
-// n - n* gives with errors relative to the difference. With a softcap it holds products of n, and d is what remains of two capped logits. With the
+// This is the delta form (see csrc/cpu/lens_kl.h). For a linear head the chunk holds the differences d = z - z*: a matrix product of n - n* gives
+// them with errors relative to the difference. With a softcap the chunk holds products of n, and d is the difference of two capped logits. With the
 // model's log-probability lp = z* - lse*, p = exp(lp) and any shift c,
 //   S = sum exp(lp + d - c) - 1      KL = log(1 + S) + c - sum p d      q - p = (p (exp(d - c) - 1) - S p) / (1 + S)
-// and for c = sum p d the terms of S are p (exp(t) - 1 - t), t = d - c: none is negative, so a small KL is as exact as a large one.
-// Where d is far above its mean somewhere, exp(d - c) would overflow; there c is taken larger.
+// For c = sum p d the terms of S are p (exp(t) - 1 - t) with t = d - c. None is negative, so a small KL is as exact as a large one. If some d is far
+// above the mean, exp(d - c) would overflow; such a row takes a larger c.
 //
-// A threadgroup of 256 threads for each row, three passes: the mean and the largest of d; S and the entropy; q - p. The gradient may overwrite the
-// chunk: each thread reads an element before it writes it. Beside it goes a map: the largest |q - p| of every 32 ids, and their sum over the row, by
-// which lens_pullback leaves out tiles that would not change the gradient.
+// Each row has a threadgroup of 256 threads and takes three passes: the mean of d and the largest lp + d; S and the entropy; q - p. The gradient may
+// overwrite the chunk, because each thread reads an element before it writes it. The kernel also writes a map with the largest |q - p| of every 32
+// ids, and the sum of |q - p| of every row. With them lens_backward skips tiles that would not change the gradient.
 #pragma once
 
 #include "head.h"
@@ -20,16 +20,16 @@ constexpr constant int GRAD_SIMDS = 8;
 constexpr constant int GRAD_THREADS = GRAD_SIMDS * LANES;
 
 struct SoftmaxGradProblem {
-  int rows;    // of the chunk
+  int rows;    // rows of the chunk
   int tokens;  // row r belongs to token r mod tokens
   int width;   // V: logits of a row, padding included
   int vocab;   // ids below it are tokens
   int is_delta;
-  float softcap;    // 0: none
-  float magnifier;  // of the gradient: a power of two that keeps it within a half's range
+  float softcap;     // 0: none
+  float grad_scale;  // factor of the gradient: a power of two that keeps it within the range of half
 };
 
-// The sum over the threadgroup, in a fixed order; every thread has it. `slots` is a float for each simdgroup.
+// The sum over the threadgroup, in a fixed order, in every thread. `slots` holds a float for each simdgroup.
 METAL_FUNC float threadgroup_sum(float mine, threadgroup float* slots, uint simd, uint lane) {
   const float of_simd = simd_sum(mine);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the slots' last values have been read
@@ -58,7 +58,7 @@ METAL_FUNC float threadgroup_max(float mine, threadgroup float* slots, uint simd
   return largest;
 }
 
-// One token of one row.
+// One token of one row, lens against model.
 struct Compared {
   float log_p;
   float p;
@@ -75,12 +75,12 @@ METAL_FUNC Compared compare(const device SoftmaxGradProblem& problem, float chun
   one.d = problem.is_delta != 0 ? chunk : z - z_model;
   one.slope = problem.is_delta != 0 ? 1.0f : softcap_slope(z, problem.softcap);
   if (one.log_p == -INFINITY && one.d != one.d) {
-    one.d = 0.0f;  // ruled out in both: -inf - -inf
+    one.d = 0.0f;  // both rule the token out: -inf - -inf
   }
   return one;
 }
 
-// p exp(t) - p; where p underflows but q does not, exp(t) alone would overflow.
+// p exp(t) - p. If p underflows but q does not, exp(t) alone would overflow.
 METAL_FUNC float raised(Compared one, float t) {
   return abs(t) < 1.0f ? one.p * exp_minus_one(t) : precise::exp(one.log_p + t) - one.p;
 }
@@ -91,12 +91,12 @@ METAL_FUNC void lens_softmax_grad(
     const device float* model,      // [tokens, V] products of n*, without softcap
     const device float* lse_model,  // [tokens]
     const device int* problem_words,
-    device G* gradient,     // [rows, V] magnifier * (q - p) * slope; may be the chunk itself
-    device float* largest,  // [rows, ceil(V / 32)] max |q - p| of 32 ids
-    device float* mass,     // [rows] sum |q - p|
-    device float* kl,       // [rows]
-    device float* lse,      // [rows]
-    device float* entropy,  // [rows]
+    device G* gradient,         // [rows, V] grad_scale * (q - p) * slope; may be the chunk itself
+    device float* tile_absmax,  // [rows, ceil(V / 32)] max |q - p| of 32 ids
+    device float* row_l1,       // [rows] sum |q - p|
+    device float* kl,           // [rows]
+    device float* lse,          // [rows]
+    device float* entropy,      // [rows]
     threadgroup float* slots,
     uint3 group,
     uint simd,
@@ -135,7 +135,7 @@ METAL_FUNC void lens_softmax_grad(
     const float e = raise + one.p;
     of_q += e > 0.0f ? e * (one.log_p + t) : 0.0f;
   }
-  // The linear parts that were left out add up to sum p (d - shift), which is zero unless the shift was raised.
+  // The omitted linear terms add up to sum p (d - shift) = mean - shift, which is zero unless the shift was raised.
   const float s = threadgroup_sum(beyond, slots, simd, lane) + (mean - shift);
   const float of_row = threadgroup_sum(of_q, slots, simd, lane);
   const float log_total = log_one_plus(s);
@@ -151,17 +151,17 @@ METAL_FUNC void lens_softmax_grad(
       g = isnan(mean) ? mean : g;
     }
     if (v < problem.width) {
-      gradient[first + v] = G(g * problem.magnifier);
+      gradient[first + v] = G(g * problem.grad_scale);
     }
     sum += abs(g);
-    const float most = simd_max(isnan(g) ? INFINITY : abs(g));
+    const float absmax = simd_max(isnan(g) ? INFINITY : abs(g));
     if (lane == 0) {
-      largest[long(row) * ((problem.width + MAP_WIDTH - 1) / MAP_WIDTH) + base / MAP_WIDTH] = most;
+      tile_absmax[long(row) * ((problem.width + MAP_WIDTH - 1) / MAP_WIDTH) + base / MAP_WIDTH] = absmax;
     }
   }
   sum = threadgroup_sum(sum, slots, simd, lane);
   if (me == 0) {
-    mass[row] = sum;
+    row_l1[row] = sum;
     kl[row] = shift - mean + log_total;
     lse[row] = lse_of_model + shift + log_total;
     entropy[row] = log_total - of_row / (1.0f + s);

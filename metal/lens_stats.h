@@ -1,12 +1,12 @@
-// lens_stats: U n and everything that is asked of the logits in one kernel. No logit is written.
+// lens_stats: the product U n and all statistics of its logits in one kernel. No logit is written.
 //
-// A threadgroup takes a block of rows past one share of the vocabulary, a tile of BN ids at a time: multiply, then each simdgroup reads its quarter
-// of the tile's rows, 32 ids at a time with one id in each lane, and adds them to what it keeps of the row: the running softmax, the comparison with
-// the model, the top k, the number of tokens above the label. Lane i keeps the state of the simdgroup's i-th row; the top k lie across the lanes.
-// lens_stats_merge adds up the shares.
+// A threadgroup computes a block of rows over one split of the vocabulary, a tile of BN ids at a time. After each product, every simdgroup reads its
+// quarter of the tile's rows, 32 ids at a time with one id in each lane, and updates the state of each row: the running softmax, the comparison with
+// the model, the top k, and the number of tokens above the label. Lane i holds the state of the simdgroup's i-th row; the top k lie across the lanes.
+// lens_stats_merge then merges the splits.
 //
-// The label's own logit is needed before tokens above it can be counted. A first tile, whose columns are the labels of the block's rows, gives it on
-// its diagonal, computed exactly as the tiles of the vocabulary compute it.
+// Tokens above the label can be counted only once the label's own logit is known. So the first tile has as columns the labels of the block's rows.
+// Its diagonal gives those logits, computed exactly as in the tiles of the vocabulary.
 #pragma once
 
 #include "stats_rows.h"
@@ -46,7 +46,7 @@ METAL_FUNC void lens_stats(
   rows.n_model = n_model;
   rows.block = block;
 
-  // Of the row whose state this lane keeps: the slot to compare it with, itself for none; -1 if there is no such row.
+  // The slot of the row with which this lane's row is compared; its own slot if there is no model, -1 if the lane has no row.
   const Slot slot = slot_at(problem, block, first_slot + min(int(lane), mine - 1));
   const int my_partner = !slot.used ? -1 : problem.with_model != 0 ? slot.model : first_slot + int(lane);
 
@@ -72,8 +72,8 @@ METAL_FUNC void lens_stats(
     }
   }
 
-  const int begin = int(group.y) * problem.share;
-  const int end = min(begin + problem.share, problem.vocab);
+  const int begin = int(group.y) * problem.ids_per_split;
+  const int end = min(begin + problem.ids_per_split, problem.vocab);
   for (int base = begin; base < end; base += Tiles::BN) {
     PlainColumns columns;
     columns.first = base;
@@ -88,7 +88,7 @@ METAL_FUNC void lens_stats(
       for (int i = 0; i < mine; ++i) {
         const int partner = simd_shuffle(my_partner, ushort(i));
         if (partner < 0) {
-          continue;  // in all lanes
+          continue;  // all lanes skip this row
         }
         const float z = counts ? logit_of(problem, head_bias, shared[(first_slot + i) * Tiles::PITCH_Z + column], base + column) : -INFINITY;
         RunningSoftmax seen = softmax_of(z, max(simd_max(z), LOWEST));
@@ -97,16 +97,16 @@ METAL_FUNC void lens_stats(
         RunningComparison compared = no_comparison();
         if (partner != first_slot + i) {
           const float z_model = counts ? logit_of(problem, head_bias, shared[partner * Tiles::PITCH_Z + column], base + column) : -INFINITY;
-          const float largest = max(simd_max(z_model), LOWEST);
+          const float top = max(simd_max(z_model), LOWEST);
           if (counts) {
-            compared = comparison_of(z, z_model, largest);
+            compared = comparison_of(z, z_model, top);
           }
-          compared.top = largest;
+          compared.top = top;
           compared.sum = simd_sum(compared.sum);
           compared.mean = simd_sum(compared.mean);
           compared.raise = simd_sum(compared.raise);
         }
-        const float label_logit = simd_shuffle(state.label_logit, ushort(i));  // by all lanes, so not behind `counts &&`
+        const float label_logit = simd_shuffle(state.label_logit, ushort(i));  // in all lanes, so not behind `counts &&`
         const int higher = simd_sum(counts && z > label_logit ? 1 : 0);
         if (int(lane) == i) {
           seen_of_mine = seen;

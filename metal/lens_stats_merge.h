@@ -1,20 +1,20 @@
-// Adds up what the shares of the vocabulary left of each row, in a fixed order, and states the results. A simdgroup for each lens row.
+// lens_stats_merge: merge the states of all splits of the vocabulary, in a fixed order, and write the results. Each lens row has a simdgroup.
 #pragma once
 
 #include "stats_rows.h"
 
 namespace metalens {
 
-// The best of all splits in a row's list. Lists are sorted: the first entry that is not taken ends its list.
+// Merge the top lists of all splits of a row. Each list is sorted, so the first entry that does not enter the result ends its list.
 METAL_FUNC TopList
 merged_top(const device StatsProblem& problem, const device float* top_logits, const device int* top_ids, long row_of_split, int k, uint lane) {
-  const long pitch = long(problem.blocks) * problem.block_rows;  // rows of a split
+  const long pitch = long(problem.blocks) * problem.block_rows;  // rows per split
   TopList list = empty_list();
   for (int first = 0; first < problem.splits; first += LANES) {
     const int split = first + int(lane);
     bool open = split < problem.splits;
-    for (int place = 0; place < k; ++place) {
-      const long entry = (split * pitch + row_of_split) * problem.k + place;
+    for (int index = 0; index < k; ++index) {
+      const long entry = (split * pitch + row_of_split) * problem.k + index;
       const float logit = open ? top_logits[entry] : -INFINITY;
       const int id = open ? top_ids[entry] : NO_ID;
       const float last = simd_shuffle(list.logit, ushort(k - 1));
@@ -36,7 +36,7 @@ METAL_FUNC void lens_stats_merge(
     const device int* top_ids,       // [splits, blocks, block_rows, k]
     const device int* labels,        // [label_tokens]
     const device int* problem_words,
-    device float* out_lse,  // [L, N], as all that have no other shape
+    device float* out_lse,  // [L, N], as are all outputs without a shape here
     device float* out_entropy,
     device float* out_max_probability,
     device int* out_top_ids,       // [L, N, k]
@@ -51,7 +51,7 @@ METAL_FUNC void lens_stats_merge(
   const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
   const int out = int(group.x) * SIMDS + int(simd);
   if (out >= problem.layers * problem.tokens) {
-    return;  // the whole simdgroup; there are no barriers
+    return;  // the whole simdgroup returns; the kernel has no barriers
   }
   const int layer = out / problem.tokens;
   const int token = out % problem.tokens;
@@ -74,7 +74,7 @@ METAL_FUNC void lens_stats_merge(
 
   const float total = lse(state.lens);
   if (int(lane) < problem.k) {
-    // Of a row with NaN nothing can be named; the ids are at least some token's.
+    // A row with NaN has no top tokens; the ids written for it are valid tokens at least.
     out_top_ids[long(out) * problem.k + lane] = isnan(total) ? int(lane) : top.id;
     out_top_logits[long(out) * problem.k + lane] = isnan(total) ? NAN : top.logit;
   }

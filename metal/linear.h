@@ -1,4 +1,4 @@
-// linear: y = scale * (x W^T + bias), accumulated in float32 and rounded once: the logits of a chunk, and the translators.
+// linear: y = scale * (x W^T + bias), accumulated in float32 and rounded once. It computes the logits of a chunk, and translators.
 #pragma once
 
 #include "tile.h"

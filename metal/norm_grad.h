@@ -1,10 +1,10 @@
-// norm_grad: the way back through the final norm, with the sums that the translator's bias needs.
+// norm_grad: the gradient through the final norm, with the sums for the gradient of the translator's bias.
 //
 // n = norm(y): RMSNorm n = g y r with r = 1 / sqrt(mean y^2 + eps), or LayerNorm n = g (y - mean y) r + bias. With v = g dn,
 //   RMSNorm    dy = r (v - y r^2 mean(y v))
 //   LayerNorm  dy = r (v - mean v - x mean(x v)),  x = (y - mean y) r
-// A threadgroup takes NORM_ROWS rows: first each simdgroup finds r and the means of its rows, then all threads go down the columns, so that dy is
-// written once and db = sum dy of the block comes out on the way. Blocks are added by the caller, in order.
+// A threadgroup takes NORM_ROWS rows. First each simdgroup computes r and the means of its rows. Then all threads walk down the columns, which writes
+// dy once and gives db = sum dy of the block on the way. The caller adds the blocks in order.
 #pragma once
 
 #include "common.h"
@@ -39,7 +39,7 @@ METAL_FUNC void norm_grad(
   const int first = int(group.x) * NORM_ROWS;
   const int count = min(NORM_ROWS, problem.rows - first);
 
-  // Of each row: mean y, r, mean v, and mean (x v) r, which is also right for an RMSNorm with mean y and mean v taken as 0.
+  // For each row: mean y, r, mean v, and mean (x v) r. The same formula serves RMSNorm, with mean y and mean v taken as 0.
   threadgroup float* centers = shared;
   threadgroup float* scales = shared + NORM_ROWS;
   threadgroup float* means = shared + 2 * NORM_ROWS;

@@ -1,7 +1,7 @@
-// The running softmax of a row, and the comparison of two: what is kept of logits that are never written.
+// The running softmax of a row and the running comparison of two rows: the state that stands for logits that are never written.
 //
-// Sums are relative to the largest logit so far and are scaled down when a larger one comes. A sum is started at the smallest finite number instead
-// of -inf: exp(-inf - -inf) would be NaN.
+// Sums are relative to the largest logit so far, and are rescaled when a larger one comes. The first reference is the lowest finite number instead of
+// -inf, because exp(-inf - -inf) would be NaN.
 #pragma once
 
 #include "common.h"
@@ -17,12 +17,12 @@ struct RunningSoftmax {
   float weighted;  // sum of exp(z - top) (z - top)
 };
 
-// KL(p || q) of a row with logits z against one with logits z*, d = z - z*: log(sum q) - mean of d under p.
+// KL(p || q) of the lens's row, logits z, against the model's, logits z*, with d = z - z*: log(sum exp z / sum exp z*) - mean of d under p.
 struct RunningComparison {
   float top;    // largest z*
   float sum;    // of exp(z* - top)
   float mean;   // sum of exp(z* - top) d
-  float raise;  // sum of exp(z - top) - exp(z* - top), which is small where the rows agree
+  float raise;  // sum of exp(z - top) - exp(z* - top), which is small if the rows agree
 };
 
 METAL_FUNC RunningSoftmax no_softmax() {
@@ -42,12 +42,12 @@ METAL_FUNC RunningComparison no_comparison() {
   return none;
 }
 
-// The softmax of one logit that is at most `top`.
+// The state of one logit z <= top.
 METAL_FUNC RunningSoftmax softmax_of(float z, float top) {
   RunningSoftmax one;
   one.top = top;
   one.sum = precise::exp(z - top);
-  one.weighted = one.sum > 0.0f ? one.sum * (z - top) : 0.0f;  // exp(-inf) times -inf is nothing
+  one.weighted = one.sum > 0.0f ? one.sum * (z - top) : 0.0f;  // 0, not NaN, for z = -inf
   if (isnan(z)) {
     one.sum = z;
   }
@@ -59,7 +59,7 @@ METAL_FUNC RunningComparison comparison_of(float z, float z_model, float top) {
   one.top = top;
   one.sum = precise::exp(z_model - top);
   const float d = z - z_model;
-  // A token that the model rules out adds nothing to the mean; to the sum of the lens it adds all that it has.
+  // A token that the model rules out adds nothing to the mean, but its whole weight to the lens's sum.
   one.mean = one.sum > 0.0f ? one.sum * d : 0.0f;
   one.raise = abs(d) < 1.0f ? one.sum * exp_minus_one(d) : precise::exp(z - top) - one.sum;
   if (isnan(z) || isnan(z_model)) {
@@ -91,7 +91,7 @@ METAL_FUNC RunningComparison merged(RunningComparison a, RunningComparison b) {
   return both;
 }
 
-// Over the lanes whose numbers differ in the bits from `first` to below `last`, in a fixed order: each of them has the result.
+// Merge over the lanes whose numbers differ only in the bits from `first` to below `last`, in a fixed order. Each of these lanes has the result.
 template <ushort first = 1, ushort last = LANES>
 METAL_FUNC RunningSoftmax simd_merged(RunningSoftmax mine) {
   RunningSoftmax all = mine;
@@ -129,7 +129,7 @@ METAL_FUNC float entropy(RunningSoftmax row) {
   return row.sum == 0.0f ? NAN : precise::log(row.sum) - row.weighted / row.sum;
 }
 
-// Where the rows nearly agree both terms are small, and so is their rounding. Where they do not, `raise` may have overflowed on the way.
+// If the rows nearly agree, both terms are small, and so are their rounding errors. If not, `raise` may have overflowed on the way.
 METAL_FUNC float kl_divergence(RunningComparison row, RunningSoftmax lens) {
   const float mean = row.mean / row.sum;
   const float difference = lse(lens) - (row.top + precise::log(row.sum));

@@ -1,13 +1,14 @@
-// What the kernels behind lens_stats share: which rows a threadgroup takes, and what is kept of each.
+// Common parts of the lens_stats kernels: which rows a threadgroup takes, and the state of a row.
 //
-// Rows come in a stream: of each token first the model's own row, if there is one, then its lens rows. Blocks cut the stream into pieces. The model's
-// row must lie in the same block as the lens rows that are compared with it: one dequantized tile of U then serves them all, and any head is compared
-// exactly, softcap or not. So where a cut goes through a token, the model's row is repeated at the start of the next block:
+// The rows of all tokens form one sequence: for each token the model's own row, if there is one, then its lens rows. Blocks divide the sequence. The
+// model's row must lie in the same block as the lens rows that are compared with it: then one dequantized tile of U serves them all, and the
+// comparison is exact for any head, with or without a softcap. If a block boundary divides the rows of a token, the next block starts with a repeat
+// of the model's row:
 //
-//   stream   n*0 n00 n10 n20 | n*1 n01 n11 n21 | n*2 ...            three layers; n21 is layer 2 of token 1
-//   blocks   [ n*0 | n*0 n00 n10 n20 n*1 n01 n11 ]  [ n*1 | n21 n*2 ... ]      eight slots, the first of them reserved for a repeated row
+//   sequence   n*0 n00 n10 n20 | n*1 n01 n11 n21 | n*2 ...            three layers; n21 is layer 2 of token 1
+//   blocks     [ n*0 | n*0 n00 n10 n20 n*1 n01 n11 ]  [ n*1 | n21 n*2 ... ]      eight slots, the first of them for the repeated row
 //
-// A block of B rows thus has room for B - 1 rows of the stream, or for B if there is only one block and nothing to repeat.
+// So a block of B slots holds B - 1 rows of the sequence, or B rows if there is only one block and nothing to repeat.
 #pragma once
 
 #include "head.h"
@@ -17,12 +18,12 @@
 namespace metalens {
 
 struct StatsProblem {
-  int layers;    // L
-  int tokens;    // N; without a model all L N rows count as tokens of one layer
-  int depth;     // D
-  int vocab;     // ids below it are tokens
-  int reserved;  // slots at the start of a block for a repeated row of the model: 0 or 1
-  int share;     // ids per split: a whole number of tiles (of steps, for few rows)
+  int layers;         // L
+  int tokens;         // N; without a model all L N rows count as tokens of one layer
+  int depth;          // D
+  int vocab;          // ids below it are tokens
+  int repeat_slots;   // slots at the start of a block for a repeated row of the model: 0 or 1
+  int ids_per_split;  // whole tiles or, for lens_stats_vector, whole steps
   int k;
   int with_model;
   int label_tokens;  // token t has label t mod label_tokens; 0: there are no labels
@@ -34,10 +35,10 @@ struct StatsProblem {
   float softcap;  // 0: none
 };
 
-// What a split leaves behind of one row.
+// Floats in the state of a row, which every split writes.
 constexpr constant int FIELDS = 8;
 
-// A row's place: in the stream, and in its block.
+// A row of the sequence, and the slots of its block that belong to it.
 struct Slot {
   int token;
   int layer;  // -1: the model's own row
@@ -47,25 +48,25 @@ struct Slot {
 
 METAL_FUNC Slot slot_at(const device StatsProblem& problem, int block, int i) {
   const int of_token = problem.layers + problem.with_model;
-  const int first = block * (problem.block_rows - problem.reserved);  // of the block, in the stream
-  const int place = first + max(i - problem.reserved, 0);
+  const int first = block * (problem.block_rows - problem.repeat_slots);  // the block's first row in the sequence
+  const int position = first + max(i - problem.repeat_slots, 0);
   Slot slot;
-  slot.token = place / of_token;
-  slot.layer = place % of_token - problem.with_model;
-  slot.model = max(i - place % of_token, 0);
+  slot.token = position / of_token;
+  slot.layer = position % of_token - problem.with_model;
+  slot.model = max(i - position % of_token, 0);
   slot.used = slot.token < problem.tokens;
-  if (i < problem.reserved) {
+  if (i < problem.repeat_slots) {
     slot.layer = -1;
     slot.model = i;
   }
   return slot;
 }
 
-// Where a row of the stream lies among the slots of all blocks.
+// The slot of a row of the sequence, counted over all blocks.
 METAL_FUNC long slot_of(const device StatsProblem& problem, int token, int of_token) {
-  const int place = token * (problem.layers + problem.with_model) + of_token;
-  const int room = problem.block_rows - problem.reserved;
-  return long(place / room) * problem.block_rows + problem.reserved + place % room;
+  const int position = token * (problem.layers + problem.with_model) + of_token;
+  const int room = problem.block_rows - problem.repeat_slots;
+  return long(position / room) * problem.block_rows + problem.repeat_slots + position % room;
 }
 
 METAL_FUNC int label_at(const device StatsProblem& problem, const device int* labels, Slot slot) {
@@ -116,7 +117,7 @@ METAL_FUNC int id(thread const LabelColumns& columns, int j) {
   return j < columns.problem->block_rows ? label_at(*columns.problem, columns.labels, slot_at(*columns.problem, columns.block, j)) : -1;
 }
 
-// What is kept of one row, besides its top k.
+// The state of one row, apart from its top k.
 struct RowState {
   RunningSoftmax lens;
   RunningComparison model;

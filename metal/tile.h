@@ -1,4 +1,4 @@
-// The tile product that the kernels are built on: Z [BM, BN] = X [BM, D] W [BN, D]^T, in the threadgroup's memory.
+// The tile product that the kernels are built on: Z [BM, BN] = X [BM, D] W [BN, D]^T, in threadgroup memory.
 //
 //                     BK
 //            W  +-----------+        128 threads read BM rows of X and BN rows of W, BK columns at a time, widen or dequantize them to Operand, and
@@ -14,13 +14,17 @@
 
 namespace metalens {
 
-template <int BM_, int BN_, int BK_, typename Operand_>
+// The width of a tile of Z (ids, if W is the head), and the columns of X and W that a step multiplies.
+constexpr constant int TILE_IDS = 64;
+constexpr constant int TILE_DEPTH = 32;
+
+template <int BM_, typename Operand_>
 struct Tile {
   using Operand = Operand_;
   static constexpr constant int BM = BM_;
-  static constexpr constant int BN = BN_;
-  static constexpr constant int BK = BK_;
-  // 16 bytes more than a row needs, so that a column's elements lie in different banks.
+  static constexpr constant int BN = TILE_IDS;
+  static constexpr constant int BK = TILE_DEPTH;
+  // A row has 16 spare bytes, so that the elements of a column lie in different banks.
   static constexpr constant int PITCH = BK + 16 / int(sizeof(Operand));
   static constexpr constant int PITCH_Z = BN + 4;
   // Matrices per simdgroup.
@@ -32,7 +36,7 @@ struct Tile {
   static_assert(BM % 8 == 0 && BN % (8 * SIMDS) == 0 && BK % UNIT == 0, "tiles are made of 8 x 8 matrices, a whole number for each simdgroup");
 };
 
-// A unit of a row of X, as floats; zeros for no row and beyond its end.
+// Load a unit of a row of X as floats; zeros if there is no row, and beyond its end.
 template <typename T>
 METAL_FUNC void load_row_unit(const device T* row, int column, int columns, thread float* unit) {
   METALENS_UNROLL
@@ -49,7 +53,7 @@ METAL_FUNC void store_unit(thread const float* unit, threadgroup Operand* to) {
   }
 }
 
-// A unit of a row of W, as floats; zeros for no row and beyond its end.
+// Load a unit of a row of W as floats; zeros if there is no row, and beyond its end.
 template <typename Format>
 METAL_FUNC void load_weight_unit(
     const device typename Format::Values* values,
@@ -69,7 +73,7 @@ METAL_FUNC void load_weight_unit(
   }
 }
 
-// What one simdgroup adds up of a tile: all BM rows by its BN / 4 columns.
+// The sums of one simdgroup: all BM rows of the tile by its BN / 4 columns.
 template <typename T>
 struct Accumulators {
   simdgroup_matrix<float, 8, 8> at[T::ROWS][T::COLUMNS];
@@ -86,7 +90,7 @@ METAL_FUNC void clear(thread Accumulators<T>& acc) {
   }
 }
 
-// acc += A [BM, BK] B [BK, BN], where B lies in memory as it is, or transposed as [BN, BK].
+// acc += A [BM, BK] B [BK, BN]. B lies in memory as [BK, BN] or, if `transposed`, as [BN, BK].
 template <typename T, bool transposed, int pitch_b>
 METAL_FUNC void multiply(thread Accumulators<T>& acc, const threadgroup typename T::Operand* a, const threadgroup typename T::Operand* b, uint simd) {
   METALENS_UNROLL
@@ -109,7 +113,7 @@ METAL_FUNC void multiply(thread Accumulators<T>& acc, const threadgroup typename
   }
 }
 
-// Puts Z [BM, BN] in the operands' place, once all have been read; then any thread may read it.
+// Store Z [BM, BN] over the operands, once all threads have read those. After it any thread may read Z.
 template <typename T>
 METAL_FUNC void put_tile(thread Accumulators<T>& acc, threadgroup float* shared, uint simd) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -123,7 +127,7 @@ METAL_FUNC void put_tile(thread Accumulators<T>& acc, threadgroup float* shared,
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Z = X W^T, in `shared`. `rows` and `columns` say what the tile's rows and columns are:
+// Compute Z = X W^T in `shared`. `rows` and `columns` define the rows and columns of the tile:
 //   row(rows, i): the i-th row of X, or nullptr;   id(columns, j): the j-th row of W, or -1.
 template <typename T, typename Format, typename Rows, typename Columns>
 METAL_FUNC void tile_product(
@@ -136,22 +140,22 @@ METAL_FUNC void tile_product(
     threadgroup float* shared,
     uint simd,
     uint lane) {
-  constexpr int units = T::BK / UNIT;  // of a row
-  constexpr int x_share = ceil_div(T::BM * units, THREADS);
-  constexpr int w_share = ceil_div(T::BN * units, THREADS);
+  constexpr int units = T::BK / UNIT;  // units per row
+  constexpr int x_loads = ceil_div(T::BM * units, THREADS);
+  constexpr int w_loads = ceil_div(T::BN * units, THREADS);
   threadgroup typename T::Operand* xs = reinterpret_cast<threadgroup typename T::Operand*>(shared);
   threadgroup typename T::Operand* ws = xs + T::BM * T::PITCH;
   const int me = int(simd) * LANES + int(lane);
 
-  const device typename Rows::Element* my_rows[x_share];
-  int my_ids[w_share];
+  const device typename Rows::Element* my_rows[x_loads];
+  int my_ids[w_loads];
   METALENS_UNROLL
-  for (int s = 0; s < x_share; ++s) {
+  for (int s = 0; s < x_loads; ++s) {
     const int i = (me + s * THREADS) / units;
     my_rows[s] = i < T::BM ? row(rows, i) : nullptr;
   }
   METALENS_UNROLL
-  for (int s = 0; s < w_share; ++s) {
+  for (int s = 0; s < w_loads; ++s) {
     const int j = (me + s * THREADS) / units;
     my_ids[s] = j < T::BN ? id(columns, j) : -1;
   }
@@ -162,7 +166,7 @@ METAL_FUNC void tile_product(
   for (int k = 0; k < depth; k += T::BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's Z, or the last operands, have been read
     METALENS_UNROLL
-    for (int s = 0; s < x_share; ++s) {
+    for (int s = 0; s < x_loads; ++s) {
       const int u = me + s * THREADS;
       if (u < T::BM * units) {
         load_row_unit(my_rows[s], k + u % units * UNIT, depth, unit);
@@ -170,7 +174,7 @@ METAL_FUNC void tile_product(
       }
     }
     METALENS_UNROLL
-    for (int s = 0; s < w_share; ++s) {
+    for (int s = 0; s < w_loads; ++s) {
       const int u = me + s * THREADS;
       if (u < T::BN * units) {
         load_weight_unit<Format>(values, scales, biases, my_ids[s], k + u % units * UNIT, depth, unit);
@@ -183,7 +187,7 @@ METAL_FUNC void tile_product(
   put_tile(acc, shared, simd);
 }
 
-// BM rows of one matrix, from `first` on.
+// Consecutive rows of one matrix X, from `first` on.
 template <typename T>
 struct PlainRows {
   using Element = T;

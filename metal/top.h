@@ -1,4 +1,4 @@
-// The k <= 32 largest logits of a row, one in each lane of a simdgroup, by falling logit and rising id.
+// The k <= 32 largest logits of a row, one in each lane of a simdgroup, in order of falling logit and rising id.
 #pragma once
 
 #include "common.h"
@@ -23,21 +23,21 @@ METAL_FUNC bool precedes(float logit, int id, float other, int other_id) {
   return logit > other || (logit == other && id < other_id);
 }
 
-// Puts a candidate, the same in every lane, in its place. The last entry falls out.
+// Insert a candidate, the same in every lane, at its position. The last entry drops out.
 METAL_FUNC void insert(thread TopList& list, float logit, int id, uint lane) {
-  const uint place = simd_sum(precedes(list.logit, list.id, logit, id) ? 1u : 0u);
+  const uint position = simd_sum(precedes(list.logit, list.id, logit, id) ? 1u : 0u);
   const float above = simd_shuffle_up(list.logit, 1);
   const int above_id = simd_shuffle_up(list.id, 1);
-  if (lane > place) {
+  if (lane > position) {
     list.logit = above;
     list.id = above_id;
-  } else if (lane == place) {
+  } else if (lane == position) {
     list.logit = logit;
     list.id = id;
   }
 }
 
-// Offers one candidate of each lane; id NO_ID is none. Once the list is settled hardly any candidate passes the first test.
+// Offer one candidate from each lane; id NO_ID means no candidate. Once the list has settled, hardly any candidate passes the first test.
 METAL_FUNC void offer(thread TopList& list, float logit, int id, int k, uint lane) {
   bool open = id != NO_ID;
   for (;;) {

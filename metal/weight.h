@@ -1,21 +1,21 @@
 // The formats of a weight W [rows, columns]: dense, and MLX's quantized ones, where a group of columns shares a scale (and a bias).
 //
-// Eight values that start at a multiple of eight columns fill exactly `bits` bytes, in every format: the unit in which W is read. A format says how a
-// row is packed (Values, Scales, Biases are the types of its arrays; formats without scales or biases are handed some other array that they ignore)
-// and turns one unit into floats. Offsets are 64-bit: 8 bits, 8192 columns and 262208 rows are more than 2^31 bytes.
+// W is read in units: eight values from a multiple of eight columns on, which fill exactly `bits` bytes in every format. A format defines how a row
+// is packed and converts one unit to floats. Values, Scales and Biases are the types of its arrays; a format without scales or biases gets another
+// array, which it ignores. Offsets are 64-bit: 8 bits, 8192 columns and 262208 rows are more than 2^31 bytes.
 #pragma once
 
 #include "common.h"
 
 namespace metalens {
 
-// The codes 0 .. 3 of a unit, packed from bit 0 of `low` on, and its codes 4 .. 7, of `high`.
+// Codes 0 to 3 of a unit, packed from bit 0 of `low` on, and codes 4 to 7, from bit 0 of `high` on.
 struct Codes {
   uint low;
   uint high;
 };
 
-// Four values take (bits + 1) / 2 bytes at most; those of odd bits begin in the middle of a byte the second time.
+// Four codes span at most (bits + 1) / 2 bytes. With odd bits, the second four begin in the middle of a byte.
 template <int bits>
 METAL_FUNC uint four_codes(const device uchar* unit, int half_of_unit) {
   const device uchar* first = unit + half_of_unit * bits / 2;
@@ -88,7 +88,7 @@ struct Affine {
   }
 };
 
-// A sign, four bits of exponent and three of mantissa, read as a half whose exponent is biased by 8 more.
+// A sign, four bits of exponent and three of mantissa: read as a half, whose exponent has a bias larger by 8.
 struct E4M3 {
   static METAL_FUNC float value(uint code) {
     const float magnitude = float(as_type<half>(ushort((code & 127u) << 7))) * 256.0f;
@@ -104,14 +104,14 @@ struct E2M1 {
   }
 };
 
-// A power of two from 2^-127, kept in a float: 16 bits would not hold it.
+// A power of two from 2^-127 on, kept in a float because 16 bits cannot hold it.
 struct E8M0 {
   static METAL_FUNC float value(uint code) {
     return as_type<float>(code == 0u ? 0x00400000u : code << 23);
   }
 };
 
-// Small floats, with an 8-bit float as the scale of each group.
+// Small floats. The scale of each group is an 8-bit float.
 template <int bits, int group, typename Element, typename Scale>
 struct ScaledFloats {
   using Values = uint;

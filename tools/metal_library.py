@@ -1,4 +1,4 @@
-"""Writes the .metal files of the ahead-of-time library, and the list of kernels in them: what CMake compiles where there is a Metal compiler."""
+"""Write the .metal files of the ahead-of-time library and the list of their kernels. CMake compiles them if there is a Metal compiler."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SOURCES = Path(__file__).resolve().parent.parent / "python"
 
 
 def main() -> None:
-    """Into the folder --out: one file per format of weights, and kernels.json."""
+    """Write one file per format of weights, and kernels.json, into the folder --out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out: Path = parser.parse_args().out
-    # A build has mlx and numpy, and nothing else: the descriptors need no more.
+    # A build environment has only mlx and numpy, which is all that the descriptors need.
     sys.path.insert(0, str(SOURCES))
     from metalens.ops.metal import library
 

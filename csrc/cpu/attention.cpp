@@ -4,19 +4,20 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/block_product.h"
 #include "cpu/softmax.h"
 #include "cpu/thread_pool.h"
 
 namespace metalens::cpu {
 namespace {
 
-constexpr int64_t kQueries = 64;  // of a task, of every head that shares its keys
+constexpr int64_t kQueries = 64;  // queries of a task, from each head that shares its keys
 
 Matrix dense(const float* values, int64_t rows, int64_t cols) {
   return {rows, cols, Element::f32, Format::dense, 0, 0, values, nullptr, nullptr};
 }
 
-// Queries [first, first + count) of all heads that share one head of keys.
+// Queries [first, first + count) of all the heads that share one head of keys.
 class Task {
  public:
   Task(const AttentionInput& in, Precision precision, int64_t batch, int64_t kv_head, int64_t first, int64_t count)
@@ -30,7 +31,7 @@ class Task {
         values_(dense(in.v + (batch * in.kv_heads + kv_head) * in.keys * in.d_value, in.keys, in.d_value)),
         product_(keys_, values_, precision),
         x_(rows_ * in.d),
-        logits_(rows_ * kVocabularyBlock),
+        logits_(rows_ * kKeyBlock),
         sums_(rows_ * in.d_value),
         softmax_(rows_, kEmptySoftmax) {
     for (int64_t r = 0; r < rows_; ++r) {
@@ -43,11 +44,11 @@ class Task {
 
   void run() {
     const int64_t last = in_.causal ? std::min(in_.keys, visible(rows_ - 1)) : in_.keys;
-    for (int64_t first = 0; first < last; first += kVocabularyBlock) {
-      const int64_t width = std::min(kVocabularyBlock, last - first);
+    for (int64_t first = 0; first < last; first += kKeyBlock) {
+      const int64_t width = std::min(kKeyBlock, last - first);
       product_.forward(first, width, logits_.data());
       for (int64_t r = 0; r < rows_; ++r) {
-        float* z = logits_.data() + r * kVocabularyBlock;
+        float* z = logits_.data() + r * kKeyBlock;
         if (in_.mask) kernels().transform(z, in_.mask + (first_ + r % count_) * in_.keys + first, width, 1, 0);
         if (in_.causal) std::fill(z + std::clamp<int64_t>(visible(r) - first, 0, width), z + width, -std::numeric_limits<float>::infinity());
         const float shrink = kernels().softmax_add(z, first, width, softmax_[r], z);
@@ -65,12 +66,12 @@ class Task {
   }
 
  private:
-  // Where row r lies among all queries of all heads.
+  // The index of row r among all queries of all heads.
   int64_t query(int64_t r) const {
     return (head_ + r / count_) * in_.queries + first_ + r % count_;
   }
 
-  // How many keys row r sees; the last query sees all.
+  // The number of keys that row r sees; the last query sees all.
   int64_t visible(int64_t r) const {
     return first_ + r % count_ + in_.keys - in_.queries + 1;
   }
@@ -92,7 +93,7 @@ class Task {
 void attention(const AttentionInput& in, Precision precision, float* out) {
   const int64_t blocks = (in.queries + kQueries - 1) / kQueries;
   parallel_for(in.batch * in.kv_heads * blocks, [&](int64_t i) {
-    // The last queries see the most keys: they go first, so that no thread is left with them at the end.
+    // The last queries see the most keys. They go first, so that no thread is left alone with them at the end.
     const int64_t first = (blocks - 1 - i % blocks) * kQueries, head = i / blocks;
     Task task(in, precision, head / in.kv_heads, head % in.kv_heads, first, std::min(kQueries, in.queries - first));
     task.run();

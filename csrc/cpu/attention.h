@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/product.h"
+#include "cpu/precision.h"
 
 namespace metalens::cpu {
 

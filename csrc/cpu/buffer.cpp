@@ -15,14 +15,14 @@ struct Block {
   std::size_t bytes;
 };
 
-// Blocks that no buffer uses now, oldest first.
+// The blocks that no buffer uses now, oldest first.
 class Spare {
  public:
   ~Spare() {
     for (const Block& block : blocks_) ::operator delete[](block.memory, kAlignment);
   }
 
-  // A block of exactly this size: a task's buffers have the sizes of the task before.
+  // A block of exactly this size, or null. A task's buffers have the same sizes as those of the task before it.
   std::byte* take(std::size_t bytes) {
     for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
       if (block->bytes != bytes) continue;

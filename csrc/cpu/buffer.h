@@ -1,4 +1,4 @@
-// Memory for kernels: aligned to a cache line, not initialized, and kept for the next call of the same thread.
+// Memory for kernels: aligned to a cache line, not initialized, and kept for the thread's next call.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 namespace metalens::cpu {
 
-// At least this many bytes. What is given back is kept by the thread, up to a few megabytes: fresh pages would be cleared by the system one fault at
-// a time, which cost a twelfth of an operation on a small model.
+// Take at least `bytes` bytes, or give them back. The thread keeps what is given back, up to a few megabytes: the system would clear fresh pages one
+// fault at a time, which took a twelfth of the time of an operation on a small model.
 std::byte* take_memory(std::size_t bytes);
 void give_memory(std::byte* memory, std::size_t bytes);
 

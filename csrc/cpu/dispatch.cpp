@@ -1,4 +1,4 @@
-// Chooses the kernels of one instruction set, once per process.
+// Chooses the kernel table of one instruction set, once per process.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -22,19 +22,25 @@
 
 namespace metalens::cpu {
 
+// Each table is defined in isa/<name>.cpp.
+#define METALENS_DECLARE_TABLE(isa) \
+  namespace isa {                   \
+  extern const KernelTable table;   \
+  }
+
 #if defined(__aarch64__)
-extern const KernelTable neon_kernels;
-extern const KernelTable neonbf16_kernels;
-constexpr const KernelTable& baseline = neon_kernels;
+METALENS_DECLARE_TABLE(neon)
+METALENS_DECLARE_TABLE(neonbf16)
+constexpr const KernelTable& baseline = neon::table;
 #else
-extern const KernelTable portable_kernels;
-constexpr const KernelTable& baseline = portable_kernels;
+METALENS_DECLARE_TABLE(portable)
+constexpr const KernelTable& baseline = portable::table;
 #endif
 #if defined(__x86_64__)
-extern const KernelTable avx2_kernels;
-extern const KernelTable avx512_kernels;
-extern const KernelTable avx512bf16_kernels;
-extern const KernelTable amx_kernels;
+METALENS_DECLARE_TABLE(avx2)
+METALENS_DECLARE_TABLE(avx512)
+METALENS_DECLARE_TABLE(avx512bf16)
+METALENS_DECLARE_TABLE(amx)
 #endif
 
 namespace {
@@ -58,21 +64,21 @@ bool has_bf16_dot() {
 
 #if defined(__x86_64__)
 
-// Not every compiler knows this one by name.
+// Not every compiler's __builtin_cpu_supports knows f16c.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kF16c = 1u << 29;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & kF16c);
 }
 
-// Whether the CPU has AMX with bfloat16 and the system lets this process use it, which Linux does for those that ask. Threads started later may, too.
+// Whether the CPU has AMX with bfloat16 and the system lets this process use it. Linux permits it on request, also for threads started later.
 bool amx_permitted() {
 #if defined(__linux__)
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kOsxsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kOsxsave)) return false;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
-  // The system keeps the tiles' configuration (bit 17) and data (18) when it switches tasks.
+  // The system saves the tiles' configuration (bit 17) and data (bit 18) when it switches tasks.
   constexpr unsigned kTileStates = 3u << 17;
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -89,19 +95,19 @@ bool amx_permitted() {
 std::vector<const KernelTable*> available() {
   std::vector<const KernelTable*> tables{&baseline};
 #if defined(__aarch64__)
-  if (has_bf16_dot()) tables.push_back(&neonbf16_kernels);
+  if (has_bf16_dot()) tables.push_back(&neonbf16::table);
 #endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    tables.push_back(&avx2_kernels);
+    tables.push_back(&avx2::table);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      tables.push_back(&avx512_kernels);
+      tables.push_back(&avx512::table);
       if (__builtin_cpu_supports("avx512bf16")) {
-        tables.push_back(&avx512bf16_kernels);
+        tables.push_back(&avx512bf16::table);
         static const bool amx = amx_permitted();
-        if (amx) tables.push_back(&amx_kernels);
+        if (amx) tables.push_back(&amx::table);
       }
     }
   }

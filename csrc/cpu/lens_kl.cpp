@@ -6,26 +6,27 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/shares.h"
+#include "cpu/split_vocab.h"
 #include "cpu/token_block.h"
 
 namespace metalens::cpu {
 namespace {
 
-// One pass is the rule, two with a softcap; the others find the scale of rows that overflowed. More would mean a row that is not finite.
+// Usually there is one pass, with a softcap two. Further passes find the scale of rows that overflowed; a row that needs more than these is not
+// finite.
 constexpr int kMaxPasses = 5;
 
 constexpr DeltaSums kEmptyDelta{0, 0, 0, -std::numeric_limits<float>::infinity()};
 
-// Of two equal expressions, the one that does not cancel: near the model the terms are tiny and all positive, far from it S is large.
+// The KL. Of two equal expressions, take the one that does not cancel: near the model the terms are tiny and all positive, far from it S is large.
 double divergence(const DeltaSums& s) {
   return s.excess < 0.5 ? s.curvature + (std::log1p(s.excess) - s.excess) : std::log1p(s.excess) - s.linear;
 }
 
-// What a pass over the vocabulary needs to know of a block's rows, and what it may change for another pass.
+// The state of a block's rows that a pass over the vocabulary reads, and that may change for another pass.
 struct Pass {
   TokenBlock block;
-  std::vector<float> shift;  // c of every lens row, layer by layer
+  std::vector<float> shift;  // c for every lens row, layer by layer
   bool gradient;             // false: only the sums
 };
 
@@ -137,12 +138,12 @@ std::vector<float> mean_differences(const Head& head, const LensKLInput& in, Tok
   return shift;
 }
 
-// Whether e may have overflowed under this shift; a row with NaN or infinities in it has no better shift.
+// Whether e may have overflowed with this shift. For a row that holds NaN or infinities no shift is better.
 bool overflows(const DeltaSums& s) {
   return s.excess > 1e30 && std::isfinite(s.top);
 }
 
-// Prepare the pass that must follow the one that gave these sums, if any. `exact`: the gradient needs S = 1, to rounding.
+// Prepare the pass that must follow the one that gave these sums, and return whether there is one. `exact`: the gradient needs S = 1, up to rounding.
 bool prepare_next(Pass& pass, const std::vector<DeltaSums>& sums, bool exact, bool want_gradient) {
   bool settled = true;
   for (size_t r = 0; r < sums.size(); ++r) {
@@ -150,7 +151,7 @@ bool prepare_next(Pass& pass, const std::vector<DeltaSums>& sums, bool exact, bo
       pass.shift[r] += sums[r].top;
       settled = false;
     } else if (exact && 1 + sums[r].excess <= 0.1 && std::isfinite(sums[r].linear)) {
-      pass.shift[r] += float(sums[r].linear);  // S is lost in rounding: go back to Jensen's bound, where S is at least 1
+      pass.shift[r] += float(sums[r].linear);  // rounding has lost S: go back to Jensen's bound, where S is at least 1
       settled = false;
     }
   }
@@ -172,7 +173,7 @@ void lens_kl(const Head& head, const LensKLInput& in, Precision precision, float
   }
   for (int round = 0; !passes.empty(); ++round) {
     std::vector<char> again(passes.size());
-    run_shared<Task>(
+    run_split<Task>(
         int64_t(passes.size()), head.vocab, [&](int64_t i) { return std::make_unique<Task>(head, in, precision, passes[i]); },
         [&](int64_t i, const Task& task) {
           again[i] = round < kMaxPasses && prepare_next(passes[i], task.sums(), exact, dn != nullptr);

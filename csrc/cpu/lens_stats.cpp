@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/shares.h"
 #include "cpu/softmax.h"
+#include "cpu/split_vocab.h"
 #include "cpu/token_block.h"
 
 namespace metalens::cpu {
@@ -24,8 +24,8 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-// The k largest logits of a row, in a heap with the least of them in front. A block without a logit above that one, which is nearly every block,
-// costs one comparison of vectors.
+// The k largest logits of a row, in a heap with the smallest of them in front. Nearly every block has no logit above that one, and then costs one
+// comparison of vectors.
 class TopK {
  public:
   explicit TopK(int64_t k) : k_(k) {
@@ -59,7 +59,7 @@ class TopK {
   }
 
   void add(Candidate c) {
-    if (std::isnan(c.logit)) return;  // of a row that will be NaN altogether
+    if (std::isnan(c.logit)) return;  // the whole row will be NaN
     if (full()) {
       if (!better(c, heap_.front())) return;
       std::pop_heap(heap_.begin(), heap_.end(), better);
@@ -74,7 +74,7 @@ class TopK {
   std::vector<Candidate> heap_;
 };
 
-// One row over one share of the vocabulary.
+// One row over one split of the vocabulary.
 struct Row {
   explicit Row(int64_t k) : top(k) {
   }
@@ -129,11 +129,11 @@ class Task {
     }
   }
 
-  // Take in what another task found in its share of the vocabulary.
+  // Add the results of another task, for another split of the vocabulary.
   void merge(const Task& other) {
     for (int64_t t = 0; in_.n_model && t < block_.tokens; ++t) {
       const int64_t model = lens_rows_ + t;
-      const auto [mine, theirs] = shares(rows_[model].softmax, other.rows_[model].softmax);
+      const auto [mine, theirs] = rescaling(rows_[model].softmax, other.rows_[model].softmax);
       for (int64_t r = t; r < lens_rows_; r += block_.tokens) rows_[r].cross = mine * rows_[r].cross + theirs * other.rows_[r].cross;
     }
     for (size_t r = 0; r < rows_.size(); ++r) {
@@ -202,7 +202,7 @@ class Task {
 void lens_stats(const Head& head, const LensStatsInput& in, Precision precision, const LensStatsOutput& out) {
   if (in.layers == 0 || in.tokens == 0) return;
   const TokenBlocks blocks(in.layers, in.tokens);
-  run_shared<Task>(
+  run_split<Task>(
       blocks.size(), head.vocab, [&](int64_t i) { return std::make_unique<Task>(head, in, precision, blocks[i]); },
       [&](int64_t, Task& task) { task.write(out); });
 }

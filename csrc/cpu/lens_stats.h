@@ -1,13 +1,14 @@
-// What rows of logits say, without the logits ever being stored: one pass over the vocabulary.
+// Statistics of rows of logits, in one pass over the vocabulary that never stores the logits.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/product.h"
+#include "cpu/head.h"
+#include "cpu/precision.h"
 
 namespace metalens::cpu {
 
-// Rows of `layers` layers for `tokens` tokens. A row is NaN in every float where its logits are.
+// The rows of `layers` layers for `tokens` tokens. A row whose logits hold NaN is NaN in every float of the output.
 struct LensStatsInput {
   int64_t layers;
   int64_t tokens;
@@ -17,8 +18,8 @@ struct LensStatsInput {
   int64_t k;              // 1 <= k <= vocab
 };
 
-// All [layers, tokens]; top_* [layers, tokens, k] by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank labels; else
-// null.
+// Arrays [layers, tokens]; top_* are [layers, tokens, k], by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank need
+// labels; without them they are null.
 struct LensStatsOutput {
   float* lse;
   float* entropy;

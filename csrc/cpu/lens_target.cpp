@@ -1,16 +1,17 @@
+#include "cpu/lens_target.h"
+
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "cpu/lens_kl.h"
-#include "cpu/shares.h"
 #include "cpu/softmax.h"
+#include "cpu/split_vocab.h"
 #include "cpu/token_block.h"
 
 namespace metalens::cpu {
 namespace {
 
-// A block of tokens over a share of the vocabulary: softmax and, relative to the largest logit so far, the weighted sum of U's rows.
+// A block of tokens over a split of the vocabulary: the softmax and, relative to the largest logit so far, the weighted sum of U's rows.
 class Task {
  public:
   Task(const Head& head, const float* n_model, Precision precision, TokenBlock block, bool with_mean)
@@ -42,7 +43,7 @@ class Task {
 
   void merge(const Task& other) {
     for (int64_t t = 0; t < block_.tokens; ++t) {
-      const auto [mine, theirs] = shares(softmax_[t], other.softmax_[t]);
+      const auto [mine, theirs] = rescaling(softmax_[t], other.softmax_[t]);
       softmax_[t] = merged(softmax_[t], other.softmax_[t]);
       if (!with_mean_) continue;
       scale(t, float(mine));
@@ -82,7 +83,7 @@ class Task {
 void lens_target(const Head& head, const float* n_model, int64_t tokens, Precision precision, const LensTargetOutput& out) {
   if (tokens == 0) return;
   const TokenBlocks blocks(1, tokens);
-  run_shared<Task>(
+  run_split<Task>(
       blocks.size(), head.vocab, [&](int64_t i) { return std::make_unique<Task>(head, n_model, precision, blocks[i], out.mean != nullptr); },
       [&](int64_t, Task& task) { task.write(out); });
 }

@@ -1,4 +1,4 @@
-// A softmax put together from its parts: what SoftmaxSums mean.
+// What SoftmaxSums mean, and how the sums of two parts of a row are merged.
 #pragma once
 
 #include <cmath>
@@ -15,23 +15,23 @@ inline double log_sum(const SoftmaxSums& s) {
   return s.top + std::log(s.sum);
 }
 
-// Of the distribution, in nats.
+// The entropy of the distribution, in nats.
 inline double entropy(const SoftmaxSums& s) {
   return std::log(s.sum) - s.moment / s.sum;
 }
 
-// By how much the weights of two parts shrink when both are taken relative to the larger top.
-inline std::pair<double, double> shares(const SoftmaxSums& a, const SoftmaxSums& b) {
+// The factors by which the weights of two parts shrink when both are taken relative to the larger top.
+inline std::pair<double, double> rescaling(const SoftmaxSums& a, const SoftmaxSums& b) {
   if (a.top == b.top) return {1, 1};
   return a.top > b.top ? std::pair(1.0, std::exp(double(b.top) - a.top)) : std::pair(std::exp(double(a.top) - b.top), 1.0);
 }
 
-// `b` holds later ids than `a`.
+// The sums of both parts; `b` holds later ids than `a`.
 inline SoftmaxSums merged(const SoftmaxSums& a, const SoftmaxSums& b) {
-  const auto [of_a, of_b] = shares(a, b);
+  const auto [of_a, of_b] = rescaling(a, b);
   const SoftmaxSums& larger = b.top > a.top ? b : a;
-  const auto moved = [&](const SoftmaxSums& s, double share) {
-    return share == 0 || s.sum == 0 ? 0.0 : share * (s.moment + (double(s.top) - larger.top) * s.sum);
+  const auto moved = [&](const SoftmaxSums& s, double factor) {
+    return factor == 0 || s.sum == 0 ? 0.0 : factor * (s.moment + (double(s.top) - larger.top) * s.sum);
   };
   return {larger.top, larger.best, of_a * a.sum + of_b * b.sum, moved(a, of_a) + moved(b, of_b)};
 }

@@ -40,8 +40,8 @@ int configured_threads() {
   return int(n);
 }
 
-// Return when something has happened, or after a while. To wake a sleeping thread takes longer than many a product of two small matrices, and these
-// come one soon after the other. Whoever else wants the core gets it.
+// Return when happened() is true, or after 200 microseconds. Waking a sleeping thread takes longer than a product of two small matrices, and such
+// products come in quick succession. The loop yields, so other threads get the core if they want it.
 template <typename Happened>
 void wait_a_little(const Happened& happened) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
@@ -117,12 +117,12 @@ class Pool {
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<int> active_{0};  // workers that are at the current tasks
+  std::atomic<int> active_{0};  // workers that run the current tasks
   std::atomic<uint64_t> round_{0};
   std::exception_ptr error_;
 };
 
-// Never destroyed: workers sleep in it until the process ends, and a forked child must not join threads that it does not have.
+// The pool, which is never destroyed: workers sleep in it until the process ends, and a forked child must not join threads that it does not have.
 Pool& pool() {
   static std::mutex creation;
   static std::atomic<Pool*> current{nullptr};

@@ -1,12 +1,14 @@
-// How rows are cut into tasks: the rows of all layers for some tokens go together, so that what the model says of a token is computed once for all.
+// How rows are divided into tasks. The rows of all layers for a block of tokens go together, so that the model's own logits are computed once per
+// token.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/product.h"
-
 namespace metalens::cpu {
+
+// Rows of a task: every weight of U that is unpacked serves all of them.
+constexpr int64_t kRowBlock = 256;
 
 struct TokenBlock {
   int64_t first;

@@ -9,7 +9,7 @@
 namespace metalens::cpu {
 namespace {
 
-// Calls f(row) for all rows, in runs long enough to be worth a thread's while.
+// Call f(row) for all rows, in runs long enough to occupy a thread.
 template <typename F>
 void for_rows(int64_t rows, int64_t d, const F& f) {
   const int64_t run = std::max<int64_t>(1, 65536 / std::max<int64_t>(d, 1));

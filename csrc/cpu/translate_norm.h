@@ -3,11 +3,12 @@
 
 #include <cstdint>
 
-#include "cpu/product.h"
+#include "cpu/kernels.h"
+#include "cpu/precision.h"
 
 namespace metalens::cpu {
 
-// RMSNorm, or LayerNorm with `center`; none at all without `enabled`.
+// RMSNorm or, with `center`, LayerNorm; the identity without `enabled`.
 struct Norm {
   bool enabled;
   bool center;
@@ -20,7 +21,7 @@ struct Norm {
 void translate_norm(
     const float* h, int64_t rows, int64_t d, const Matrix* w, const float* b, const Norm& norm, Precision precision, float* y, float* n);
 
-// dy [rows, D] from dn, with the moments of the rows y taken anew.
+// dy [rows, D] from dn; computes the moments of the rows y anew.
 void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, float* dy);
 
 }  // namespace metalens::cpu

@@ -16,9 +16,10 @@
 namespace metalens {
 namespace {
 
-// Metal numbers the buffers of a function 0 to 30.
+// Metal numbers the buffers of a function from 0 to 30.
 constexpr size_t kMostBuffers = 31;
-// A view keeps its whole buffer alive: one with more than this many bytes besides its own is not taken over. MLX's own operations draw the same line.
+// A view keeps its whole buffer alive. A buffer with more spare bytes than this is not reused for an output. MLX's own operations have the same
+// limit.
 constexpr size_t kMostSpareBytes = 16384;
 
 struct Size {
@@ -43,14 +44,15 @@ std::ostream& operator<<(std::ostream& out, const Size& size) {
   return out << "(" << size.x << ", " << size.y << ", " << size.z << ")";
 }
 
-// MLX has a function of this name too, which finds libmlx and is not exported: this one must be compiled into the extension to find that.
+// The folder of the extension. MLX has a function of this name too, which finds libmlx and is not exported; this one finds the library that it is
+// compiled into.
 std::filesystem::path current_binary_dir() {
   Dl_info info;
   if (!dladdr(reinterpret_cast<void*>(&current_binary_dir), &info)) throw std::runtime_error("[metalens] the extension cannot find its own file.");
   return std::filesystem::path(info.dli_fname).parent_path();
 }
 
-// MLX keeps the library and every pipeline it made: after the first call of a kernel this is two look-ups.
+// The pipeline of a kernel. MLX keeps the library and every pipeline, so after the first call of a kernel this is two look-ups.
 MTL::ComputePipelineState* pipeline(const std::string& kernel) {
   const auto path = metal_library();
   if (path.empty()) {
@@ -70,7 +72,7 @@ MTL::ComputePipelineState* pipeline(const std::string& kernel) {
   }
 }
 
-// Row-contiguous as it stands. An array that is yet to be computed has no layout to ask for, and one that mx.compile traces has no data.
+// Whether x is known to be row-contiguous. An array that is not computed yet has no known layout, and one that mx.compile traces has no data.
 bool known_as_rows(const mx::array& x) {
   return x.status() != mx::array::Status::unscheduled && x.data_shared_ptr() && x.flags().row_contiguous;
 }
@@ -97,7 +99,7 @@ class MetalKernel : public mx::Primitive {
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    // What can fail comes before anything is encoded.
+    // Everything that can fail comes before the first encoded command.
     auto* state = pipeline(kernel_);
     for (const auto& input : inputs) {
       if (!input.flags().row_contiguous) throw std::runtime_error("[metalens] an input of the kernel '" + kernel_ + "' is not row-contiguous.");
@@ -126,7 +128,7 @@ class MetalKernel : public mx::Primitive {
            threadgroup_ == o.threadgroup_ && reuse_ == o.reuse_;
   }
 
-  // Asked for by mx.compile(shapeless=True) alone, whose graph may be run on other shapes: the grid and the outputs here would be wrong ones.
+  // Only mx.compile(shapeless=True) calls this. It may run the graph on other shapes, for which this grid and these outputs would be wrong.
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (inputs[i].shape() != input_shapes_[i]) {
@@ -202,7 +204,7 @@ std::vector<mx::array> launch_metal(
   if (group.x < 1 || group.y < 1 || group.z < 1) {
     reject("the grid and the threadgroup of '", kernel, "' must be positive, not ", threads, " and ", Size(threadgroup), ".");
   }
-  // Here too, not only where it runs: what is wrong is said where the call stands.
+  // Checked here, not only when the kernel runs, so that the error arises at the call.
   if (const size_t most = pipeline(kernel)->maxTotalThreadsPerThreadgroup(); group.volume() > most) {
     reject(
         "a threadgroup of '", kernel, "' has ", group.volume(), " threads, ", group, "; this GPU runs it with no more than ", most,

@@ -1,5 +1,5 @@
-// Kernels compiled ahead of time, from the Metal library that a build with Apple's Metal compiler lays beside the extension. Without one the Python
-// layer compiles the same sources just in time, through mx.fast.metal_kernel.
+// Launches kernels that were compiled ahead of time. They are in the Metal library that a build with Apple's Metal compiler puts beside the
+// extension. Without a library the Python layer compiles the same sources just in time, through mx.fast.metal_kernel.
 #pragma once
 
 #include <string>
@@ -13,15 +13,15 @@ namespace metalens {
 
 namespace mx = mlx::core;
 
-// The path of metalens.metallib; "" if this build has none or this machine has no Metal.
+// The path of metalens.metallib; "" if this build has no library or this machine has no Metal.
 std::string metal_library();
 
-// The outputs of `kernel`, a function of that library, as arrays of `shapes` and `dtypes`. Its buffers are the inputs, row-contiguous and in order,
-// then the outputs: the signature that mx.fast.metal_kernel generates for a source that names no shapes or strides. `grid` counts threads, not
-// threadgroups; as there, a threadgroup larger than the grid is cut to it. Output i is written over input reuse[i], -1 for none, if nothing else will
-// read that input and an element of both is of one size: the kernel must bear it. Runs on a GPU stream, by default the current one. Not
-// differentiable: the Python layer gives the gradient. Rejects parts that do not fit together; throws std::runtime_error without a library, or if it
-// lacks `kernel`.
+// Run `kernel`, a function of that library, and return its outputs, arrays of `shapes` and `dtypes`. Its buffers are the inputs, row-contiguous and
+// in order, then the outputs: the signature that mx.fast.metal_kernel generates for a source that names no shapes or strides. `grid` counts threads,
+// not threadgroups. As with mx.fast.metal_kernel, a threadgroup larger than the grid is cut to the grid. Output i overwrites input reuse[i] (-1:
+// none) if nothing else will read that input and the elements of both have the same size; the kernel must permit that. Runs on a GPU stream, by
+// default the current one. Not differentiable: the Python layer gives the gradient. Rejects parts that do not fit together. Throws std::runtime_error
+// if there is no library or it lacks `kernel`.
 std::vector<mx::array> launch_metal(
     const std::string& kernel,
     const std::vector<mx::array>& inputs,

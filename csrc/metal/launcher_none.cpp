@@ -1,4 +1,4 @@
-// The launcher of a build against an MLX without Metal.
+// The launcher in a build against an MLX without Metal.
 #include <stdexcept>
 
 #include "metal/launcher.h"

@@ -9,7 +9,7 @@
 namespace metalens {
 namespace {
 
-constexpr int64_t kRun = 16384;  // elements of a task
+constexpr int64_t kRun = 16384;  // elements per task
 
 class SwiGLU : public CpuPrimitive {
  public:

@@ -5,7 +5,7 @@
 
 namespace metalens {
 
-// silu(gate) * x, of equal shapes and one float type, which the result has too; computed in float32. Not differentiable.
+// silu(gate) * x, computed in float32. Both have the same shape and float type, and so has the result. Not differentiable.
 mx::array swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice s = {});
 
 }  // namespace metalens

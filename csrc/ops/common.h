@@ -1,4 +1,4 @@
-// What every operation here needs: errors, element types, streams.
+// Common parts of the operations: errors, element types, streams.
 #pragma once
 
 #include <sstream>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/product.h"
+#include "cpu/precision.h"
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
@@ -17,7 +17,7 @@ namespace metalens {
 
 namespace mx = mlx::core;
 
-// Ends an operation with a ValueError in Python.
+// Throw std::invalid_argument, which becomes a ValueError in Python.
 template <typename... Parts>
 [[noreturn]] void reject(const Parts&... parts) {
   std::ostringstream message;
@@ -34,16 +34,16 @@ inline cpu::Element element_of(mx::Dtype t) {
   return t == mx::float16 ? cpu::Element::f16 : t == mx::bfloat16 ? cpu::Element::bf16 : cpu::Element::f32;
 }
 
-// The CPU stream to run on; rejects a stream of another device.
+// The CPU stream to run on. Rejects a stream of another device.
 mx::Stream cpu_stream(mx::StreamOrDevice s);
 
-// Rejects names other than float32 and bf16.
+// The precision of this name. Rejects names other than float32 and bf16.
 cpu::Precision precision_named(const std::string& name);
 
 // x as a row-contiguous float32 array.
 mx::array as_rows(const mx::array& x, mx::Stream stream);
 
-// Allocate the outputs and run f(inputs, outputs) on the stream's thread, with both kept alive until it is done.
+// Allocate the outputs and run f(inputs, outputs) on the stream's thread. Inputs and outputs stay alive until it is done.
 template <typename F>
 void dispatch(mx::Stream stream, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, F f) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
@@ -60,7 +60,7 @@ void dispatch(mx::Stream stream, const std::vector<mx::array>& inputs, std::vect
   encoder.dispatch([in = std::move(in), out = std::move(out), f = std::move(f)]() mutable { f(in, out); });
 }
 
-// A primitive that runs on the CPU alone.
+// A primitive that runs on the CPU only.
 class CpuPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;

@@ -1,28 +1,61 @@
 #include "ops/head.h"
 
+#include <initializer_list>
 #include <memory>
+#include <utility>
 
 #include "cpu/lens_kl.h"
 #include "cpu/lens_stats.h"
+#include "cpu/lens_target.h"
 #include "mlx/ops.h"
 
 namespace metalens {
 namespace {
 
-// A primitive over rows and a head: inputs are `rows` arrays of rows and labels, then the head's.
+// The inputs of these primitives, without those of the head.
+enum class Slot { n, n_model, labels, lse, mean };
+
+// The slots that a primitive uses, in the order of its inputs. The head's arrays follow them.
+class InputSlots {
+ public:
+  InputSlots(std::initializer_list<std::pair<Slot, bool>> slots) {
+    for (const auto& [slot, used] : slots) {
+      if (used) used_.push_back(slot);
+    }
+  }
+  bool operator==(const InputSlots&) const = default;
+
+  // The data in a slot, or null if the primitive does not use it.
+  template <typename T>
+  const T* data(const std::vector<mx::array>& inputs, Slot slot) const {
+    for (size_t i = 0; i < used_.size(); ++i) {
+      if (used_[i] == slot) return inputs[i].data<T>();
+    }
+    return nullptr;
+  }
+  // The first of the head's arrays.
+  const mx::array* head(const std::vector<mx::array>& inputs) const {
+    return &inputs[used_.size()];
+  }
+
+ private:
+  std::vector<Slot> used_;
+};
+
+// A primitive over rows and a head. Its first input is the rows, n or n_model.
 class HeadPrimitive : public CpuPrimitive {
  public:
-  HeadPrimitive(mx::Stream stream, HeadSpec head, cpu::Precision precision, int rows)
-      : CpuPrimitive(stream), head_(head), precision_(precision), rows_(rows) {
+  HeadPrimitive(mx::Stream stream, HeadSpec head, cpu::Precision precision, InputSlots slots)
+      : CpuPrimitive(stream), head_(head), precision_(precision), slots_(std::move(slots)) {
   }
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const HeadPrimitive&>(other);
-    return head_ == o.head_ && precision_ == o.precision_ && rows_ == o.rows_;
+    return head_ == o.head_ && precision_ == o.precision_ && slots_ == o.slots_;
   }
 
  protected:
-  // vmap over n alone: a mapped axis is only more layers.
+  // The inputs of a call under vmap, which maps n only: a mapped axis is just more layers.
   std::vector<mx::array> as_layers(const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
     for (size_t i = 1; i < axes.size(); ++i) {
       if (axes[i] >= 0) reject("vmap is supported over n alone, not over the model's rows, labels or the head.");
@@ -33,7 +66,7 @@ class HeadPrimitive : public CpuPrimitive {
     return mapped;
   }
 
-  // The outputs of a call with more layers, [B * L, ...], as [B, L, ...].
+  // Reshape the outputs of a call with more layers from [B * L, ...] to [B, L, ...].
   std::pair<std::vector<mx::array>, std::vector<int>> from_layers(const std::vector<mx::array>& outputs, int layers) {
     std::vector<mx::array> split;
     for (const auto& output : outputs) split.push_back(mx::unflatten(output, 0, {-1, layers}, stream()));
@@ -42,17 +75,22 @@ class HeadPrimitive : public CpuPrimitive {
 
   HeadSpec head_;
   cpu::Precision precision_;
-  int rows_;
+  InputSlots slots_;
 };
 
+// The number of layers of n when `axis` of it is mapped.
 int layers_of_mapped(const mx::array& n, int axis) {
   return n.shape(axis == 0 ? 1 : 0);
 }
 
+// Inputs: n [L, N, D], n_model [N, D] and labels [N] if given, the head's. Outputs: see lens_stats in head.h.
 class LensStats : public HeadPrimitive {
  public:
   LensStats(mx::Stream stream, HeadSpec head, cpu::Precision precision, int k, bool with_model, bool with_labels)
-      : HeadPrimitive(stream, head, precision, 1 + with_model + with_labels), k_(k), with_model_(with_model), with_labels_(with_labels) {
+      : HeadPrimitive(stream, head, precision, {{Slot::n, true}, {Slot::n_model, with_model}, {Slot::labels, with_labels}}),
+        k_(k),
+        with_model_(with_model),
+        with_labels_(with_labels) {
   }
 
   std::vector<mx::Dtype> dtypes() const {
@@ -70,14 +108,13 @@ class LensStats : public HeadPrimitive {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, rows = rows_, k = k_, with_model = with_model_](auto& in, auto& out) {
-      const bool with_labels = rows == 2 + int(with_model);
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, slots = slots_, k = k_](auto& in, auto& out) {
       cpu::LensStatsInput input{};
       input.layers = in[0].shape(0);
       input.tokens = in[0].shape(1);
-      input.n = in[0].template data<float>();
-      input.n_model = with_model ? in[1].template data<float>() : nullptr;
-      input.labels = with_labels ? in[rows - 1].template data<int32_t>() : nullptr;
+      input.n = slots.data<float>(in, Slot::n);
+      input.n_model = slots.data<float>(in, Slot::n_model);
+      input.labels = slots.data<int32_t>(in, Slot::labels);
       input.k = k;
       cpu::LensStatsOutput output{};
       output.lse = out[0].template data<float>();
@@ -85,15 +122,15 @@ class LensStats : public HeadPrimitive {
       output.max_probability = out[2].template data<float>();
       output.top_ids = out[3].template data<int32_t>();
       output.top_logits = out[4].template data<float>();
-      if (with_model) {
+      if (input.n_model) {
         output.kl = out[5].template data<float>();
         output.agrees = out[6].template data<bool>();
       }
-      if (with_labels) {
+      if (input.labels) {
         output.nll = out[out.size() - 2].template data<float>();
         output.rank = out[out.size() - 1].template data<int32_t>();
       }
-      cpu::lens_stats(head.head(&in[rows]), input, precision, output);
+      cpu::lens_stats(head.head(slots.head(in)), input, precision, output);
     });
   }
 
@@ -117,10 +154,11 @@ class LensStats : public HeadPrimitive {
   bool with_model_, with_labels_;
 };
 
+// Inputs: n_model [N, D], the head's. Outputs: lse, entropy and, with_mean, the mean.
 class LensTarget : public HeadPrimitive {
  public:
   LensTarget(mx::Stream stream, HeadSpec head, cpu::Precision precision, bool with_mean)
-      : HeadPrimitive(stream, head, precision, 1), with_mean_(with_mean) {
+      : HeadPrimitive(stream, head, precision, {{Slot::n_model, true}}), with_mean_(with_mean) {
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
@@ -131,10 +169,10 @@ class LensTarget : public HeadPrimitive {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_](auto& in, auto& out) {
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, slots = slots_](auto& in, auto& out) {
       float* mean = out.size() > 2 ? out[2].template data<float>() : nullptr;
       cpu::lens_target(
-          head.head(&in[1]), in[0].template data<float>(), in[0].shape(0), precision,
+          head.head(slots.head(in)), slots.data<float>(in, Slot::n_model), in[0].shape(0), precision,
           {out[0].template data<float>(), out[1].template data<float>(), mean});
     });
   }
@@ -151,11 +189,12 @@ class LensTarget : public HeadPrimitive {
   bool with_mean_;
 };
 
-// Inputs: n, n_model, lse, mean if the head is linear, the head. Outputs: kl and, with_gradient, dn.
+// Inputs: n [L, N, D], n_model [N, D], lse [N], mean [N, D] if the head is linear, the head's. Outputs: kl and, with_gradient, dn.
 class LensKL : public HeadPrimitive {
  public:
   LensKL(mx::Stream stream, HeadSpec head, cpu::Precision precision, bool with_gradient)
-      : HeadPrimitive(stream, head, precision, head.softcap ? 3 : 4), with_gradient_(with_gradient) {
+      : HeadPrimitive(stream, head, precision, {{Slot::n, true}, {Slot::n_model, true}, {Slot::lse, true}, {Slot::mean, head.softcap == 0}}),
+        with_gradient_(with_gradient) {
   }
 
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
@@ -165,20 +204,20 @@ class LensKL : public HeadPrimitive {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, rows = rows_](auto& in, auto& out) {
+    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, slots = slots_](auto& in, auto& out) {
       cpu::LensKLInput input{};
       input.layers = in[0].shape(0);
       input.tokens = in[0].shape(1);
-      input.n = in[0].template data<float>();
-      input.n_model = in[1].template data<float>();
-      input.lse = in[2].template data<float>();
-      input.mean = rows == 4 ? in[3].template data<float>() : nullptr;
+      input.n = slots.data<float>(in, Slot::n);
+      input.n_model = slots.data<float>(in, Slot::n_model);
+      input.lse = slots.data<float>(in, Slot::lse);
+      input.mean = slots.data<float>(in, Slot::mean);
       float* dn = out.size() > 1 ? out[1].template data<float>() : nullptr;
-      cpu::lens_kl(head.head(&in[rows]), input, precision, out[0].template data<float>(), dn);
+      cpu::lens_kl(head.head(slots.head(in)), input, precision, out[0].template data<float>(), dn);
     });
   }
 
-  // The gradient was formed in the forward pass: the way back is one multiplication.
+  // The forward pass computed the gradient: the backward pass is one multiplication.
   std::vector<mx::array> vjp(
       const std::vector<mx::array>&,
       const std::vector<mx::array>& cotangents,
@@ -289,7 +328,7 @@ std::vector<mx::array> lens_stats(
     if (labels->shape() != mx::Shape{n.shape(1)} || !mx::issubdtype(labels->dtype(), mx::integer)) {
       reject("labels must be ", mx::Shape{n.shape(1)}, " token ids, not ", labels->dtype(), " ", labels->shape(), ".");
     }
-    // Compared in 64 bits: an id that 32 would wrap is no token either.
+    // Compare in 64 bits: an id that wraps around in 32 bits is no token either.
     const auto ids = mx::astype(*labels, mx::int64, stream);
     const auto known =
         mx::logical_and(mx::greater_equal(ids, mx::array(int64_t(0)), stream), mx::less(ids, mx::array(int64_t(head.spec().vocab)), stream), stream);

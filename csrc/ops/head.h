@@ -1,15 +1,16 @@
-// The operations on rows that go through a model's unembedding. None of them ever holds [rows, V] logits.
+// The operations on rows that go through a model's unembedding. None of them ever holds the logits [rows, V].
 #pragma once
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cpu/head.h"
 #include "ops/weight.h"
 
 namespace metalens {
 
-// What a primitive keeps of a head; its arrays are among the inputs: the weight's, then the bias.
+// A head without its arrays. A primitive keeps this; the arrays are among its inputs: the weight's, then the bias if there is one.
 struct HeadSpec {
   WeightSpec weight;
   bool has_bias = false;
@@ -21,7 +22,7 @@ struct HeadSpec {
   cpu::Head head(const mx::array* first) const;
 };
 
-// The unembedding of a model: logits softcap(scale * (U n + bias)) of the first `vocab` rows of U. Checked when made.
+// The unembedding of a model: logits softcap(scale * (U n + bias)) for the first `vocab` rows of U. The constructor checks its parts.
 class Head {
  public:
   Head(
@@ -42,7 +43,7 @@ class Head {
   int64_t width() const {
     return weight_.columns();
   }
-  // The rows given, then the head's arrays.
+  // The inputs of a primitive: `rows`, then the head's arrays.
   std::vector<mx::array> inputs(std::vector<mx::array> rows, mx::Stream stream) const;
 
  private:
@@ -52,7 +53,7 @@ class Head {
 };
 
 // {lse, entropy, max_probability [L, N], top_ids [L, N, k] int32, top_logits [L, N, k]}, then {kl, agrees} if n_model is given, then {nll, rank} if
-// labels are. n [L, N, D], n_model [N, D], labels [N] int32.
+// labels are given. n [L, N, D], n_model [N, D], labels [N] of any integer type.
 std::vector<mx::array> lens_stats(
     const mx::array& n,
     const Head& head,
@@ -62,12 +63,12 @@ std::vector<mx::array> lens_stats(
     const std::string& precision,
     mx::StreamOrDevice s = {});
 
-// {lse [N], entropy [N], mean [N, D]} of the model's rows n_model [N, D]; without a mean for a softcapped head, or if none is wanted.
+// {lse [N], entropy [N], mean [N, D]} of the model's rows n_model [N, D]. No mean for a softcapped head, or without `with_mean`.
 std::vector<mx::array> lens_target(
     const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s = {});
 
-// {KL(model || lens) [L, N], its gradient at n [L, N, D]}; the KL is differentiable in n, by one multiplication with the saved gradient. Without
-// `with_gradient` the KL alone, not differentiable. lse and mean are lens_target's; mean is none for a softcapped head.
+// {KL(model || lens) [L, N], its gradient at n [L, N, D]}. The KL is differentiable in n, by one multiplication with the saved gradient. Without
+// `with_gradient` only the KL, not differentiable. lse and mean are results of lens_target; a softcapped head has no mean.
 std::vector<mx::array> lens_kl(
     const mx::array& n,
     const Head& head,

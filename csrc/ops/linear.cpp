@@ -2,13 +2,14 @@
 
 #include <memory>
 
+#include "cpu/buffer.h"
 #include "cpu/gemm.h"
 #include "mlx/ops.h"
 
 namespace metalens {
 namespace {
 
-// Build the node: flatten x's leading axes, make everything row-contiguous, restore the axes.
+// Build the node of the graph: flatten x's leading axes, make all arrays row-contiguous, restore the axes.
 mx::array build(const mx::array& x, const Weight& weight, mx::Dtype dtype, bool transpose, cpu::Precision precision, mx::Stream stream) {
   if (!is_float(x.dtype())) reject("x must be float32, float16 or bfloat16, not ", x.dtype(), ".");
   if (!is_float(dtype)) reject("dtype must be float32, float16 or bfloat16, not ", dtype, ".");

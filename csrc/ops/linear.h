@@ -10,8 +10,8 @@
 
 namespace metalens {
 
-// x W^T (transpose) or x W for a quantized W. x is [..., I] or, not transposed, [..., O], in float32, float16 or bfloat16. The result has `dtype`,
-// x's if none. Sums are float32. Differentiable in x; the weight is frozen.
+// x W^T (transpose) or x W for a quantized W [O, I]. x is [..., I] or, without transpose, [..., O]: float32, float16 or bfloat16. The result has
+// `dtype`, by default the type of x. Sums are float32. Differentiable in x; the weight is frozen.
 mx::array quantized_matmul(
     const mx::array& x,
     const mx::array& w,
@@ -25,11 +25,12 @@ mx::array quantized_matmul(
     const std::string& precision,
     mx::StreamOrDevice s = {});
 
-// x W^T (transpose) or x W, for a dense W [O, I]. Sums are float32; the result has `dtype`, or else the promoted type. Differentiable in both.
+// x W^T (transpose) or x W, for a dense W [O, I]. Sums are float32. The result has `dtype`, by default the promoted type. Differentiable
+// in both.
 mx::array matmul(
     const mx::array& x, const mx::array& w, bool transpose, std::optional<mx::Dtype> dtype, const std::string& precision, mx::StreamOrDevice s = {});
 
-// The one primitive behind both. Inputs: x [M, K] row-contiguous, then the weight's arrays.
+// The primitive behind both. Inputs: x [M, K] row-contiguous, then the weight's arrays.
 class Linear : public CpuPrimitive {
  public:
   Linear(mx::Stream stream, bool transpose, WeightSpec weight, cpu::Precision precision, mx::Dtype dtype)

@@ -9,7 +9,7 @@
 namespace metalens {
 namespace {
 
-// The norm without its arrays, which are zero to two of the inputs: gain, then bias.
+// The norm without its arrays. Up to two inputs hold those: gain, then bias, each if there is one.
 struct NormSpec {
   bool enabled, center;
   float eps;
@@ -50,7 +50,7 @@ class NormBackward : public CpuPrimitive {
   NormSpec norm_;
 };
 
-// Inputs: h [N, D], w and b if there are any, the norm's arrays. Outputs: n and, for the way back, y.
+// Inputs: h [N, D], w and b if there are any, the norm's arrays. Outputs: n and, for the gradient, y.
 class TranslateNorm : public CpuPrimitive {
  public:
   TranslateNorm(mx::Stream stream, NormSpec norm, bool has_w, bool has_b, cpu::Precision precision)

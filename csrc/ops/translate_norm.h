@@ -1,4 +1,4 @@
-// n = norm(h W^T + b): what a translator adds before the head, and its gradient.
+// n = norm(h W^T + b): a translator and the final norm, with their gradient.
 #pragma once
 
 #include <optional>

@@ -9,7 +9,7 @@
 
 namespace metalens {
 
-// How a matrix is stored, without its arrays: what a primitive keeps. The arrays are among its inputs: values, then scales, then biases.
+// The storage format of a matrix, without its arrays. A primitive keeps this; the arrays are among its inputs: values, then scales, then biases.
 struct WeightSpec {
   cpu::Format format = cpu::Format::dense;
   int group_size = 0;
@@ -17,14 +17,14 @@ struct WeightSpec {
 
   bool operator==(const WeightSpec&) const = default;
 
-  // How many of the inputs belong to the matrix.
+  // The number of inputs that belong to the matrix.
   int arrays() const {
     return format == cpu::Format::dense ? 1 : format == cpu::Format::affine ? 3 : 2;
   }
   int64_t columns(const mx::array& values) const {
     return format == cpu::Format::dense ? values.shape(1) : int64_t(values.shape(1)) * 32 / bits;
   }
-  // The matrix whose arrays begin at `first`; valid while they live.
+  // The matrix whose arrays begin at `first`; valid while the arrays live.
   cpu::Matrix matrix(const mx::array* first) const;
 };
 
@@ -42,8 +42,8 @@ struct Weight {
   std::vector<mx::array> inputs(mx::Stream stream) const;
 };
 
-// values [O, I] floats and no scales; or, as mlx.core.quantize gives them for `mode`, values [O, I * bits / 32] uint32, scales [O, I / group_size]
-// and, affine only, biases. Rejects what does not fit together.
+// A dense weight: values [O, I] floats, no scales. A quantized one, as mlx.core.quantize gives it for `mode`: values [O, I * bits / 32] uint32,
+// scales [O, I / group_size] and, only for mode affine, biases. Rejects arrays that do not fit together.
 Weight make_weight(
     const mx::array& values,
     const std::optional<mx::array>& scales,

@@ -1,4 +1,4 @@
-// attention and swiglu against double precision.
+// Compares attention and swiglu with double precision.
 #include "check.h"
 #include "cpu/attention.h"
 

@@ -1,4 +1,4 @@
-"""Builds stand-alone programs from the CPU kernels' sources, without MLX. Which units a machine gets, and all flags, are those of CMakeLists.txt."""
+"""Build stand-alone programs from the CPU kernels' sources, without MLX. A machine's units and all flags are read from CMakeLists.txt."""
 
 import os
 import re
@@ -13,7 +13,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
 def units(machine):
-    """The kernel units of a machine named as CMake names processors, {instruction set: (source, flags)}."""
+    """Return the kernel units of a machine, {instruction set: (source, flags)}. Machines have CMake's names of processors."""
     kept, variables, flags = [True], {"METALENS_KERNELS": ""}, {}
     for line in (ROOT / "CMakeLists.txt").read_text().splitlines():
         words = re.sub(r"\$\{(\w+)\}", lambda name: variables.get(name[1], name[0]), line.strip())
@@ -36,15 +36,15 @@ def units(machine):
 
 
 def release_flags():
-    """The optimization and floating-point flags of the extension."""
+    """Return the optimization and floating-point flags of the extension."""
     options = re.search(r"target_compile_options\(_ext PRIVATE (-O.*)\)", (ROOT / "CMakeLists.txt").read_text())[1]
     return [flag for flag in options.split() if not flag.startswith("-W")]
 
 
 def build(folder, programs, *, machine, flags, isas, compiler=COMPILER):
-    """Compiles tests/csrc/<program>.cpp for each of `programs` and links it with the kernels: {program: path}.
+    """Compile tests/csrc/<program>.cpp for each of `programs`, link it with the kernels, and return {program: path}.
 
-    Only the units of `isas`, which will run, are compiled with `flags`; the others merely have to be there for the linker, and are so in no time.
+    Only the units of `isas`, which will run, are compiled with `flags`. The linker needs the others too, which compile fast without them.
     """
     common = [compiler, "-std=c++20", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
     known = units(machine)

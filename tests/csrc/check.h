@@ -1,5 +1,5 @@
-// What the check programs share: random numbers that are the same everywhere, frozen matrices in buffers of exactly their size beside their values in
-// double precision, and comparisons that say which case failed. Built by test_sanitizers.py and test_neon.py.
+// Common parts of the check programs: random numbers that are the same on every machine, frozen matrices in buffers of exactly their size together
+// with their values in double precision, and comparisons that name the case that failed. test_sanitizers.py and test_neon.py build the programs.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/product.h"
+#include "cpu/precision.h"
 
 namespace check {
 
@@ -30,7 +30,7 @@ inline float uniform() {
   return float(next_random() >> 8) / float(1 << 24) - 0.5f;
 }
 
-// Mean 0, variance 1, near enough to normal.
+// Mean 0, variance 1, approximately normal.
 inline float normal() {
   float sum = 0;
   for (int i = 0; i < 12; ++i) sum += uniform();
@@ -43,7 +43,7 @@ inline std::vector<float> normals(int64_t n, float scale) {
   return v;
 }
 
-// The case that is being checked, for the report.
+// The case under check, for the report.
 inline char current_case[200];
 inline int failures = 0, failures_of_case = 0;
 
@@ -61,7 +61,7 @@ inline void expect(bool right, const char* what, int64_t at, double got, double 
   if (++failures_of_case == 1) std::printf("%s: %s[%ld] is %.9g instead of %.9g +- %.2g\n", current_case, what, long(at), got, wanted, tolerance);
 }
 
-// NaN is near NaN only, and infinity near itself.
+// NaN is near NaN only, and infinity is near itself.
 inline void near(const char* what, int64_t at, double got, double wanted, double tolerance) {
   expect(std::isnan(wanted) ? std::isnan(got) : got == wanted || std::abs(got - wanted) <= tolerance, what, at, got, wanted, tolerance);
 }
@@ -79,7 +79,8 @@ struct Storage {
 
 inline const Storage kDense{Format::dense, 0, 0, Element::f32};
 
-// Little more than half of the range of e4m3, and no NaN; scales of every format are kept within a few powers of two of 1.
+// The value of an e4m3 code. Random codes are kept within a little more than half of its range, without NaN, and scales of every format within a few
+// powers of two of 1.
 inline double e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
@@ -91,7 +92,7 @@ inline double e2m1(uint8_t code) {
   return code & 8 ? -magnitudes[code & 7] : magnitudes[code & 7];
 }
 
-// One random number of an element type, written to `to`; its value.
+// Write one random number of an element type to `to` and return its value.
 inline double random_element(Element element, void* to) {
   if (element == Element::f16) {
     const uint32_t mantissa = next_random() >> 22, exponent = 10 + (next_random() >> 30), sign = next_random() >> 31;
@@ -158,7 +159,7 @@ class Frozen {
   double at(int64_t row, int64_t column) const {
     return values_[row * cols_ + column];
   }
-  // What an error is relative to: the value without the cancellation of scale * code with the bias.
+  // The magnitude that errors are relative to: |scale * code| + |bias|, without cancellation.
   double size_at(int64_t row, int64_t column) const {
     return sizes_[row * cols_ + column];
   }
@@ -180,7 +181,7 @@ inline double unit(Precision precision) {
   return precision == Precision::bf16 && kernels().bf16 ? 1.0 / 128 : 4e-6;
 }
 
-// Where 16-bit operands are no faster, both precisions are one.
+// The precisions that differ here: if 16-bit operands are no faster, both compute the same.
 inline std::vector<Precision> precisions() {
   return kernels().bf16 ? std::vector{Precision::float32, Precision::bf16} : std::vector{Precision::float32};
 }

@@ -1,7 +1,8 @@
-// A head and rows for it, with the logits in double precision: what lens_stats_check and lens_kl_check compare with.
+// A head and rows for it, with logits in double precision, for lens_stats_check and lens_kl_check to compare with.
 #pragma once
 
 #include "check.h"
+#include "cpu/head.h"
 
 namespace check {
 
@@ -11,7 +12,7 @@ struct HeadCase {
   Storage storage;
   bool bias;
   float scale, softcap;
-  float distance;  // of the lens's rows from the model's, relative to the latter
+  float distance;  // distance of the lens's rows from the model's, relative to the model's
 };
 
 inline const Storage kFourBits{Format::affine, 4, 32, Element::f32};
@@ -56,7 +57,7 @@ class TestHead {
 struct Softmax {
   std::vector<double> z, p, slope;  // slope of the softcap
   double lse = 0, entropy = 0;
-  double size = 0;  // of the terms that make up the largest logit: errors are relative to it
+  double size = 0;  // magnitude of the terms of the largest logit, which errors are relative to
 
   Softmax(const TestHead& head, const float* n) {
     const HeadCase& c = head.c_;
@@ -87,7 +88,7 @@ struct Softmax {
   }
 };
 
-// KL(model || lens), without cancellation where they are nearly the same.
+// KL(model || lens), computed without cancellation if the two are nearly equal.
 inline double divergence(const Softmax& model, const Softmax& lens) {
   double kl = 0;
   for (size_t v = 0; v < model.z.size(); ++v) {

@@ -1,4 +1,5 @@
-// gemm, for every format of a frozen matrix, both orientations and row counts on both sides of kFewRows, against products in double precision.
+// Compares gemm with products in double precision, for every format of a frozen matrix, both orientations, and row counts on both sides of
+// kMatvecRows.
 #include "check.h"
 #include "cpu/gemm.h"
 
@@ -45,21 +46,21 @@ int main() {
   storages.push_back({Format::dense, 0, 0, Element::f16});
   storages.push_back({Format::dense, 0, 0, Element::bf16});
 
-  // Every number of rows that a tile or the path for few rows treats in its own way; outputs and inputs within a panel, and beyond one block.
+  // Every number of rows that a tile or the matrix-vector path treats in its own way; outputs and inputs within a panel, and beyond one block.
   for (const Storage& storage : storages) {
     for (int64_t rows : {1, 2, 3, 4, 5, 13}) check_both_ways(rows, 33, 128, storage);
     for (int64_t rows : {3, 26}) check_both_ways(rows, 67, 384, storage);
     check_both_ways(7, 261, 128, storage);
     check_both_ways(1, 1, 128, storage);
   }
-  // Rows in several shares, and the reduction of few rows in several parts.
+  // Rows in several groups, and the reduction of a matrix-vector product in several parts.
   check_both_ways(130, 9, 64, {Format::affine, 4, 32, Element::f32});
   check_both_ways(2, 700, 64, {Format::affine, 4, 32, Element::f32});
   for (int64_t odd : {1, 7, 261}) {
     check_both_ways(3, odd, odd, kDense);
     check_both_ways(9, odd, odd, kDense);
   }
-  // Nothing to add up, or nowhere to put it.
+  // An empty sum, and an empty result.
   std::vector<float> c(6, kNaN);
   const Frozen weight(3, 1, kDense);
   const Matrix empty{3, 0, Element::f32, Format::dense, 0, 0, nullptr, nullptr, nullptr};

@@ -1,12 +1,12 @@
-// The small functions of a kernel table, over dense sweeps of their arguments: 16-bit floats and codes of quantized formats bit by bit, the
-// exponential and the hyperbolic tangent to their stated accuracy, the sums of a softmax.
+// Checks the small functions of a kernel table over dense sweeps of their arguments: 16-bit floats and codes of quantized formats bit by bit, the
+// exponential and the hyperbolic tangent to their stated accuracy, and the sums of a softmax.
 #include "check.h"
 
 using namespace check;
 
 namespace {
 
-constexpr double kSmallest = 1.5e-45;  // the smallest subnormal: no result can be nearer than that
+constexpr double kSmallest = 1.5e-45;  // the smallest subnormal number, the resolution of results near 0
 
 float from_bits(uint32_t bits) {
   float f;
@@ -14,7 +14,7 @@ float from_bits(uint32_t bits) {
   return f;
 }
 
-// Floats of either sign up to `most` in magnitude, subnormal ones included, about equally many for each exponent.
+// Floats of either sign up to `most` in magnitude, including subnormal ones, with about the same count for each exponent.
 std::vector<float> sweep(float most) {
   std::vector<float> all{0.0f, -0.0f, most, -most};
   for (uint32_t bits = 1; from_bits(bits) < most; bits += 20011) {
@@ -45,7 +45,7 @@ void check_elements() {
       equal("widened", i, wide[i], i & 0x8000 ? -value : value);
       if (!std::isnan(value)) equal("narrowed", i, back[i], i);
     }
-    // Halfway between two neighbors, the even one; a little more or less, the nearer.
+    // A value halfway between two neighbors goes to the even one, any other value to the nearer one.
     for (int i = 0; i < 0x7000; i += 3) {
       const float low = wide[i], high = wide[i + 1], middle = low + (high - low) / 2;
       const float three[3] = {std::nextafter(middle, low), middle, std::nextafter(middle, high)};
@@ -64,16 +64,16 @@ void check_elements() {
   expect((narrow & 0x7fff) > 0x7f80, "bits", 0, narrow, 0x7fc0, 0);
 }
 
-// A row of W comes back as it is when one row of it is added up with weight 1.
+// The values of a row of W: the sum over this one row with weight 1.
 std::vector<float> values_of(const Matrix& w, int64_t row) {
   std::vector<float> out(w.cols);
   const float one = 1;
-  kernels().few_columns(w, row, 1, &one, 1, 1, out.data(), w.cols);
+  kernels().matvec_columns(w, row, 1, &one, 1, 1, out.data(), w.cols);
   return out;
 }
 
 void check_codes() {
-  // Each row one code, or one scale beside the code for 1.
+  // Each row holds one code, or one scale and the code for 1.
   std::vector<uint8_t> codes(256 * 32), ones8(256 * 32, 0x38), ones4(256 * 32, 0x22), scales(256), unit_scales(256, 127);
   std::vector<uint8_t> nibbles(256 * 16);
   for (int i = 0; i < 256 * 32; ++i) codes[i] = uint8_t(i / 32);
@@ -123,7 +123,7 @@ void check_tanh() {
   }
 }
 
-// A difference of logits through a softcap: exact relative to the step where that is small, however far the model is beyond the softcap.
+// The difference of logits through a softcap is exact relative to the step if the step is small, however far the model's logit is beyond the softcap.
 void check_delta_transform() {
   begin("delta_transform");
   const float softcap = 30, scale = 0.5f;
@@ -143,7 +143,7 @@ void check_delta_transform() {
   }
 }
 
-// exp(t) - 1 and the sums over it, of t from subnormal to beyond the exponential's range.
+// exp(t) - 1 and its sums, for t from subnormal to beyond the exponential's range.
 void check_delta_add() {
   begin("delta_add");
   for (float t : sweep(39)) {
@@ -158,7 +158,7 @@ void check_delta_add() {
     near("curvature", 0, sums.curvature, bend, 1e-6 * std::abs(bend) + kSmallest + (std::abs(t) < 0.5 ? 0 : 1e-6 * std::abs(t)));
     equal("top", 0, sums.top, -kInfinity);
   }
-  // Beyond: e = exp(lp + t) while it is finite, and the row's largest exponent is noted.
+  // Beyond the range: e = exp(lp + t) while it is finite, and the row's largest exponent is recorded.
   const float lp[3] = {-100, -1, -2}, p[3] = {0, 0.36787944f, 0.13533528f};
   float d[3] = {150, 60, -kInfinity};
   DeltaSums sums{};

@@ -1,4 +1,4 @@
-// Runs one small case of a kernel, named on the command line, in a function of its own: test_instruction_counts.py counts what happens in there.
+// Runs one small case of a kernel, named on the command line, in a function of its own: test_instruction_counts.py counts the instructions in it.
 #include <functional>
 #include <memory>
 #include <string>
@@ -7,6 +7,7 @@
 #include "cpu/gemm.h"
 #include "cpu/lens_kl.h"
 #include "cpu/lens_stats.h"
+#include "cpu/lens_target.h"
 #include "cpu/thread_pool.h"
 
 using namespace check;
@@ -49,17 +50,17 @@ void cost_of_head(bool gradient) {
 }  // namespace
 
 int main(int, char** arguments) {
-  kernels();  // chosen beforehand: looking at the CPU is no part of any case
+  kernels();  // chosen first, because the detection of the CPU is no part of any case
   num_threads();
   const std::string name = arguments[1] ? arguments[1] : "";
   if (name == "gemm") {
     cost_of_product(64);
-  } else if (name == "few_rows") {
+  } else if (name == "matvec_rows") {
     cost_of_product(1);
   } else if (name == "lens_stats" || name == "lens_kl") {
     cost_of_head(name == "lens_kl");
   } else {
-    std::puts("usage: kernels_cost gemm|few_rows|lens_stats|lens_kl");
+    std::puts("usage: kernels_cost gemm|matvec_rows|lens_stats|lens_kl");
     return 2;
   }
   return 0;

@@ -1,12 +1,13 @@
-// lens_target and lens_kl against a softmax and its gradient in double precision.
+// Compares lens_target and lens_kl with a softmax and its gradient in double precision.
 #include "check_head.h"
 #include "cpu/lens_kl.h"
+#include "cpu/lens_target.h"
 
 using namespace check;
 
 namespace {
 
-// How far off the outputs of a product may be, beside what it is relative to: rounding of lse and of the probabilities.
+// The error of an output apart from that of the products: the rounding of lse and of the probabilities.
 constexpr double kRounding = 2e-6;
 
 void check_target(const TestHead& test, const HeadCase& c, const std::vector<float>& model, const LensTargetOutput& out, Precision precision) {
@@ -67,16 +68,16 @@ void check_kl(const HeadCase& c, Precision precision, int64_t broken = -1, float
     }
     const Softmax target_row(test, model.data() + t * c.d), lens(test, n.data() + r * c.d);
     const double wanted = divergence(target_row, lens);
-    // Errors of d are relative to d, and one in the model's probabilities shifts their weight in the sum.
+    // Errors of d are relative to d; an error in the model's probabilities shifts the weights of the sum.
     const double relative =
         10 * unit(precision) + unit(precision) * target_row.size + kRounding * (1 + std::abs(lens.lse) + std::abs(target_row.lse));
-    // The terms of the sum are small only if d is taken around its mean, which a first pass with a softcap does not know.
+    // The terms of the sum are small only if d is taken relative to its mean, which a first pass with a softcap does not know.
     double terms = wanted;
     for (int64_t v = 0; v < c.vocab && !linear; ++v) {
       const double d = std::abs(lens.z[v] - target_row.z[v]);
       terms += target_row.p[v] * std::min(d, d * d);
     }
-    // What errors of the products leave where every d should be the same: they are relative to the terms of d and of the model's logits.
+    // If all d are equal, only errors of the products remain: they are relative to the terms of d and of the model's logits.
     double largest = 0;
     for (int64_t v = 0; v < c.vocab; ++v) {
       double sum = 0;
@@ -86,7 +87,7 @@ void check_kl(const HeadCase& c, Precision precision, int64_t broken = -1, float
     const double of_d = unit(precision) * largest, of_model = unit(precision) * target_row.size;
     near("kl", r, kl[r], wanted, relative * terms + of_d * (of_d + of_model) + 1e-14);
     near("loss", r, loss[r], wanted, relative * terms + of_d * (of_d + of_model) + 1e-14);
-    // A softcap's gradient needs the softmax's sum from a pass relative to the model's, where it may be as small as 1e-3 beside rounded terms of 1.
+    // With a softcap the gradient needs the softmax's sum from a pass relative to the model's, where it may be 1e-3 beside rounded terms of 1.
     const double sum_of_first_pass = std::exp(lens.lse - target_row.lse);
     const double of_sum = linear ? 0 : 1e-6 / std::clamp(sum_of_first_pass, 1e-3, 1.0) + of_model * std::min(1.0, std::abs(sum_of_first_pass - 1));
     for (int64_t i = 0; i < c.d; ++i) {
@@ -107,11 +108,11 @@ void check_kl(const HeadCase& c, Precision precision, int64_t broken = -1, float
 
 int main() {
   for (Precision precision : precisions()) {
-    // From nearly equal, with a KL of about 1e-8, to so far away that the first pass overflows; without and with a softcap, and one that bends much.
+    // From nearly equal, with a KL of about 1e-8, to so far away that the first pass overflows; without a softcap, with one, and with a strong one.
     for (float distance : {0.0f, 1e-4f, 0.1f, 3.0f, 40.0f, 400.0f}) {
       for (float softcap : {0.0f, 3.0f, 30.0f, 500.0f}) {
         check_kl({2, 3, 32, 257, 3, kFourBits, true, 0.5f, softcap, distance}, precision);
-        // Of a single id's gradient, which is 0, there are only errors; they are small in float32.
+        // The gradient of a single id is 0, so its value is all error; the error is small in float32.
         if (precision == Precision::float32) check_kl({2, 3, 32, 1, 3, kFourBits, true, 0.5f, softcap, distance}, precision);
         check_kl({1, 1, 32, 300, 0, kFourBits, false, 1, softcap, distance}, precision);
         check_kl({1, 2, 96, 65, 0, {Format::affine, 8, 32, Element::f16}, true, 1, softcap, distance}, precision);
@@ -119,11 +120,11 @@ int main() {
       }
     }
     for (float softcap : {0.0f, 30.0f}) check_kl({2, 3, 64, 700, 3, kFourBits, true, 0.5f, softcap, 10}, precision);
-    // More rows than a block, of many tokens and of many layers.
+    // More rows than a block, from many tokens and from many layers.
     for (float softcap : {0.0f, 30.0f}) {
       check_kl({3, 100, 16, 257, 0, kNvfp4, false, 1, softcap, 1}, precision);
       check_kl({260, 2, 16, 65, 0, kNvfp4, false, 1, softcap, 1}, precision);
-      // A row that is not finite spoils no other, whether or not others need several passes.
+      // A row that is not finite changes no other row, whether or not others need several passes.
       for (float value : {kNaN, kInfinity}) {
         for (int64_t broken : {0, 4, -2}) {
           check_kl({3, 2, 32, 300, 0, kFourBits, true, 1, softcap, 1}, precision, broken, value);
@@ -132,7 +133,7 @@ int main() {
       }
       check_kl({0, 3, 32, 30, 0, kFourBits, true, 1, softcap, 1}, precision);
     }
-    // A model whose logits are at the softcap to the last bit, and a lens that turns them around: little is left to be exact about.
+    // A model whose logits equal the softcap to the last bit, and a lens with the opposite sign: hardly any digits are left to compare.
     for (float size : {3.0f, 10.0f, 40.0f}) check_kl({2, 3, 32, 300, 0, kFourBits, false, 1, 5, size}, precision, -1, kNaN, size);
   }
   return result();

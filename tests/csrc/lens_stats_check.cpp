@@ -1,4 +1,4 @@
-// lens_stats against a softmax in double precision.
+// Compares lens_stats with a softmax in double precision.
 #include "check_head.h"
 #include "cpu/lens_stats.h"
 
@@ -12,7 +12,7 @@ struct Options {
   int64_t broken = -1;  // a row that is NaN; -2: the model's row of token 0
 };
 
-// Outputs in buffers of exactly their size; null what was not asked for.
+// Outputs in buffers of exactly their size; outputs that were not asked for are empty.
 struct Outputs {
   std::vector<float> lse, entropy, max_probability, top_logits, kl, nll;
   std::vector<int32_t> top_ids, rank;
@@ -36,7 +36,7 @@ struct Outputs {
   }
 };
 
-// Of logits that the kernel may see as equal, any order is right; of rows that are equal, the lower id comes first.
+// Logits that the kernel may see as equal can come in any order; if they are equal, the lower id comes first.
 void check_top(const Outputs& out, int64_t row, const Softmax& lens, int64_t k, double error) {
   std::vector<double> sorted = lens.z;
   std::sort(sorted.rbegin(), sorted.rend());
@@ -122,7 +122,7 @@ int main() {
       check_stats(c, {false, true, std::min<int64_t>(vocab, 3)}, precision);
       check_stats(c, {true, false, vocab}, precision);
     }
-    // Heads with everything on; fewer rows than are worth packing, and more than one block of them.
+    // Heads with all options; row counts too small for packing, and more than one block of rows.
     for (const auto& [layers, tokens] : {std::pair<int64_t, int64_t>{1, 1}, {1, 3}, {1, 4}, {5, 3}}) {
       check_stats({layers, tokens, 32, 300, 13, kFourBits, true, 0.25f, 0, 1}, {true, true, 3}, precision);
       check_stats({layers, tokens, 96, 300, 5, {Format::affine, 8, 32, Element::bf16}, true, 0.5f, 5, 1}, {true, true, 3}, precision);
@@ -130,13 +130,13 @@ int main() {
     }
     check_stats({3, 100, 16, 257, 0, kNvfp4, false, 1, 0, 1}, {true, true, 2}, precision);
     check_stats({260, 2, 16, 65, 0, kNvfp4, false, 1, 0, 1}, {true, false, 1}, precision);
-    // A row that is NaN spoils no other.
+    // A row that is NaN changes no other row.
     for (int64_t broken : {0, 4, -2}) check_stats({3, 2, 32, 300, 0, kFourBits, true, 1, 0, 1}, {true, true, 3, broken}, precision);
     check_stats({1, 3, 32, 300, 0, kFourBits, true, 1, 4, 1}, {true, true, 3, 1}, precision);
     check_stats({0, 3, 32, 30, 0, kFourBits, true, 1, 0, 1}, {true, true, 1}, precision);
   }
 
-  // Ids with equal rows of U have equal logits to the last bit, also in different blocks.
+  // Ids with equal rows of U have logits equal to the last bit, also if they are in different blocks.
   begin("lens_stats of equal logits");
   const std::vector<float> u(300 * 16, 0.5f), n(5 * 16, 1);
   const Head head{{300, 16, Element::f32, Format::dense, 0, 0, u.data(), nullptr, nullptr}, nullptr, 1, 0, 300};

@@ -1,8 +1,9 @@
-// A unit's Multipliers against a double-precision product: built with the unit by test_multipliers.py. Exits 1 and says which case on a wrong value.
+// Compares a unit's Multipliers with a double-precision product; test_multipliers.py builds it with the unit. On a wrong value it names the case and
+// exits 1.
 //
-// The reference takes the operands as the product promises to: rounded to bfloat16 by code of its own, or as given. So the tolerance is that of
-// float32 sums alone. Guards around every buffer hold a pattern that must survive; it reads as NaN, so that a product which takes it in shows it.
-// AddressSanitizer, where it is on, ends the program on any access to the guards of packed operands.
+// The reference takes the operands as the product promises to take them: rounded to bfloat16, by code of its own, or as given. So the tolerance is
+// only that of float32 sums. Guards around every buffer hold a pattern that must survive. The pattern reads as NaN, so a product that includes it
+// shows it. If AddressSanitizer is on, it ends the program on any access to the guards of packed operands.
 #include <sanitizer/asan_interface.h>
 
 #include <cmath>
@@ -21,15 +22,15 @@
 
 using namespace check;
 
-namespace metalens::cpu {
-extern const KernelTable METALENS_CHECKED_TABLE;
+namespace metalens::cpu::METALENS_CHECKED_ISA {
+extern const KernelTable table;
 }
 
 namespace {
 
-// ---- Random matrices and what they stand for
+// ---- Random matrices and their values
 
-// To nearest even, by arithmetic; no subnormal numbers.
+// Round x to `bits` bits of mantissa, to nearest even, by arithmetic. Not for subnormal numbers.
 double round_to_bits(double x, int bits) {
   if (x == 0 || !std::isfinite(x)) return x;
   int exponent;
@@ -42,7 +43,7 @@ void append(std::vector<uint8_t>& bytes, const void* value, size_t size) {
   bytes.insert(bytes.end(), p, p + size);
 }
 
-// Appends x to bytes as an element, and returns what it is then.
+// Append x to bytes as an element, and return the value that it then has.
 float store_element(std::vector<uint8_t>& bytes, Element e, float x) {
   if (e == Element::f16) {
     const _Float16 h = _Float16(x);
@@ -72,8 +73,8 @@ struct Kind {
   }
 };
 
-// A random matrix in exactly sized buffers, and its values: those of Frozen would not do, whose scales may have as many bits as a float, so that how
-// the kernels round scale * code + bias would decide to which bfloat16 it goes.
+// A random matrix in exactly sized buffers, and its values. Frozen does not serve here: its scales may have as many bits as a float, so the rounding
+// of scale * code + bias in the kernels would decide which bfloat16 results.
 struct Weight {
   Kind kind;
   int64_t rows, cols;
@@ -105,7 +106,7 @@ struct Weight {
         const size_t at = i * kind.bits + bit;
         values[at / 8] |= uint8_t((code >> bit & 1) << at % 8);
       }
-      // The product is exact, so that one rounding follows, with a fused multiply-add or without.
+      // The product is exact, so only one rounding follows, with or without a fused multiply-add.
       dense[i] = float(double(scale) * number(code) + bias);
     }
   }
@@ -143,7 +144,7 @@ constexpr int64_t kGuard = 256;
   std::exit(1);
 }
 
-// Bytes 0xff, aligned as a Buffer is, between guards.
+// A buffer of bytes 0xff between guards, aligned like a Buffer.
 class Guarded {
  public:
   explicit Guarded(int64_t bytes) : bytes_(bytes), all_(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 2 * kGuard + 63) / 64 * 64))) {
@@ -172,7 +173,7 @@ class Guarded {
 
 // ---- Checks
 
-// How a Multiplier takes its operands.
+// How a Multiplier rounds its operands.
 struct Promise {
   const char* name;
   int bits;          // of mantissa that operands are rounded to
@@ -191,7 +192,7 @@ struct Shape {
 
 constexpr int64_t kMostRows = 70;
 
-// c = left B for all rows, and the sums of the terms' magnitudes.
+// The product left B for all rows, and the sums of the terms' magnitudes.
 struct Reference {
   std::vector<double> sums, magnitudes;
 
@@ -216,7 +217,8 @@ void pack_panel(const Multiplier& multiplier, const Weight& w, const Shape& s, v
   (s.transpose ? multiplier.pack_rows : multiplier.pack_columns)(w.matrix(), s.column, s.width, s.start, s.depth, panel);
 }
 
-// The product of the first `rows` rows of a, row stride lda, into c, whose rows have `margin` guards on the right and lie between `margin` more rows.
+// The product of the first `rows` rows of a, row stride lda. Each row of the result has kMargin guards on the right, and kMargin rows of guards lie
+// before and behind them.
 class Product {
  public:
   static constexpr float kCanary = 12345.0f;
@@ -279,7 +281,7 @@ void check_values(const Multiplier& multiplier, const Promise& promise, const We
   }
 }
 
-// A row gives the same bits alone as among others, for one column as for all, and whatever other rows hold.
+// A row gives the same bits alone as among others, for one column as for all columns, and whatever the other rows hold.
 void check_independence(const Multiplier& multiplier, const Weight& w) {
   const Shape s{true, 0, multiplier.panel_width, 0, w.cols};
   const Shape one{true, 5, 1, 0, w.cols};
@@ -307,7 +309,7 @@ void check_independence(const Multiplier& multiplier, const Weight& w) {
   }
 }
 
-// A column of NaN in B stays where it is, and is found there.
+// A NaN in B reaches all of its column and no other.
 void check_nan_column(const Multiplier& multiplier) {
   Weight w({Format::dense, 32, 1, Element::f32}, 40, 50);
   const float nan = NAN;
@@ -324,7 +326,7 @@ void check_nan_column(const Multiplier& multiplier) {
   }
 }
 
-// Values halfway between two bfloat16 numbers, NaN with payloads, infinities: rounded one by one. Products with 1 show what they became.
+// Rounds values halfway between two bfloat16 numbers, NaN with payloads, and infinities. A product with 1 shows the rounded value.
 void check_rounding(const Multiplier& multiplier) {
   const uint32_t patterns[] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f807fff, 0xbf808000, 0xbf818000, 0x7f7f7fff, 0x7f7fffff,
                                0x7f800000, 0xff800000, 0x7f800001, 0xffffffff, 0x7fc00000, 0x00800000, 0x80000000, 0x3fffffff};
@@ -366,7 +368,7 @@ std::vector<Kind> kinds() {
 
 void check_kind(const Multiplier& multiplier, const Promise& promise, const Kind& kind) {
   const bool dense = kind.format == Format::dense;
-  // 3 panels and a half, 2 blocks of the reduction and a bit, either way round.
+  // Three and a half panels, and a little more than two blocks of the reduction, or the reverse.
   const Weight wide(kind, 67, dense ? 261 : 384), tall(kind, 263, dense ? 67 : 384);
   const int64_t full = multiplier.panel_width;
   for (const int64_t depth : {8, 16, 32, 40, 64, 250, 256}) {
@@ -399,17 +401,17 @@ void check_multiplier(const Multiplier& multiplier, const Promise& promise) {
 
 int main() {
 #if defined(__linux__) && defined(__x86_64__)
-  // Linux lends AMX tiles to processes that ask. Where there are none, or software takes their place, the request fails and nothing is lost.
+  // Linux permits AMX tiles on request. Without AMX, or with tiles in software, the request fails, which does no harm.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   syscall(SYS_arch_prctl, kRequestPermission, kTileData);
 #endif
-  const KernelTable& table = METALENS_CHECKED_TABLE;
+  const KernelTable& table = METALENS_CHECKED_ISA::table;
   if (table.bf16) {
     check_multiplier(*table.bf16, {"bf16", 8, 1.5e-6});
     check_rounding(*table.bf16);
   }
 #ifdef METALENS_SPLIT_FLOAT32
-  // Of a term, the rounding of the second parts loses 2^-17 each at most, leaving out their product 2^-16.
+  // Relative to a term, the rounding of each second part loses at most 2^-17, and leaving out their product 2^-16.
   check_multiplier(table.float32, {"split float32", 24, 3.2e-5});
 #else
   check_multiplier(table.float32, {"float32", 24, 1.5e-6});

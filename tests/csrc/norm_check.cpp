@@ -1,4 +1,4 @@
-// translate_norm and norm_backward against double precision; the gradient against differences of the norm itself.
+// Compares translate_norm and norm_backward with double precision, and the gradient with finite differences of the norm.
 #include "check.h"
 #include "cpu/translate_norm.h"
 
@@ -6,7 +6,7 @@ using namespace check;
 
 namespace {
 
-// n = norm(y) of one row.
+// n = norm(y) for one row.
 std::vector<double> normalized(const std::vector<double>& y, const Norm& norm) {
   if (!norm.enabled) return y;
   const double d = double(y.size());

@@ -1,4 +1,4 @@
-// The thread pool: every task runs once, calls from several threads take turns, and a task's exception reaches the caller.
+// Checks the thread pool: every task runs once, calls from several threads take turns, and a task's exception reaches the caller.
 #include <algorithm>
 #include <cstdio>
 #include <thread>
@@ -9,7 +9,7 @@
 using metalens::cpu::parallel_for;
 
 int main() {
-  // Several streams of MLX call at once; they take turns on one pool.
+  // Several streams of MLX may call at once; they take turns on one pool.
   std::vector<int> turns(4);
   std::vector<std::thread> callers;
   for (int& count : turns) {
@@ -25,7 +25,7 @@ int main() {
   const bool all = std::count(turns.begin(), turns.end(), 50) == 4;
   if (!all) std::puts("some tasks did not run once");
 
-  // An exception in a task reaches the caller, and the pool works on.
+  // An exception in a task reaches the caller, and the pool keeps working.
   bool caught = false;
   try {
     parallel_for(8, [](int64_t task) {

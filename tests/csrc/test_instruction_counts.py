@@ -1,10 +1,10 @@
-"""How many instructions small cases of the kernels take, against committed counts: a guard of their speed that needs no idle machine.
+"""Compare the instruction counts of small cases of the kernels with committed counts: a guard of speed that needs no idle machine.
 
-After a change that is meant to alter them:
+After a change that is meant to alter the counts:
 
     METALENS_REFRESH_COUNTS=1 python -m pytest tests/csrc/test_instruction_counts.py
 
-writes instruction_counts.json anew.
+rewrites instruction_counts.json.
 """
 
 import json
@@ -20,7 +20,7 @@ from csrc import build
 from metalens import _ext
 
 COUNTS = build.HERE / "instruction_counts.json"
-CASES = ["gemm", "few_rows", "lens_stats", "lens_kl"]
+CASES = ["gemm", "matvec_rows", "lens_stats", "lens_kl"]
 ALLOWED = 1.10
 REFRESH = os.environ.get("METALENS_REFRESH_COUNTS") == "1"
 VALGRIND = shutil.which("valgrind")
@@ -28,12 +28,12 @@ VALGRIND = shutil.which("valgrind")
 pytestmark = [
     pytest.mark.skipif(build.COMPILER is None, reason="no C++ compiler on the path"),
     pytest.mark.skipif(VALGRIND is None, reason="no valgrind on the path"),
-    pytest.mark.skipif("avx2" not in _ext.available_isas().split(), reason="the counts are those of AVX2 code, which this CPU cannot run"),
+    pytest.mark.skipif("avx2" not in _ext.available_isas().split(), reason="the counts are for AVX2 code, which this CPU cannot run"),
 ]
 
 
 def compiler_version():
-    """Such as "g++ 12.2.0", without what a distribution adds."""
+    """Return a text such as "g++ 12.2.0", without the distribution's additions."""
     line = subprocess.run([build.COMPILER, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return re.sub(r" \(.*?\)", "", line)
 
@@ -42,7 +42,7 @@ def compiler_version():
 def committed():
     known = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
     if not REFRESH and known.get("compiler") != compiler_version():
-        pytest.skip(f"the committed counts are those of {known.get('compiler')}, this is {compiler_version()}, which compiles to other code")
+        pytest.skip(f"the committed counts are for {known.get('compiler')}; this is {compiler_version()}, which generates other code")
     yield known.get("counts", {})
     if REFRESH:
         COUNTS.write_text(json.dumps({"compiler": compiler_version(), "counts": REFRESHED}, indent=2) + "\n")
@@ -70,6 +70,6 @@ def test_kernels_take_no_more_instructions_than_before(committed, program, case,
         return
     before = committed[case]
     assert count <= ALLOWED * before, (
-        f"{case} takes {count} instructions, {count / before - 1:+.1%} against the committed {before}. If that is meant to be, run "
+        f"{case} takes {count} instructions, {count / before - 1:+.1%} against the committed {before}. If that is intended, run "
         f"METALENS_REFRESH_COUNTS=1 python -m pytest {COUNTS.parent.relative_to(build.ROOT)}/test_instruction_counts.py and commit {COUNTS.name}."
     )

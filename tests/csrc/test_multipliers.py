@@ -1,6 +1,6 @@
-"""Products of 16-bit operands under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior. Built from source without MLX.
+"""Test products of 16-bit operands under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior. Built from source without MLX.
 
-They run on definitions of the instructions in plain C++, compiled for AVX2, and on the instructions themselves where the CPU has them.
+The products run on definitions of the instructions in plain C++, compiled for AVX2, and on the instructions themselves if the CPU has them.
 """
 
 import platform
@@ -12,7 +12,7 @@ from csrc import build
 from metalens import _ext
 
 SOFTWARE = ["-DMETALENS_SOFTWARE_TILES", "-DMETALENS_SOFTWARE_DOT"]
-# The optional float32 product on tiles is checked beside the 16-bit one, which is the same without it.
+# The unit of AMX also builds the optional float32 product on tiles; the 16-bit product is the same without it.
 OPTIONS = {"amx": ["-DMETALENS_SPLIT_FLOAT32"], "avx512bf16": []}
 
 pytestmark = [
@@ -24,16 +24,20 @@ pytestmark = [
 
 @pytest.fixture(params=["software", "instructions"])
 def flags_of(request):
-    """The flags with which a unit's own code runs here, on the software's definitions or on the instructions."""
+    """Give a function that returns the flags for a unit, on the definitions in software or on the instructions."""
 
     def flags(isa):
         needed, available = "avx2" if request.param == "software" else isa, _ext.available_isas().split()
         if needed not in available:
             pytest.skip(f"this CPU lacks {needed}; it has {', '.join(available)}")
         software = SOFTWARE if request.param == "software" else []
-        return [*build.units(platform.machine())[needed][1], *software, f"-DMETALENS_CHECKED_TABLE={isa}_kernels"]
+        return [*build.units(platform.machine())[needed][1], *software, f"-DMETALENS_CHECKED_ISA={isa}"]
 
     return flags
+
+
+# What lens_kl and lens_target need beside the unit.
+KERNELS = ("buffer", "block_product", "split_vocab", "lens_kl", "lens_target", "thread_pool")
 
 
 def run(folder, program, isa, flags, kernels=()):
@@ -51,4 +55,4 @@ def test_products_are_right_and_stay_within_their_buffers(isa, flags_of, tmp_pat
 
 @pytest.mark.parametrize("isa", OPTIONS)
 def test_a_kl_of_16_bit_operands_is_as_exact_as_promised(isa, flags_of, tmp_path):
-    run(tmp_path, "bf16_accuracy_check", isa, [*flags_of(isa), "-O2"], ("buffer", "product", "lens_kl", "lens_target", "thread_pool"))
+    run(tmp_path, "bf16_accuracy_check", isa, [*flags_of(isa), "-O2"], KERNELS)

@@ -1,4 +1,4 @@
-"""The CPU kernels under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior, races. Built from source without MLX."""
+"""Test the CPU kernels under the compiler's sanitizers: wrong values, wrong accesses, undefined behavior, races. Built from source without MLX."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from metalens import _ext
 
 ISAS = _ext.available_isas().split()
 CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
-# One thread has nobody to race with, and the table's functions are called by one.
+# kernels_check calls the table's functions from one thread, so there are no races to find.
 CHECKS_WITH_THREADS = [check for check in CHECKS if check != "kernels_check"]
 
 pytestmark = [
@@ -36,7 +36,7 @@ def checks_of_races(tmp_path_factory):
 
 
 def run(program, isa, threads):
-    # Memory that was never written reads as NaN, so that a kernel which uses it shows.
+    # Memory that was never written reads as NaN, so that a kernel that uses it is found.
     fill = "max_malloc_fill_size=1000000000:malloc_fill_byte=255"
     environment = {**os.environ, "METALENS_ISA": isa, "METALENS_NUM_THREADS": str(threads), "ASAN_OPTIONS": fill}
     done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300, check=False)

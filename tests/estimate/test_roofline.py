@@ -11,7 +11,7 @@ from metalens.estimate import roofline
 from metalens.estimate.roofline import CHIPS, bounds
 from metalens.models import bundled
 from metalens.models.facts import KNOWN_MODELS, ModelDimensions, dimensions_of
-from metalens.ops.metal import cost, tensor
+from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
 
 
@@ -71,20 +71,3 @@ def test_unknown_models_and_chips():
 
 def test_every_chip_says_who_published_its_numbers():
     assert all(chip.source and chip.family for chip in roofline.CHIPS.values())
-
-
-@pytest.mark.parametrize(
-    ("generation", "macos", "able", "why"),
-    [(13, (26, 2), False, "generation 13"), (17, (26, 1), False, "macOS 26.2"), (17, (), False, "another system"), (17, (26, 2), True, "")],
-)
-def test_the_probe_for_matrix_units(generation, macos, able, why):
-    found, reason = tensor.supported(generation, macos)
-    assert found is able
-    assert why in reason
-
-
-def test_without_kernels_for_them_matrix_units_are_not_used(monkeypatch):
-    assert tensor.engine(17, (26, 2)) is tensor.Engine.SIMDGROUP
-    monkeypatch.setattr(tensor, "HEADER", "tensor_tile.h")  # once there are
-    assert tensor.engine(17, (26, 2)) is tensor.Engine.TENSOR
-    assert tensor.engine(16, (26, 2)) is tensor.Engine.SIMDGROUP

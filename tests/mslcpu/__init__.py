@@ -1,4 +1,4 @@
-"""mslcpu runs unchanged Metal compute kernels on a Linux CPU and finds what is wrong with them. See README.md."""
+"""mslcpu runs unchanged Metal compute kernels on a Linux CPU and finds their errors. See README.md."""
 
 from .errors import MslError
 from .kernel import MetalKernel, compile_library, metal_kernel, prebuild

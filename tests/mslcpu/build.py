@@ -1,4 +1,4 @@
-"""From Metal source to a shared library: preprocess, lint, rewrite, compile. Everything is cached by content."""
+"""Build a shared library from Metal source: preprocess, lint, rewrite, compile. All results are cached by content."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ INCLUDE = HERE / "include"
 
 LANGUAGE = [
     "-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-cl-single-precision-constant",
-    # On x86-64 clang has these anyway.
+    # On x86-64 clang has these types without the option.
     "-Xclang", "-cl-ext=+cl_khr_fp16,+__opencl_c_generic_address_space,+__opencl_c_program_scope_global_variables",
-    # Every operation on half and bfloat rounds, as on the GPU; clang's default keeps float in between.
+    # Every operation on half and bfloat rounds, as on the GPU; by default clang keeps float between operations.
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
 ]  # fmt: skip
 MACROS = ["-D__METAL__", "-D__METAL_VERSION__=320", "-D__METAL_MACOS__", "-D__HAVE_BFLOAT__"]
 WARNINGS = ["-Wno-everything", "-Wimplicit-float-conversion", "-Wuninitialized", "-Werror=uninitialized", "-Werror=return-type"]
 MACHINE = {"x86_64": ["-mavx2", "-mfma", "-mf16c"]}.get(platform.machine(), [])
-# Endless loops stay, to be found by the time limit; stacks are probed page by page, so that none grows past its guard page unseen.
+# Endless loops stay, so that the time limit finds them. Stacks are probed page by page, so that none grows past its guard page unnoticed.
 CODE = [*MACHINE, "-ffp-contract=off", "-fno-finite-loops", "-fstack-clash-protection", "-fPIC", "-shared"]
 FAST = ["-O2", "-gline-tables-only"]
 CHECKED = [
@@ -54,7 +54,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def _hash_of(paths: Iterable[pathlib.Path]) -> str:
-    # Where this folder lies is part of what is built: the names of the prelude's files are in the debug information, and errors leave them out by it.
+    # The path of this folder is part of the result: the debug information names the prelude's files, and errors omit them by their path.
     digest = hashlib.sha256(f"{clang_identity()}\0{HERE}".encode())
     for path in sorted(p for p in paths if p.is_file()):
         digest.update(str(path.relative_to(HERE)).encode() + b"\0" + path.read_bytes())
@@ -63,7 +63,7 @@ def _hash_of(paths: Iterable[pathlib.Path]) -> str:
 
 @functools.cache
 def _translator() -> str:
-    """Changes when the compiler does, or a file that shapes a kernel's translation."""
+    """Return a text that changes with the compiler and with every file that affects a kernel's translation."""
     scripts = [HERE / f"{name}.py" for name in ("build", "lint", "rewrite", "signature", "tokens")]
     return _hash_of([*scripts, HERE / "runtime" / "abi.h", *INCLUDE.glob("**/*")])
 
@@ -78,13 +78,13 @@ def _run(command: Sequence[str], text: str | None = None) -> tuple[int, str, str
 
 
 def _finish(temporary: str, final: pathlib.Path) -> pathlib.Path:
-    os.replace(temporary, final)  # atomic: processes that build the same thing do not disturb one another
+    os.replace(temporary, final)  # atomic: processes that build the same library do not disturb one another
     return final
 
 
 @functools.cache
 def runtime_library() -> pathlib.Path:
-    """Compiles the runtime once."""
+    """Compile the runtime once."""
     final = cache_directory() / f"runtime-{_key(_hash_of((HERE / 'runtime').iterdir()), RUNTIME)}.so"
     if final.exists():
         return final
@@ -108,12 +108,12 @@ def preprocess(source: str, name: str, include_dirs: Sequence[str | os.PathLike[
 
 
 def _diagnostics(errors: str) -> list[str]:
-    """The compiler's messages, each with the lines that belong to it."""
+    """Split the compiler's output into messages, each with the lines that belong to it."""
     return [d for d in re.split(r"^(?=\S+:\d+:\d+: |In file included from )", errors, flags=re.MULTILINE) if d.strip()]
 
 
 def _rejections(status: int, errors: str) -> str | None:
-    """The compiler's errors, and as errors too its warnings of implicit conversions to bfloat, which Metal rejects. None if there are none."""
+    """Return the compiler's errors and, as errors, its warnings of implicit conversions to bfloat, which Metal rejects. None without any."""
     kept = []
     wanted = False
     for diagnostic in _diagnostics(errors):
@@ -130,7 +130,7 @@ def _rejections(status: int, errors: str) -> str | None:
 
 
 def translate(preprocessed: str) -> str:
-    """Lints, and returns the complete text to compile."""
+    """Lint the source and return the complete text to compile."""
     lint(tokenize(preprocessed))
     return f'#include "{INCLUDE}/msl/prelude.h"\n{rewrite(preprocessed)}\n'
 
@@ -142,7 +142,7 @@ def check_syntax(translated: str) -> None:
 
 
 def build_kernel(source: str, call: str, arguments: str, checked: bool) -> pathlib.Path:
-    """The library of a kernel whose complete source is given; `call` is its name with template arguments."""
+    """Return the library of a kernel, given its complete source; `call` is its name with template arguments."""
     options = [*LANGUAGE, *CODE, *WARNINGS, *(CHECKED if checked else FAST)]
     final = cache_directory() / f"{_key(_translator(), source, call, arguments, options)}.so"
     if final.exists():

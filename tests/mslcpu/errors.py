@@ -1,5 +1,5 @@
-"""The one exception that mslcpu raises."""
+"""The exception that mslcpu raises."""
 
 
 class MslError(RuntimeError):
-    """A kernel was rejected, or failed while it ran. The message names the kernel's own file and line."""
+    """A kernel was rejected or failed during its run. The message names the kernel's own file and line."""

@@ -1,4 +1,4 @@
-"""The twin of mx.fast.metal_kernel."""
+"""The counterpart of mx.fast.metal_kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MX = {np.dtype(n): m for m, n in _NUMPY.items() if m != mx.bfloat16}
 
 
 def _to_numpy(value: Any) -> tuple[np.ndarray, mx.Dtype]:
-    """An input without a copy where that is possible; bfloat16 as uint16."""
+    """Return an input as a NumPy array, without a copy if possible; bfloat16 as uint16."""
     if isinstance(value, np.ndarray) and value.dtype in _MX:
         return value, _MX[value.dtype]
     array = value if isinstance(value, mx.array) else mx.array(value)
@@ -59,7 +59,7 @@ def _shape_argument(kind: str, array: np.ndarray) -> np.ndarray:
 
 
 class MetalKernel:
-    """A kernel to call as one would call what mx.fast.metal_kernel returns."""
+    """A kernel, called like the result of mx.fast.metal_kernel."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class MetalKernel:
         stream: Any = None,
         build_only: bool = False,
     ) -> list[Any]:
-        """Runs the kernel. `grid` is in threads. `build_only` compiles and stops there."""
+        """Run the kernel. `grid` counts threads. `build_only` only compiles it."""
         _expect("inputs", inputs, self.input_names)
         _expect("output_shapes", output_shapes, self.output_names)
         _expect("output_dtypes", output_dtypes, self.output_names)
@@ -140,7 +140,7 @@ class MetalKernel:
             argument, array = launch.output_argument(name, tuple(shape), np.dtype(_NUMPY[dtype]), init, options.checked)
             arguments.append(argument)
             results.append(array)
-        clamped = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))  # as MLX does
+        clamped = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))  # MLX does the same
         start = time.perf_counter()
         done, buffers = launch.run(library, self.name, arguments, grid, clamped, options)
         record(_report(self.name, done, buffers, arguments, time.perf_counter() - start))
@@ -169,17 +169,17 @@ def metal_kernel(
     atomic_outputs: bool = False,
     compile_options: Any = None,
 ) -> MetalKernel:
-    """A kernel that runs on the CPU, from the arguments of mx.fast.metal_kernel."""
+    """Make a kernel that runs on the CPU, from the arguments of mx.fast.metal_kernel."""
     return MetalKernel(name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs, compile_options)
 
 
 def compile_library(source: str, name: str = "library.metal", include_dirs: Iterable[str] = ()) -> None:
-    """Lints and compiles a complete .metal file, without running anything; raises MslError with the file's own lines."""
+    """Lint and compile a complete .metal file without running it. Raises MslError with the file's own lines."""
     build.check_syntax(build.translate(build.preprocess(source, name, list(include_dirs))))
 
 
 def prebuild(jobs: Iterable[Callable[[], object]], workers: int = 2) -> None:
-    """Runs calls such as ``lambda: kernel(..., build_only=True)`` in parallel, to fill the cache; the first error is raised at the end."""
+    """Run calls such as ``lambda: kernel(..., build_only=True)`` in parallel, to fill the cache. Raises the first error at the end."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for future in [pool.submit(job) for job in jobs]:
             future.result()

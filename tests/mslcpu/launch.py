@@ -1,4 +1,4 @@
-"""Calls the runtime: memory for buffers, the launch record, and errors with the kernel's own lines."""
+"""Call the runtime: memory for buffers, the launch record, and errors with the kernel's own lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .options import SCHEDULES, Options
 from .toolchain import symbolizer
 
 WRITABLE, INITIALIZED = 1, 2
-COPY_BELOW = 256 << 20  # larger inputs of checked launches are used where they are; larger outputs start as zeros
+COPY_BELOW = 256 << 20  # larger inputs of checked launches are not copied; larger outputs start as zeros
 
 
 class _Buffer(ctypes.Structure):  # abi.h: Buffer
@@ -46,7 +46,7 @@ class _Launch(ctypes.Structure):  # abi.h: Launch
 
 @dataclasses.dataclass
 class Argument:
-    """One buffer of a launch, in order of its index."""
+    """One buffer of a launch. A launch lists its buffers in the order of their indices."""
 
     name: str
     address: int
@@ -54,7 +54,7 @@ class Argument:
     itemsize: int
     flags: int = 0
     before: int = 0
-    keep: Any = None  # whatever owns the memory
+    keep: Any = None  # the owner of the memory
 
 
 _lock = threading.Lock()
@@ -62,7 +62,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    # Global, so that kernels' libraries find the runtime's functions without being linked to it.
+    # Global, so that the kernels' libraries find the runtime's functions without linking to it.
     library = ctypes.CDLL(os.fspath(runtime_library()), mode=ctypes.RTLD_GLOBAL)
     library.mslcpu_allocate.restype = ctypes.c_void_p
     library.mslcpu_allocate.argtypes = [ctypes.c_uint64]
@@ -83,7 +83,7 @@ def _entry(path: pathlib.Path) -> int:
 
 
 def allocate(size: int) -> np.ndarray:
-    """Bytes (zeros, lazily) with a gigabyte of inaccessible addresses on either side: what misses them cannot hit another buffer."""
+    """Map bytes (zeros, lazily) with a gigabyte of inaccessible addresses on either side, so that a stray access cannot hit another buffer."""
     runtime = _runtime()
     address = runtime.mslcpu_allocate(size)
     if not address:
@@ -94,7 +94,7 @@ def allocate(size: int) -> np.ndarray:
 
 
 def input_argument(name: str, array: np.ndarray, checked: bool) -> Argument:
-    """The memory of an array as the kernel sees it: from its lowest to its highest element."""
+    """Return the memory of an array as the kernel sees it: from its lowest to its highest element."""
     strides = [s * (n - 1) for s, n in zip(array.strides, array.shape, strict=True)] if array.size else []
     before = -sum(s for s in strides if s < 0)
     after = sum(s for s in strides if s > 0) + array.itemsize if array.size else 0
@@ -107,7 +107,7 @@ def input_argument(name: str, array: np.ndarray, checked: bool) -> Argument:
 
 
 def output_argument(name: str, shape: Sequence[int], dtype: np.dtype, init: Any, checked: bool) -> tuple[Argument, np.ndarray]:
-    """Memory for an output: filled with init, or with the byte 0xFF, which is a NaN in every floating-point type."""
+    """Return memory for an output: filled with init, or with the byte 0xFF, which is NaN in every floating-point type."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = allocate(size) if checked else np.empty(size, np.uint8)
     array = memory.view(dtype).reshape(shape)
@@ -122,7 +122,7 @@ def output_argument(name: str, shape: Sequence[int], dtype: np.dtype, init: Any,
 def run(
     library: pathlib.Path, name: str, arguments: Sequence[Argument], grid: Sequence[int], threadgroup: Sequence[int], options: Options
 ) -> tuple[_Launch, Any]:
-    """Runs a kernel to its end, or raises MslError."""
+    """Run a kernel to its end, or raise MslError."""
     buffers = (_Buffer * max(1, len(arguments)))(*(_Buffer(a.address, a.before, a.bytes, a.flags, a.itemsize) for a in arguments))
     launch = _Launch(
         entry=_entry(library), buffers=buffers, buffer_count=len(arguments), grid=tuple(grid), threadgroup=tuple(threadgroup),
@@ -139,11 +139,11 @@ def run(
 
 
 def _location(library: pathlib.Path, offset: int) -> str:
-    """' at file:line' of an instruction, with the chain of inlined callers; empty if unknown."""
+    """Return ' at file:line' of an instruction, with the chain of inlined callers; empty if unknown."""
     tool = symbolizer()
     if not offset or not tool:
         return ""
-    # A return address is the instruction after the call: one byte back is within it.
+    # A return address points behind the call; one byte before it is inside the call.
     command = [tool, "--functions=none", "--inlines", f"--obj={library}", hex(offset - 1)]
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     frames = [line.strip() for line in text.splitlines() if re.search(r":\d+:\d+$", line)]

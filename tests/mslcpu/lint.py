@@ -1,4 +1,4 @@
-"""What clang accepts and Metal rejects, found in preprocessed tokens. Every rule errs on the side of silence."""
+"""Find code that clang accepts and Metal rejects, in preprocessed tokens. In doubt a rule reports nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:<([^>]+)>|"([^"]+)")', re.
 
 
 def lint_includes(source: str, name: str) -> None:
-    """Only Metal's headers may be included with <>."""
+    """Check that only Metal's headers are included with <>."""
     for match in _INCLUDE.finditer(source):
         if match[1] and not re.match(r"metal_\w+$|simd/", match[1]):
             line = source.count("\n", 0, match.start()) + 1
@@ -48,7 +48,7 @@ def lint_includes(source: str, name: str) -> None:
 
 
 def lint(tokens: list[Token]) -> None:
-    """Raises MslError with all findings, one to a line."""
+    """Raise MslError with all findings, one per line, if there are any."""
     findings = [*_forbidden(tokens), *_unqualified_pointers(tokens), *_threadgroup_outside_kernels(tokens), *_attributes(tokens)]
     findings += _recursion(tokens)
     if findings:
@@ -79,7 +79,7 @@ def _type_names(tokens: list[Token]) -> set[str]:
 
 
 def _unqualified_pointers(tokens: list[Token]) -> list[tuple[Token, str]]:
-    """Every pointer and reference needs an address space; `auto&` deduces its own."""
+    """Find pointers and references without an address space; `auto&` deduces its own."""
     types = _type_names(tokens)
     found = []
     for i, token in enumerate(tokens):
@@ -113,7 +113,7 @@ def _unqualified_pointers(tokens: list[Token]) -> list[tuple[Token, str]]:
 
 
 def _before_scope(tokens: list[Token], i: int) -> int:
-    """The index at which a possibly qualified name such as ``A<int>::B`` starts, given that of its last part."""
+    """Return the index at which a possibly qualified name such as ``A<int>::B`` starts, given the index of its last part."""
     while i >= 2 and tokens[i - 1].text == "::":
         i -= 2
         if tokens[i].text == ">":
@@ -127,9 +127,9 @@ def _before_scope(tokens: list[Token], i: int) -> int:
 
 
 def _functions(tokens: list[Token]) -> list[tuple[str, bool, bool, int, int]]:
-    """(name, is kernel, is template, first, last token of the body) of every function with a body, methods included."""
+    """Return (name, is kernel, is template, first, last token of the body) of every function with a body, including methods."""
     result = []
-    start = 0  # of the declaration
+    start = 0  # start of the declaration
     i = 0
     while i < len(tokens):
         text = tokens[i].text
@@ -185,7 +185,7 @@ def _attributes(tokens: list[Token]) -> list[tuple[Token, str]]:
 
 
 def _recursion(tokens: list[Token]) -> list[tuple[Token, str]]:
-    """Calls that lead back to their function. Overloads and templates may call their own name, so only names of one plain function count."""
+    """Find calls that lead back to their function. Overloads and templates may call their own name, so only names of one plain function count."""
     functions = _functions(tokens)
     names = [f[0] for f in functions]
     plain = {f[0]: f for f in functions if names.count(f[0]) == 1 and not f[2] and f[0] not in SCALARS}

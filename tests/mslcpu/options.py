@@ -1,4 +1,4 @@
-"""How launches run, and what is recorded of them."""
+"""Options of launches, and reports about them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options:
 
 @dataclasses.dataclass
 class Traffic:
-    """Bytes that a launch moved to and from one buffer; unique ones count once however often they were accessed."""
+    """Bytes that a launch moved to and from one buffer. Unique bytes count once, however often they were accessed."""
 
     read: int = 0
     written: int = 0
@@ -34,7 +34,7 @@ class Traffic:
 
 @dataclasses.dataclass
 class Report:
-    """What one launch did. Traffic is counted in checked launches only."""
+    """A record of one launch. Only checked launches count traffic."""
 
     name: str
     grid: tuple[int, int, int]
@@ -62,7 +62,7 @@ def current() -> Options:
 
 @contextlib.contextmanager
 def options(**changes: object) -> Iterator[Options]:
-    """Changes how kernels run within the block.
+    """Change how kernels run inside the `with` block.
 
     Args:
         **changes: any of
@@ -89,7 +89,7 @@ def options(**changes: object) -> Iterator[Options]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Report]]:
-    """Yields a list to which each launch within the block appends its Report."""
+    """Yield a list to which each launch inside the `with` block appends its Report."""
     reports: list[Report] = []
     _recordings.append(reports)
     try:

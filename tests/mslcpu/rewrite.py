@@ -1,4 +1,4 @@
-"""Rewrites preprocessed Metal source into what clang's "C++ for OpenCL" accepts, as little as possible and without moving a line.
+"""Rewrite preprocessed Metal source so that clang's "C++ for OpenCL" accepts it, with few changes and without moving a line.
 
 - ``[[attributes]]`` go (signature.py has read them before).
 - ``threadgroup T name[N];`` becomes a reference into the runtime's threadgroup memory, which gives limits, red zones and poison.
@@ -34,7 +34,7 @@ def rewrite(source: str, function_constants: dict[int, object] | None = None) ->
 
 
 def _replacement(text: str, old: list[Token]) -> Token:
-    """A token in place of several, with as many newlines as they had, so that lines keep their numbers."""
+    """Return one token in place of several, with the same number of newlines, so that lines keep their numbers."""
     newlines = "".join(re.sub(r"[^\n]", "", t.before) + re.sub(r"[^\n]", "", t.text) for t in old[1:])
     return Token(text + newlines, "name", old[0].file, old[0].line, old[0].before)
 
@@ -44,7 +44,7 @@ def _is_attribute(tokens: list[Token], i: int) -> bool:
 
 
 def _function_constants(tokens: list[Token], values: dict[int, object]) -> list[Token]:
-    """constant T name [[function_constant(N)]]; -> constant constexpr T name = value;"""
+    """Replace constant T name [[function_constant(N)]]; by constant constexpr T name = value;."""
     result: list[Token] = []
     i = 0
     while i < len(tokens):
@@ -73,7 +73,7 @@ def _drop_attributes(tokens: list[Token]) -> list[Token]:
             continue
         result.append(tokens[i])
         i += 1
-    # A blank left by an attribute belongs to the next token: otherwise it would hide what precedes that one.
+    # The blank that an attribute leaves goes to the next token, so that it does not hide what precedes that token.
     merged: list[Token] = []
     blank = ""
     for token in result:
@@ -86,7 +86,7 @@ def _drop_attributes(tokens: list[Token]) -> list[Token]:
 
 
 def threadgroup_declaration(tokens: list[Token], i: int) -> int | None:
-    """The index of the semicolon if a declaration of threadgroup variables (not pointers or references) starts at i."""
+    """Return the index of the semicolon if a declaration of threadgroup variables (not pointers or references) starts at i."""
     if tokens[i].text != "threadgroup" or (i > 0 and tokens[i - 1].text not in (";", "{", "}", ":", "static")):
         return None
     depth = 0
@@ -120,7 +120,7 @@ def _threadgroup_variables(tokens: list[Token]) -> list[Token]:
         pieces = []
         kind = ""
         for number, declarator in enumerate(split_at_commas(tokens[i + 1 : end])):
-            # The name is the last token before the first [ that is outside of template arguments.
+            # The name is the last token before the first [ outside template arguments.
             depth, bracket = 0, len(declarator)
             for j, token in enumerate(declarator):
                 depth += (token.text == "<") - (token.text == ">")
@@ -138,7 +138,7 @@ def _threadgroup_variables(tokens: list[Token]) -> list[Token]:
 
 
 def _is_expression(before: list[Token]) -> bool:
-    """Whether a type's name at this place starts a conversion rather than a declaration."""
+    """Return whether a type's name at this position starts a conversion instead of a declaration."""
     return bool(before) and before[-1].text not in ("operator", "const", "constexpr", "device", "threadgroup", "constant", "thread", "::", ">")
 
 
@@ -179,8 +179,8 @@ def _struct_names(tokens: list[Token]) -> set[str]:
 def _method_qualifiers(tokens: list[Token]) -> list[Token]:
     structs = _struct_names(tokens)
     result: list[Token] = []
-    callee: list[str] = []  # what stands before each open parenthesis
-    closed = ""  # what stood before the last one closed
+    callee: list[str] = []  # the token before each open parenthesis
+    closed = ""  # the token before the last parenthesis that was closed
     for original in tokens:
         token = original
         previous = result[-1].text if result else ""
@@ -203,7 +203,7 @@ def _thread_methods(tokens: list[Token]) -> list[Token]:
     qualified = _qualified_methods(tokens)
     deleted: list[tuple[int, Token]] = []
     scopes: list[bool] = []  # for each open brace: is it a struct's?
-    start = 0  # of the declaration
+    start = 0  # start of the declaration
     for i, token in enumerate(tokens):
         if token.text in ("{", ";") and scopes and scopes[-1]:
             name = _thread_method(tokens[start:i], structs)
@@ -227,7 +227,7 @@ def _thread_methods(tokens: list[Token]) -> list[Token]:
 
 
 def _qualified_methods(tokens: list[Token]) -> set[str]:
-    """Names of methods that have an overload with an address space."""
+    """Return the names of methods that have an overload with an address space."""
     names = set()
     for i, token in enumerate(tokens):
         if token.text in ("device", "threadgroup", "thread") and tokens[i + 1].text in ("{", ";"):
@@ -254,7 +254,7 @@ def _without_template_head(words: list[str]) -> list[str]:
 
 
 def _thread_method(declaration: list[Token], structs: set[str]) -> str | None:
-    """The name of the method without an address space that is declared, if one is; conversion operators and constructors do not count."""
+    """Return the name of the method that is declared without an address space, if any. Conversion operators and constructors do not count."""
     words = [t.text for t in declaration]
     # A lone colon starts a constructor's initializers.
     if {"static", "using", "typedef", "friend", "struct", "class", ":"} & set(_without_template_head(words)) or "(" not in words:
@@ -263,7 +263,7 @@ def _thread_method(declaration: list[Token], structs: set[str]) -> str | None:
     while last > 0 and words[last] in ("const", "volatile"):
         last -= 1
     if words[last] != ")":
-        return None  # an address space, or something else than a method
+        return None  # it has an address space, or it is no method
     depth, opening = 0, last
     while opening > 0:
         depth += (words[opening] == ")") - (words[opening] == "(")

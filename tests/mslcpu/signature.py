@@ -1,4 +1,4 @@
-"""The function signature that mx.fast.metal_kernel generates, and how its parameters are bound on the CPU."""
+"""Generate the function signature of mx.fast.metal_kernel, and bind its parameters on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-# What MLX declares when the source contains the name, in its order, and where the shim finds the value.
+# The attributes that MLX declares if the source contains their names, in MLX's order, and where the shim finds their values.
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": ("uint", "(c->dispatch_simdgroups * 8)"),
     "dispatch_simdgroups_per_threadgroup": ("uint", "c->dispatch_simdgroups"),
@@ -43,7 +43,7 @@ CONSTANT_BELOW = 8  # elements
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """What the signature depends on in an input."""
+    """The properties of an input that the signature depends on."""
 
     name: str
     dtype: mx.Dtype
@@ -52,7 +52,7 @@ class Input:
 
 
 def shape_arguments(name: str, source: str) -> list[str]:
-    """Which of x_shape, x_strides, x_ndim the source mentions: by substring, in the source only, as MLX does."""
+    """Return which of x_shape, x_strides, x_ndim the source mentions. Like MLX, search for substrings, and only in the source."""
     return [kind for kind in ("shape", "strides", "ndim") if f"{name}_{kind}" in source]
 
 
@@ -74,7 +74,7 @@ def write_signature(
     template: Sequence[tuple[str, Any]] = (),
     atomic_outputs: bool = False,
 ) -> str:
-    """The text from ``template <`` to the opening brace, exactly as MLX writes it."""
+    """Return the text from ``template <`` to the opening brace, exactly as MLX writes it."""
     text = ""
     if template:
         kinds = ["typename" if isinstance(v, mx.Dtype) else "bool" if isinstance(v, bool) else "int" for _, v in template]
@@ -93,7 +93,7 @@ def write_signature(
     for name, dtype in outputs:
         declared = f"atomic<{TYPES[dtype]}>" if atomic_outputs else TYPES[dtype]
         text += f"  device {declared}* {name} [[buffer({index})]]"
-        # MLX counts inputs and outputs here, not shape arguments. Without attributes that can end the list too early; so it does here.
+        # MLX counts inputs and outputs here, but not shape arguments. Without attributes that can end the list too early; the same happens here.
         text += ",\n" if index < len(inputs) + len(outputs) - 1 or attributes else ") {\n"
         index += 1
     text += ",\n".join(f"  {ATTRIBUTES[name][0]} {name} [[{name}]]" for name in attributes)
@@ -101,6 +101,6 @@ def write_signature(
 
 
 def call_arguments(buffers: int, source: str) -> str:
-    """The arguments by which the generated entry function calls the kernel."""
+    """Return the arguments with which the generated entry function calls the kernel."""
     arguments = [f"MslBuffer{{(ulong)c->buffers[{i}]}}" for i in range(buffers)]
     return ", ".join(arguments + [ATTRIBUTES[name][1] for name in attributes_used(source)])

@@ -1,4 +1,4 @@
-"""What the self-tests share: short ways to run a kernel, and two kernels to spoil."""
+"""Helpers of the self-tests: short ways to run a kernel, and two kernels to mutate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ uint lane = thread_index_in_simdgroup;
 """
 
 
-def run(  # a kernel of one output
+def run(  # a kernel with one output
     body: str,
     inputs: dict[str, Any] | None = None,
     threads: int = 64,
@@ -32,7 +32,7 @@ def run(  # a kernel of one output
     kernel: dict[str, Any] | None = None,
     **call: Any,
 ) -> mx.array:
-    """Runs a body, whose line 1 is line 4 of the kernel unless it brings its own names. x is 0, 1, 2, ... unless inputs are given."""
+    """Run a body. Its line 1 is line 4 of the kernel unless it defines its own names. x is 0, 1, 2, ... unless inputs are given."""
     inputs = {"x": mx.arange(threads, dtype=mx.float32)} if inputs is None else inputs
     made = mslcpu.metal_kernel("test", list(inputs), ["out"], names + body, header, **(kernel or {}))
     (result,) = made(
@@ -46,7 +46,7 @@ def values(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)) if array.dtype == mx.bfloat16 else np.array(array)
 
 
-# The sum of each threadgroup's elements: partial sums of the simdgroups meet in threadgroup memory, twice through the same words.
+# The sum of each threadgroup's elements. Partial sums of the simdgroups are exchanged in threadgroup memory, twice through the same words.
 REDUCTION = """
 uint i = thread_position_in_grid.x;
 threadgroup float sums[32];
@@ -69,14 +69,14 @@ if (thread_index_in_threadgroup == 0) {
 
 
 def reduction(source: str = REDUCTION) -> tuple[mx.array, mx.array]:
-    """(computed, expected)."""
+    """Return (computed, expected)."""
     x = mx.arange(256, dtype=mx.float32)
     kernel = mslcpu.metal_kernel("reduction", ["x"], ["out"], source)
     (out,) = kernel(inputs=[x], output_shapes=[(2,)], output_dtypes=[mx.float32], grid=(256, 1, 1), threadgroup=(128, 1, 1))
     return out, 3 * x.reshape(2, 128).sum(axis=1)
 
 
-# out = x w^T for tiles of 32 x 32 by four simdgroups, with 4-bit weights; the result passes through the operands' memory.
+# out = x w^T in tiles of 32 x 32 with four simdgroups and 4-bit weights. The result passes through the operands' memory.
 MATMUL = """
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
@@ -130,7 +130,7 @@ tiled::multiply<T, tiled::FourBits, 32, 32, 32>(x, w, out, size[0], size[1], siz
 
 
 def matmul(m: int, n: int, k: int, dtype: mx.Dtype = mx.float32, header: str = MATMUL) -> tuple[np.ndarray, np.ndarray]:
-    """(computed, expected)."""
+    """Return (computed, expected)."""
     rng = np.random.default_rng(0)
     x = mx.array(rng.standard_normal((m, k), np.float32)).astype(dtype)
     w = rng.integers(0, 1 << 32, (n, k // 8), dtype=np.uint32)

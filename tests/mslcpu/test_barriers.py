@@ -1,4 +1,4 @@
-"""Barriers deleted one by one are missed: the tests of tests that every kernel should have."""
+"""Delete barriers one by one: every deletion must be detected. Each kernel should have such a test of its tests."""
 
 from __future__ import annotations
 

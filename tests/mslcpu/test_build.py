@@ -1,4 +1,4 @@
-"""Finding the compiler, caching, and building in parallel."""
+"""Test the search for the compiler, the cache, and parallel builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def in_child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process of its own."""
+    """Run Python code in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(TESTS)} | environment,
@@ -109,6 +109,6 @@ def test_unknown_options_are_refused():
 
 @needs_clang
 def test_faults_of_the_host_stay_the_hosts():
-    """The runtime's signal handlers must not swallow what is none of their business."""
+    """The runtime's signal handlers must pass on the signals that are not theirs."""
     done = in_child("from mslcpu.support import run; run('out[i] = 0;'); import ctypes; ctypes.string_at(0)")
     assert done.returncode == -11

@@ -1,4 +1,4 @@
-"""Every kind of defect is planted and found, with its line; the corrected twin passes."""
+"""Test that every kind of defect is found with its line, and that the corrected kernel passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = needs_clang
 
 @dataclasses.dataclass
 class Defect:
-    """A body that fails on its line 4 with a message that matches, and one that does not fail."""
+    """A body that fails on its line 4 with a matching message, and one that passes."""
 
     name: str
     message: str
@@ -146,7 +146,7 @@ RACES = [d for d in DEFECTS if "data race" in d.message]
 @pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
 @pytest.mark.parametrize("defect", RACES, ids=lambda d: d.name)
 def test_races_are_found_in_every_schedule(defect, schedule):
-    """Whatever the order, and whichever of the two accesses comes first in it."""
+    """A race is found in every order, whichever of the two accesses comes first."""
     for seed in range(3):
         with mslcpu.options(schedule=schedule, seed=seed), pytest.raises(mslcpu.MslError, match="data race|uninitialized"):
             run(defect.wrong, threadgroup=defect.threadgroup)
@@ -156,7 +156,7 @@ def test_limits_of_threads_and_buffers():
     with pytest.raises(mslcpu.MslError, match="threadgroup of 1025 threads, at most 1024"):
         run("out[i] = 0;", threads=1025)
     run("out[i] = 0;", threads=1024)
-    for count in (30, 31):  # and the output
+    for count in (30, 31):  # and the output makes one more
         inputs = {f"x{n:02}": mx.arange(8) for n in range(count)}
         if count == 31:
             with pytest.raises(mslcpu.MslError, match="at most 31 buffers"):

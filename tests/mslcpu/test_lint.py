@@ -1,4 +1,4 @@
-"""What Metal rejects is rejected, with its line; what it accepts is not."""
+"""Test that code which Metal rejects is rejected with its line, and that code which Metal accepts is not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mslcpu.tokens import tokenize, untokenize
 
 pytestmark = needs_clang
 
-PREFIX = "#include <metal_stdlib>\nusing namespace metal;\n"  # what follows starts on line 3
+PREFIX = "#include <metal_stdlib>\nusing namespace metal;\n"  # the code behind it starts on line 3
 KERNEL = "\n[[kernel]] void k(device float* out [[buffer(0)]], uint i [[thread_position_in_grid]]) { %s }\n"
 
 ACCEPTED = {

@@ -1,4 +1,4 @@
-"""The generated signature is MLX's, to the letter."""
+"""Test that the generated signature equals MLX's exactly."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_templates_and_atomic_outputs():
 
 
 def test_names_are_found_as_substrings():
-    """As MLX does: a name within another one declares a second parameter."""
+    """Like MLX: a name inside another name declares a second parameter."""
     text = write_signature("f", "dispatch_threads_per_threadgroup", [], [("y", mx.float32)])
     assert "uint3 dispatch_threads_per_threadgroup [[" in text
     assert "uint3 threads_per_threadgroup [[" in text
@@ -54,7 +54,7 @@ def test_scalars_have_no_shape():
 
 
 def test_without_attributes_the_list_can_end_too_early():
-    """A quirk of MLX: it counts inputs and outputs, but not shapes. A kernel that MLX could not compile must not compile here."""
+    """MLX counts inputs and outputs, but not shapes. A kernel that MLX cannot compile for that reason must not compile here."""
     text = write_signature("f", "x_shape", [Input("x", mx.float32, 8, 1)], [("y", mx.float32), ("z", mx.float32)])
     assert "y [[buffer(2)]]) {\n" in text
 

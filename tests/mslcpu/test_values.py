@@ -1,4 +1,4 @@
-"""Kernels that are right compute what they should."""
+"""Test that correct kernels give correct values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_integer_functions(expression, expected):
 
 
 def test_half_rounds_after_every_operation():
-    """2048 + 1 is not a half: kept in float between operations, the sum would come out one larger."""
+    """2048 + 1 is not a half. If intermediate values stayed float, the sum would be larger by one."""
     out = run("half a = half(x[i]); out[i] = a + half(1.0f) + half(1.0f);", {"x": np.full(64, 2048, np.float32)}, dtype=mx.float16)
     assert out.tolist() == [2048.0] * 64
 
@@ -165,7 +165,7 @@ def test_simdgroup_collectives(expression, expected, checked):
 
 
 def test_collectives_of_part_of_a_simdgroup():
-    """Defined in Metal for the active threads; strict mode rejects them as probable mistakes."""
+    """Metal defines them for the active threads; strict mode rejects them as probable mistakes."""
     with mslcpu.options(strict=False):
         out = run("out[i] = -1; if (lane < 5) { out[i] = simd_sum(1.0f); } else if (lane < 7) { out[i] = simd_sum(x[i]); }")
     assert out.tolist()[:8] == [5, 5, 5, 5, 5, 11, 11, -1]
@@ -178,7 +178,7 @@ def test_incomplete_last_simdgroup():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("space", ["device", "threadgroup"])
 def test_matrices(dtype, space):
-    """D = A B^T + C, with rows of 12, loaded from and stored to either memory, and stored transposed."""
+    """D = A B^T + C with rows of 12, loaded from and stored to either memory, and stored transposed."""
     rng = np.random.default_rng(0)
     a, b, c = (mx.array(rng.integers(-4, 5, (8, 12)).astype(np.float32)).astype(dtype) for _ in range(3))
     memory = "const device T* pa = a; const device T* pb = b;"
@@ -282,7 +282,7 @@ def test_grid_that_is_no_multiple_of_the_threadgroup():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_buffers_beyond_32_bits(checked):
-    """Of an input and an output of 4 GiB each, only the touched pages exist."""
+    """For an input and an output of 4 GiB each, only the touched pages exist."""
     size = (1 << 32) + 64
     x = np.zeros(size, np.uint8)
     x[-64:] = np.arange(64)

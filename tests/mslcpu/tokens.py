@@ -38,7 +38,7 @@ class Token:
 
 
 def tokenize(source: str) -> list[Token]:
-    """Splits source; the last token is an empty one that carries what follows the last real token."""
+    """Split source into tokens. The last token is empty and carries the text after the last real token."""
     tokens: list[Token] = []
     file, line, before = "source", 1, ""
     for match in _TOKEN.finditer(source):
@@ -46,7 +46,7 @@ def tokenize(source: str) -> list[Token]:
         if kind == "space":
             before += text
             if text.startswith("#") and (marker := _MARKER.match(text)):
-                line = int(marker[1]) - 1  # of the next line, which the newline brings
+                line = int(marker[1]) - 1  # the newline starts the next line
                 file = marker[2] or file
             line += text.count("\n")
             continue
@@ -62,7 +62,7 @@ def untokenize(tokens: list[Token]) -> str:
 
 
 def find_closing(tokens: list[Token], at: int) -> int:
-    """The index of the bracket that closes the one at `at`."""
+    """Return the index of the bracket that closes the one at `at`."""
     opening = tokens[at].text
     closing, depth = CLOSING[opening], 0
     for i in range(at, len(tokens)):
@@ -76,7 +76,7 @@ def find_closing(tokens: list[Token], at: int) -> int:
 
 
 def split_at_commas(tokens: list[Token]) -> list[list[Token]]:
-    """Splits at commas outside of all brackets."""
+    """Split at commas outside all brackets."""
     parts: list[list[Token]] = [[]]
     depth = 0
     for token in tokens:

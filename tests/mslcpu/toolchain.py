@@ -1,4 +1,4 @@
-"""Finds the compiler. clang 19 or later is needed: earlier ones have no arithmetic on bfloat."""
+"""Find the compiler: clang 19 or later, because earlier versions have no arithmetic on bfloat."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _version(command: str) -> int | None:
 
 @functools.cache
 def find_clang() -> tuple[str | None, str]:
-    """The compiler's path and an empty string, or None and the reason."""
+    """Return the compiler's path and an empty string, or None and the reason."""
     chosen = os.environ.get("MSLCPU_CLANG")
     candidates = [chosen] if chosen else [*(f"clang-{n}" for n in range(MINIMUM, MINIMUM + 10)), "clang"]
     seen = []
@@ -49,13 +49,13 @@ def clang() -> str:
 
 @functools.cache
 def clang_identity() -> str:
-    """Text that changes when the compiler does."""
+    """Return a text that changes with the compiler."""
     return subprocess.run([clang(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
 def symbolizer() -> str | None:
-    """llvm-symbolizer, of the same version where there is one; without it errors carry no line."""
+    """Return the path of llvm-symbolizer, of the same version if there is one. Without it errors have no line."""
     match = re.search(r"-(\d+)$", clang())
     names = [f"llvm-symbolizer-{match[1]}"] if match else []
     beside = os.path.join(os.path.dirname(os.path.realpath(clang())), "llvm-symbolizer")
@@ -73,7 +73,7 @@ def _processor_flags() -> set[str]:
 
 
 def unavailable() -> str | None:
-    """Why kernels cannot run here, or None."""
+    """Return why kernels cannot run here, or None."""
     if not sys.platform.startswith("linux"):
         return f"mslcpu runs on Linux only, not {sys.platform}"
     if platform.machine() not in ("x86_64", "aarch64"):

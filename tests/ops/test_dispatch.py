@@ -82,13 +82,14 @@ UNSUPPORTED = [
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """Let the Metal backend count as available. Nothing may be launched."""
 
     def refuse(**_):
         raise AssertionError("launched a kernel")
 
-    monkeypatch.setattr(kernel, "factory", refuse)
+    with kernel.emulation(refuse):
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""The matrix that shows the kernels right: kernel x format x type x shape, each against float64 and against plain MLX in the same type.
+"""The matrix of cells kernel x format x type x shape. Each cell compares a kernel with float64 and with plain MLX in the same type.
 
-The tests run it in emulation (test_matrix.py), `make mac-check` on a GPU.
+The tests run the matrix in emulation (test_matrix.py), `make mac-check` runs it on a GPU.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_precision
-from metalens.ops.metal import kl as metal_kl
-from metalens.ops.metal.formats import arrays, format_of
+from metalens.ops.metal import matmul as metal_matmul
 from metalens.ops.stats import logits_stats
 from metalens.ops.weight import NATIVE_FORMATS
 from support import oracle
 
 TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-# float16 cells allow operands to be rounded, so that they are half; those of the other types are float32, into which bfloat16 is widened.
+# float16 cells permit rounded operands, so operands are half. Operands of the other types are float32, to which bfloat16 is widened.
 PRECISION: dict[str, Literal["float32", "bfloat16"]] = {"float32": "float32", "float16": "bfloat16", "bfloat16": "float32"}
-# What float32 sums of a few hundred terms may lose, relative to the values; and what one rounding of the operands costs.
+# The relative error of float32 sums of a few hundred terms and, for float16, of one rounding of the operands.
 EPSILON = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 3e-6}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows and widths of a cell: `width` is in groups of the format, so that any group size fits."""
+    """The rows and widths of a cell. `width` counts groups of the format, so that any group size fits."""
 
     layers: int
     tokens: int
@@ -37,7 +36,7 @@ class Shape:
     width: int
 
 
-# One of each kind: whole tiles; primes larger than a tile; a single row of a single token's vocabulary; few rows.
+# One shape of each kind: whole tiles; primes larger than a tile; a single row and a vocabulary of one token; few rows.
 SHAPES = {
     "tiles": Shape(3, 8, 128, 4),
     "primes": Shape(3, 7, 131, 3),
@@ -64,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest differences from float64, relative to the largest value (at least 1)."""
+    """The largest differences from float64, relative to the largest value (at least 1)."""
 
     ours: float
     plain: float
@@ -72,16 +71,16 @@ class Errors:
 
     @property
     def good(self) -> bool:
-        """No worse than plain MLX in the same type, plus an epsilon."""
+        """Whether the error is at most that of plain MLX in the same type, plus an epsilon."""
         return self.ours <= self.plain + self.epsilon
 
 
-# What the tests found, for the table at the end of their run.
+# The results of the tests, for the table at the end of their run.
 RESULTS: dict[Cell, Errors] = {}
 
 
 def formats() -> Iterator[tuple[str, int, int]]:
-    """(mode, bits, group size) of all that the kernels read."""
+    """Yield (mode, bits, group size) of all formats that the kernels read."""
     yield ("dense", 0, 0)
     for mode, (widths, group_sizes) in NATIVE_FORMATS.items():
         for bits in widths:
@@ -90,12 +89,12 @@ def formats() -> Iterator[tuple[str, int, int]]:
 
 
 def cells() -> list[Cell]:
-    """The matrix."""
+    """Return all cells of the matrix."""
     found = []
     for mode, bits, group_size in formats():
         for dtype in TYPES:
             found += [Cell("lens_stats", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes")]
-            found += [Cell("lens_stats_few", mode, bits, group_size, dtype, shape) for shape in ("one", "few")]
+            found += [Cell("lens_stats_vector", mode, bits, group_size, dtype, shape) for shape in ("one", "few")]
             found += [Cell("linear", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes", "one")]
         found += [Cell("lens_kl", mode, bits, group_size, dtype, shape) for dtype in ("float32", "float16") for shape in ("tiles", "primes", "one")]
     found += [Cell(f"translate_norm_{kind}", "dense", 0, 0, dtype, shape) for kind in ("rms", "layer") for dtype in TYPES for shape in SHAPES]
@@ -107,12 +106,12 @@ def _weight(rng: np.random.Generator, cell: Cell, rows: int, depth: int) -> Weig
         return Weight(oracle.random_array(rng, rows, depth, dtype=TYPES[cell.dtype], scale=0.2))
     if cell.mode == "affine":
         return oracle.random_weight(rng, rows, depth, cell.bits, cell.group_size, TYPES[cell.dtype], scale=0.2)
-    # Scales of trained weights' size: those of random_float_weight make logits of thousands.
+    # Scales as small as those of trained weights: the scales of random_float_weight would give logits in the thousands.
     return Weight(*mx.quantize(oracle.random_array(rng, rows, depth, scale=0.2), mode=cell.mode), None, cell.group_size, cell.bits, cell.mode)
 
 
 def _plain_product(x: mx.array, w: Weight) -> mx.array:
-    """x W^T by plain MLX, in x's type."""
+    """Return x W^T from plain MLX, in x's type."""
     if w.scales is None:
         return x @ w.values.T
     return mx.quantized_matmul(x, w.values, w.scales, w.biases, True, w.group_size, w.bits, w.mode)
@@ -127,9 +126,9 @@ def _worst(found: list[mx.array], expected: list[np.ndarray]) -> float:
 
 def _setting(cell: Cell) -> tuple[np.random.Generator, Shape, int]:
     shape = SHAPES[cell.shape]
-    depth = shape.width * (max(cell.group_size, 32) if cell.group_size else 8)  # MLX itself unpacks no nvfp4 rows of fewer than 32 columns
+    depth = shape.width * (max(cell.group_size, 32) if cell.group_size else 8)  # MLX itself does not unpack nvfp4 rows of fewer than 32 columns
     if cell.mode == "dense" and cell.shape == "primes":
-        depth = 61  # nothing asks a dense weight for whole groups
+        depth = 61  # a dense weight needs no whole groups
     return np.random.default_rng(sum(map(ord, str(cell)))), shape, depth
 
 
@@ -156,7 +155,7 @@ def _stats(cell: Cell) -> Errors:
     expected = [lse, oracle.entropy(z), np.exp(top[..., 0] - lse), top, oracle.kl(z_model[None], z), lse - of_label]
     with use_precision(PRECISION[cell.dtype]):
         ours = lens_stats(n, head, k, n_model, labels)
-    if cell.dtype != "float16":  # rounded operands may exchange two ids that are nearly equal
+    if cell.dtype != "float16":  # rounded operands may swap two ids with nearly equal logits
         np.testing.assert_array_equal(np.array(ours.top_ids), order)
         np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z > of_label[..., None], axis=-1))
         np.testing.assert_array_equal(np.array(ours.agrees), z.argmax(-1) == z_model.argmax(-1))
@@ -169,7 +168,7 @@ def _linear(cell: Cell) -> Errors:
     w = _weight(rng, cell, shape.vocab, depth)
     x = oracle.random_array(rng, shape.layers * shape.tokens, depth, dtype=TYPES[cell.dtype])
     bias = oracle.random_array(rng, shape.vocab)
-    ours = metal_kl.linear(x, arrays(w), format_of(w), shape.vocab, bias, 0.5, rounded=cell.dtype == "float16")
+    ours = metal_matmul.linear(x, w, bias, 0.5, rounded=cell.dtype == "float16")
     expected = (oracle.product(x, w) + oracle.wide(bias)) * 0.5
     plain = (_plain_product(x, w) + bias.astype(x.dtype)) * 0.5
     return Errors(_worst([ours], [expected]), _worst([plain], [expected]), EPSILON[cell.dtype])
@@ -222,13 +221,13 @@ def _translate(cell: Cell) -> Errors:
         return mx.fast.rms_norm(y, gain, eps) if kind == "rms" else mx.fast.layer_norm(y, gain, shift, eps)
 
     of_plain, plain_gradients = mx.vjp(plain, [h, w, b], [cotangent])
-    rounding = {"float32": 0.0, "float16": 5e-4, "bfloat16": 4e-3}[cell.dtype]  # of the gradients, which have their parameters' type
+    rounding = {"float32": 0.0, "float16": 5e-4, "bfloat16": 4e-3}[cell.dtype]  # rounding of the gradients, which have their parameters' type
     return Errors(_worst([*outputs, *gradients], expected), _worst([*of_plain, *plain_gradients], expected), 2e-5 + rounding)
 
 
-_RUN: dict[str, Callable[[Cell], Errors]] = {"lens_stats": _stats, "lens_stats_few": _stats, "linear": _linear, "lens_kl": _kl}
+_RUN: dict[str, Callable[[Cell], Errors]] = {"lens_stats": _stats, "lens_stats_vector": _stats, "linear": _linear, "lens_kl": _kl}
 
 
 def run(cell: Cell) -> Errors:
-    """Compute the cell on whatever backend is in use and compare."""
+    """Compute the cell on the backend in use and return its errors."""
     return _RUN.get(cell.kernel, _translate)(cell)

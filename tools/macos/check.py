@@ -1,15 +1,15 @@
-"""Compiles and links the extension as a Mac with Apple silicon would, on Linux: a call that MLX's headers or libmlx's exports lack is an error.
+"""Compile and link the extension on Linux as a Mac with Apple silicon would. A call that MLX's headers or libmlx's exports lack is an error.
 
-    .venv/bin/python tools/macos/check.py              the check, and proof that it can fail
-    .venv/bin/python tools/macos/check.py --self-test  that proof alone
+    .venv/bin/python tools/macos/check.py              the check, and a self-test that shows that it can fail
+    .venv/bin/python tools/macos/check.py --self-test  only the self-test
 
-The Python that runs it must have the mlx and nanobind of pyproject.toml, as .venv has. Everything else is fetched, once, into --cache: zig,
-whose clang brings macOS's C headers and libc++, and MLX's wheels for macOS. CMake then builds the extension with them, with the Metal launcher,
-the kernels for Arm, and warnings as errors. Python's and Objective-C's symbols come from lists of names, MLX's from its own libmlx.dylib, and
-none may be missing. Where a Mac would compile the Metal kernels, a stand-in does (xcrun.py).
+The Python that runs it must have the mlx and nanobind of pyproject.toml, as .venv has. All other parts are fetched once into --cache: zig, whose
+clang has macOS's C headers and libc++, and MLX's wheels for macOS. CMake then builds the extension with them: with the Metal launcher, with the
+kernels for Arm, and with warnings as errors. The symbols of Python and Objective-C come from lists of names, those of MLX from its own
+libmlx.dylib, and none may be missing. A stand-in takes the role of the Metal compiler (xcrun.py).
 
-What is built is not for use: nothing runs it, it loads a libpython that no Mac has, and it carries zig's libc++. Metal's own compiler reads no
-kernel here.
+The result is not for use: nothing runs it, it loads a libpython that no Mac has, and it contains zig's libc++. Metal's own compiler does not read
+the kernels here.
 """
 
 import argparse
@@ -39,10 +39,10 @@ ZIG = "0.17.1"
 PLATFORM = "macosx_14_0_arm64"  # the oldest that MLX has wheels for
 RPATH = "@loader_path/../mlx/lib"
 
-# Of /usr/lib/libobjc.A.dylib, what metal-cpp calls.
+# The symbols of /usr/lib/libobjc.A.dylib that metal-cpp calls.
 OBJC = ["objc_msgSend", "objc_getClass", "objc_lookUpClass", "objc_getProtocol", "objc_retain", "objc_release", "sel_registerName"]
 
-# What the launcher cannot do without: these show that it was compiled with Metal.
+# Symbols that the launcher needs: they show that it was compiled with Metal.
 METAL = ["metal6device", "metal19get_command_encoder", "CommandEncoder16dispatch_threads"]
 
 PRELUDE = '#include "mlx/backend/metal/device.h"\n#include "mlx/backend/metal/metal.h"\n#include "mlx/ops.h"\nnamespace mx = mlx::core;\n'
@@ -54,12 +54,12 @@ WRONG_CALL = PRELUDE + "void f(mx::Stream s, mx::array& x) { mx::metal::get_comm
 
 
 class CheckError(Exception):
-    """The check failed, or could not be made; the text says which and why."""
+    """The check failed or could not run; the text says which, and why."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """What is needed to build for macOS: folders in the cache."""
+    """The parts of a build for macOS: folders in the cache."""
 
     mlx: Path  # the unpacked wheels: mlx/include, mlx/lib/libmlx.dylib, mlx/core.*.so
     toolchain: Path  # cxx, ar, ranlib, xcrun, toolchain.cmake, include, lib
@@ -67,7 +67,7 @@ class Kit:
 
 
 def run(what: str, command: Sequence[str | Path], environment: dict[str, str] | None = None) -> str:
-    """What `command` wrote; `what` names it in the CheckError that it raises if it fails."""
+    """Run `command` and return its output. If it fails, raise CheckError, which calls it `what`."""
     done = subprocess.run([str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise CheckError(f"{what} failed ({done.returncode}): {' '.join(map(str, command))}\n{done.stdout[-8000:]}")
@@ -75,7 +75,7 @@ def run(what: str, command: Sequence[str | Path], environment: dict[str, str] | 
 
 
 def pinned_mlx() -> str:
-    """The version of MLX that pyproject.toml builds against."""
+    """Return the version of MLX that pyproject.toml builds against."""
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     versions = {match[1] for text in requirements if (match := re.match(r"mlx(?:\[\w+\])?==([\w.]+)", text))}
     if len(versions) != 1:
@@ -84,7 +84,7 @@ def pinned_mlx() -> str:
 
 
 def write(path: Path, text: str, executable: bool = False) -> bool:
-    """Writes `text` unless it stands there, which keeps what was built from it young; whether it wrote."""
+    """Write `text` unless the file already holds it, so that files built from it stay up to date. Return whether it wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
     differs = not path.exists() or path.read_text() != text
     if differs:
@@ -95,7 +95,7 @@ def write(path: Path, text: str, executable: bool = False) -> bool:
 
 
 def fetch_zig(cache: Path) -> Path:
-    """The zig program, installed into the cache if it is not there."""
+    """Return the path of zig, after installing it into the cache if necessary."""
     folder = cache / f"zig-{ZIG}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
@@ -107,7 +107,7 @@ def fetch_zig(cache: Path) -> Path:
 
 
 def fetch_mlx(cache: Path, version: str) -> Path:
-    """The folder with the unpacked wheels of MLX for macOS, fetched if they are not there; without MLX's own Metal kernels."""
+    """Return the folder of the unpacked wheels of MLX for macOS, without MLX's own Metal kernels. Fetch them if necessary."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache / f"mlx-{version}-{python}"
     if not folder.exists():
@@ -126,7 +126,7 @@ def fetch_mlx(cache: Path, version: str) -> Path:
 
 
 def library_of_names(name: str, symbols: Iterable[str]) -> str:
-    """A text-based stub (.tbd): the linker takes it for the library at `name`, which has `symbols`."""
+    """Return a text-based stub (.tbd), which the linker reads as the library `name` with these symbols."""
     quoted = ", ".join(f"'{symbol}'" for symbol in symbols)
     targets = "targets: [ arm64-macos ]"
     return (
@@ -136,22 +136,22 @@ def library_of_names(name: str, symbols: Iterable[str]) -> str:
 
 
 def nanobind_folder() -> Path:
-    """nanobind's CMake folder."""
+    """Return nanobind's CMake folder."""
     return Path(run("Asking nanobind where it is", [sys.executable, "-m", "nanobind", "--cmake_dir"]).strip())
 
 
 def prepare(cache: Path, version: str) -> Kit:
-    """Fetches and writes whatever of the kit is not in the cache."""
+    """Fetch and write the parts of the kit that are not in the cache."""
     cache.mkdir(parents=True, exist_ok=True)
     zig, mlx, toolchain = fetch_zig(cache), fetch_mlx(cache, version), cache / "toolchain"
     write(toolchain / "cxx", f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "cxx.py"}" "{zig}" "{toolchain}" "$@"\n', executable=True)
     write(toolchain / "xcrun", f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "xcrun.py"}" "$@"\n', executable=True)
-    # CMake asks it which macOS it runs on.
+    # CMake calls it to learn the version of macOS.
     write(toolchain / "sw_vers", "#!/bin/sh\necho 14.0\n", executable=True)
     for tool in ("ar", "ranlib"):
         write(toolchain / tool, f'#!/bin/sh\nexec "{zig}" {tool} "$@"\n', executable=True)
     if write(toolchain / "toolchain.cmake", (HERE / "toolchain.cmake").read_text()):
-        # CMake reads most of it once.
+        # CMake reads most of it only in the first configuration.
         shutil.rmtree(cache / "build", ignore_errors=True)
     for header in sorted((HERE / "stubs").rglob("*.h")):
         write(toolchain / "include" / header.relative_to(HERE / "stubs"), header.read_text())
@@ -160,14 +160,14 @@ def prepare(cache: Path, version: str) -> Kit:
     write(toolchain / "lib" / "libobjc.tbd", library_of_names("/usr/lib/libobjc.A.dylib", [f"_{name}" for name in OBJC]))
     path = os.pathsep.join([str(toolchain), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "ZIG_GLOBAL_CACHE_DIR": str(cache / "zig-cache"), "ZIG_LOCAL_CACHE_DIR": str(cache / "zig-cache")}
-    # Flags for the compiler of this machine are not for that one.
+    # Flags for this machine's compiler do not apply to the cross compiler.
     for name in ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_GENERATOR", "CMAKE_TOOLCHAIN_FILE", "MACOSX_DEPLOYMENT_TARGET"):
         environment.pop(name, None)
     return Kit(mlx, toolchain, environment)
 
 
 def build(kit: Kit, folder: Path) -> tuple[Path, list[str]]:
-    """Configures and builds as scikit-build-core would on a Mac; the extension, and the sources in csrc that it was built from."""
+    """Configure and build as scikit-build-core would on a Mac. Return the extension, and its sources in csrc."""
     cmake = shutil.which("cmake", path=kit.environment["PATH"])
     if cmake is None:
         raise CheckError("There is no cmake on the path. Install it, or `pip install cmake` beside mlx and nanobind.")
@@ -182,7 +182,7 @@ def build(kit: Kit, folder: Path) -> tuple[Path, list[str]]:
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
     run("Configuring for macOS", [cmake, "-S", ROOT, "-B", folder, *generator, *defines], kit.environment)
-    # The name of the result does not say which run it is from.
+    # The name of the result does not tell from which run it is.
     for old in folder.glob("_ext.*"):
         old.unlink()
     cores = len(os.sched_getaffinity(0))
@@ -196,12 +196,12 @@ def build(kit: Kit, folder: Path) -> tuple[Path, list[str]]:
 
 
 def bindings_tag(path: Path) -> set[str]:
-    """What nanobind tells modules by that may share types, as compiled into the one at `path`."""
+    """Return the tags by which nanobind recognizes modules that may share types, as compiled into the module at `path`."""
     return {tag.decode() for tag in re.findall(rb"(?:v\d+|nanobind)_system_\w+", path.read_bytes())}
 
 
 def inspect(extension: Path, sources: Sequence[str], mlx: Path) -> list[str]:
-    """The symbols that the extension takes from libmlx, after checking that it is what a Mac would load."""
+    """Check that the extension is what a Mac would load, and return the symbols that it takes from libmlx."""
     image, library = macho.read(extension), macho.read(mlx / "lib" / "libmlx.dylib")
     wanted = image.imported_from("libmlx.dylib")
     core = next(mlx.glob("core.*.so"))
@@ -228,7 +228,7 @@ def inspect(extension: Path, sources: Sequence[str], mlx: Path) -> list[str]:
 
 
 def attempt(kit: Kit, folder: Path, name: str, source: str) -> str:
-    """Compiles and links one source as the extension is; "" if that passes, else the step and what the tools said."""
+    """Compile and link one source like the extension. Return "" if that passes, else the step and the tools' output."""
     file, linked = folder / f"{name}.cpp", folder / f"{name}.so"
     write(file, source)
     includes = [f"-isystem{kit.mlx / 'include' / part}" for part in ("metal_cpp", "")]
@@ -244,7 +244,7 @@ def attempt(kit: Kit, folder: Path, name: str, source: str) -> str:
 
 
 def self_test(kit: Kit, folder: Path) -> None:
-    """Proves that the check can fail: of three sources one passes, one fails to link and one to compile, each for the right reason."""
+    """Show that the check can fail: of three sources one passes, one fails to link and one fails to compile, each for the right reason."""
     sources = {"fits": FITS, "unexported": UNEXPORTED, "wrong_call": WRONG_CALL}
     with ThreadPoolExecutor(2) as pool:
         said = dict(zip(sources, pool.map(lambda item: attempt(kit, folder, *item), sources.items()), strict=True))
@@ -257,7 +257,7 @@ def self_test(kit: Kit, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; the exit status."""
+    """Run the check of the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "macos", help="folder for what is fetched and built (default: build/macos)")
     parser.add_argument("--self-test", action="store_true", help="only prove that a missing symbol and a wrong call are refused")

@@ -1,4 +1,4 @@
-"""The C++ compiler of the macOS check: `zig c++` for Apple silicon, given what CMake gives Apple's clang and ld. Linking is strict.
+"""The C++ compiler of the macOS check: `zig c++` for Apple silicon, called with CMake's arguments for Apple's clang and ld. Linking is strict.
 
 Called as `cxx.py ZIG TOOLCHAIN ARGUMENTS...`, by the wrapper that check.py writes into the folder TOOLCHAIN.
 """
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 TARGET = "aarch64-macos.14.0"
 
-# Flags of Apple's tools that zig's do not have and a check does not miss, by how they begin, and how many arguments they are.
+# Flags of Apple's tools that zig's lack and the check does not need: how they begin, and how many arguments they take.
 _DROPPED = {"-arch": 2, "-framework": 2, "-flto": 1, "-mmacosx-version-min": 1, "-Wl,-x": 1, "-Wl,-S": 1, "-Wl,-search_paths_first": 1}
-# zig takes features of a machine as those of a named one.
+# zig takes a machine's features from the name of a machine.
 _RENAMED = {"-bundle": "-shared", "-march=armv8.2-a+bf16": "-mcpu=apple_m2"}
-# What lets a link pass with a name that no library has. An extension names the symbols of Python so, in a list; here these have a library.
+# Flags that let a link pass although no library has a symbol. Extensions list Python's symbols in this way; here those have a library.
 _LENIENT = ("-undefined", "dynamic_lookup", "-Wl,-undefined,dynamic_lookup", "-Wl,-undefined,suppress", "-Wl,-flat_namespace", "-Wl,-U,")
 
 
 def translate(arguments: Sequence[str], toolchain: str) -> list[str]:
-    """The arguments of `zig c++` for those of Apple's clang++.
+    """Translate arguments of Apple's clang++ to arguments of `zig c++`.
 
     Raises:
-        ValueError: an argument would let a link pass although a symbol is missing.
+        ValueError: if an argument would let a link pass although a symbol is missing.
     """
     translated, i = [], 0
     while i < len(arguments):

@@ -1,4 +1,4 @@
-"""Reads what the macOS check wants to know of a 64-bit Mach-O file: no machine but a Mac has Apple's otool and nm."""
+"""Read the facts about a 64-bit Mach-O file that the macOS check needs: only a Mac has Apple's otool and nm."""
 
 import struct
 from dataclasses import dataclass, field
@@ -6,28 +6,28 @@ from pathlib import Path
 
 _MAGIC, _ARM64 = 0xFEEDFACF, 0x0100000C
 _SYMTAB, _RPATH, _BUILD_VERSION = 0x2, 0x8000001C, 0x32
-_LOADS = {0xC, 0x80000018, 0x8000001F, 0x80000023}  # of a dylib: plain, weak, re-exported, upward
+_LOADS = {0xC, 0x80000018, 0x8000001F, 0x80000023}  # commands that load a dylib: plain, weak, re-exported, upward
 _STAB, _PRIVATE, _TYPE, _EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
 
 
 @dataclass
 class MachO:
-    """One image: how it was built, what it loads, what it wants from whom."""
+    """One image: how it was built, which libraries it loads, and which symbols it takes from which library."""
 
     arm64: bool
     minimum_macos: str = ""
     libraries: list[str] = field(default_factory=list)
     rpaths: list[str] = field(default_factory=list)
-    imports: dict[str, str] = field(default_factory=dict)  # symbol -> the library it is bound to; "" if to none in particular
+    imports: dict[str, str] = field(default_factory=dict)  # symbol -> the library that it is bound to; "" if to no particular one
     exports: set[str] = field(default_factory=set)
 
     def imported_from(self, library: str) -> list[str]:
-        """The symbols bound to the library of this file name, sorted."""
+        """Return the symbols bound to the library of this file name, sorted."""
         return sorted(name for name, path in self.imports.items() if Path(path).name == library)
 
 
 def read(path: Path) -> MachO:
-    """The image in the file at `path`.
+    """Return the image in the file at `path`.
 
     Raises:
         ValueError: it is not a 64-bit little-endian Mach-O file.
@@ -64,7 +64,7 @@ def read(path: Path) -> MachO:
         if kind & _TYPE:
             image.exports.add(name)
         else:
-            # Two-level namespace: the number, from 1, of the library that the linker found the symbol in; 0 and 253 up are special.
+            # Two-level namespace: the number, from 1, of the library in which the linker found the symbol; 0 and 253 up are special.
             library = description >> 8
             image.imports[name] = image.libraries[library - 1] if 0 < library <= len(image.libraries) else ""
     return image

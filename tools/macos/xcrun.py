@@ -1,7 +1,7 @@
-"""Stands in for Apple's Metal compiler in the macOS check, as `xcrun -sdk macosx metal`: it shows that CMake drives one, and compiles nothing.
+"""Stand in for Apple's Metal compiler in the macOS check, as `xcrun -sdk macosx metal`: show that CMake calls it, and compile nothing.
 
-Refuses what the real one would without reading a kernel: a source or an included file that is not there, two objects of one name. What it
-writes is no Metal library. For every other tool it fails, as xcrun does where Xcode is not.
+It rejects what the real compiler rejects without reading a kernel: a missing source or included file, and two objects of one name. Its output is no
+Metal library. For every other tool it fails, as xcrun does without Xcode.
 """
 
 import re
@@ -13,7 +13,7 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def included(source: Path, folders: Sequence[Path]) -> set[Path]:
-    """Every file that `source` includes by "name", at any depth.
+    """Return every file that `source` includes by "name", at any depth.
 
     Raises:
         FileNotFoundError: one of them is neither beside the file that includes it nor in `folders`.
@@ -33,7 +33,7 @@ def included(source: Path, folders: Sequence[Path]) -> set[Path]:
 
 
 def metal(arguments: Sequence[str]) -> None:
-    """Writes what `metal` would: the object and its list of dependencies, or a library."""
+    """Write the files that `metal` would write: the object and its list of dependencies, or a library."""
     output = Path(arguments[arguments.index("-o") + 1])
     if "-c" in arguments:
         source = Path(arguments[arguments.index("-c") + 1])

@@ -1,5 +1,4 @@
-#define METALENS_TABLE avx512_kernels
-#define METALENS_ISA_NAME "avx512"
+#define METALENS_ISA avx512
 #define METALENS_VECTOR 16
 #define METALENS_ROWS 12
-#include "cpu/isa/kernels.inc"
+#include "cpu/isa/kernel_table.h"

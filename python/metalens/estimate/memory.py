@@ -231,7 +231,7 @@ def logit_bytes(d: ModelDimensions, layers: int, tokens: int) -> int:
         return d.vocab_size * (chunk_layers * chunk_tokens * (4 + (2 if rounded else 4)) + 4 * chunk_tokens)
     extension = native()
     if extension is not None:
-        rows, ids = 256, 256  # kRowBlock and kVocabularyBlock of csrc/cpu/product.h
+        rows, ids = int(extension.row_block), int(extension.vocabulary_block)
         return int(extension.num_threads()) * 4 * (4 * rows * d.hidden_size + 4 * rows * ids)
     return 8 * max(LOGITS_BYTES[mx.default_device().type], 4 * d.vocab_size * layers)
 

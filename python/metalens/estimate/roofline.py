@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from metalens.models.facts import ModelDimensions
 from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
-from metalens.ops.metal.tuning import FAMILIES, Family
+from metalens.ops.metal.tuning import GENERATIONS, GpuGeneration
 
 WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
 
@@ -34,9 +34,9 @@ class Chip:
     source: str
 
     @property
-    def family(self) -> Family:
+    def family(self) -> GpuGeneration:
         """Return the tuning of this generation."""
-        return FAMILIES[self.generation]
+        return GENERATIONS[self.generation]
 
     @property
     def matrix_flops(self) -> float:
@@ -128,7 +128,7 @@ def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
         cost.linear(tokens, vocab, depth, head, family),
         cost.linear(rows, vocab, depth, head, family),
         cost.softmax_grad(rows, tokens, vocab, 4),
-        cost.pullback(rows, vocab, depth, head, 4, family),
+        cost.lens_backward(rows, vocab, depth, head, 4, family),
     ]
     return sum(chip.seconds(kernel) for kernel in kernels)
 

@@ -94,7 +94,7 @@ def unavailable(name: Literal["native", "metal"]) -> str:
             raise UnavailableError(f"The native backend was asked for but can't be used: {reason}. Reinstall metalens, or choose 'auto'.")
         _extension.load()  # warns
         return reason
-    if mx.metal.is_available() or kernel.factory is not None:
+    if mx.metal.is_available() or kernel.is_emulated():
         return ""
     if backend() == "metal":
         raise UnavailableError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")

@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from metalens import _extension
 from metalens.ops import Weight, backend, linear, precision, use_backend
-from metalens.ops.metal import tensor, tuning
+from metalens.ops.metal import tuning
 from metalens.utils.arrays import to_float
 
+MATRIX_UNIT_GENERATION = 17  # first generation of GPUs with matrix units, the M5's
 TOLERANCE = 1e-4  # largest difference between the native kernels and plain MLX
 
 
@@ -28,7 +29,7 @@ class MetalDiagnosis:
         architecture: name of the GPU's architecture in MLX.
         generation: generation that kernels are tuned for.
         compiled_kernels: number of kernels that were compiled ahead of time. 0 = there is no metallib, all are compiled just in time.
-        matrix_units: whether the GPU's matrix units are used, in words.
+        matrix_units: whether the GPU has matrix units, in words. They are not used yet.
     """
 
     architecture: str
@@ -126,12 +127,13 @@ def _metal_diagnosis() -> MetalDiagnosis | None:
     if not mx.metal.is_available():
         return None
     gpu, kernels = tuning.device(), _extension.metallib_kernels()
-    able, reason = tensor.supported(gpu.family.generation)
+    generation = gpu.generation.number
+    without = f"none: they begin with generation {MATRIX_UNIT_GENERATION} (M5)"
     return MetalDiagnosis(
         architecture=gpu.architecture,
-        generation=gpu.family.generation,
+        generation=generation,
         compiled_kernels=len(kernels),
-        matrix_units="present, but there are no kernels for them yet" if able else f"not used: {reason}",
+        matrix_units="present, but there are no kernels for them yet" if generation >= MATRIX_UNIT_GENERATION else without,
     )
 
 

@@ -1,4 +1,4 @@
-// What the runtime shares with Python (launch.py) and with compiled kernels (include/msl/runtime.h). Change all three together.
+// The interface of the runtime with Python (launch.py) and with compiled kernels (include/msl/runtime.h). Change all three together.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@ struct Extent {
   uint32_t x, y, z, unused;
 };
 
-// Everything a thread can ask about itself; a kernel's entry function receives a pointer to it.
+// All attributes of a thread; a kernel's entry function receives a pointer to them.
 struct alignas(16) ThreadContext {
   void** buffers;
   void** threadgroup_buffers;
@@ -17,8 +17,8 @@ struct alignas(16) ThreadContext {
   Extent threadgroup_position;
   Extent threadgroups;
   Extent grid;
-  Extent threadgroup_size;           // of this threadgroup: smaller at the grid's edge
-  Extent dispatch_threadgroup_size;  // as asked for
+  Extent threadgroup_size;           // size of this threadgroup: smaller at the grid's edge
+  Extent dispatch_threadgroup_size;  // the size asked for
   uint32_t index_in_threadgroup;
   uint32_t lane;
   uint32_t simdgroup;
@@ -33,7 +33,7 @@ enum BufferFlags : uint32_t {
 };
 
 struct Buffer {
-  uint8_t* data;    // where the kernel's pointer points
+  uint8_t* data;    // target of the kernel's pointer
   uint64_t before;  // valid bytes before data (arrays with negative strides)
   uint64_t bytes;   // valid bytes from data on
   uint32_t flags;
@@ -62,7 +62,7 @@ struct Launch {
   uint64_t threadgroup_read, threadgroup_written;
   uint32_t threadgroup_bytes;
   uint32_t failed;
-  uint64_t fault_offset;  // of the faulty instruction in the kernel's library; 0: unknown
+  uint64_t fault_offset;  // offset of the faulty instruction in the kernel's library; 0: unknown
   char message[1024];
 };
 

@@ -1,5 +1,5 @@
-// Every load and store of a checked kernel arrives here: clang's kernel address sanitizer emits the calls, and these are our own definitions of
-// its callbacks. The undefined-behavior sanitizer's handlers for alignment, array bounds and division are here too.
+// The callbacks of clang's kernel address sanitizer, which calls them for every load and store of a checked kernel. The handlers of the
+// undefined-behavior sanitizer for alignment, array bounds and division are here too.
 #include <cstring>
 
 #include "state.h"
@@ -18,7 +18,7 @@ void check_access(uint8_t* address, uint64_t bytes, bool write, bool atomic, con
 
 namespace {
 
-// The head of the records that clang passes to the undefined-behavior handlers; only what is reported is declared.
+// The beginning of the records that clang passes to the undefined-behavior handlers: the fields that are reported.
 struct TypeMismatch {
   const char* file;
   uint32_t line, column;

@@ -1,4 +1,4 @@
-// What kernels call: barriers, simdgroup collectives, the matrix product, atomics, threadgroup variables.
+// The functions that kernels call: barriers, simdgroup collectives, the matrix product, atomics, threadgroup variables.
 #include <cstring>
 
 #include "state.h"
@@ -15,7 +15,7 @@ void wait_in_collective(uint32_t kind, uint32_t line, const void* pc) {
   if (simdgroup.arrived == 0) {
     simdgroup.uniform = true;
   } else if (simdgroup.uniform) {
-    // All that wait so far are alike, so one of them stands for the rest.
+    // All lanes that wait so far are in the same collective, so one represents them.
     for (uint32_t i = 0; i < simdgroup.lanes; i++) {
       const Fiber& other = runtime.fibers[simdgroup.first + i];
       if (other.state != State::kCollective) continue;
@@ -57,7 +57,7 @@ void msl_simdgroup_barrier(uint32_t line, uint32_t mem_flags) {
   if (mem_flags & kMemDevice) runtime.current->device_low += kStampSimdEpoch;
 }
 
-// Deposits `bytes` of operand, waits for the simdgroup's other active lanes and returns their mask. Lane i's operand is then at
+// Deposit `bytes` of operand, wait for the simdgroup's other active lanes and return their mask. Lane i's operand is then at
 // *base + i * *stride.
 uint32_t msl_simd_exchange(const void* operand, uint32_t bytes, uint32_t kind, uint32_t line, const uint8_t** base, uint64_t* stride) {
   Fiber* self = runtime.current;
@@ -74,8 +74,8 @@ uint32_t msl_lane(void) {
   return runtime.current->context.lane;
 }
 
-// d = a * b + c for 8x8 matrices of which each lane passes two neighbouring elements. The last lane's arrival makes the scheduler compute the
-// product, once for the simdgroup.
+// d = a * b + c for 8x8 matrices; each lane passes two neighboring elements. When the last lane arrives, the scheduler computes the product, once for
+// the simdgroup.
 void msl_matrix_multiply(const float* a, const float* b, const float* c, float* d, uint32_t line) {
   Fiber* self = runtime.current;
   Simdgroup& simdgroup = runtime.simdgroups[self->context.simdgroup];
@@ -89,7 +89,7 @@ void msl_matrix_multiply(const float* a, const float* b, const float* c, float* 
   memcpy(d, simdgroup.d + at, 8);
 }
 
-// simdgroup_load and simdgroup_store are plain accesses by each lane, so they need no rendezvous; counting them finds lanes that left some out.
+// simdgroup_load and simdgroup_store are plain accesses by each lane, so they need no rendezvous. Their count reveals lanes that skipped some.
 void msl_matrix_access(void) {
   Fiber* self = runtime.current;
   self->matrix_accesses++;
@@ -108,7 +108,7 @@ void* msl_threadgroup_variable(int64_t id, uint64_t bytes, const char* name) {
   return declare_threadgroup_variable(id, bytes, name, MSLCPU_PC);
 }
 
-// Not in every libgcc; rounds to nearest even.
+// Not in every libgcc. Rounds to nearest even.
 __bf16 __truncsfbf2(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);

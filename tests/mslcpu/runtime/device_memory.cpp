@@ -10,11 +10,11 @@ namespace mslcpu {
 
 namespace {
 
-// Shadow memory of one buffer, mapped lazily: its cost is proportional to the pages that a kernel touches, not to the buffer.
+// The shadow memory of one buffer, mapped lazily: its cost is proportional to the pages that a kernel touches, not to the buffer's size.
 struct Shadow {
   uint8_t* flags = nullptr;  // per byte
   size_t flags_bytes = 0;
-  Stamp* writer = nullptr;  // per granule, outputs only: who last wrote and who last read
+  Stamp* writer = nullptr;  // per granule, outputs only: the last writer and the last reader
   Stamp* reader = nullptr;
   size_t stamps_bytes = 0;
   uint32_t granule_shift = 0;
@@ -25,7 +25,7 @@ constexpr uint64_t kRead = 0x0101010101010101ull, kWritten = 0x0202020202020202u
 Shadow shadows[kMaxBuffers];
 uint32_t last_hit = 0;
 
-// A store over bytes that another thread wrote: a race only if it changes them, which is known once it is done.
+// A store over bytes that another thread wrote. It is a race only if it changes them, which is known after the store.
 struct {
   bool active = false;
   uint8_t* address;
@@ -33,7 +33,7 @@ struct {
   uint8_t before[64];
   uint32_t buffer, other_thread, thread;
   bool other_group;
-  Fiber* fiber;  // that stored
+  Fiber* fiber;  // the fiber that stored
   const void* pc;
 } pending;
 
@@ -54,7 +54,7 @@ inline uint64_t load_bytes(const uint8_t* from, uint64_t count) {
   return value;
 }
 
-// Sets `bit` in the flags of the bytes; adds how many were new, and returns the flags' union and intersection before.
+// Set `bit` in the flags of the bytes, add the number of bytes that did not have it, and return the union and intersection of the flags before.
 struct Before {
   uint64_t any, all;
 };

@@ -1,5 +1,5 @@
-// Failures: the first one of a launch is recorded, the thread that caused it abandoned. Faults of the processor and the time limit come in
-// as signals, and end the same way.
+// Failures. The first failure of a launch is recorded, and the thread that caused it is abandoned. Faults of the processor and the time limit arrive
+// as signals and end in the same way.
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -44,7 +44,7 @@ void abandon_thread() {
 
 namespace {
 
-// Signals that a kernel can cause, and the one of our timer.
+// The signals that a kernel can cause, and the timer's signal.
 const int kFaults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 struct sigaction old_faults[4], old_timer;
 stack_t old_stack;
@@ -72,7 +72,7 @@ void on_fault(int number, siginfo_t* info, void* context) {
   const void* pc = interrupted_at(context);
   const uint8_t* address = static_cast<const uint8_t*>(info->si_addr);
   bool on_stack = address >= runtime.stacks && address < runtime.stacks + runtime.stacks_bytes;
-  if (!in_kernel(pc) && !(runtime.current && on_stack)) {  // a fault of ours or of the host program: let it take its course
+  if (!in_kernel(pc) && !(runtime.current && on_stack)) {  // a fault of the runtime or of the host program: not handled here
     signal(number, SIG_DFL);
     return;
   }
@@ -91,7 +91,7 @@ void on_timer(int, siginfo_t*, void* context) {
   runtime.timed_out = true;
   runtime.attention = true;
   const void* pc = interrupted_at(context);
-  if (!in_kernel(pc)) return;  // the next callback or the next tick sees it
+  if (!in_kernel(pc)) return;  // the next callback or the next tick will see it
   record_failure(pc, "kernel did not finish within %g s", runtime.launch->timeout);
   abandon_thread();
 }
@@ -105,7 +105,7 @@ void start_watchdog(double seconds) {
   stack.ss_size = 65536;
   sigaltstack(&stack, &old_stack);
   struct sigaction action{};
-  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // a handler may leave by switching stacks, so nothing stays blocked
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // a handler may leave by switching stacks, so no signal stays blocked
   action.sa_sigaction = on_fault;
   for (int i = 0; i < 4; i++) sigaction(kFaults[i], &action, &old_faults[i]);
   timer_set = false;
@@ -129,7 +129,7 @@ void start_watchdog(double seconds) {
 void stop_watchdog() {
   if (timer_set) {
     timer_delete(timer);
-    signal(timer_signal(), SIG_IGN);  // discards one already on its way
+    signal(timer_signal(), SIG_IGN);  // discards a signal that is already pending
     sigaction(timer_signal(), &old_timer, nullptr);
   }
   for (int i = 0; i < 4; i++) sigaction(kFaults[i], &old_faults[i], nullptr);

@@ -1,4 +1,4 @@
-// Fibers: a stack per GPU thread and a hand-written switch between them.
+// Fibers: a stack for each GPU thread, and a hand-written switch between stacks.
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -84,7 +84,7 @@ void thread_main() {
 }  // namespace
 
 void reserve_stacks(uint32_t threads, uint32_t stack_bytes) {
-  size_t stride = (stack_bytes + kPage - 1) / kPage * kPage + kPage;  // one page of guard
+  size_t stride = (stack_bytes + kPage - 1) / kPage * kPage + kPage;  // one guard page
   if (runtime.stack_bytes == stride && runtime.stacks_bytes >= stride * threads) return;
   if (runtime.stacks) munmap(runtime.stacks, runtime.stacks_bytes);
   runtime.stack_bytes = stride;
@@ -96,11 +96,11 @@ void reserve_stacks(uint32_t threads, uint32_t stack_bytes) {
 }
 
 void prepare_fiber(uint32_t index) {
-  // Stacks start at different offsets within their pages: otherwise the hot ends of all of them would compete for the same cache sets.
+  // Stacks start at different offsets within their pages. Otherwise the busy ends of all stacks would compete for the same cache sets.
   size_t color = (index * 5 % 32) * 128;
   uint64_t* top = reinterpret_cast<uint64_t*>(runtime.stacks + (index + 1) * runtime.stack_bytes - color) - 8;
 #if defined(__x86_64__)
-  *--top = 0;  // so that thread_main finds the alignment a call would have left
+  *--top = 0;  // so that thread_main finds the alignment that a call leaves
   *--top = reinterpret_cast<uint64_t>(&thread_main);
   top -= kSavedRegisters;
   memset(top, 0, kSavedRegisters * sizeof(uint64_t));

@@ -19,7 +19,7 @@ uint32_t random_below(uint32_t bound) {  // xorshift64
   return static_cast<uint32_t>((runtime.random >> 11) % bound);
 }
 
-// Puts items into the schedule's order.
+// Put items into the order of the schedule.
 template <typename Items>
 void arrange(Items& items, size_t count) {
   if (runtime.launch->schedule == Schedule::kReverse) {
@@ -52,7 +52,7 @@ const char* collective_name(uint32_t kind) {
   return kind == kSimdgroupBarrier ? "simdgroup_barrier" : kind == kMatrixMultiply ? "matrix multiplication" : "simd collective";
 }
 
-// Lets the lanes that wait in collectives go on. Lanes of one collective go together; under strict checks all of the simdgroup must be there.
+// Release the lanes that wait in collectives. Lanes of one collective are released together; under strict checks the whole simdgroup must be in it.
 bool release_collectives(Simdgroup& s) {
   Launch& launch = *runtime.launch;
   Fiber* lanes = &runtime.fibers[s.first];
@@ -95,7 +95,7 @@ bool release_collectives(Simdgroup& s) {
 
 enum class Progress { kBlocked, kPaused, kFailed };
 
-// Runs a simdgroup until all of its lanes wait at a barrier or have returned; in lockstep only up to its next collective.
+// Run a simdgroup until all of its lanes wait at a barrier or have returned; in lockstep only up to its next collective.
 Progress run_simdgroup(Simdgroup& s) {
   Fiber* lanes = &runtime.fibers[s.first];
   for (;;) {
@@ -118,7 +118,7 @@ Progress run_simdgroup(Simdgroup& s) {
   }
 }
 
-// All threads wait at a barrier or have returned: checks that they agree, and opens the barrier. False: the threadgroup is over.
+// Called when all threads wait at a barrier or have returned. Check that they agree, and open the barrier. False: the threadgroup is finished.
 bool open_barrier() {
   Launch& launch = *runtime.launch;
   Fiber* waiting = nullptr;
@@ -228,7 +228,7 @@ void set_up_threads(Extent group, Extent groups, const std::vector<void*>& buffe
   }
 }
 
-// Where the kernel's library lies in memory.
+// The address range of the kernel's library in memory.
 void find_image(const void* entry) {
   Dl_info info{};
   dladdr(entry, &info);
@@ -319,7 +319,7 @@ int mslcpu_run(Launch* launch) {
   return launch->failed;
 }
 
-// Memory for a checked buffer, far from any other: an access that misses it by up to `gap` bytes hits nothing.
+// Memory for a checked buffer, far from all others: a stray access up to `gap` bytes away from it hits no buffer.
 constexpr uint64_t kGap = 1ull << 30;
 
 uint8_t* mslcpu_allocate(uint64_t bytes) {

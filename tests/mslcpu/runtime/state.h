@@ -6,7 +6,7 @@
 
 #include "abi.h"
 
-// fibers.cpp: saves the callee-saved registers on the running stack, stores its pointer to *save and continues on the stack `to`.
+// fibers.cpp: save the callee-saved registers on the running stack, store its pointer to *save and continue on the stack `to`.
 extern "C" void mslcpu_switch(void** save, void* to);
 
 namespace mslcpu {
@@ -15,17 +15,17 @@ constexpr uint32_t kSimdWidth = 32;
 constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kMaxBuffers = 31;
 constexpr uint32_t kThreadgroupLimit = 32768;
-constexpr uint32_t kArenaBytes = 1u << 20;  // the limit, and room for red zones
+constexpr uint32_t kArenaBytes = 1u << 20;  // Metal's limit, and space for red zones
 constexpr uint32_t kRedZone = 8192;         // unowned bytes between threadgroup variables
 
 enum class State : uint32_t { kReady, kCollective, kBarrier, kDone };
 
-// Kinds of simdgroup collectives that the runtime itself must know; the shim's other collectives use larger numbers.
+// The kinds of simdgroup collectives that the runtime itself must know. The shim's other collectives have larger numbers.
 enum Kind : uint32_t { kSimdgroupBarrier = 1, kMatrixMultiply = 2 };
 
 enum MemFlags : uint32_t { kMemDevice = 1, kMemThreadgroup = 2 };
 
-// Who accessed a location and when: epoch (32 bits) | simdgroup epoch (21) | atomic (1) | thread (10). Barriers advance the epoch, simdgroup
+// Which thread accessed a location and when: epoch (32 bits) | simdgroup epoch (21) | atomic (1) | thread (10). Barriers advance the epoch, simdgroup
 // barriers the simdgroup epoch. The low half lives in the fiber, one for threadgroup memory and one for device memory.
 using Stamp = uint64_t;
 constexpr uint32_t kStampAtomic = 1u << 10;
@@ -35,16 +35,16 @@ constexpr uint32_t kStampThread = kStampAtomic - 1;
 struct Fiber {
   void* stack_pointer;
   State state;
-  uint32_t kind;             // of the collective it waits in
-  uint32_t mem_flags;        // of the barrier it waits in
+  uint32_t kind;             // of the collective in which it waits
+  uint32_t mem_flags;        // of the barrier at which it waits
   uint32_t line;             // of the barrier or collective
-  const void* pc;            // likewise
+  const void* pc;            // of the same
   uint32_t mask;             // lanes that took part in the collective
   uint32_t matrix_accesses;  // simdgroup_load and simdgroup_store calls so far; equal in all lanes unless control flow diverged
   const void* matrix_pc;     // of the last one
   uint32_t threadgroup_low;  // low halves of the stamps
   uint32_t device_low;
-  alignas(16) uint8_t deposit[2][64];  // operands of collectives; two, as a lane may reach the next before others have read this one
+  alignas(16) uint8_t deposit[2][64];  // operands of collectives; two, as a lane may reach the next collective before others have read this
   ThreadContext context;
 };
 
@@ -52,7 +52,7 @@ struct Simdgroup {
   uint32_t first, lanes;
   uint32_t round;                                // selects the deposit
   uint32_t arrived;                              // lanes waiting in a collective
-  bool uniform;                                  // all of them in the same one
+  bool uniform;                                  // whether all of them wait in the same one
   alignas(32) float a[64], b[64], c[64], d[64];  // operands and result of the matrix product, row-major
 };
 
@@ -67,7 +67,7 @@ struct Runtime {
   Fiber* current = nullptr;  // null: the scheduler runs
   void* scheduler_stack_pointer = nullptr;
   bool failed = false;
-  // Set when the next callback must look at something other than its own access: a pending comparison or the time limit.
+  // Set if the next callback must handle more than its own access: a pending comparison or the time limit.
   volatile bool attention = false;
   volatile bool timed_out = false;
 
@@ -88,17 +88,17 @@ struct Runtime {
   uint32_t arena_used = 0;
   std::vector<ThreadgroupVariable> variables;
 
-  // Epochs never restart, so shadow memory need not be cleared between threadgroups.
+  // Epochs never restart, so shadow memory is not cleared between threadgroups.
   uint32_t threadgroup_epoch = 1, threadgroup_first_epoch = 1;
   uint32_t device_epoch = 1, device_first_epoch = 1;
 
-  // The kernel's own image: its constant tables may be read.
+  // The kernel's own image, whose constant tables it may read.
   const uint8_t *image_begin = nullptr, *image_end = nullptr;
 };
 
 extern Runtime runtime;
 
-// errors.cpp: the first error of a launch is recorded. MSLCPU_FAIL, from a kernel's thread, also abandons the thread.
+// errors.cpp: record the first error of a launch. MSLCPU_FAIL, called from a kernel's thread, also abandons the thread.
 void record_failure(const void* pc, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void abandon_thread();
 #define MSLCPU_FAIL(pc, ...)                     \
@@ -112,8 +112,8 @@ void stop_watchdog();
 // fibers.cpp
 void reserve_stacks(uint32_t threads, uint32_t stack_bytes);
 void prepare_fiber(uint32_t index);
-void switch_to_fiber(Fiber* fiber);  // from the scheduler
-void yield_fiber();                  // from a thread: to the next ready lane, or back to the scheduler
+void switch_to_fiber(Fiber* fiber);  // called by the scheduler
+void yield_fiber();                  // called by a thread: switches to the next ready lane or back to the scheduler
 
 // threadgroup_memory.cpp
 void reset_threadgroup_epochs_if_used_up();
@@ -125,7 +125,7 @@ void check_threadgroup_access(uint32_t offset, uint64_t bytes, bool write, bool 
 void begin_device_memory();
 void end_device_memory();
 void check_device_access(uint8_t* address, uint64_t bytes, bool write, bool atomic, const void* pc);
-void finish_pending_write();  // compares what a suspicious store wrote; called before anything else happens
+void finish_pending_write();  // compares the bytes of a suspicious store; called before any other check
 void attend();
 
 // access.cpp
@@ -136,7 +136,7 @@ inline uint32_t line_of(uint32_t site) {
   return site / 512;
 }
 
-// True if two accesses of the same epoch by these stamps may happen in either order.
+// Whether two accesses of the same epoch with these stamps may happen in either order.
 inline bool unordered(Stamp a, Stamp b) {
   uint32_t low_a = static_cast<uint32_t>(a), low_b = static_cast<uint32_t>(b);
   if (((low_a ^ low_b) & kStampThread) == 0) return false;

@@ -10,13 +10,13 @@ namespace mslcpu {
 
 namespace {
 
-// The last write and two reads of a location. Two reads are enough: if threads of two simdgroups have read, any writer conflicts with one of
-// them; if all were of one simdgroup, the two latest threads do.
+// The last write and two reads of a location. Two reads are enough: if threads of two simdgroups have read, any writer conflicts with one of them. If
+// all readers are in one simdgroup, the two latest threads are kept.
 struct Cell {
   Stamp write, read[2];
 };
 
-// Locations are pairs of bytes, as most accesses are of half or float; a pair accessed by single bytes is split for the rest of the
+// Locations are pairs of bytes, because most accesses are of half or float. A pair that is accessed by single bytes is split for the rest of the
 // threadgroup's life.
 Cell pairs[kArenaBytes / 2];
 Cell bytes_of_pairs[kArenaBytes];
@@ -36,7 +36,7 @@ inline Verdict note_read(Cell& cell, Stamp mine, Stamp* other) {
     return kWriteRead;
   }
   if (cell.read[0] == mine || cell.read[1] == mine) return kFine;
-  auto replaceable = [&](Stamp old) {  // it adds nothing to what this read will show
+  auto replaceable = [&](Stamp old) {  // the old read finds no race that the new one does not find
     if (epoch_of(old) != runtime.threadgroup_epoch) return true;
     uint32_t difference = static_cast<uint32_t>(old ^ mine);
     return (difference & kStampThread) == 0 || ((difference & kStampThread) < kSimdWidth && !unordered(old, mine));
@@ -101,7 +101,7 @@ void begin_threadgroup_memory() {
     if (memory == MAP_FAILED) abort();
     runtime.arena = static_cast<uint8_t*>(memory);
   }
-  // Every variable is poisoned with NaNs when it is declared; here only the previous threadgroup's are forgotten.
+  // Every variable is filled with NaNs when it is declared; here only the previous threadgroup's variables are forgotten.
   for (const ThreadgroupVariable& v : runtime.variables) memset(owner + v.offset, 0, v.bytes);
   runtime.arena_used = 0;
   runtime.variables.clear();

@@ -1,4 +1,4 @@
-"""Prints the matrix of kernels once its tests are through."""
+"""Print the matrix of kernels after its tests."""
 
 from collections import defaultdict
 

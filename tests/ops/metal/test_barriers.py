@@ -1,4 +1,4 @@
-"""No barrier of the kernels is there in vain: each one deleted is found, or is named here with the reason why the others make up for it."""
+"""Test that every barrier of the kernels is necessary: deleting any one of them makes the checks fail."""
 
 import mlx.core as mx
 import pytest
@@ -31,12 +31,12 @@ def translator(rng):
     mx.eval(mx.vjp(lambda w: translate_norm(h, w, b, norm), [w], [h])[1])
 
 
-# So few cores that each split of the vocabulary has several steps, and what separates them matters.
+# A GPU with so few cores that each split of the vocabulary has several steps, and the barriers between them matter.
 FEW_CORES = tuning.Device("applegpu_g13p", 8 * 2**30)
 
 RUNS = {
     "tile.h": stats,
-    "lens_pullback.h": loss,
+    "lens_backward.h": loss,
     "lens_softmax_grad.h": loss,
     "norm_grad.h": translator,
 }
@@ -78,5 +78,5 @@ def test_a_deleted_barrier_is_found(rng, monkeypatch, header, index):
 
 
 def body_of(text):
-    """What inlining leaves of a header as it is: from its namespace on."""
+    """Return the part of a header that inlining does not change: from its namespace on."""
     return text[text.index("namespace metalens {") :]

@@ -1,4 +1,4 @@
-"""The same launch code as on a Mac, from model to trained lens, in emulation: losses, gradients and readings equal the reference's."""
+"""Test the launch code of a Mac in emulation, from model to trained lens: losses, gradients and readings equal the reference's."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ pytestmark = needs_clang
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "cohere"])
 def model(request, make_quantized):
-    """Tiny 4-bit models whose heads are linear, softcapped, and scaled behind a LayerNorm."""
+    """Give tiny 4-bit models whose heads are linear, softcapped, and scaled behind a LayerNorm."""
     return InterpretableModel(make_quantized(request.param))
 
 
@@ -34,7 +34,7 @@ def make_quantized(make_llama):
             made = gemma2.Model(gemma2.ModelArgs(model_type="gemma2", head_dim=16, rms_norm_eps=1e-6, final_logit_softcapping=3.0, **shared))
         else:
             made = cohere.Model(cohere.ModelArgs(model_type="cohere", logit_scale=0.25, **shared))
-        # Larger than the usual initial values, so that layers differ and predictions are not flat.
+        # Larger than usual initial values, so that layers differ and predictions are not flat.
         made.update(tree_map(lambda p: p * 2 if p.ndim == 2 else p, made.parameters()))
         nn.quantize(made, group_size=32, bits=4)
         made.eval()
@@ -65,7 +65,7 @@ def test_loss_and_gradient(rng, model, ids):
         np.testing.assert_allclose(oracle.wide(flat(found_gradient)[name]), oracle.wide(expected), atol=2e-6, rtol=1e-4)
 
 
-PARTS = ("lens_stats", "lens_softmax_grad", "lens_pullback", "norm_grad", "linear")
+PARTS = ("lens_stats", "lens_softmax_grad", "lens_backward", "norm_grad", "linear")
 
 
 @pytest.mark.parametrize("device", [M1, M3], ids=["M1", "M3"])
@@ -98,7 +98,7 @@ def test_training_and_reading(model, ids, device):
 
 
 def numbers(tree):
-    """All numbers in nested dictionaries and lists, in their order."""
+    """Return all numbers in nested dictionaries and lists, in order."""
     if isinstance(tree, (dict, list)):
         return [n for part in (tree.values() if isinstance(tree, dict) else tree) for n in numbers(part)]
     return [tree] if isinstance(tree, (int, float)) else []

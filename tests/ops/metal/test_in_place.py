@@ -1,17 +1,17 @@
-"""The gradient may overwrite the chunk of logits: what the ahead-of-time launcher does, and MLX's just-in-time kernels cannot."""
+"""Test that the gradient may overwrite the chunk of logits, as the ahead-of-time launcher lets it (MLX's just-in-time kernels cannot)."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import mslcpu
-from metalens.ops.metal import descriptors, source
+from metalens.ops.metal import constants, descriptors, source
 from support import oracle
 from support.metal_emulation import needs_clang
 
 pytestmark = needs_clang
 
-# The chunk goes to the gradient's memory first, each element by the thread that owns it; from there on both are one buffer.
+# First the chunk is copied to the gradient's memory, each element by the thread that owns it. Then both are one buffer.
 COPY = """
 for (uint v = simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup; v < {width}; v += 256) {{
   gradient[threadgroup_position_in_grid.x * {width} + v] = chunk[threadgroup_position_in_grid.x * {width} + v];
@@ -27,7 +27,7 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
     difference = oracle.random_array(rng, rows, width, scale=0.3)
     lse = mx.logsumexp(z_model[:, :vocab], axis=-1)
     kernel = descriptors.lens_softmax_grad(mx.float32)
-    values = {"rows": rows, "tokens": tokens, "width": width, "vocab": vocab, "is_delta": 1, "softcap": 0.0, "magnifier": 1.0}
+    values = {"rows": rows, "tokens": tokens, "width": width, "vocab": vocab, "is_delta": 1, "softcap": 0.0, "grad_scale": 1.0}
     problem = mx.array(source.pack(kernel.header, "SoftmaxGradProblem", values))
     padded_lse = mx.concatenate([lse, mx.zeros(8)])
 
@@ -66,4 +66,4 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
 
 
 def map_columns_of(width):
-    return -(-width // descriptors.MAP_WIDTH)
+    return -(-width // constants.MAP_WIDTH)

@@ -1,4 +1,4 @@
-"""Descriptors, sources, chunks and transformations of the Metal path."""
+"""Test descriptors, sources, chunks and transformations of the Metal path."""
 
 import re
 
@@ -9,7 +9,7 @@ import pytest
 import mslcpu
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend
 from metalens.ops.backends import metal
-from metalens.ops.metal import descriptors, kernel, source, stats, tensor, tuning
+from metalens.ops.metal import constants, descriptors, kernel, source, stats, tuning
 from metalens.ops.metal import kl as metal_kl
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
@@ -24,7 +24,7 @@ def test_headers_are_inlined_once_each():
 
 
 def test_no_metal_text_lives_in_python():
-    for path in (source.folder().parent / "python" / "metalens" / "metal").glob("*.py"):
+    for path in (source.folder().parent / "python" / "metalens" / "ops" / "metal").glob("*.py"):
         assert not re.search(r"threadgroup_barrier|simd_sum|METAL_FUNC", path.read_text()), path.name
 
 
@@ -42,18 +42,26 @@ def test_a_problem_must_be_stated_whole():
 @pytest.mark.parametrize(
     ("name", "header", "value"),
     [
-        ("MAP_WIDTH", "common.h", descriptors.MAP_WIDTH),
-        ("NORM_ROWS", "norm_grad.h", descriptors.NORM_ROWS),
-        ("GRAD_SIMDS", "lens_softmax_grad.h", descriptors.GRAD_THREADS // 32),
-        ("SIMDS", "common.h", descriptors.MERGE_ROWS),
-        ("SIMDS", "common.h", stats.SIMDS),
-        ("IDS", "lens_stats_few.h", stats.IDS),
-        ("FIELDS", "stats_rows.h", stats.FIELDS),
+        ("MAP_WIDTH", "common.h", constants.MAP_WIDTH),
+        ("NORM_ROWS", "norm_grad.h", constants.NORM_ROWS),
+        ("GRAD_SIMDS", "lens_softmax_grad.h", constants.GRAD_THREADS // 32),
+        ("SIMDS", "common.h", constants.SIMDS),
+        ("SIMDS", "common.h", constants.THREADS // 32),
+        ("LANES", "common.h", constants.LANES),
+        ("LANES", "common.h", stats.LARGEST_K),
+        ("LANES", "common.h", tuning.VECTOR_ROWS[-1] * constants.IDS_PER_STEP),
+        ("IDS_PER_STEP", "lens_stats_vector.h", constants.IDS_PER_STEP),
+        ("FIELDS", "stats_rows.h", constants.FIELDS),
+        ("TILE_IDS", "tile.h", constants.TILE_IDS),
+        ("TILE_DEPTH", "tile.h", constants.TILE_DEPTH),
     ],
 )
 def test_constants_agree(name, header, value):
     (found,) = re.findall(rf"constexpr constant int {name} = (\d+);", source.inlined(header))
     assert int(found) == value
+    with pytest.raises(KeyError, match="no constant"):
+        source.constant(header, "NOTHING")
+    assert not hasattr(constants, "NOTHING")
 
 
 def test_the_backend_needs_a_gpu():
@@ -70,11 +78,11 @@ def test_one_kernel_for_one_descriptor(rng):
     with emulated():
         for tokens in (9, 10, 12):
             mx.eval(lens_stats(oracle.random_array(rng, 1, tokens, 64), head).lse)
-    assert kernel._just_in_time.cache_info().currsize == 2  # of the blocks of sixteen rows, and what merges them
+    assert kernel._just_in_time.cache_info().currsize == 2  # the kernel for blocks of sixteen rows, and the one that merges the splits
 
 
 def test_planning_reads_no_values():
-    # mx.compile traces with arrays that have no values: a launch that looked at them could not be compiled.
+    # mx.compile traces with arrays that have no values, so a launch that reads values cannot be compiled.
     def stand_in(**_):
         def run(inputs, output_shapes, output_dtypes, **_):
             total = sum(mx.sum(a.astype(mx.float32)) for a in inputs)
@@ -91,15 +99,12 @@ def test_planning_reads_no_values():
         return mx.sum(kl), lens_stats(n[None], head, 3, n, labels).nll
 
     arguments = [oracle.random_array(rng, 20, 64), mx.eye(64), mx.zeros(64), mx.arange(20)]
-    before = kernel.factory
-    kernel.factory = stand_in
     try:
-        with use_backend("metal"):
+        with kernel.emulation(stand_in), use_backend("metal"):
             compiled = mx.compile(everything)
             mx.eval(compiled(*arguments), compiled(*arguments))
             mx.eval(mx.compile(mx.grad(lambda *a: everything(*a)[0], argnums=(0, 1, 2)))(*arguments))
     finally:
-        kernel.factory = before
         kernel._just_in_time.cache_clear()
 
 
@@ -174,19 +179,19 @@ def test_vocabulary_beyond_16_bits(rng, settings):
 
 @needs_clang
 def test_logits_beyond_2_to_the_31(rng):
-    """The last rows of a chunk of 16,800 x 128,001 logits lie past element 2^31; the kernel reads the first 64 ids of each, a few pages of 8.6 GB."""
+    """The last rows of a chunk of 16,800 x 128,001 logits lie past element 2^31. The kernel reads 64 ids of each row, a few pages of 8.6 GB."""
     vocab, rows = 128_001, 16_800
-    descriptor = descriptors.lens_pullback(mx.float32, _dense(), 8)
+    descriptor = descriptors.lens_backward(mx.float32, _dense(), 8)
     assert rows * vocab > 2**31
-    # A map that is zero but for the last row: every other tile is left out.
-    g = np.zeros((rows, vocab), np.float32)  # pages that nobody touches take no memory
+    # The map is zero except in the last row, so every other tile is skipped.
+    g = np.zeros((rows, vocab), np.float32)  # pages that are never touched take no memory
     g[-1, 5], g[-1, 60] = 1.0, -2.0
     map_columns = -(-vocab // 32)
-    largest = np.zeros((rows, map_columns), np.float32)
-    largest[-1, 0], largest[-1, 1] = 1.0, 2.0
-    mass = np.ones(rows, np.float32)
+    tile_absmax = np.zeros((rows, map_columns), np.float32)
+    tile_absmax[-1, 0], tile_absmax[-1, 1] = 1.0, 2.0
+    row_l1 = np.ones(rows, np.float32)
     u = oracle.random_array(rng, 64, 8)
-    problem = {"rows": rows, "width": vocab, "vocab": 64, "columns": 8, "share": 64, "negligible": 2.0**-24, "scale": 1.0}
+    problem = {"rows": rows, "width": vocab, "vocab": 64, "columns": 8, "ids_per_split": 64, "negligible": 2.0**-24, "scale": 1.0}
     run = mslcpu.metal_kernel(
         name=descriptor.name,
         input_names=[a.name for a in descriptor.inputs],
@@ -196,7 +201,7 @@ def test_logits_beyond_2_to_the_31(rng):
     )
     with mslcpu.options(checked=False):
         (dn,) = run(
-            inputs=[g, largest, mass, u, u, u, mx.array(source.pack("lens_pullback.h", "PullbackProblem", problem))],
+            inputs=[g, tile_absmax, row_l1, u, u, u, mx.array(source.pack("lens_backward.h", "LensBackwardProblem", problem))],
             grid=(128 * (rows // 8), 1, 1),
             threadgroup=(128, 1, 1),
             output_shapes=[(1, rows, 8)],
@@ -217,7 +222,7 @@ def _dense():
 def test_a_head_that_the_kernels_do_not_read_runs_in_plain_mlx(rng):
     w = oracle.random_array(rng, 131, 64)
     head = Head(Weight(*mx.quantize(w, 64, 4), 64, 4, "affine"))
-    wide = Head(Weight(head.weight.values, head.weight.scales.astype(mx.float16), head.weight.biases, 64, 4))  # of two types
+    wide = Head(Weight(head.weight.values, head.weight.scales.astype(mx.float16), head.weight.biases, 64, 4))  # scales and biases of two types
     n = oracle.random_array(rng, 2, 3, 64)
     with emulated(), mslcpu.recording() as reports:
         mx.eval(lens_stats(n, wide).lse)
@@ -226,23 +231,23 @@ def test_a_head_that_the_kernels_do_not_read_runs_in_plain_mlx(rng):
         assert not reports
 
 
-@pytest.mark.parametrize("family", tuning.FAMILIES.values(), ids=lambda f: f"generation {f.generation}")
+@pytest.mark.parametrize("generation", tuning.GENERATIONS.values(), ids=lambda g: f"generation {g.number}")
 @pytest.mark.parametrize("with_model", [True, False])
-def test_blocks_hold_every_row(family, with_model):
+def test_blocks_hold_every_row(generation, with_model):
     for layers in (1, 2, 3, 16, 32, 80, 127):
         for tokens in (1, 2, 7, 64, 513):
-            blocks = tuning.blocks(layers, tokens, with_model, family)
-            assert blocks.rows <= family.largest_block
-            stream = tokens * (layers + with_model)
-            assert (blocks.count - 1) * (blocks.rows - blocks.reserved) < stream <= blocks.count * (blocks.rows - blocks.reserved)
+            blocks = tuning.blocks(layers, tokens, with_model, generation)
+            assert blocks.rows <= generation.largest_block
+            total = tokens * (layers + with_model)
+            assert (blocks.count - 1) * (blocks.rows - blocks.repeat_slots) < total <= blocks.count * (blocks.rows - blocks.repeat_slots)
             if tokens >= 64 and layers >= 16:  # padding and repeated rows
-                assert blocks.count * blocks.rows <= 1.08 * stream
+                assert blocks.count * blocks.rows <= 1.08 * total
 
 
 def test_an_unknown_gpu_is_taken_for_a_slow_one():
-    assert tuning.Device("", 0).family is tuning.DEFAULT
-    assert tuning.Device("applegpu_g99z", 0).family.generation == 17
-    assert (M1.family.generation, M3.family.generation) == (13, 15)
+    assert tuning.Device("", 0).generation is tuning.DEFAULT
+    assert tuning.Device("applegpu_g99z", 0).generation.number == 17
+    assert (M1.generation.number, M3.generation.number) == (13, 15)
     assert (M1.cores, M3.cores) == (14, 24)
 
 
@@ -250,21 +255,9 @@ def test_dispatches_stay_short_and_chunks_small():
     head = Head(Weight(mx.zeros((128, 64))))
     for device in (M1, M3):
         rows = tuning.rows_per_dispatch(128256, 4096, device)
-        assert 2 * rows * 128256 * 4096 <= tuning.DISPATCH_SECONDS * device.family.core_flops * device.cores
+        assert 2 * rows * 128256 * 4096 <= tuning.DISPATCH_SECONDS * device.generation.core_flops * device.cores
         assert 32 * 2**20 <= tuning.chunk_bytes(device) <= device.working_set / 90
     with emulated():
         layers, tokens = metal_kl.chunk_shape(80, 4096, head, rounded=False)
     assert layers == 80
     assert layers * tokens * 128 * 8 <= tuning.chunk_bytes(M1)
-
-
-def test_descriptors_say_which_engine_they_are_for():
-    f = _dense()
-    for simdgroup, matrix_units in (
-        (descriptors.lens_stats(mx.float32, f, 32, False), descriptors.lens_stats(mx.float32, f, 32, False, tensor.Engine.TENSOR)),
-        (descriptors.lens_pullback(mx.float32, f, 32), descriptors.lens_pullback(mx.float32, f, 32, tensor.Engine.TENSOR)),
-    ):
-        assert matrix_units.name == simdgroup.name + "_tensor"
-        assert matrix_units.body == simdgroup.body.replace("metalens::Tile<", "metalens::TensorTile<") != simdgroup.body
-        assert (matrix_units.inputs, matrix_units.outputs) == (simdgroup.inputs, simdgroup.outputs)
-    assert tuning.Device("applegpu_g17c", 2**35).engine is tensor.Engine.SIMDGROUP  # until there are kernels

@@ -1,4 +1,4 @@
-"""The ahead-of-time library: every instantiation compiles, and the launcher prefers it where it is there."""
+"""Test the ahead-of-time library: every kernel compiles, and the launcher prefers the library if there is one."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ import pytest
 import mslcpu
 from metalens import _extension
 from metalens.ops.metal import descriptors, kernel, library, source
-from metalens.ops.metal.formats import arrays, format_of
-from metalens.ops.metal.kl import linear
+from metalens.ops.metal.formats import format_of
+from metalens.ops.metal.matmul import linear
 from support import oracle
 from support.metal_emulation import needs_clang
 
@@ -35,7 +35,7 @@ def test_what_does_not_compile_is_found():
 
 
 def test_the_tool_writes_all_of_it_without_the_package(tmp_path):
-    # A build has mlx but none of the package's other requirements: nothing of mlx_lm may be imported.
+    # A build environment has mlx but none of the package's other requirements, so mlx_lm must not be imported.
     script = "import sys, runpy; sys.modules['mlx_lm'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     subprocess.run([sys.executable, "-c", script, str(TOOL), "--out", str(tmp_path)], check=True, timeout=120)
     names = json.loads((tmp_path / "kernels.json").read_text())
@@ -66,7 +66,7 @@ def oracle_weight(mode):
 
 @pytest.fixture
 def with_library(monkeypatch):
-    """An extension whose metallib holds the product that `product` below asks for; what was launched."""
+    """Give a fake extension whose metallib holds the kernel of `product` below; return the list of its launches."""
     launched = []
 
     def launch_metal(name, inputs, shapes, dtypes, grid, threadgroup, reuse):
@@ -80,7 +80,7 @@ def with_library(monkeypatch):
 
 def product(rng, rows):
     w = oracle.random_weight(rng, 70, 64)
-    return linear(oracle.random_array(rng, rows, 64), arrays(w), format_of(w), 70, None, 1.0, rounded=False)
+    return linear(oracle.random_array(rng, rows, 64), w, None, 1.0, rounded=False)
 
 
 def test_the_library_is_used_where_it_holds_the_kernel(rng, with_library):

@@ -1,11 +1,11 @@
-"""Budgets: what the kernels read, write and multiply, counted in emulation, against the formulas of metalens.ops.metal.cost."""
+"""Compare what the kernels read, write and multiply, counted in emulation, with the formulas of metalens.ops.metal.cost."""
 
 import mlx.core as mx
 import pytest
 
 import mslcpu
 from metalens.ops import lens_kl, lens_stats, lens_target
-from metalens.ops.metal import cost, tuning
+from metalens.ops.metal import constants, cost, tuning
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
 
@@ -38,14 +38,14 @@ def test_lens_stats_writes_no_logits_and_reads_the_head_once_per_block(rng, devi
         stats = lens_stats(n, head, 5, n_model if with_model else None)
         mx.eval(stats.lse)
     report = only(reports, "lens_stats_float")
-    blocks = tuning.blocks(*((layers, tokens) if with_model else (1, layers * tokens)), with_model, device.family)
+    blocks = tuning.blocks(*((layers, tokens) if with_model else (1, layers * tokens)), with_model, device.generation)
     assert sum(t.unique_read for t in of_weight(report)) == head_bytes(head)
-    assert report.buffers["values"].read == blocks.count * V * D // 2  # no byte twice for a block
-    # A scale is read by the units that share it, from the cache.
+    assert report.buffers["values"].read == blocks.count * V * D // 2  # each block reads each byte once
+    # Every unit reads its scale, all but the first unit of a group from the cache.
     assert report.buffers["scales"].read == blocks.count * V * D // 8 * 4
-    assert report.matrix_ops == cost.lens_stats(layers, tokens, V, D, head_bytes(head), with_model, device.family).matrix_ops
+    assert report.matrix_ops == cost.lens_stats(layers, tokens, V, D, head_bytes(head), with_model, device.generation).matrix_ops
     written = sum(t.written for t in report.buffers.values())
-    _, splits = tuning.shares(V, tuning.TILE_IDS, blocks.count, device)
+    _, splits = tuning.split_vocab(V, constants.TILE_IDS, blocks.count, device)
     assert written == splits * blocks.count * blocks.rows * 4 * (8 + 1 + 2 * 5) < layers * tokens * V * 4
 
 
@@ -54,7 +54,7 @@ def test_a_label_costs_one_tile(rng):
     with emulated(), mslcpu.recording() as reports:
         mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(5)).lse)
     without, with_labels = (r.matrix_ops for r in reports if "lens_stats_float" in r.name)
-    splits = tuning.shares(V, tuning.TILE_IDS, 1, M1)[1]
+    splits = tuning.split_vocab(V, constants.TILE_IDS, 1, M1)[1]
     assert with_labels - without == splits * cost.tile_product(16, 1, D)
 
 
@@ -64,7 +64,7 @@ def test_few_rows_read_the_head_exactly_once(rng, layers, tokens):
     n, n_model = oracle.random_array(rng, layers, tokens, D), oracle.random_array(rng, tokens, D)
     with emulated(), mslcpu.recording() as reports:
         mx.eval(lens_stats(n, head, 3, n_model).lse)
-    report = only(reports, "lens_stats_few")
+    report = only(reports, "lens_stats_vector")
     assert report.buffers["values"].read == report.buffers["values"].unique_read == V * D // 2
     assert report.matrix_ops == 0
 
@@ -72,7 +72,7 @@ def test_few_rows_read_the_head_exactly_once(rng, layers, tokens):
 @pytest.mark.parametrize("device", [M1, M3], ids=["M1", "M3"])
 def test_training_multiplies_twice_and_holds_one_chunk(rng, device):
     layers, tokens = 5, 9
-    rows, family = layers * tokens, device.family
+    rows, generation = layers * tokens, device.generation
     head = oracle.make_head(rng, V, D)
     n_model = oracle.random_array(rng, tokens, D)
     n = n_model[None] + oracle.random_array(rng, layers, tokens, D, scale=0.3)
@@ -82,26 +82,26 @@ def test_training_multiplies_twice_and_holds_one_chunk(rng, device):
         with mslcpu.recording() as reports:
             mx.eval(*lens_kl(n, target, head))
     of_model, of_rows = (r for r in reports if "_linear_" in r.name)
-    softmax, back = only(reports, "lens_softmax_grad"), only(reports, "lens_pullback")
+    softmax, back = only(reports, "lens_softmax_grad"), only(reports, "lens_backward")
     assert len(reports) == 4
     assert of_model.buffers["y"].written == of_model.buffers["y"].unique_written == tokens * V * 4
     assert of_rows.buffers["y"].written == of_rows.buffers["y"].unique_written == rows * V * 4
-    # The chunk: written once, read three times by one threadgroup a row (once from memory), its gradient written once.
+    # The chunk is written once and read three times by one threadgroup per row (once from memory); its gradient is written once.
     assert (softmax.buffers["chunk"].unique_read, softmax.buffers["chunk"].read) == (rows * V * 4, 3 * rows * V * 4)
     assert softmax.buffers["gradient"].written == softmax.buffers["gradient"].unique_written == rows * V * 4
-    assert softmax.buffers["largest"].written == rows * -(-V // 32) * 4
+    assert softmax.buffers["tile_absmax"].written == rows * -(-V // 32) * 4
     assert back.buffers["g"].unique_read == rows * V * 4
     assert sum(t.unique_read for t in of_weight(back)) == head_bytes(head)
     assert back.buffers["dn"].unique_written % (rows * D * 4) == 0
-    expected = cost.lens_kl(layers, tokens, V, D, head_bytes(head), family)
+    expected = cost.lens_kl(layers, tokens, V, D, head_bytes(head), generation)
     assert sum(r.matrix_ops for r in reports) == expected.matrix_ops
-    # What crosses the bus, once: the formula leaves out small change (problems, results of a row, the splits' sums).
+    # Bytes that cross the bus once. The formula omits small items (problems, results per row, the splits' sums).
     counted = sum(t.unique_read + t.unique_written for r in reports for t in r.buffers.values())
     assert expected.bytes <= counted <= 1.1 * expected.bytes + back.buffers["dn"].written
 
 
 def test_tiles_that_would_not_matter_are_not_multiplied(rng):
-    # A bias that leaves only the first 64 ids any probability: the gradient elsewhere is nothing.
+    # With this bias only the first 64 ids have any probability: the gradient of the others is negligible.
     head = oracle.make_head(rng, V, D, bias=True)
     head.bias[64:] = -60.0
     n_model = oracle.random_array(rng, 6, D)
@@ -109,8 +109,8 @@ def test_tiles_that_would_not_matter_are_not_multiplied(rng):
     with emulated(), mslcpu.recording() as reports:
         ours = lens_kl(n, lens_target(n_model, head), head)
         mx.eval(*ours)
-    back = only(reports, "lens_pullback")
-    assert back.matrix_ops == cost.pullback(18, 64, D, 0, 4, M1.family).matrix_ops
+    back = only(reports, "lens_backward")
+    assert back.matrix_ops == cost.lens_backward(18, 64, D, 0, 4, M1.generation).matrix_ops
     assert back.buffers["values"].unique_read == 64 * D // 2
     for found, expected in zip(ours, oracle.lens_kl(n, n_model, head), strict=True):
         assert oracle.row_errors(found[..., None] if found.ndim == 2 else found, expected[..., None] if expected.ndim == 2 else expected).max() < 1e-5
@@ -129,6 +129,6 @@ def test_skipping_can_be_turned_off_and_changes_nothing_beyond_rounding(rng):
             some = metal_kl.lens_kl(n, n_model, lse, head)[1]
         with mslcpu.recording() as complete:
             everything = metal_kl.lens_kl(n, n_model, lse, head, skip=False)[1]
-    assert only(complete, "lens_pullback").matrix_ops == cost.pullback(18, V, D, 0, 4, M1.family).matrix_ops
-    assert only(skipping, "lens_pullback").matrix_ops < only(complete, "lens_pullback").matrix_ops
+    assert only(complete, "lens_backward").matrix_ops == cost.lens_backward(18, V, D, 0, 4, M1.generation).matrix_ops
+    assert only(skipping, "lens_backward").matrix_ops < only(complete, "lens_backward").matrix_ops
     assert oracle.row_errors(some, oracle.wide(everything)).max() < 2e-7

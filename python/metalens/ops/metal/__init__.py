@@ -1,11 +1,12 @@
-"""The Metal path: kernels of metal/ as descriptors, their launch, and the operations made of them.
+"""The Metal path: the kernels of metal/ as descriptors, their launch, and the operations made of them.
 
-source       the text of metal/, its includes inlined
-kernel       a kernel as plain data; launched just in time or ahead of time
+source       the text of metal/, with includes inlined, and its constants and structures
+constants    the constants of metal/ as attributes
+tuning       the table of choices that depend on the GPU: tiles, splits, chunks
+kernel       a kernel as plain data; its launch just in time, ahead of time, or in emulation
 formats      a weight's format as a Metal type
-descriptors  what each kernel is specialized for -> descriptor
-tuning       tiles, splits, chunks: the table that depends on the GPU
-tensor       the M5's matrix units
-stats, kl, translate   the operations, as `ops` calls them
-library      every instantiation of the ahead-of-time library
+descriptors  from the specialization of each kernel to its descriptor
+matmul, stats, kl, translate   the operations, as `ops` calls them
+cost         what the kernels multiply, read and write, as formulas
+library      the kernels of the ahead-of-time library
 """

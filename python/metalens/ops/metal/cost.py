@@ -1,29 +1,28 @@
-"""What the kernels multiply, read and write, as formulas.
+"""Formulas for what the kernels multiply, read and write.
 
-The tests hold them against what the emulation counts (tests/metal/test_traffic.py), and `metalens roofline` turns them into bounds. Matrix operations
-are 8 x 8 x 8 products of a simdgroup, 1024 operations each. Bytes are those that must cross the memory's bus if every byte of an array that a
-dispatch touches comes from there once; what caches then serve is not counted.
+The tests compare them with the counts of the emulation (tests/ops/metal/test_traffic.py), and `metalens roofline` turns them into bounds. A matrix
+operation is an 8 x 8 x 8 product of a simdgroup, 1024 operations. Bytes are those that cross the memory bus if a dispatch reads every byte that it
+needs once from memory; later reads that caches serve are not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalens.ops.metal import tuning
-from metalens.ops.metal.descriptors import MAP_WIDTH
-from metalens.ops.metal.tuning import TILE_DEPTH, TILE_IDS, Family
+from metalens.ops.metal import constants, tuning
+from metalens.ops.metal.tuning import GpuGeneration
 
 MATRIX_OPERATION = 2 * 8 * 8 * 8  # multiplications and additions
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some kernels.
+    """The cost of one or more kernels.
 
     Attributes:
         matrix_ops: products of 8 x 8 matrices.
-        plain_flops: multiplications and additions outside of matrices.
-        bytes: read and written.
+        plain_flops: multiplications and additions outside matrix operations.
+        bytes: bytes read and written.
     """
 
     matrix_ops: int = 0
@@ -32,7 +31,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """All of them."""
+        """All multiplications and additions."""
         return self.matrix_ops * MATRIX_OPERATION + self.plain_flops
 
     def __add__(self, other: Cost) -> Cost:
@@ -40,61 +39,64 @@ class Cost:
 
 
 def up(n: int, step: int) -> int:
-    """N rounded up to whole steps."""
+    """Round n up to a multiple of step."""
     return -(-n // step) * step
 
 
 def weight_bytes(rows: int, columns: int, bits: int, group_size: int, group_bytes: int) -> int:
-    """Of a packed matrix; `group_bytes` are a group's scale and bias. A dense one has group_size 0."""
+    """Return the bytes of a packed matrix; `group_bytes` is the size of a group's scale and bias. A dense matrix has group_size 0."""
     return rows * (columns * bits // 8 + (columns // group_size * group_bytes if group_size else 0))
 
 
 def tile_product(rows: int, ids: int, depth: int) -> int:
-    """Matrix operations of tiles of whole rows: ids and depth are padded to the tile's."""
-    return rows // 8 * (up(ids, TILE_IDS) // 8) * (up(depth, TILE_DEPTH) // 8)
+    """Return the matrix operations of tiles with whole rows: ids and depth are padded to the tile's size."""
+    return rows // 8 * (up(ids, constants.TILE_IDS) // 8) * (up(depth, constants.TILE_DEPTH) // 8)
 
 
-def lens_stats(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, with_model: bool, family: Family) -> Cost:
-    """Statistics of L x N rows in one dispatch, without labels: no logits, U once per dispatch if the blocks keep step, else once per block."""
+def lens_stats(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, with_model: bool, generation: GpuGeneration) -> Cost:
+    """Return the cost of the statistics of L x N rows in one dispatch, without labels.
+
+    No logits are written. The cost counts U once, which holds if the blocks walk it together; otherwise each block reads it once.
+    """
     problem = (layers, tokens) if with_model else (1, layers * tokens)
-    blocks = tuning.blocks(*problem, with_model, family)
+    blocks = tuning.blocks(*problem, with_model, generation)
     rows = 4 * depth * tokens * (layers + int(with_model))
-    if blocks.few:
+    if blocks.is_vector:
         return Cost(0, 2 * blocks.rows * vocab * depth, rows + head_bytes)
     return Cost(blocks.count * tile_product(blocks.rows, vocab, depth), 0, rows + head_bytes)
 
 
-def linear(rows: int, columns: int, depth: int, weight: int, family: Family) -> Cost:
-    """x W^T of float32 rows, written as float32."""
-    block = tuning.plain_block(rows, family)
+def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGeneration) -> Cost:
+    """Return the cost of x W^T for float32 rows, written as float32."""
+    block = tuning.matmul_block(rows, generation)
     return Cost(tile_product(up(rows, block), columns, depth), 0, 4 * rows * (depth + columns) + weight)
 
 
 def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int) -> Cost:
-    """Of a chunk: read once from memory (two more passes over a row find it in the cache), written once, with its map."""
-    per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // MAP_WIDTH)
+    """Return the cost of lens_softmax_grad for a chunk: read once from memory (two more passes hit the cache), written once, with its map."""
+    per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // constants.MAP_WIDTH)
     return Cost(0, 0, rows * per_row + tokens * vocab * 4)
 
 
-def pullback(rows: int, vocab: int, depth: int, weight: int, gradient_bytes: int, family: Family) -> Cost:
-    """g U with nothing left out."""
-    block = tuning.plain_block(rows, family)
-    products = up(rows, block) // 8 * (up(depth, TILE_IDS) // 8) * (up(vocab, MAP_WIDTH) // 8)
+def lens_backward(rows: int, vocab: int, depth: int, weight: int, gradient_bytes: int, generation: GpuGeneration) -> Cost:
+    """Return the cost of g U without skipped tiles."""
+    block = tuning.matmul_block(rows, generation)
+    products = up(rows, block) // 8 * (up(depth, constants.TILE_IDS) // 8) * (up(vocab, constants.MAP_WIDTH) // 8)
     return Cost(products, 0, rows * (vocab * gradient_bytes + 4 * depth) + weight)
 
 
-def lens_kl(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, family: Family, gradient_bytes: int = 4) -> Cost:
-    """The loss and its gradient for one chunk of L x N rows."""
+def lens_kl(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, generation: GpuGeneration, gradient_bytes: int = 4) -> Cost:
+    """Return the cost of the loss and its gradient for one chunk of L x N rows."""
     rows = layers * tokens
     return (
-        linear(tokens, vocab, depth, head_bytes, family)
-        + linear(rows, vocab, depth, head_bytes, family)
+        linear(tokens, vocab, depth, head_bytes, generation)
+        + linear(rows, vocab, depth, head_bytes, generation)
         + softmax_grad(rows, tokens, vocab, gradient_bytes)
-        + pullback(rows, vocab, depth, head_bytes, gradient_bytes, family)
+        + lens_backward(rows, vocab, depth, head_bytes, gradient_bytes, generation)
     )
 
 
-def translate_norm(rows: int, depth: int, family: Family) -> Cost:
-    """Forward and backward for one layer's rows: W h + b, the norm, their gradients; dW is MLX's product."""
-    forward = linear(rows, depth, depth, 4 * depth * depth, family)
+def translate_norm(rows: int, depth: int, generation: GpuGeneration) -> Cost:
+    """Return the cost of the forward and backward pass for one layer's rows: W h + b, the norm, their gradients. dW is MLX's product."""
+    forward = linear(rows, depth, depth, 4 * depth * depth, generation)
     return forward + Cost(0, 2 * rows * depth * depth, 4 * rows * depth * 8 + 4 * depth * depth)

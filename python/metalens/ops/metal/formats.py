@@ -1,4 +1,4 @@
-"""How the formats of a weight are called in metal/weight.h."""
+"""The formats of a weight as types of metal/weight.h."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Format:
     """The Metal type that reads a weight.
 
     Attributes:
-        mode: 'dense', or as in `mlx.core.quantize`.
-        bits, group_size: 0 when dense.
-        type: as it stands in a template's arguments.
-        label: fit for a name.
-        values, scales, biases: the elements of its three arrays.
+        mode: 'dense', or a mode of `mlx.core.quantize`.
+        bits, group_size: 0 for a dense weight.
+        type: the Metal type, as a template's argument.
+        label: the format in a form that fits a name.
+        values, scales, biases: the element types of its three arrays.
     """
 
     mode: str
@@ -47,20 +47,20 @@ def _made(mode: str, bits: int, group_size: int, dtype: mx.Dtype | None) -> Form
 
 
 def format_of(w: Weight) -> Format:
-    """The format of a weight that `kernels_support`: the same object for the same format, which caches rely on."""
+    """Return the format of a weight for which `kernels_support` is true. The same format is the same object, which caches rely on."""
     if w.scales is None:
         return _made("dense", 0, 0, w.values.dtype)
     return _made(w.mode, w.bits, w.group_size, w.scales.dtype if w.mode == "affine" else None)
 
 
 def arrays(w: Weight) -> list[mx.array]:
-    """Values, scales and biases; in place of those that the format lacks, another array that it does not read."""
+    """Return values, scales and biases. If the format lacks some, another array that it does not read takes their position."""
     scales = w.values if w.scales is None else w.scales
     return [w.values, scales, scales if w.biases is None else w.biases]
 
 
 def all_formats() -> list[Format]:
-    """Every format that the kernels read, with every type of its scales."""
+    """Return every format that the kernels read, with every type of scales."""
     dense = [_made("dense", 0, 0, dtype) for dtype in ELEMENTS]
     quantized = [
         _made(mode, bits, group_size, dtype)

@@ -1,32 +1,35 @@
 """A Metal kernel as plain data, and its launch: just in time through `mx.fast.metal_kernel`, or ahead of time from the extension's metallib.
 
-One descriptor serves both, and the tests' emulation, so what is tested is what is launched. The kernel's body is made mechanically from it: declare
-the threadgroup memory, call the function of the header with the arguments in their order. Both launchers bind inputs, then outputs, in that order.
+One descriptor serves both launchers and the emulation in the tests, so the tests run what is launched. The body of a kernel follows mechanically from
+its descriptor: declare the threadgroup memory, call the function of the header with the arguments in order. Both launchers bind inputs, then outputs,
+in that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 
 from metalens import _extension
+from metalens.ops.metal import constants, tuning
 from metalens.ops.metal.source import inlined
 
-# Inputs of fewer elements are bound to `constant` memory by mx.fast.metal_kernel; the functions take `device` pointers.
+# mx.fast.metal_kernel binds inputs of fewer elements to `constant` memory; the functions take `device` pointers.
 FEWEST = 8
 
-# The names that MLX turns into arguments of a kernel, with their types, in the order in which every function of metal/ takes those it uses.
-PLACES = {
+# The names that MLX turns into arguments of a kernel, with their types, in the order in which every function of metal/ takes those that it uses.
+THREAD_ATTRIBUTES = {
     "threadgroup_position_in_grid": "uint3",
     "threadgroups_per_grid": "uint3",
     "simdgroup_index_in_threadgroup": "uint",
     "thread_index_in_simdgroup": "uint",
 }
-GROUP, GROUPS, SIMD, LANE = PLACES
+GROUP, GROUPS, SIMD, LANE = THREAD_ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,11 @@ class Kernel:
         function: the template in metal/.
         header: the file that defines it.
         arguments: the template's arguments, as they stand between < and >.
-        label: these once more, fit for a name.
-        inputs, outputs: buffers in the order of the function's parameters.
+        label: the template's arguments in a form that fits a name.
+        inputs, outputs: the buffers, in the order of the function's parameters.
         shared: floats of threadgroup memory, an expression; "" for none.
-        groups: whether the function wants to know the size of the grid.
-        threads: of a threadgroup.
+        groups: whether the function takes the size of the grid.
+        threads: threads of a threadgroup.
     """
 
     function: str
@@ -60,36 +63,59 @@ class Kernel:
     outputs: tuple[Argument, ...]
     shared: str = ""
     groups: bool = False
-    threads: int = 128
+    threads: int = field(default_factory=lambda: constants.THREADS)
 
     @property
     def name(self) -> str:
-        """Spells the specialization: the key of caches, and what traces and error messages show."""
+        """The name of the specialization: the key of caches, shown in traces and error messages."""
         return f"metalens_{self.function}" + (f"_{self.label}" if self.label else "")
 
     @property
-    def places(self) -> tuple[str, ...]:
-        """What the function asks about the thread."""
+    def thread_attributes(self) -> tuple[str, ...]:
+        """The thread attributes that the function takes."""
         return (GROUP, GROUPS, SIMD, LANE) if self.groups else (GROUP, SIMD, LANE)
 
     @property
     def body(self) -> str:
-        """The kernel between its braces."""
+        """The text of the kernel between its braces."""
         template = f"<{', '.join(self.arguments)}>" if self.arguments else ""
         memory = f"threadgroup float shared_floats[{self.shared}];\n" if self.shared else ""
-        passed = [a.name for a in (*self.inputs, *self.outputs)] + (["shared_floats"] if self.shared else []) + list(self.places)
+        buffers = [a.name for a in (*self.inputs, *self.outputs)]
+        passed = [*buffers, *(["shared_floats"] if self.shared else []), *self.thread_attributes]
         return f"{memory}metalens::{self.function}{template}({', '.join(passed)});\n"
 
     @property
     def definition(self) -> str:
-        """The whole kernel, for a library: with the signature that mx.fast.metal_kernel generates for it."""
+        """The text of the whole kernel, for a library, with the signature that mx.fast.metal_kernel generates for it."""
         buffers = [f"const device {a.element}* {a.name}" for a in self.inputs] + [f"device {a.element}* {a.name}" for a in self.outputs]
-        parameters = [f"  {text} [[buffer({i})]]" for i, text in enumerate(buffers)] + [f"  {PLACES[p]} {p} [[{p}]]" for p in self.places]
+        parameters = [f"  {text} [[buffer({i})]]" for i, text in enumerate(buffers)]
+        parameters += [f"  {THREAD_ATTRIBUTES[name]} {name} [[{name}]]" for name in self.thread_attributes]
         return f"[[kernel]] void {self.name}(\n" + ",\n".join(parameters) + f") {{\n{self.body}}}\n"
 
 
-# What makes a kernel from its source, in mx.fast.metal_kernel's manner. The tests put an emulation in its place.
-factory: Callable[..., Any] | None = None
+# The factories of the active emulations, the innermost last. A list, so that every thread sees it.
+_emulators: list[Callable[..., Any]] = []
+
+
+@contextlib.contextmanager
+def emulation(factory: Callable[..., Any], device: tuning.Device | None = None) -> Iterator[None]:
+    """Run the kernels through `factory`, planned for `device`, inside the `with` block: how the tests run the Metal path without a GPU.
+
+    Args:
+        factory: makes a launchable kernel from its source; has the interface of `mx.fast.metal_kernel`.
+        device: the GPU that tiles and chunks are planned for; None = the one of this machine.
+    """
+    _emulators.append(factory)
+    try:
+        with contextlib.nullcontext() if device is None else tuning.planned_for(device):
+            yield
+    finally:
+        _emulators.pop()
+
+
+def is_emulated() -> bool:
+    """Return whether an `emulation` is active."""
+    return bool(_emulators)
 
 
 @cache
@@ -107,24 +133,24 @@ def launch(
     dtypes: Sequence[mx.Dtype],
     reuse: Sequence[int] | None = None,
 ) -> list[mx.array]:
-    """Run a kernel. Lazy.
+    """Run a kernel and return its outputs. Lazy.
 
     Args:
         kernel: the descriptor.
-        inputs: as many as it names; small ones are padded to eight elements.
+        inputs: an array for each input of the descriptor; small ones are padded to eight elements.
         groups: threadgroups in x, y and z.
-        shapes, dtypes: of the outputs.
-        reuse: for each output, the index of an input whose memory it may take over if nobody else needs it, or -1. Ahead of time only: MLX's
-            just-in-time kernels cannot.
+        shapes, dtypes: shapes and types of the outputs.
+        reuse: for each output the index of an input whose memory it may take if nothing else needs that input, or -1. Only kernels compiled ahead of
+            time can do that; MLX's just-in-time kernels cannot.
     """
     inputs = [_long_enough(a) for a in inputs]
     threadgroup = (kernel.threads, 1, 1)
     grid = (groups[0] * kernel.threads, groups[1], groups[2])
-    if factory is None and (extension := _library_with(kernel.name)) is not None:
+    if not is_emulated() and (extension := _library_with(kernel.name)) is not None:
         return list(
             extension.launch_metal(kernel.name, inputs, list(map(tuple, shapes)), list(dtypes), grid, threadgroup, list(reuse or [-1] * len(shapes)))
         )
-    run = _just_in_time(kernel, factory or mx.fast.metal_kernel)
+    run = _just_in_time(kernel, _emulators[-1] if _emulators else mx.fast.metal_kernel)
     made = run(inputs=inputs, grid=grid, threadgroup=threadgroup, output_shapes=list(map(tuple, shapes)), output_dtypes=list(dtypes))
     return cast("list[mx.array]", made)
 
@@ -134,5 +160,5 @@ def _long_enough(a: mx.array) -> mx.array:
 
 
 def _library_with(name: str) -> Any:
-    """The extension, if its metallib holds this kernel."""
+    """Return the extension if its metallib holds this kernel, else None."""
     return _extension.find()[0] if name in _extension.metallib_kernels() else None

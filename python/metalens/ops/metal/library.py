@@ -1,4 +1,4 @@
-"""The kernels that the ahead-of-time library holds: what a lens run on a usual model asks for. Anything else is compiled just in time."""
+"""The kernels of the ahead-of-time library: those that a lens on a usual model needs. Any other kernel is compiled just in time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import mlx.core as mx
 from metalens.ops.metal import descriptors
 from metalens.ops.metal.formats import Format, all_formats
 from metalens.ops.metal.kernel import Kernel
+from metalens.ops.metal.tuning import GENERATIONS, VECTOR_ROWS
 
-BLOCKS = (32, 64)  # rows of a full tile, by the GPU's generation
-FEW = (1, 2, 4, 8)
+BLOCKS = tuple(sorted({generation.largest_block for generation in GENERATIONS.values()}))  # rows of a full tile
 
 
 def usual_formats() -> list[Format]:
-    """Dense weights, the 8-bit scaled formats, and affine ones with 16-bit scales in groups of 64; of 4 and 8 bits all groups."""
+    """Return dense formats, those with 8-bit scales, and affine ones with 16-bit scales: groups of 64, and all groups for 4 and 8 bits."""
 
     def usual(f: Format) -> bool:
         if f.mode != "affine":
@@ -24,21 +24,21 @@ def usual_formats() -> list[Format]:
 
 
 def of_format(f: Format) -> list[Kernel]:
-    """The kernels for a head of this format. Rows are float32, as metalens.ops passes them."""
-    kernels = [descriptors.lens_stats_few(mx.float32, f, rows) for rows in FEW]
+    """Return the kernels for a head of this format. Rows are float32, as metalens.ops passes them."""
+    kernels = [descriptors.lens_stats_vector(mx.float32, f, rows) for rows in VECTOR_ROWS]
     kernels += [descriptors.lens_stats(mx.float32, f, 16, rounded=False)]
     for rows in BLOCKS:
         for rounded in (False, True):
             kernels += [
                 descriptors.lens_stats(mx.float32, f, rows, rounded),
                 descriptors.linear(mx.float32, f, rows, rounded, mx.float32),
-                descriptors.lens_pullback(mx.float16 if rounded else mx.float32, f, rows),
+                descriptors.lens_backward(mx.float16 if rounded else mx.float32, f, rows),
             ]
     return kernels
 
 
-def of_all() -> list[Kernel]:
-    """The kernels that know no format."""
+def of_no_format() -> list[Kernel]:
+    """Return the kernels that do not depend on a format."""
     return [
         descriptors.lens_stats_merge(),
         descriptors.lens_softmax_grad(mx.float32),
@@ -48,11 +48,11 @@ def of_all() -> list[Kernel]:
 
 
 def translation_units() -> dict[str, list[Kernel]]:
-    """{name of a .metal file: its kernels}."""
-    return {"shared": of_all(), **{f.label: of_format(f) for f in usual_formats()}}
+    """Return {name of a .metal file: its kernels}."""
+    return {"shared": of_no_format(), **{f.label: of_format(f) for f in usual_formats()}}
 
 
 def text(kernels: list[Kernel]) -> str:
-    """A complete .metal file, which includes the headers of metal/."""
+    """Return the text of a .metal file, which includes the headers of metal/."""
     includes = "".join(f'#include "{header}"\n' for header in sorted({k.header for k in kernels}))
     return includes + "\n" + "\n".join(k.definition for k in kernels)

@@ -1,12 +1,13 @@
-"""The Metal sources as text: a header with its includes inlined, and the structures that tell a kernel its problem.
+"""Read the Metal sources: a header with its includes inlined, its constants, and the structures that describe a problem to a kernel.
 
-The text lives in the repository's folder metal/, which is installed as metalens/msl; nothing of it is repeated in Python.
+The sources live in the repository's folder metal/, which is installed as metalens/msl. Python repeats nothing of them.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,16 @@ _IN_REPOSITORY = Path(__file__).resolve().parents[4] / "metal"
 
 @cache
 def folder() -> Path:
-    """Where the headers are: beside the package, or in the repository it is imported from."""
-    for place in (_INSTALLED, _IN_REPOSITORY):
-        if (place / "common.h").exists():
-            return place
+    """Return the folder of the headers: inside the installed package, or in the repository that it is imported from."""
+    for candidate in (_INSTALLED, _IN_REPOSITORY):
+        if (candidate / "common.h").exists():
+            return candidate
     raise FileNotFoundError(f"The Metal sources are neither in {_INSTALLED} nor in {_IN_REPOSITORY}. Reinstall metalens.")
 
 
 @cache
 def inlined(header: str) -> str:
-    """The header's text with those it includes in front of it, each once: Metal compiles strings without a folder to include from."""
+    """Return the header's text after the headers that it includes, each once: Metal compiles strings and has no folder to include from."""
     seen: set[str] = set()
 
     def expand(name: str) -> str:
@@ -40,8 +41,26 @@ def inlined(header: str) -> str:
 
 
 @cache
+def constant(header: str, name: str) -> int:
+    """Return the value of `constexpr constant int name = ...;` in the header or in one that it includes: a number, or a product of constants.
+
+    Raises:
+        KeyError: if there is no such constant.
+    """
+    found = re.search(rf"^constexpr constant int {name} = ([\w* ]+);", inlined(header), flags=re.MULTILINE)
+    if found is None:
+        raise KeyError(f"{header} defines no constant {name}.")
+    factors = found[1].split(" * ")
+    return prod(int(factor) if factor.isdigit() else constant(header, factor) for factor in factors)
+
+
+@cache
 def fields(header: str, structure: str) -> tuple[tuple[str, str], ...]:
-    """((name, type), ...) of a structure of ints and floats, read from the header that defines it."""
+    """Return ((name, type), ...) of a structure of ints and floats, read from the header that defines it.
+
+    Raises:
+        KeyError: if there is no such structure.
+    """
     found = re.search(rf"struct {structure} \{{(.*?)\}};", inlined(header), flags=re.DOTALL)
     if found is None:
         raise KeyError(f"{header} defines no struct {structure}.")
@@ -49,7 +68,7 @@ def fields(header: str, structure: str) -> tuple[tuple[str, str], ...]:
 
 
 def pack(header: str, structure: str, values: dict[str, float]) -> np.ndarray:
-    """The structure's words as int32, padded to eight: what a kernel reads its problem from.
+    """Return the words of a structure as int32, padded to eight words: the form in which a kernel reads its problem.
 
     Raises:
         KeyError: if the values are not exactly the structure's fields.

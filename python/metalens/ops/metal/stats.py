@@ -1,44 +1,39 @@
-"""lens_stats on the GPU: rows dealt to blocks, the vocabulary to splits, two kernels."""
+"""lens_stats on the GPU: blocks divide the rows, splits divide the vocabulary, and a second kernel merges the splits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.metal import descriptors, tuning
+from metalens.ops.head import Head
+from metalens.ops.metal import constants, descriptors, tuning
 from metalens.ops.metal.formats import arrays, format_of
-from metalens.ops.metal.kernel import launch
+from metalens.ops.metal.kernel import Kernel, launch
 from metalens.ops.metal.source import pack
 from metalens.ops.weight import FLOATS
 
-if TYPE_CHECKING:
-    from metalens.ops.head import Head
-
 LARGEST_K = 32  # the top k lie across the lanes of a simdgroup
-FIELDS = 8  # of a row's state, metal/stats_rows.h
-IDS = 4  # that lens_stats_few takes in a step
-SIMDS = 4  # of a threadgroup
 
 
 def lens_stats(
     n: mx.array, head: Head, k: int, n_model: mx.array | None = None, labels: mx.array | None = None, rounded: bool = False
 ) -> list[mx.array]:
-    """[lse, entropy, max_probability, top_ids, top_logits], then [kl, agrees] with n_model, then [nll, rank] with labels. Lazy.
+    """Return [lse, entropy, max_probability, top_ids, top_logits], then [kl, agrees] with n_model, then [nll, rank] with labels. Lazy.
 
     Args:
         n: [L, N, D] rows after the final norm.
-        head: with a weight that the kernels read.
-        k: at most LARGEST_K.
-        n_model: [N, D] or None.
-        labels: [N] or None.
+        head: the unembedding, of a format that the kernels read.
+        k: number of top tokens, at most LARGEST_K.
+        n_model: [N, D] the model's own rows, or None.
+        labels: [N] token ids, or None.
         rounded: whether operands may be rounded to half.
     """
     of_n = {n.dtype} | (set() if n_model is None else {n_model.dtype})
     if len(of_n) > 1 or not of_n <= set(FLOATS):
         n, n_model = n.astype(mx.float32), None if n_model is None else n_model.astype(mx.float32)
-    if labels is not None:  # compared in a type that holds every id and every label, before they are narrowed to 32 bits
+    if labels is not None:  # compare in a type that holds every id and every label, then narrow to 32 bits
         wide = labels.astype(mx.int64)
         labels = mx.where((wide >= 0) & (wide < head.tokens), wide, -1).astype(mx.int32)
     by_layers = [
@@ -53,7 +48,7 @@ def lens_stats(
 
 
 def _dispatches(n: mx.array, head: Head, with_model: bool) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of layers and of tokens that keep each dispatch short."""
+    """Yield slices of layers, each with slices of tokens, that keep each dispatch short."""
     layers, tokens, depth = n.shape
     rows = tuning.rows_per_dispatch(head.tokens, depth, tuning.device())
     per_layers = min(layers, max(1, rows - int(with_model)))
@@ -62,68 +57,101 @@ def _dispatches(n: mx.array, head: Head, with_model: bool) -> Iterator[tuple[sli
         yield slice(first, first + per_layers), [slice(t, t + per_tokens) for t in range(0, tokens, per_tokens)]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The launch of the first kernel.
+
+    Attributes:
+        kernel: lens_stats or lens_stats_vector.
+        layers, tokens: the problem's. Without a model every row stands alone: all rows are tokens of one layer.
+        blocks: the division of the rows.
+        ids_per_split, splits: the division of the vocabulary.
+        groups: threadgroups along the vocabulary.
+    """
+
+    kernel: Kernel
+    layers: int
+    tokens: int
+    blocks: tuning.Blocks
+    ids_per_split: int
+    splits: int
+    groups: int
+
+
+def _plan(n: mx.array, head: Head, with_model: bool, rounded: bool) -> _Plan:
+    layers, tokens = n.shape[:2] if with_model else (1, n.shape[0] * n.shape[1])
+    gpu, weight_format = tuning.device(), format_of(head.weight)
+    blocks = tuning.blocks(layers, tokens, with_model, gpu.generation)
+    if blocks.is_vector:  # each simdgroup takes a split
+        kernel = descriptors.lens_stats_vector(n.dtype, weight_format, blocks.rows)
+        ids_per_split, splits = tuning.split_vocab(head.tokens, constants.IDS_PER_STEP, blocks.count, gpu)
+        groups = -(-splits // constants.SIMDS)
+        return _Plan(kernel, layers, tokens, blocks, ids_per_split, groups * constants.SIMDS, groups)
+    kernel = descriptors.lens_stats(n.dtype, weight_format, blocks.rows, rounded)
+    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.TILE_IDS, blocks.count, gpu)
+    return _Plan(kernel, layers, tokens, blocks, ids_per_split, splits, splits)
+
+
+def _problem(plan: _Plan, head: Head, k: int, with_model: bool, label_tokens: int) -> mx.array:
+    """Return the words of metal/stats_rows.h's StatsProblem."""
+    values = {
+        "layers": plan.layers,
+        "tokens": plan.tokens,
+        "depth": head.weight.shape[1],
+        "vocab": head.tokens,
+        "repeat_slots": plan.blocks.repeat_slots,
+        "ids_per_split": plan.ids_per_split,
+        "k": k,
+        "with_model": int(with_model),
+        "label_tokens": label_tokens,
+        "with_bias": int(head.bias is not None),
+        "block_rows": plan.blocks.rows,
+        "blocks": plan.blocks.count,
+        "splits": plan.splits,
+        "scale": head.scale,
+        "softcap": head.softcap or 0.0,
+    }
+    return mx.array(pack("stats_rows.h", "StatsProblem", values))
+
+
 def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None, rounded: bool) -> list[mx.array]:
-    layers, tokens, depth = n.shape
-    gpu, f = tuning.device(), format_of(head.weight)
-    with_model = n_model is not None
-    # Without a model every row stands for itself: they are tokens of one layer.
-    problem_layers, problem_tokens = (layers, tokens) if with_model else (1, layers * tokens)
-    blocks = tuning.blocks(problem_layers, problem_tokens, with_model, gpu.family)
-    if blocks.few:
-        kernel = descriptors.lens_stats_few(n.dtype, f, blocks.rows)
-        share, splits = tuning.shares(head.tokens, IDS, blocks.count, gpu)
-        groups = -(-splits // SIMDS)
-        splits = groups * SIMDS
-    else:
-        kernel = descriptors.lens_stats(n.dtype, f, blocks.rows, rounded, gpu.engine)
-        share, splits = tuning.shares(head.tokens, tuning.TILE_IDS, blocks.count, gpu)
-        groups = splits
-    problem = mx.array(
-        pack(
-            "stats_rows.h",
-            "StatsProblem",
-            {
-                "layers": problem_layers,
-                "tokens": problem_tokens,
-                "depth": depth,
-                "vocab": head.tokens,
-                "reserved": blocks.reserved,
-                "share": share,
-                "k": k,
-                "with_model": int(with_model),
-                "label_tokens": 0 if labels is None else tokens,
-                "with_bias": int(head.bias is not None),
-                "block_rows": blocks.rows,
-                "blocks": blocks.count,
-                "splits": splits,
-                "scale": head.scale,
-                "softcap": head.softcap or 0.0,
-            },
-        )
-    )
-    unused = mx.zeros(8)
-    known = mx.zeros(8, mx.int32) if labels is None else labels
-    slots = (splits, blocks.count, blocks.rows)
-    states = launch(
-        kernel,
-        [
-            n,
-            n if n_model is None else n_model,
-            *arrays(head.weight),
-            unused if head.bias is None else head.bias.astype(mx.float32),
-            known,
-            problem,
-        ],
-        (blocks.count, groups, 1),
-        [(*slots, FIELDS), slots, (*slots, k), (*slots, k)],
+    plan = _plan(n, head, n_model is not None, rounded)
+    problem = _problem(plan, head, k, n_model is not None, 0 if labels is None else n.shape[1])
+    known_labels = mx.zeros(8, mx.int32) if labels is None else labels
+    states = _states(plan, n, n if n_model is None else n_model, head, known_labels, problem, k)
+    results = _merged(states, known_labels, problem, n.shape[:2], k)
+    wanted = [*ALWAYS, *(WITH_MODEL if n_model is not None else ()), *(WITH_LABELS if labels is not None else ())]
+    return [results[name] for name in wanted]
+
+
+def _states(plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.array, problem: mx.array, k: int) -> list[mx.array]:
+    """Return what each split found about each row: states, counts above the label, top logits, top ids."""
+    slots = (plan.splits, plan.blocks.count, plan.blocks.rows)
+    bias = mx.zeros(8) if head.bias is None else head.bias.astype(mx.float32)
+    return launch(
+        plan.kernel,
+        [n, n_model, *arrays(head.weight), bias, labels, problem],
+        (plan.blocks.count, plan.groups, 1),
+        [(*slots, constants.FIELDS), slots, (*slots, k), (*slots, k)],
         [mx.float32, mx.int32, mx.float32, mx.int32],
     )
-    of_row = (layers, tokens)
-    lse, entropy, largest, ids, logits, kl, agrees, nll, rank = launch(
+
+
+ALWAYS = ("lse", "entropy", "max_probability", "top_ids", "top_logits")
+WITH_MODEL = ("kl", "agrees")
+WITH_LABELS = ("nll", "rank")
+_TYPES = {"top_ids": mx.int32, "agrees": mx.bool_, "rank": mx.int32}  # of the results that are not float32
+
+
+def _merged(states: list[mx.array], labels: mx.array, problem: mx.array, shape: tuple[int, ...], k: int) -> dict[str, mx.array]:
+    """Return all results by name, of `shape` [L, N], or [L, N, k] for the top tokens. Those without their input are undefined."""
+    names = (*ALWAYS, *WITH_MODEL, *WITH_LABELS)
+    layers, tokens = shape
+    outputs = launch(
         descriptors.lens_stats_merge(),
-        [*states, known, problem],
-        (-(-layers * tokens // descriptors.MERGE_ROWS), 1, 1),
-        [of_row, of_row, of_row, (*of_row, k), (*of_row, k), of_row, of_row, of_row, of_row],
-        [mx.float32, mx.float32, mx.float32, mx.int32, mx.float32, mx.float32, mx.bool_, mx.float32, mx.int32],
+        [*states, labels, problem],
+        (-(-layers * tokens // constants.SIMDS), 1, 1),  # one row for each simdgroup
+        [(*shape, k) if name in ("top_ids", "top_logits") else shape for name in names],
+        [_TYPES.get(name, mx.float32) for name in names],
     )
-    return [lse, entropy, largest, ids, logits, *([kl, agrees] if with_model else []), *([nll, rank] if labels is not None else [])]
+    return dict(zip(names, outputs, strict=True))

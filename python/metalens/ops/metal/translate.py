@@ -1,45 +1,41 @@
 """translate_norm on the GPU.
 
-The translator's product adds the bias before it is rounded; the norm after it is MLX's own kernel: it reads what the product left in the cache, 8
-bytes against 2 D multiplications for each element, so that reducing the squares within the product could save less than a percent. On the way back
-one kernel goes through norm and bias together.
+The translator's product adds the bias before it rounds. The norm after it is MLX's own kernel, which reads the product's result from the cache: 8
+bytes against 2 D multiplications for each element, so summing the squares inside the product could save less than a percent. In the backward pass one
+kernel computes the gradients of norm and bias together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.metal import descriptors
-from metalens.ops.metal.formats import arrays, format_of
+from metalens.ops.metal import constants, descriptors
 from metalens.ops.metal.kernel import launch
-from metalens.ops.metal.kl import linear
+from metalens.ops.metal.matmul import linear
 from metalens.ops.metal.source import pack
+from metalens.ops.norm import Norm
 from metalens.ops.weight import Weight
 
-if TYPE_CHECKING:
-    from metalens.ops.norm import Norm
-
-KINDS = {"none": 0, "rms": 1, "layer": 2}
+KINDS = {"none": 0, "rms": 1, "layer": 2}  # enum NormKind of metal/norm_grad.h
 
 
 def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm, plain: Callable[[mx.array], mx.array]) -> mx.array:
-    """Norm(W h + b), differentiable in h, W and b. Lazy.
+    """Return norm(W h + b), [..., D] float32, differentiable in h, W and b. Lazy.
 
     Args:
         h: [..., D] float32.
         weight: W [D, D].
         bias: b [D].
-        norm: of a known kind.
+        norm: a norm of a known kind.
         plain: the norm alone, in plain MLX.
     """
 
     @mx.custom_function
     def both(h: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-        w = Weight(weight)
-        y = linear(h, arrays(w), format_of(w), weight.shape[0], bias, 1.0, rounded=False)
+        y = linear(h, Weight(weight), bias, 1.0, rounded=False)
         return plain(y), y
 
     @both.vjp
@@ -55,12 +51,12 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm, pl
 
 
 def _norm_grad(y: mx.array, dn: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
-    """(dy [N, D], db [D])."""
+    """Return (dy [N, D], db [D])."""
     rows, depth = y.shape
     assert norm.kind is not None
     problem = {"rows": rows, "depth": depth, "kind": KINDS[norm.kind], "with_gain": int(norm.weight is not None), "eps": norm.eps}
     gain = mx.zeros(8) if norm.weight is None else norm.weight.astype(mx.float32)
-    blocks = -(-rows // descriptors.NORM_ROWS)
+    blocks = -(-rows // constants.NORM_ROWS)
     dy, db = launch(
         descriptors.norm_grad(),
         [y, gain, dn.astype(mx.float32), mx.array(pack("norm_grad.h", "NormGradProblem", problem))],

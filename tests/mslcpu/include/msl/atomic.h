@@ -1,4 +1,4 @@
-// <metal_atomic>. One operating-system thread runs all of a launch's threads, so plain operations are atomic; the checker is told of each.
+// <metal_atomic>. One operating-system thread runs all threads of a launch, so plain operations are atomic. Each one is reported to the checker.
 #pragma once
 
 namespace metal {

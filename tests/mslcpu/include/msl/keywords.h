@@ -1,4 +1,4 @@
-// Last: Metal's keywords in terms of OpenCL's, and OpenCL's keywords out of the way of kernels that use them as names.
+// Included last. Defines Metal's keywords by OpenCL's, and removes OpenCL's keywords, which kernels may use as names.
 #pragma once
 
 #define device __global

@@ -3,7 +3,7 @@
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
 #define MSL_INLINE inline __attribute__((always_inline))
-// For functions that touch the runtime's own memory, which the access checks would not recognize.
+// For functions that access the runtime's own memory, which the access checks do not know.
 #define MSL_UNCHECKED __attribute__((no_sanitize("address", "alignment", "array-bounds"), noinline))
 
 typedef unsigned char uchar;

@@ -1,4 +1,4 @@
-// The macros of the Metal standard library. This is all that #include <metal_stdlib> gives during preprocessing; types and functions come from
+// The macros of the Metal standard library. During preprocessing, #include <metal_stdlib> gives only these. Types and functions come from
 // prelude.h, which is included when the rewritten source is compiled.
 #pragma once
 

@@ -1,10 +1,10 @@
 // <metal_math>, <metal_common>, <metal_relational>, <metal_geometric>. All arithmetic functions go through float, so half and bfloat results are
-// correctly rounded. Only what Metal has is here: expm1, log1p, erf and the like must stay compile errors.
+// correctly rounded. This file has only functions of Metal: expm1, log1p, erf and the like must stay compile errors.
 #pragma once
 
 namespace metal {
 
-// Real overloads for each type, and not one template: a call with mixed types is then ambiguous, as it is in Metal.
+// Overloads for each type instead of one template, so that a call with mixed types is ambiguous, as it is in Metal.
 #define MSL_FLOAT_VECTORS(X) X(half2) X(half3) X(half4) X(float2) X(float3) X(float4) X(bfloat2) X(bfloat3) X(bfloat4)
 
 #define MSL_FOR_EACH(V, EXPRESSION)                                    \
@@ -15,7 +15,7 @@ namespace metal {
     return r;                                                          \
   }
 
-// A function of one floating-point argument, given for float.
+// A function of one floating-point argument, defined for float.
 #define MSL_UNARY(NAME, RESULT)                                                                                       \
   namespace msl_float { MSL_INLINE float NAME(float x) { return RESULT; } }                                           \
   MSL_INLINE float NAME(float x) { return msl_float::NAME(x); }                                                       \
@@ -92,7 +92,7 @@ MSL_TERNARY(fma, __builtin_fmaf(x, y, z))
 MSL_TERNARY(mix, x + (y - x) * z)
 MSL_TERNARY(smoothstep, (z = __builtin_fminf(__builtin_fmaxf((z - x) / (y - x), 0.0f), 1.0f), z * z * (3.0f - 2.0f * z)))
 
-// max, min, clamp and abs of floating-point numbers are fmax and so on: a NaN loses.
+// max, min, clamp and abs of floating-point numbers are fmax and so on: of a NaN and a number, the result is the number.
 #define MSL_FLOAT_ORDER(T)                                                        \
   MSL_INLINE T max(T a, T b) { return fmax(a, b); }                               \
   MSL_INLINE T min(T a, T b) { return fmin(a, b); }                               \

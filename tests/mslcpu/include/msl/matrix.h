@@ -1,4 +1,4 @@
-// <metal_simdgroup_matrix>: 8x8 matrices spread over the simdgroup, two neighbouring elements of a row in each lane, laid out as on Apple GPUs.
+// <metal_simdgroup_matrix>: 8x8 matrices distributed over the simdgroup. Each lane holds two neighboring elements of a row, laid out as on Apple GPUs.
 #pragma once
 
 MSL_INLINE uint msl_matrix_row() { uint lane = msl_lane(); return (lane / 4 & 4) + lane / 2 % 4; }

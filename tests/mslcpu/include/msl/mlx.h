@@ -1,4 +1,4 @@
-// The part of what MLX puts before a custom kernel's source that such kernels rely on; written anew.
+// The part of MLX's preamble of a custom kernel that such kernels rely on; written anew.
 #pragma once
 
 using namespace metal;
@@ -10,7 +10,7 @@ struct complex64_t {
   float real, imag;
 };
 
-// Offset of the element with row-major index `elem` in an array of arbitrary strides.
+// The offset of the element with row-major index `elem` in an array of arbitrary strides.
 template <typename IndexT = int64_t>
 METAL_FUNC IndexT elem_to_loc(IndexT elem, const __constant int* shape, const __constant int64_t* strides, int ndim) {
   IndexT offset = 0;

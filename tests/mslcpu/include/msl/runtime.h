@@ -8,7 +8,7 @@ struct MslContext {  // mslcpu::ThreadContext
   uint index_in_threadgroup, lane, simdgroup, simdgroups, dispatch_simdgroups, unused;
 };
 
-// Convergent: not to be moved across branches. Not merged: each call keeps the line it is at.
+// Convergent: the compiler must not move it across branches. Not merged: each call keeps its own line.
 #define MSL_CONVERGENT __attribute__((convergent, nomerge))
 
 extern "C" {
@@ -23,7 +23,7 @@ __generic void* msl_threadgroup_variable(long id, ulong bytes, ulong name);
 uint msl_lane(void) __attribute__((const));
 }
 
-// Collectives are told apart by the line that calls them. A return address would not do: compilers duplicate code.
+// The line of a call identifies a collective. A return address would not, because compilers duplicate code.
 #define MSL_LINE uint msl_line = (uint)__builtin_LINE() * 512u + (uint)__builtin_COLUMN() % 512u
 
 // A threadgroup variable, declared in the kernel as `threadgroup T name[N];`.
@@ -32,7 +32,7 @@ MSL_INLINE __local T& msl_threadgroup(long id, __constant const char* name) {
   return *(__local T*)(ulong)msl_threadgroup_variable(id, sizeof(T), (ulong)name);
 }
 
-// Converts to whatever pointer or reference the kernel's parameter is, so that parameter types need not be parsed.
+// Converts to any pointer or reference type of a kernel's parameter, so that parameter types need not be parsed.
 struct MslBuffer {
   ulong address;
   template <class T> operator __global T*() const { return (__global T*)address; }

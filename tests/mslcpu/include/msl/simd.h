@@ -1,5 +1,5 @@
 // <metal_simdgroup> and <metal_quadgroup>. A collective deposits its operand, waits for the other active lanes, and reads their operands.
-// The kinds number the collectives for the scheduler: 1 and 2 are its own.
+// The kinds number the collectives for the scheduler; 1 and 2 belong to the scheduler itself.
 #pragma once
 
 struct MslOperands {
@@ -59,8 +59,8 @@ MSL_SIMD_REDUCE(and, 7)
 MSL_SIMD_REDUCE(or, 8)
 MSL_SIMD_REDUCE(xor, 9)
 
-// Shuffles: LANE is the lane whose operand the caller receives. An operand of a lane that is not there is undefined in Metal; here the caller
-// then gets back its own.
+// Shuffles: LANE is the lane whose operand the caller receives. In Metal the operand of an inactive lane is undefined; here the caller then
+// receives its own operand.
 #define MSL_SHUFFLE(NAME, KIND, LANE)                                                            \
   template <class T> MSL_INLINE T NAME(T x, ushort delta, MSL_LINE) {                            \
     MslOperands all = msl_exchange(x, KIND, msl_line);                                           \
@@ -84,7 +84,7 @@ template <class T> MSL_INLINE T simd_broadcast_first(T x, MSL_LINE) {
   MslOperands all = msl_exchange(x, 22, msl_line);
   return msl_operand<T>(all, (uint)__builtin_ctz(all.mask));
 }
-// The operands of the lanes and those of `fill` in one row: lanes that run over the end receive a fill operand.
+// The operands of the lanes, followed by those of `fill`: lanes beyond the end receive a fill operand.
 template <class T> struct MslPair { T x, fill; };
 template <class T> MSL_INLINE T simd_shuffle_and_fill_down(T x, T fill, ushort delta, MSL_LINE) {
   MslPair<T> own = {x, fill};

@@ -26,7 +26,7 @@ template <class T> using remove_const_t = typename remove_const<T>::type;
 template <class T> struct remove_volatile { typedef T type; };
 template <class T> struct remove_volatile<volatile T> { typedef T type; };
 template <class T> using remove_volatile_t = typename remove_volatile<T>::type;
-// An address space hides the cv-qualifiers beneath it, so it goes too.
+// An address space hides the cv-qualifiers below it, so it is removed too.
 template <class T> struct remove_cv { typedef remove_addrspace_t<remove_const_t<remove_volatile_t<remove_addrspace_t<T>>>> type; };
 template <class T> using remove_cv_t = typename remove_cv<T>::type;
 template <class T> struct remove_reference { typedef T type; };
@@ -117,7 +117,7 @@ template <class T, size_t N> struct array {
 
 }  // namespace metal
 
-// Conversions that clang lacks between the two 16-bit formats go through float; they must be explicit, as in Metal.
+// Clang lacks conversions between the two 16-bit formats; these go through float. They must be explicit, as in Metal.
 template <class T, class U>
 MSL_INLINE constexpr T msl_convert(U x) {
   if constexpr (metal::is_same_v<T, bfloat> && metal::is_same_v<metal::decay_t<U>, half>) return (T)(float)x;

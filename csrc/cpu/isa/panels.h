@@ -1,4 +1,9 @@
-// Panels of a frozen matrix as floats, and rows as they are: the float32 operands of multiply.inc. A panel is [depth, kWidth].
+// The float32 operands of multiply.h: panels of a frozen matrix, [depth, kWidth] floats, and packed rows.
+#pragma once
+
+#include "cpu/isa/elements.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 constexpr int kWidth = 2 * kVector;
 
@@ -15,7 +20,7 @@ inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// Affine codes of kVector rows side by side: lane = row, so that eight codes of each row unpack by shifts alone, without a transposition.
+// Pack the affine codes of kVector rows side by side. A lane is a row, so that shifts alone unpack eight codes of each row, without a transposition.
 template <int bits>
 inline void pack_affine_rows(const Matrix& w, int64_t column, int64_t width, int64_t start, int64_t depth, float* panel) {
   const int64_t groups = w.cols / w.group_size;
@@ -77,3 +82,5 @@ void pack_columns(const Matrix& w, int64_t column, int64_t width, int64_t start,
     });
   }
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

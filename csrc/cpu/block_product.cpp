@@ -1,8 +1,6 @@
-#include "cpu/product.h"
+#include "cpu/block_product.h"
 
 #include <algorithm>
-
-#include "cpu/thread_pool.h"
 
 namespace metalens::cpu {
 
@@ -59,7 +57,7 @@ void BlockProduct::set_rows(const float* x, int64_t rows, int64_t exact) {
   const int64_t d = keys_.cols;
   x_ = x;
   rows_ = rows;
-  if (rows <= kFewRows) return;
+  if (rows <= kMatvecRows) return;
   left_ = Left(multiplier_, rows, d);
   left_.pack(x, d);
   if (exact == 0 || &multiplier_ != kernels().bf16) return;
@@ -74,22 +72,21 @@ void BlockProduct::set_rows(const float* x, int64_t rows, int64_t exact) {
 }
 
 void BlockProduct::forward(int64_t first, int64_t width, float* z) {
-  if (rows_ <= kFewRows) {
-    kernels().few_rows(keys_, first, width, x_, keys_.cols, rows_, z, kVocabularyBlock);
+  if (rows_ <= kMatvecRows) {
+    kernels().matvec_rows(keys_, first, width, x_, keys_.cols, rows_, z, kKeyBlock);
     return;
   }
   for (int64_t j = 0; j < width; j += multiplier_.panel_width) {
     const int64_t columns = std::min<int64_t>(multiplier_.panel_width, width - j);
-    const Product products[] = {
-        {left_, z + j, kVocabularyBlock, false}, {rest_, z + (rows_ - rest_.rows()) * kVocabularyBlock + j, kVocabularyBlock, true}};
+    const Product products[] = {{left_, z + j, kKeyBlock, false}, {rest_, z + (rows_ - rest_.rows()) * kKeyBlock + j, kKeyBlock, true}};
     multiply_panel(multiplier_, {products, rest_.rows() ? 2u : 1u}, keys_, true, first + j, columns, 0, panel_.data());
   }
 }
 
 float BlockProduct::forward_one(const float* row, int64_t key) const {
   float z = 0;
-  if (rows_ <= kFewRows) {
-    kernels().few_rows(keys_, key, 1, row, keys_.cols, 1, &z, 1);
+  if (rows_ <= kMatvecRows) {
+    kernels().matvec_rows(keys_, key, 1, row, keys_.cols, 1, &z, 1);
   } else {
     Left one(multiplier_, 1, keys_.cols);
     one.pack(row, keys_.cols);
@@ -102,24 +99,12 @@ float BlockProduct::forward_one(const float* row, int64_t key) const {
 void BlockProduct::backward(const float* z, int64_t rows, int64_t first, int64_t width, float* sums) {
   const int64_t d = values_.cols;
   if (weights_.rows() != rows || weights_.depth() != width) weights_ = Left(multiplier_, rows, width);
-  weights_.pack(z, kVocabularyBlock);
+  weights_.pack(z, kKeyBlock);
   for (int64_t column = 0; column < d; column += multiplier_.panel_width) {
     const int64_t columns = std::min<int64_t>(multiplier_.panel_width, d - column);
     const Product product{weights_, sums + column, d, true};
     multiply_panel(multiplier_, {&product, 1}, values_, false, column, columns, first, panel_.data());
   }
-}
-
-VocabularyRange vocabulary_share(int64_t vocab, int64_t share, int64_t shares) {
-  const int64_t blocks = (vocab + kVocabularyBlock - 1) / kVocabularyBlock;
-  return {blocks * share / shares * kVocabularyBlock, std::min(vocab, blocks * (share + 1) / shares * kVocabularyBlock)};
-}
-
-int64_t vocabulary_shares(int64_t vocab, int64_t tasks) {
-  const int64_t blocks = (vocab + kVocabularyBlock - 1) / kVocabularyBlock;
-  const int64_t wanted = 4 * num_threads();
-  if (num_threads() == 1 || tasks >= wanted || tasks == 0) return 1;
-  return std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(blocks, 1));
 }
 
 }  // namespace metalens::cpu

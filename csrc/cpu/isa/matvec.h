@@ -1,6 +1,12 @@
-// Products of a few rows with a frozen matrix: bound by unpacking its weights, each of which is used in registers as soon as it is unpacked.
+// Matrix-vector products: up to kMatvecRows rows with a frozen matrix. Unpacking the weights bounds their speed, so each weight is used in registers
+// as soon as it is unpacked.
+#pragma once
 
-// out[r] = sum over columns of x[r, k] w[row, k], one group at a time: scale * (x . codes) + bias * (sum of x), the sums of x taken beforehand.
+#include "cpu/isa/panels.h"
+
+namespace metalens::cpu::METALENS_ISA {
+
+// out[r] = sum over k of x[r, k] w[row, k]. A group of columns adds scale * (x . codes) + bias * (sum of x); `group_sums` holds the sums of x.
 template <Format format, int bits, int rows>
 inline void dot_row(const Matrix& w, int64_t row, const float* x, int64_t ldx, const float* group_sums, float* out) {
   const int64_t groups = w.cols / w.group_size;
@@ -33,10 +39,11 @@ inline void dot_row(const Matrix& w, int64_t row, const float* x, int64_t ldx, c
 }
 
 template <Format format, int bits, int rows>
-inline void few_quantized_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldo) {
+inline void matvec_quantized_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldo) {
   const int64_t groups = w.cols / w.group_size;
-  // On the heap beyond a width that no model has today; in blocks it would cost every row of w a second pass.
-  float local[kFewRows * 1024];
+  // On the heap only for widths that no model has today; blocks of columns would cost every row of w a second pass. `new` instead of a vector: a unit
+  // includes nothing of the standard library (see cpu/kernels.h).
+  float local[kMatvecRows * 1024];
   float* sums = rows * groups <= int64_t(sizeof(local) / sizeof(float)) ? local : new float[rows * groups];
   for (int r = 0; r < rows; ++r) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -53,7 +60,7 @@ inline void few_quantized_rows(const Matrix& w, int64_t first, int64_t count, co
   if (sums != local) delete[] sums;
 }
 
-inline void few_dense_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
+inline void matvec_dense_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
   float values[kReductionBlock];
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t start = 0; start < w.cols; start += kReductionBlock) {
@@ -72,24 +79,24 @@ inline void few_dense_rows(const Matrix& w, int64_t first, int64_t count, const 
   }
 }
 
-void few_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
-  if (w.format == Format::dense) return few_dense_rows(w, first, count, x, ldx, rows, out, ldo);
+void matvec_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
+  if (w.format == Format::dense) return matvec_dense_rows(w, first, count, x, ldx, rows, out, ldo);
   with_format(w, [&]<Format format, int bits>() {
     switch (rows) {
       case 1:
-        return few_quantized_rows<format, bits, 1>(w, first, count, x, ldx, out, ldo);
+        return matvec_quantized_rows<format, bits, 1>(w, first, count, x, ldx, out, ldo);
       case 2:
-        return few_quantized_rows<format, bits, 2>(w, first, count, x, ldx, out, ldo);
+        return matvec_quantized_rows<format, bits, 2>(w, first, count, x, ldx, out, ldo);
       case 3:
-        return few_quantized_rows<format, bits, 3>(w, first, count, x, ldx, out, ldo);
+        return matvec_quantized_rows<format, bits, 3>(w, first, count, x, ldx, out, ldo);
       default:
-        return few_quantized_rows<format, bits, 4>(w, first, count, x, ldx, out, ldo);
+        return matvec_quantized_rows<format, bits, 4>(w, first, count, x, ldx, out, ldo);
     }
   });
 }
 
-// Four rows of w at a time, so that each sum is loaded and stored once for four products.
-void few_columns(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
+// Takes four rows of w at a time, so that each sum is loaded and stored once for four products.
+void matvec_columns(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
   constexpr int64_t kTogether = 4;
   float values[kTogether][kReductionBlock];
   for (int64_t r = 0; r < rows; ++r) {
@@ -115,3 +122,5 @@ void few_columns(const Matrix& w, int64_t first, int64_t count, const float* x, 
     }
   }
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,49 +1,54 @@
-// lens_pullback: dn = scale * (q - p) U, the second product of training, leaving out tiles in which every |q - p| is negligible.
+// lens_backward: dn = scale * (q - p) U, the second product of training. It skips tiles in which every |q - p| is negligible.
 //
-//                   32 columns
-//        g    +-----+           +----------+        A threadgroup takes BM rows and BN columns of D past a share of the vocabulary, 32 ids at a time.
-//             | BM  |     ids   |    U     |  BN    U is read as it lies, [ids, columns]: no transposition. Several shares give several sums, which
-//             are
-//             +-----+           +----------+        added in order by the caller.
+//               32 ids              BN columns
+//            +--------+           +------------+      A threadgroup computes BM rows and BN columns of dn over one split of the vocabulary, 32 ids
+//     g  BM  |        |   U   32  |            |      at a time. U is read as it lies in memory, [ids, columns], without a transposition. Several
+//            +--------+      ids  +------------+      splits give several sums, which the caller adds in order.
 //
-// What is left out adds less than `negligible` times sum |q - p| times the largest |U|: with 2^-24, less than float32's own rounding of the sum. The
-// map of lens_softmax_grad says for every row and 32 ids how large |q - p| is; all simdgroups read the same entries and so decide alike.
+// The skipped tiles add less than `negligible` times sum |q - p| times the largest |U|. With 2^-24 that is less than float32's own rounding of the
+// sum. The map of lens_softmax_grad holds the largest |q - p| for every row and 32 ids. All simdgroups read the same entries, so all decide alike.
 #pragma once
 
 #include "tile.h"
 
 namespace metalens {
 
-struct PullbackProblem {
-  int rows;          // N
-  int width;         // V: of g's rows and the map's
-  int vocab;         // ids below it are tokens
-  int columns;       // D
-  int share;         // ids per split, a multiple of 32
-  float negligible;  // of the row's sum |q - p|, for all that is left out; negative: leave out nothing
-  float scale;       // the head's, divided by the magnifier of g
+struct LensBackwardProblem {
+  int rows;           // N
+  int width;          // V: the length of a row of g
+  int vocab;          // ids below it are tokens
+  int columns;        // D
+  int ids_per_split;  // a multiple of 32
+  float negligible;   // the fraction of a row's sum |q - p| that all skipped tiles together may hold; negative: skip nothing
+  float scale;        // the head's scale, divided by grad_scale
 };
 
-// Whether some row of the block has something to add for these 32 ids.
+// Whether some row of the block has a |q - p| that is not negligible for these 32 ids.
 METAL_FUNC bool matters(
-    const device PullbackProblem& problem, const device float* largest, const device float* mass, int first_row, int rows, int base, uint lane) {
+    const device LensBackwardProblem& problem,
+    const device float* tile_absmax,
+    const device float* row_l1,
+    int first_row,
+    int rows,
+    int base,
+    uint lane) {
   const int map_columns = (problem.width + MAP_WIDTH - 1) / MAP_WIDTH;
   bool any = false;
   for (int i = int(lane); i < rows; i += LANES) {
     const int row = first_row + i;
     if (row < problem.rows) {
-      const float most = largest[long(row) * map_columns + base / MAP_WIDTH];
-      any = any || !(most * float(problem.vocab) <= problem.negligible * mass[row]);  // also where a row is NaN
+      const float absmax = tile_absmax[long(row) * map_columns + base / MAP_WIDTH];
+      any = any || !(absmax * float(problem.vocab) <= problem.negligible * row_l1[row]);  // true also if the row is NaN
     }
   }
   return simd_any(any);
 }
 
 template <typename G, typename Format, typename Tiles>
-METAL_FUNC void lens_pullback(
-    const device G* g,            // [N, V]
-    const device float* largest,  // [N, ceil(V / 32)]
-    const device float* mass,     // [N]
+METAL_FUNC void lens_backward(
+    const device G* g,                // [N, V]
+    const device float* tile_absmax,  // [N, ceil(V / 32)]
+    const device float* row_l1,       // [N]
     const device typename Format::Values* values,
     const device typename Format::Scales* scales,
     const device typename Format::Biases* biases,
@@ -54,10 +59,10 @@ METAL_FUNC void lens_pullback(
     uint simd,
     uint lane) {
   using Operand = typename Tiles::Operand;
-  static_assert(Tiles::BK == MAP_WIDTH, "a step takes the ids of one entry of the map");
+  static_assert(Tiles::BK == MAP_WIDTH, "a step covers the ids of one entry of the map");
   constexpr int pitch_u = Tiles::BN + 16 / int(sizeof(Operand));
   static_assert((Tiles::BM * Tiles::PITCH + Tiles::BK * pitch_u) * int(sizeof(Operand)) / 4 <= Tiles::FLOATS, "the operands fit");
-  const device PullbackProblem& problem = *reinterpret_cast<const device PullbackProblem*>(problem_words);
+  const device LensBackwardProblem& problem = *reinterpret_cast<const device LensBackwardProblem*>(problem_words);
   threadgroup Operand* gs = reinterpret_cast<threadgroup Operand*>(shared);
   threadgroup Operand* us = gs + Tiles::BM * Tiles::PITCH;
   const int me = int(simd) * LANES + int(lane);
@@ -67,11 +72,11 @@ METAL_FUNC void lens_pullback(
   Accumulators<Tiles> acc;
   clear(acc);
   float unit[UNIT];
-  const int begin = int(group.z) * problem.share;
-  const int end = min(begin + problem.share, problem.vocab);
+  const int begin = int(group.z) * problem.ids_per_split;
+  const int end = min(begin + problem.ids_per_split, problem.vocab);
   for (int base = begin; base < end; base += Tiles::BK) {
-    if (!matters(problem, largest, mass, first_row, Tiles::BM, base, lane)) {
-      continue;  // in all simdgroups
+    if (!matters(problem, tile_absmax, row_l1, first_row, Tiles::BM, base, lane)) {
+      continue;  // every simdgroup skips this tile
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last operands have been read
     for (int u = me; u < Tiles::BM * Tiles::BK / UNIT; u += THREADS) {

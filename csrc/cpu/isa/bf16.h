@@ -1,13 +1,20 @@
-// Operands as bfloat16, two to a 32-bit word: what amx.inc and dot.inc multiply. An operand has one `part`, its value rounded to nearest even, or
+// Operands as bfloat16, two to a 32-bit word: what amx.h and dot_avx512.h multiply. An operand has one `part`, its value rounded to nearest even, or
 // two: the second holds what the rounding left, so that the parts' sum keeps 16 bits of mantissa.
 //
-// A panel is [depth / 32][2 halves][16 pairs][16 columns] of words; a word holds two values that follow each other along the depth, the earlier one
-// low, and a half of 16 pairs is what one tile of a matrix unit takes. Depth is padded with zeros. The second part of a panel lies behind the first.
+// A panel is [depth / 32][2 halves][16 pairs][16 columns] of words. A word holds two neighbors along the depth, the earlier one in its low half; a
+// half of 16 pairs is what one tile of a matrix unit takes. Depth is padded with zeros. The second part of a panel lies behind the first.
+//
+// C casts convert between the vectors here and the types of the intrinsics, whose definitions differ between compilers.
+#pragma once
+
+#include "cpu/isa/panels.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 static_assert(kVector == 16, "a row of a tile is a vector of sixteen words");
 
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t hvec __attribute__((vector_size(64), aligned(4)));
+using uvec = uint32_t __attribute__((vector_size(64), aligned(4)));
+using hvec = uint16_t __attribute__((vector_size(64), aligned(4)));
 
 constexpr int64_t kStep = 32;        // depth of a tile
 constexpr int64_t kTileWords = 256;  // 16 x 16
@@ -26,12 +33,12 @@ inline void store_words(uint32_t* p, uvec v) {
   *reinterpret_cast<uvec*>(p) = v;
 }
 
-// Numbers 0 ... n - 1 as template arguments, for the constants of a shuffle.
+// The numbers 0 ... n - 1 as template arguments, which give the constants of a shuffle.
 template <int... lane>
 struct Lanes {};
-typedef Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> SixteenLanes;
+using SixteenLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 
-// ---- Rounding. The CPU's own conversion takes subnormal numbers for zero, as the products do with either.
+// ---- Rounding. The CPU's own conversion flushes subnormal numbers to zero; the products do so whichever conversion made the operands.
 
 // bfloat16 in the upper half of each word; the lower half is not cleared. NaN stays NaN.
 inline uvec rounded(vec v) {
@@ -40,7 +47,7 @@ inline uvec rounded(vec v) {
   return v != v ? bits | 0x400000u : nearest;
 }
 
-// What goes into a part: the value itself, or what is left of it once part 0 is rounded. (Of an infinite value that is NaN.)
+// The value that goes into a part: v itself, or what is left of v once part 0 is rounded off. (For an infinite v that is NaN.)
 template <int part>
 inline vec part_of(vec v) {
   if constexpr (part == 0) {
@@ -50,7 +57,7 @@ inline vec part_of(vec v) {
   }
 }
 
-// 32 values in their order.
+// 32 values as 16 words, in their order.
 template <int... lane>
 inline uvec in_order(vec first, vec second, Lanes<lane...>) {
 #ifdef __AVX512BF16__
@@ -66,7 +73,7 @@ inline uvec narrow_step(const float* values) {
   return in_order(part_of<part>(load_vec(values)), part_of<part>(load_vec(values + 16)), SixteenLanes{});
 }
 
-// even[i] and odd[i] in word i.
+// Words whose i-th holds even[i] and odd[i].
 inline uvec in_pairs(vec even, vec odd) {
 #ifdef __AVX512BF16__
   const hvec both = (hvec)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
@@ -77,7 +84,7 @@ inline uvec in_pairs(vec even, vec odd) {
 #endif
 }
 
-// One row [depth] of values as words, each step of 32 values `stride` words behind the one before; the last is filled up with zeros.
+// Write one row [depth] of values as words. Each step of 32 values lies `stride` words behind the one before it; zeros fill up the last step.
 template <int part>
 inline void narrow_row(const float* values, int64_t depth, uint32_t* words, int64_t stride) {
   int64_t k = 0;
@@ -91,7 +98,7 @@ inline void narrow_row(const float* values, int64_t depth, uint32_t* words, int6
 
 // ---- Transposition of 16 x 16 words
 
-// Of the 2 x 2 squares of blocks, `size` lanes wide, that rows i and i + size run through, swap the two blocks off the diagonal.
+// Rows i and i + size run through squares of 2 x 2 blocks, each block `size` lanes wide. Swap the two blocks off the diagonal of each square.
 template <int size, int... lane>
 inline void swap_blocks(uvec& upper, uvec& lower, Lanes<lane...>) {
   const uvec swapped = __builtin_shufflevector(upper, lower, (lane & size ? 16 + lane - size : lane)...);
@@ -116,7 +123,7 @@ inline void transpose(uvec* rows) {
 
 // ---- Panels
 
-// Words of the values k and k + 1 along the depth, for one half of the columns; k is even.
+// The words that hold values k and k + 1 along the depth, for one half of the columns; k is even.
 inline uint32_t* panel_row(uint32_t* panel, int64_t k, int half) {
   return panel + (k / kStep * 2 + half) * kTileWords + k % kStep / 2 * 16;
 }
@@ -127,7 +134,7 @@ inline void store_pairs(uint32_t* words, vec even, vec odd) {
   if constexpr (parts == 2) store_words(words + kPanelWords, in_pairs(part_of<1>(even), part_of<1>(odd)));
 }
 
-// Zeros from k to the next whole step.
+// Write zeros from k to the end of its step.
 template <int parts>
 inline void fill_step(uint32_t* panel, int64_t k, int half) {
   for (k += k % 2; k % kStep; k += 2) store_pairs<parts>(panel_row(panel, k, half), vec{}, vec{});
@@ -137,7 +144,7 @@ inline bool is_four_bit(const Matrix& w) {
   return w.format == Format::affine && w.bits == 4;
 }
 
-// Element first[lane] + group of sixteen rows' scales or biases.
+// The scales or biases of one group in sixteen rows: element first[lane] + group in each lane.
 inline vec of_sixteen_rows(Element e, const void* values, const int64_t* first, int64_t group) {
   float wide[16];
   if (e == Element::f32) {
@@ -162,7 +169,7 @@ inline vec of_sixteen_rows(Element e, const void* values, const int64_t* first, 
   return load_vec(wide);
 }
 
-// Up to sixteen words of eight 4-bit codes each; the rest is zero.
+// Load up to sixteen words of eight 4-bit codes each; the other words are zero.
 inline uvec load_codes(const uint8_t* codes, int64_t words) {
   uvec v{};
   if (words == 16) {
@@ -173,7 +180,8 @@ inline uvec load_codes(const uint8_t* codes, int64_t words) {
   return v;
 }
 
-// Affine 4-bit codes of sixteen rows, lane = row: transposing the codes, eight to a word, is a quarter of the work of transposing the values.
+// Pack the affine 4-bit codes of sixteen rows, a row in each lane. Transposing the codes, eight to a word, is a quarter of the work of transposing
+// the values.
 template <int parts>
 inline void pack_four_bit_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
   const int64_t groups = w.cols / w.group_size;
@@ -211,12 +219,12 @@ inline void pack_four_bit_rows(const Matrix& w, int64_t column, int64_t rows, in
   fill_step<parts>(panel, depth, half);
 }
 
-// Sixteen rows of any matrix: words along the depth, then transposed.
+// Pack sixteen rows of any matrix: words along the depth, then transposed.
 template <int parts>
 inline void pack_any_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
   constexpr int64_t kWords = kReductionBlock / 2;
   uint32_t words[parts][16][kWords];
-  float values[kReductionBlock] = {};  // lanes beyond the rows repeat the last
+  float values[kReductionBlock] = {};  // lanes beyond the last row repeat it
   for (int64_t lane = 0; lane < 16; ++lane) {
     if (lane < rows) unpack(w, column + lane, start, depth, values);
     narrow_row<0>(values, depth, words[0][lane], 16);
@@ -252,7 +260,8 @@ inline vec four_bit_codes(const uint8_t* p) {
   return __builtin_convertvector((reinterpret_cast<ivec>(both) >> shifts) & 15, vec);
 }
 
-// Columns [column, column + width) of one row in two vectors; what lies beyond them is zero or, of a quantized matrix, the rest of eight columns.
+// Unpack columns [column, column + width) of one row into two vectors. Lanes beyond them are zero or, for a quantized matrix, hold the rest of a unit
+// of eight columns.
 inline void unpack_columns(const Matrix& w, int64_t row, int64_t column, int64_t width, vec* out) {
   if (is_four_bit(w) && width == kPanelColumns && column % 32 == 0 && w.group_size % 32 == 0) {
     const int64_t at = row * w.cols + column;
@@ -277,3 +286,5 @@ void pack_word_columns(const Matrix& w, int64_t column, int64_t width, int64_t s
   }
   for (int half = 0; half < 2; ++half) fill_step<parts>(panel, depth, half);
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

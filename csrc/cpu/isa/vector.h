@@ -1,11 +1,16 @@
-// Vectors of the unit's instruction set, and the exponential. The compiler's vector extension keeps one text valid for every target.
+// Vectors of the unit's instruction set, and the exponential. The compiler's vector extension keeps one source valid for every target.
+#pragma once
 
-typedef float vec __attribute__((vector_size(METALENS_VECTOR * 4), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(METALENS_VECTOR * 4), aligned(4)));
+#include "cpu/kernels.h"
 
-// Unpacking works on eight codes at a time, whatever the vector: they fill a whole number of bytes for every width.
-typedef float vec8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t ivec8 __attribute__((vector_size(32), aligned(4)));
+namespace metalens::cpu::METALENS_ISA {
+
+using vec = float __attribute__((vector_size(METALENS_VECTOR * 4), aligned(4)));
+using ivec = int32_t __attribute__((vector_size(METALENS_VECTOR * 4), aligned(4)));
+
+// Unpacking works on eight codes at a time, whatever the vector's size: for every width of a code, eight codes fill a whole number of bytes.
+using vec8 = float __attribute__((vector_size(32), aligned(4)));
+using ivec8 = int32_t __attribute__((vector_size(32), aligned(4)));
 
 constexpr int kVector = METALENS_VECTOR;
 
@@ -29,7 +34,7 @@ inline vec splat(float f) {
   return vec{} + f;
 }
 
-// Of a NaN and a number, the number.
+// Lane by lane the larger value. Where one of the two is NaN, the result is the other.
 inline vec max(vec a, vec b) {
   return b > a ? b : a;
 }
@@ -47,7 +52,7 @@ inline bool any(ivec mask) {
   return all != 0;
 }
 
-// The rest of a row that is shorter than a vector, padded.
+// Load the n < kVector values at the end of a row; the other lanes hold `padding`.
 inline vec load_tail(const float* p, int64_t n, float padding) {
   vec v = splat(padding);
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
@@ -58,12 +63,15 @@ inline void store_tail(float* p, int64_t n, vec v) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2; `scale` is 2^n, `growth` is exp(r) - 1, to 2.4e-8 of itself before rounding, and `curve` exp(r) - 1 - r.
-// For -87.3 <= x <= 88.
+// The exponential functions are valid from kExpFloor to kExpCeiling. Below the floor exp(x) is subnormal, above the ceiling 2^n leaves float's range.
+constexpr float kExpFloor = -87.3f;
+constexpr float kExpCeiling = 88.0f;
+
+// The parts of exp(x), with x = n ln 2 + r and |r| <= ln 2 / 2.
 struct Exponential {
-  vec scale;
-  vec growth;
-  vec curve;
+  vec scale;   // 2^n
+  vec growth;  // exp(r) - 1, relative error 2.4e-8 before rounding
+  vec curve;   // exp(r) - 1 - r
 };
 
 inline Exponential exponential(vec x) {
@@ -82,9 +90,9 @@ inline Exponential exponential(vec x) {
   return {reinterpret_cast<vec>(exponent), curve + r, curve};
 }
 
-// exp(x) for x <= 88, within 2 units in the last place; 0 below -87.3, where exp(x) would be subnormal; NaN for NaN.
+// exp(x) for x <= kExpCeiling, within 2 units in the last place; 0 below kExpFloor; NaN for NaN.
 inline vec exp_vec(vec x) {
-  const vec floor = splat(-87.3f);
+  const vec floor = splat(kExpFloor);
   const Exponential e = exponential(x < floor ? floor : x);
   const vec y = e.scale * e.growth + e.scale;
   return x < floor ? vec{} : y;
@@ -95,12 +103,12 @@ struct Hyperbolic {
   vec slope;  // 1 - tanh^2
 };
 
-// tanh(x) within 3e-7 of itself: (1 - e) / (1 + e) with e = exp(-2|x|), its numerator as expm1; and its slope 4 e / (1 + e)^2, as exact where tanh
-// is 1.
+// tanh(x) = (1 - e) / (1 + e) with e = exp(-2|x|), the numerator as expm1: relative error 3e-7. The slope is 4 e / (1 + e)^2, which stays exact
+// where tanh rounds to 1.
 inline Hyperbolic hyperbolic(vec x) {
   const vec negative = x < 0.0f ? x : -x;
   const vec twice = negative + negative;
-  const vec floor = splat(-80.0f);
+  const vec floor = splat(-80.0f);  // above kExpFloor, and exp(-80) is nothing beside 1
   const Exponential e = exponential(twice < floor ? floor : twice);
   const vec minus_one = e.scale * e.growth + (e.scale - 1.0f);
   const vec sum = minus_one + 2.0f;
@@ -111,3 +119,5 @@ inline Hyperbolic hyperbolic(vec x) {
 inline vec tanh_vec(vec x) {
   return hyperbolic(x).tanh;
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,8 +1,10 @@
-// lens_stats for a block of at most 8 rows: all layers of a token or two while a model generates. Bound by reading U once.
+// lens_stats_vector: lens_stats for a block of at most 8 rows, such as all layers of one or two tokens while a model generates. The time to read U
+// once bounds its speed.
 //
-// A tile product would mostly multiply zeros. Here each simdgroup takes a share of the vocabulary for itself, four ids at a time: its lanes split the
-// columns, every lane multiplies the units of U that it dequantizes with all R rows in registers, and the sums over lanes are the logits. Then lane
-// i * R + r goes on with the logit of the i-th id and row r, so that four ids times eight rows keep all lanes busy with exponentials.
+// With so few rows, a tile product would mostly multiply zeros. Here each simdgroup takes a split of the vocabulary of its own, four ids at a time.
+// Its lanes divide the columns. Every lane multiplies the units of U that it dequantizes with all R rows in registers; the sums over the lanes are
+// the logits. Then lane i * R + r continues with the logit of the i-th id and row r, so that four ids times eight rows keep all lanes busy with
+// exponentials.
 #pragma once
 
 #include "stats_rows.h"
@@ -10,31 +12,31 @@
 
 namespace metalens {
 
-// Ids that share one reading of the rows.
-constexpr constant int IDS = 4;
+// Ids of a step: they share one reading of the rows.
+constexpr constant int IDS_PER_STEP = 4;
 
 template <typename T, int R>
-struct FewRows {
-  const device T* at[R];  // nullptr where there is no row
+struct VectorRows {
+  const device T* at[R];  // nullptr for no row
 };
 
-struct FewIds {
-  int at[IDS];  // -1 where there is none
+struct VectorIds {
+  int at[IDS_PER_STEP];  // -1 for no id
 };
 
-// The logit's product for lane i * R + r: U[id i] . x[r]. Every lane must call it; ids are the same in all.
+// U[id i] . x[r] in lane i * R + r. All lanes must call it, with the same ids.
 template <typename T, typename Format, int R>
-METAL_FUNC float few_products(
-    thread const FewRows<T, R>& x,
-    thread const FewIds& ids,
+METAL_FUNC float vector_products(
+    thread const VectorRows<T, R>& x,
+    thread const VectorIds& ids,
     const device typename Format::Values* values,
     const device typename Format::Scales* scales,
     const device typename Format::Biases* biases,
     int depth,
     uint lane) {
-  float sums[IDS][R];
+  float sums[IDS_PER_STEP][R];
   METALENS_UNROLL
-  for (int i = 0; i < IDS; ++i) {
+  for (int i = 0; i < IDS_PER_STEP; ++i) {
     METALENS_UNROLL
     for (int r = 0; r < R; ++r) {
       sums[i][r] = 0.0f;
@@ -47,7 +49,7 @@ METAL_FUNC float few_products(
       load_row_unit(x.at[r], column, depth, of_x[r]);
     }
     METALENS_UNROLL
-    for (int i = 0; i < IDS; ++i) {
+    for (int i = 0; i < IDS_PER_STEP; ++i) {
       if (ids.at[i] >= 0) {
         float of_u[UNIT];
         Format::load(values, scales, biases, ids.at[i], column, depth, of_u);
@@ -63,7 +65,7 @@ METAL_FUNC float few_products(
   }
   float product = 0.0f;
   METALENS_UNROLL
-  for (int i = 0; i < IDS; ++i) {
+  for (int i = 0; i < IDS_PER_STEP; ++i) {
     METALENS_UNROLL
     for (int r = 0; r < R; ++r) {
       const float sum = simd_sum(sums[i][r]);
@@ -74,7 +76,7 @@ METAL_FUNC float few_products(
 }
 
 template <typename T, typename Format, int R>
-METAL_FUNC void lens_stats_few(
+METAL_FUNC void lens_stats_vector(
     const device T* n,        // [L, N, D]
     const device T* n_model,  // [N, D], if there is a model
     const device typename Format::Values* values,
@@ -91,7 +93,7 @@ METAL_FUNC void lens_stats_few(
     uint3 groups,
     uint simd,
     uint lane) {
-  static_assert(R == 1 || R == 2 || R == 4 || R == 8, "rows are a power of two, and with the ids at most one for each lane");
+  static_assert(R == 1 || R == 2 || R == 4 || R == 8, "R is a power of two, and R rows of the ids of a step fill at most one simdgroup");
   const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
   const int block = int(group.x);
   const int split = int(group.y) * SIMDS + int(simd);
@@ -99,7 +101,7 @@ METAL_FUNC void lens_stats_few(
   const int my_id = int(lane) / R;
   const Slot slot = slot_at(problem, block, my_row);
 
-  FewRows<T, R> x;
+  VectorRows<T, R> x;
   METALENS_UNROLL
   for (int r = 0; r < R; ++r) {
     x.at[r] = row_at(problem, n, n_model, slot_at(problem, block, r));
@@ -109,15 +111,15 @@ METAL_FUNC void lens_stats_few(
   const int label = label_at(problem, labels, slot);
   if (problem.label_tokens != 0) {
     METALENS_UNROLL
-    for (int first = 0; first < R; first += IDS) {
-      FewIds ids;
+    for (int first = 0; first < R; first += IDS_PER_STEP) {
+      VectorIds ids;
       METALENS_UNROLL
-      for (int i = 0; i < IDS; ++i) {
+      for (int i = 0; i < IDS_PER_STEP; ++i) {
         ids.at[i] = first + i < R ? label_at(problem, labels, slot_at(problem, block, first + i)) : -1;
       }
-      const float product = few_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
-      const float of_mine = simd_shuffle(product, ushort(my_row % IDS * R + my_row));
-      if (my_row / IDS == first / IDS && label >= 0) {
+      const float product = vector_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
+      const float of_mine = simd_shuffle(product, ushort(my_row % IDS_PER_STEP * R + my_row));
+      if (my_row / IDS_PER_STEP == first / IDS_PER_STEP && label >= 0) {
         state.label_logit = logit_of(problem, head_bias, of_mine, label);
       }
     }
@@ -128,18 +130,18 @@ METAL_FUNC void lens_stats_few(
   for (int r = 0; r < R; ++r) {
     top[r] = empty_list();
   }
-  const int begin = split * problem.share;
-  const int end = min(begin + problem.share, problem.vocab);
-  for (int base = begin; base < end; base += IDS) {
-    FewIds ids;
+  const int begin = split * problem.ids_per_split;
+  const int end = min(begin + problem.ids_per_split, problem.vocab);
+  for (int base = begin; base < end; base += IDS_PER_STEP) {
+    VectorIds ids;
     METALENS_UNROLL
-    for (int i = 0; i < IDS; ++i) {
+    for (int i = 0; i < IDS_PER_STEP; ++i) {
       ids.at[i] = base + i < end ? base + i : -1;
     }
-    const float product = few_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
-    const bool counts = my_id < IDS && base + my_id < end && slot.used;
+    const float product = vector_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
+    const bool counts = my_id < IDS_PER_STEP && base + my_id < end && slot.used;
     const float z = counts ? logit_of(problem, head_bias, product, base + my_id) : -INFINITY;
-    const float z_model = simd_shuffle(z, ushort(my_id % IDS * R + slot.model));
+    const float z_model = simd_shuffle(z, ushort(my_id % IDS_PER_STEP * R + slot.model));
     if (counts) {
       state.lens = merged(state.lens, softmax_of(z, max(z, LOWEST)));
       state.above += z > state.label_logit ? 1 : 0;
@@ -153,11 +155,11 @@ METAL_FUNC void lens_stats_few(
     }
   }
 
-  // Lanes of one row, of which there are IDS, come together in the first of them.
-  state.lens = simd_merged<R, R * IDS>(state.lens);
-  state.model = simd_merged<R, R * IDS>(state.model);
+  // Merge the IDS_PER_STEP lanes of each row into the first of them.
+  state.lens = simd_merged<R, R * IDS_PER_STEP>(state.lens);
+  state.model = simd_merged<R, R * IDS_PER_STEP>(state.model);
   METALENS_UNROLL
-  for (ushort step = R; step < R * IDS; step *= 2) {
+  for (ushort step = R; step < R * IDS_PER_STEP; step *= 2) {
     state.above += simd_shuffle_xor(state.above, step);
   }
 

@@ -1,11 +1,16 @@
-// The operations of AMX on tiles of 16 rows of 64 bytes: C, 16 x 16 floats, += A, 16 x 32 bfloat16, B, which holds 32 x 16 as words of two.
+// The operations of AMX on tiles of 16 rows of 64 bytes: C += A B, with C 16 x 16 floats, A 16 x 32 bfloat16, and B 32 x 16 bfloat16 as words of two.
 //
-// With METALENS_SOFTWARE_TILES they are plain C++, to the letter of Intel's definition, so that what is built on them runs on any machine. The
-// instructions stand as assembly rather than intrinsics: GCC 12's intrinsics do not tell the compiler that they read or write memory.
+// With METALENS_SOFTWARE_TILES the operations are plain C++ that follows Intel's definition exactly, so that the code built on them runs on any
+// machine. The instructions are assembly instead of intrinsics: GCC 12's intrinsics do not tell the compiler that they read or write memory.
+#pragma once
+
+#include "cpu/isa/elements.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 #ifdef METALENS_SOFTWARE_TILES
 
-// Tiles must be configured to be used, and released again; here anything else ends the program.
+// Tiles must be configured before use and released afterward. Here, any other order ends the program.
 struct SoftwareTiles {
   bool configured;
   uint32_t words[8][16][16];
@@ -32,7 +37,7 @@ inline void zero_tile() {
   __builtin_memset(software_tile(tile), 0, sizeof(software_tile(tile)));
 }
 
-// `stride` is that of the rows in memory, in bytes.
+// `stride` is the distance of rows in memory, in bytes.
 template <int tile>
 inline void load_tile(const void* from, int64_t stride) {
   for (int row = 0; row < 16; ++row) __builtin_memcpy(software_tile(tile)[row], offset(from, row * stride), 64);
@@ -55,12 +60,12 @@ inline uint32_t word_of(float f) {
   return b.u;
 }
 
-// Subnormal numbers are taken for zero, as operands and as results.
+// Subnormal numbers count as zero, as operands and as results.
 inline float flushed(float f) {
   return __builtin_fabsf(f) < 0x1p-126f ? __builtin_copysignf(0.0f, f) : f;
 }
 
-// The two sums of even and of odd terms start at zero and join the result at the end.
+// The sums of even and of odd terms start at zero; both are added to the result at the end.
 template <int result, int left, int right>
 inline void dot_tiles() {
   const auto& a = software_tile(left);
@@ -81,7 +86,7 @@ inline void dot_tiles() {
 
 #else
 
-// The operand of LDTILECFG. All eight tiles are whole, here; rows and columns that are not needed are zero.
+// The operand of LDTILECFG. All eight tiles have their full size here; rows and columns that are not needed hold zeros.
 struct TileConfiguration {
   uint8_t palette;
   uint8_t start_row;
@@ -99,7 +104,7 @@ alignas(64) constexpr TileConfiguration kWholeTiles{
     .rows = {16, 16, 16, 16, 16, 16, 16, 16},
 };
 
-// For the calling thread. Every task switch saves and restores 8 KB while tiles are in use: release them soon.
+// Configure the tiles of the calling thread. While they are in use, every task switch saves and restores 8 KB, so release them soon.
 inline void configure_tiles() {
   asm volatile("ldtilecfg %0" : : "m"(kWholeTiles) : "memory");
 }
@@ -113,7 +118,7 @@ inline void zero_tile() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// `stride` is that of the rows in memory, in bytes.
+// `stride` is the distance of rows in memory, in bytes.
 template <int tile>
 inline void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(tile) : "memory");
@@ -130,3 +135,5 @@ inline void dot_tiles() {
 }
 
 #endif
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,13 +1,16 @@
-// Products on AVX-512's dot product of bfloat16 pairs: the register tile of multiply.inc with two terms to a step. The left is [rows][depth / 2]
-// words, depth padded to a multiple of 32.
+// Products on AVX-512's dot product of bfloat16 pairs: the register tile of multiply.h with two terms to a step. The left is [rows][depth / 2] words,
+// its depth padded to a multiple of 32.
 //
-// With METALENS_SOFTWARE_DOT the instruction is plain C++, to the letter of Intel's definition, so that what is built on it runs on any machine.
+// With METALENS_SOFTWARE_DOT the instruction is plain C++ that follows Intel's definition exactly, so that the code built on it runs on any machine.
+#pragma once
 
-#include "cpu/isa/bf16.inc"
+#include "cpu/isa/bf16.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 #ifdef METALENS_SOFTWARE_DOT
 
-// Subnormal numbers are taken for zero, as operands and as results.
+// Subnormal numbers count as zero, as operands and as results.
 inline float flushed(float f) {
   return __builtin_fabsf(f) < 0x1p-126f ? __builtin_copysignf(0.0f, f) : f;
 }
@@ -16,7 +19,7 @@ inline float flushed_bf16(uint32_t half) {
   return flushed(widen_bf16(uint16_t(half)));
 }
 
-// sum[i] + a . b[i]: the odd term first, then the even one.
+// sum[i] + a . b[i], which adds the odd term first, then the even one.
 inline vec dot_pairs(vec sum, uint32_t a, uvec b) {
   for (int i = 0; i < 16; ++i) {
     const float odd = flushed(__builtin_fmaf(flushed_bf16(a >> 16), flushed_bf16(b[i] >> 16), flushed(sum[i])));
@@ -93,3 +96,5 @@ constexpr Multiplier kDotMultiplier{
     .pack_columns = pack_word_columns<1>,
     .multiply = multiply_dots,
 };
+
+}  // namespace metalens::cpu::METALENS_ISA

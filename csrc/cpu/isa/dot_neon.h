@@ -1,5 +1,10 @@
-// Products on Arm's dot product of bfloat16 pairs: the register tile of multiply.inc with two terms to a step. The left is [rows][depth / 2] pairs, a
-// panel [depth / 2][8 columns] pairs, in either of which the second of an odd depth's last pair is zero.
+// Products on Arm's dot product of bfloat16 pairs: the register tile of multiply.h with two terms to a step. The left is [rows][depth / 2] pairs, a
+// panel [depth / 2][8 columns] pairs. If the depth is odd, the second value of the last pair is zero in both.
+#pragma once
+
+#include "cpu/isa/panels.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 constexpr int64_t kPairColumns = 8;
 
@@ -19,13 +24,13 @@ void pack_pair_left(const float* a, int64_t lda, int64_t rows, int64_t depth, vo
   }
 }
 
-// Where the value of column j at depth k stands in a panel.
-inline int64_t place(int64_t k, int64_t j) {
+// The index in a panel of the value of column j at depth k.
+inline int64_t panel_index(int64_t k, int64_t j) {
   return (k / 2 * kPairColumns + j) * 2 + k % 2;
 }
 
 inline void pad_panel(int64_t depth, uint16_t* panel) {
-  for (int64_t j = 0; depth % 2 && j < kPairColumns; ++j) panel[place(depth, j)] = 0;
+  for (int64_t j = 0; depth % 2 && j < kPairColumns; ++j) panel[panel_index(depth, j)] = 0;
 }
 
 void pack_pair_rows(const Matrix& w, int64_t column, int64_t width, int64_t start, int64_t depth, void* out) {
@@ -37,7 +42,7 @@ void pack_pair_rows(const Matrix& w, int64_t column, int64_t width, int64_t star
       unpack(w, column + j, start, depth, values);
       store(Element::bf16, values, narrow, depth);
     }
-    for (int64_t k = 0; k < depth; ++k) panel[place(k, j)] = j < width ? narrow[k] : 0;
+    for (int64_t k = 0; k < depth; ++k) panel[panel_index(k, j)] = j < width ? narrow[k] : 0;
   }
   pad_panel(depth, panel);
 }
@@ -47,7 +52,7 @@ void pack_pair_columns(const Matrix& w, int64_t column, int64_t width, int64_t s
   float values[kPairColumns];
   for (int64_t k = 0; k < depth; ++k) {
     unpack(w, start + k, column, width, values);
-    for (int64_t j = 0; j < kPairColumns; ++j) panel[place(k, j)] = j < width ? narrow_bf16(values[j]) : 0;
+    for (int64_t j = 0; j < kPairColumns; ++j) panel[panel_index(k, j)] = j < width ? narrow_bf16(values[j]) : 0;
   }
   pad_panel(depth, panel);
 }
@@ -97,3 +102,5 @@ constexpr Multiplier kNeonDotMultiplier{
     .pack_columns = pack_pair_columns,
     .multiply = multiply_pairs,
 };
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,8 +1,11 @@
-// Products on AMX tiles, 32 x 32 of the result at a time. An operand has one part or two (see bf16.inc); of two, three `terms` are summed: all but
-// the product of the second parts. The left is [part][rows / 16][depth / 32] tiles of 16 x 32 values.
+// Products on AMX tiles, 32 x 32 elements of the result at a time. An operand has one part or two (see bf16.h). With two parts, three `terms` are
+// summed: every product of parts except that of the two second ones. The left is [part][rows / 16][depth / 32] tiles of 16 x 32 values.
+#pragma once
 
-#include "cpu/isa/bf16.inc"
-#include "cpu/isa/tiles.inc"
+#include "cpu/isa/bf16.h"
+#include "cpu/isa/tiles.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 constexpr int64_t kRowBytes = 64;
 
@@ -14,7 +17,7 @@ inline int64_t row_tiles_of(int64_t rows) {
   return (rows + 15) / 16;
 }
 
-// Words of one part of the left.
+// The number of words in one part of the left.
 inline int64_t tile_left_words(int64_t rows, int64_t depth) {
   return row_tiles_of(rows) * steps_of(depth) * kTileWords;
 }
@@ -44,7 +47,7 @@ void pack_tile_left(const float* a, int64_t lda, int64_t rows, int64_t depth, vo
   if constexpr (terms > 1) pack_tiles<1>(a, lda, rows, depth, words + tile_left_words(rows, depth));
 }
 
-// Tiles 0-3 hold the sums, row by row; 4 and 5 the left, 6 and 7 the panel. Only row_tiles x column_tiles of the 2 x 2 are used.
+// Tiles 0-3 hold the sums, row by row; 4 and 5 hold the left, 6 and 7 the panel. Of the 2 x 2 tiles of sums, row_tiles x column_tiles are used.
 template <int row_tiles, int column_tiles>
 inline void add_products(const uint32_t* a, const uint32_t* panel, int64_t steps) {
   for (int64_t step = 0; step < steps; ++step, a += kTileWords, panel += 2 * kTileWords) {
@@ -88,7 +91,7 @@ inline void zero_sums() {
   zero_tile<3>();
 }
 
-// Whole tiles of c. `part` is the number of words in a part of the left.
+// Compute whole tiles of c. `part` is the number of words in one part of the left.
 template <int terms, int row_tiles, int column_tiles>
 void multiply_tiles(const uint32_t* a, int64_t part, const uint32_t* panel, int64_t steps, float* c, int64_t ldc, bool accumulate) {
   if (accumulate) {
@@ -108,7 +111,7 @@ inline void copy_block(const float* from, int64_t from_stride, float* to, int64_
   for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(to + m * to_stride, from + m * from_stride, columns * sizeof(float));
 }
 
-// Every element is summed in the same order wherever it lies, so that a row alone gives the bits that it gives among others.
+// Sums every element in the same order wherever it lies, so that a row computed alone gives the same bits as among others.
 template <int terms>
 void multiply_on_tiles(const void* left, int64_t rows, const void* packed, int64_t depth, float* c, int64_t ldc, int64_t width, bool accumulate) {
   const uint32_t* a = static_cast<const uint32_t*>(left);
@@ -143,3 +146,5 @@ constexpr Multiplier kTileMultiplier{
     .pack_columns = pack_word_columns<parts_of(terms)>,
     .multiply = multiply_on_tiles<terms>,
 };
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,9 +1,14 @@
-// Elements in memory: 16-bit floats, quantized codes.
+// Elements as they lie in memory: 16-bit floats and the codes of quantized matrices.
+#pragma once
+
+#include "cpu/isa/vector.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 #if defined(__aarch64__)
-typedef __fp16 half;  // gcc has _Float16 in C++ only from version 13 there
+using half = __fp16;  // on Arm, gcc has _Float16 in C++ only from version 13
 #else
-typedef _Float16 half;
+using half = _Float16;
 #endif
 
 union Bits {
@@ -66,7 +71,7 @@ inline const void* offset(const void* p, int64_t bytes) {
   return static_cast<const char*>(p) + bytes;
 }
 
-// Every value of an 8-bit float with 4 exponent bits (e4m3: no infinities, NaN at 0x7f and 0xff), and of the 4-bit e2m1.
+// The value of every code of e4m3 (8 bits, 4 of them the exponent; no infinities, NaN at 0x7f and 0xff) and of e2m1 (4 bits).
 struct Tables {
   float e4m3[256];
   float e2m1[16];
@@ -122,8 +127,8 @@ inline uint64_t load_as(const uint8_t* p) {
   return value;
 }
 
-// Eight codes of `bits` bits each are so many bytes. In whole loads: copied byte-wise to the stack, an odd number of them stalls the load that
-// follows.
+// Eight codes of `bits` bits each, which fill `bits` bytes. They are read in whole loads: an odd number of bytes copied to the stack one by one would
+// stall the load that follows.
 template <int bits>
 inline uint64_t eight_codes(const uint8_t* p) {
   if constexpr (bits == 2) return load_as<uint16_t>(p);
@@ -134,7 +139,7 @@ inline uint64_t eight_codes(const uint8_t* p) {
   return load_as<uint64_t>(p);
 }
 
-// Eight codes as numbers.
+// Eight codes, converted to numbers.
 template <Format format, int bits>
 inline vec8 codes8(const uint8_t* p) {
   if constexpr (format == Format::mxfp8) {
@@ -159,7 +164,7 @@ inline vec8 codes8(const uint8_t* p) {
   }
 }
 
-// Calls f with the matrix's format and width as template arguments: f.template operator()<format, bits>().
+// Call f with the matrix's format and width as template arguments: f.template operator()<format, bits>().
 template <typename F>
 inline void with_format(const Matrix& w, F f) {
   switch (w.format) {
@@ -188,7 +193,7 @@ inline void with_format(const Matrix& w, F f) {
   }
 }
 
-// Values of columns [start, start + count) of one row; start and count are multiples of 8.
+// Write the values of columns [start, start + count) of one row to `out`; start and count are multiples of 8.
 template <Format format, int bits>
 inline void dequantize(const Matrix& w, int64_t row, int64_t start, int64_t count, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(w.values) + (row * w.cols + start) / 8 * bits;
@@ -202,7 +207,7 @@ inline void dequantize(const Matrix& w, int64_t row, int64_t start, int64_t coun
   }
 }
 
-// The same for any matrix.
+// The same for a matrix of any format; for a dense one, start and count may be any.
 void unpack(const Matrix& w, int64_t row, int64_t start, int64_t count, float* out) {
   if (w.format == Format::dense) {
     load(w.element, offset(w.values, (row * w.cols + start) * element_size(w.element)), out, count);
@@ -210,3 +215,5 @@ void unpack(const Matrix& w, int64_t row, int64_t start, int64_t count, float* o
     with_format(w, [&]<Format format, int bits>() { dequantize<format, bits>(w, row, start, count, out); });
   }
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,6 +1,12 @@
-// What happens to a row of logits between the two products: one block of the vocabulary at a time, sums in double beyond the block.
+// Operations on a row of logits between the two products, and on the rows of a model: softmax, differences, norms. Logits come one block of the
+// vocabulary at a time; sums over blocks are kept in double.
+#pragma once
 
-// Calls f(i, lanes) for every vector of n elements; the last may be short.
+#include "cpu/isa/vector.h"
+
+namespace metalens::cpu::METALENS_ISA {
+
+// Call f(i, lanes) for every vector of n elements; the last one may be short.
 template <typename F>
 inline void for_vectors(int64_t n, F f) {
   int64_t i = 0;
@@ -21,6 +27,14 @@ inline void store_lanes(float* p, int lanes, vec v) {
 }
 
 constexpr float kInfinity = __builtin_inff();
+
+// The difference of logits d - shift, up to which g = p (exp(d - shift) - 1) is computed from p. Above it p may have underflowed to 0 where
+// e = exp(lp + d - shift) has not, so e is computed directly. Below the floor exp(d - shift) is nothing beside 1.
+constexpr float kDeltaFloor = -80.0f;
+constexpr float kDeltaCeiling = 40.0f;
+
+// Up to this step (before the softcap, in units of the softcap) the addition theorem of tanh gives the more exact difference.
+constexpr float kSmallStep = 0.5f;
 
 void transform(float* z, const float* bias, int64_t n, float scale, float softcap) {
   if (!bias && scale == 1.0f && softcap == 0.0f) return;
@@ -54,7 +68,7 @@ float softmax_add(const float* z, int64_t first, int64_t n, SoftmaxSums& sums, f
     }
     sums.top = top;
   }
-  // Only logits of -inf so far: against a reference of 0 they weigh nothing.
+  // If all logits so far are -inf, the reference is 0, and they weigh nothing.
   const float reference = sums.top > -kInfinity ? sums.top : 0;
   vec sum{}, moment{};
   for_vectors(n, [&](int64_t i, int lanes) {
@@ -103,9 +117,9 @@ void delta_transform(float* d, const float* model, int64_t n, float scale, float
   for_vectors(n, [&](int64_t i, int lanes) {
     const vec before = load_lanes(model + i, lanes, 0) / softcap, step = load_lanes(d + i, lanes, 0) * (scale / softcap);
     const Hyperbolic a = hyperbolic(before), lens = hyperbolic(before + step);
-    // With b = tanh(step): tanh(before + step) - a = b (1 - a^2) / (1 + a b), exact also where the step is small. Not so where it is large.
+    // With b = tanh(step), tanh(before + step) - a = b (1 - a^2) / (1 + a b). That is exact for small steps, and the plain difference for large ones.
     const vec b = tanh_vec(step);
-    const vec change = (step < 0.0f ? -step : step) < 0.5f ? b * a.slope / (1.0f + a.tanh * b) : lens.tanh - a.tanh;
+    const vec change = (step < 0.0f ? -step : step) < kSmallStep ? b * a.slope / (1.0f + a.tanh * b) : lens.tanh - a.tanh;
     store_lanes(d + i, lanes, softcap * change);
     store_lanes(slope + i, lanes, lens.slope);
   });
@@ -116,18 +130,18 @@ void delta_add(float* d, const float* lp, const float* p, const float* slope, in
   for_vectors(n, [&](int64_t i, int lanes) {
     const vec t = load_lanes(d + i, lanes, 0) - shift;
     const vec weight = load_lanes(p + i, lanes, 0);
-    const vec floor = splat(-80.0f), ceiling = splat(40.0f);
+    const vec floor = splat(kDeltaFloor), ceiling = splat(kDeltaCeiling);
     const vec inside = t < floor ? floor : t > ceiling ? ceiling : t;
     const Exponential e = exponential(inside);
-    // exp(t) - 1 and exp(t) - 1 - t to full precision also where t is tiny and q nearly p.
+    // exp(t) - 1 and exp(t) - 1 - t keep full precision where t is tiny, that is, where q is nearly p.
     const vec rise = e.scale * e.growth + (e.scale - 1.0f);
     vec g = weight * rise;
     vec bend = weight * (e.scale == 1.0f ? e.curve : rise - t);
     if (any(t > ceiling)) [[unlikely]] {
-      // p may have become 0 where e has not: take e itself, and note how large it can get.
+      // Compute e directly (see kDeltaCeiling), and record the largest exponent.
       const vec log_e = t > ceiling ? load_lanes(lp + i, lanes, -kInfinity) + t : splat(-kInfinity);
       for (int lane = 0; lane < lanes; ++lane) sums.top = log_e[lane] > sums.top ? log_e[lane] : sums.top;
-      const vec bound = splat(88.0f);
+      const vec bound = splat(kExpCeiling);
       const vec direct = exp_vec(log_e > bound ? bound : log_e) - weight;
       g = t > ceiling ? (log_e > bound ? splat(kInfinity) : direct) : g;
       bend = t > ceiling ? g - weight * t : bend;
@@ -145,13 +159,13 @@ void delta_add(float* d, const float* lp, const float* p, const float* slope, in
 
 void swiglu(const float* gate, const float* x, int64_t n, float* out) {
   for_vectors(n, [&](int64_t i, int lanes) {
-    const vec g = load_lanes(gate + i, lanes, 0), bound = splat(88.0f);
+    const vec g = load_lanes(gate + i, lanes, 0), bound = splat(kExpCeiling);
     const vec e = exp_vec(-g > bound ? bound : -g);
     store_lanes(out + i, lanes, g / (1.0f + e) * load_lanes(x + i, lanes, 0));
   });
 }
 
-// n = norm(y): RMSNorm gain * y / rms(y), or, with `center`, LayerNorm. gain and bias may be null. Returns the center and 1 / rms that were used.
+// n = norm(y): RMSNorm gain * y / rms(y) or, with `center`, LayerNorm. gain and bias may be null. Returns the mean and 1 / rms that it used.
 RowMoments normalize(const float* y, const float* gain, const float* bias, int64_t d, float eps, bool center, float* n) {
   vec total{};
   if (center) for_vectors(d, [&](int64_t i, int lanes) { total += load_lanes(y + i, lanes, 0); });
@@ -188,3 +202,5 @@ void normalize_backward(const float* y, const float* gain, const float* dn, int6
   for_vectors(
       d, [&](int64_t i, int lanes) { store_lanes(dy + i, lanes, (scaled(i, lanes) - mean - standard(i, lanes) * projection) * moments.inverse); });
 }
+
+}  // namespace metalens::cpu::METALENS_ISA

@@ -1,5 +1,10 @@
-// The register tile: METALENS_ROWS x 2 vectors of accumulators. Per reduction step it loads two vectors of the panel and broadcasts one value of each
-// row on the left.
+// The register tile of the float32 product: METALENS_ROWS x 2 vectors of accumulators. Each step of the reduction loads two vectors of the panel and
+// broadcasts one value of each row on the left.
+#pragma once
+
+#include "cpu/isa/panels.h"
+
+namespace metalens::cpu::METALENS_ISA {
 
 template <int rows>
 inline void tile(const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, int64_t width, bool accumulate) {
@@ -20,7 +25,7 @@ inline void tile(const float* a, const float* panel, int64_t depth, float* c, in
       store_vec(c, accumulate ? load_vec(c) + acc[r][0] : acc[r][0]);
       store_vec(c + kVector, accumulate ? load_vec(c + kVector) + acc[r][1] : acc[r][1]);
     } else {
-      float all[kWidth];  // a lane named by a variable would keep all sums in memory
+      float all[kWidth];  // indexing a lane by a variable would keep all accumulators in memory
       store_vec(all, acc[r][0]);
       store_vec(all + kVector, acc[r][1]);
       for (int64_t j = 0; j < width; ++j) c[j] = accumulate ? c[j] + all[j] : all[j];
@@ -36,3 +41,5 @@ void multiply(const void* left, int64_t rows, const void* packed, int64_t depth,
   for (; m + 4 <= rows; m += 4) tile<4>(a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
   for (; m < rows; ++m) tile<1>(a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
 }
+
+}  // namespace metalens::cpu::METALENS_ISA
