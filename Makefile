@@ -59,7 +59,7 @@ bench-%: $(VENV)/.requirements $(VENV)/.installed $(VENV)/.peers
 	$(BIN)/python -m benchmarks.report $* build/bench-$*.json --out $(BENCH_OUT)
 
 # clang-format leaves out tests/mslcpu/include, which emulates Metal's own language.
-CXX_FILES := $(shell find csrc metal tests tools \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) ! -path '*/mslcpu/include/*')
+CXX_FILES := $(shell find csrc metal tests tools \( -name '*.cpp' -o -name '*.h' \) ! -path '*/mslcpu/include/*')
 lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
