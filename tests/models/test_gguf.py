@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load, load_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import zoo
@@ -81,7 +81,8 @@ def logits(model):
 def test_a_model_gives_its_logits(written, tmp_path, label, kind):
     file, model = written(label, kind)
     report = convert_gguf(file, tmp_path / "folder", dtype="float32")
-    loaded, config = load_model(tmp_path / "folder")
+    loaded, tokenizer, config = load(str(tmp_path / "folder"), return_config=True)
+    assert tokenizer.decode(tokenizer.encode("the model")) == "the model"
     expected = logits(model)
     np.testing.assert_allclose(logits(loaded), expected, atol=2e-5 * np.abs(expected).max())
     assert ("quantization" in config) == (kind != Kind.F32)
@@ -144,7 +145,7 @@ def test_llama3_rotary_factors(written, tmp_path):
         tensors["rope_freqs.weight"] = (factors.astype(np.float32), Kind.F32)
         write_gguf(tmp_path / f"{scaling}.gguf", "llama", metadata, tensors)
         convert_gguf(tmp_path / f"{scaling}.gguf", tmp_path / scaling)
-        loaded, config = load_model(tmp_path / scaling)
+        loaded, _, config = load(str(tmp_path / scaling), return_config=True)
         assert config["rope_scaling"]["rope_type"] == scaling
         frequencies = np.array(loaded.layers[0].self_attn.rope._freqs)
         np.testing.assert_allclose(frequencies, 10000.0 ** (np.arange(8) / 8) * factors, rtol=1e-5)

@@ -146,17 +146,17 @@ def _gemma(file: GGUFFile) -> Config:
     return {**_common(file), "head_dim": _head_dim(file.metadata)}
 
 
-def _query_scale(m: Metadata, largest_model: int) -> float:
-    """Return the number whose inverse square root scales the queries.
+def _query_scale(m: Metadata, largest_model: int) -> int:
+    """Return the number whose inverse square root scales the queries. Transformers accepts whole numbers only.
 
     Files of llama.cpp do not say it: it is the size of a head, and D / heads in the largest model of the family, which has `largest_model` blocks.
     """
     key = f"{m.architecture}.attention.scale"
-    if key in m:
-        return float(m.need(key, float) ** -2)
+    if key in m and m.need(key, float) > 0:
+        return round(m.need(key, float) ** -2)
     if m.setting("block_count", int) == largest_model:
-        return m.setting("embedding_length", int) / m.setting("attention.head_count", int)
-    return float(_head_dim(m))
+        return m.setting("embedding_length", int) // m.setting("attention.head_count", int)
+    return _head_dim(m)
 
 
 def _gemma2(file: GGUFFile) -> Config:
