@@ -225,7 +225,7 @@ class _Run:
             state.skipped += 1
             warnings.warn(
                 f"Step {state.step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
-                "If this happens often, look for token ids outside the vocabulary or damaged weights.",
+                "If this happens often, lower the learning rate; if the model is float16, which may overflow, convert it to bfloat16.",
                 RuntimeWarning,
                 stacklevel=2,
             )
