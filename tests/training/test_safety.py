@@ -106,8 +106,8 @@ def test_an_output_that_is_an_input_is_refused_always(tiny, tmp_path):
     for data in (tmp_path / "x.json", tmp_path / "text.json", tmp_path):
         with pytest.raises(InvalidValueError, match=r"x\.json is read and would be replaced"):
             train(tiny, data, out=tmp_path / "x", force=True, **SETTINGS)
+    (tmp_path / "settings.json").write_text('{"seed": 1}')
     with pytest.raises(InvalidValueError, match="is read and would be replaced"):
-        (tmp_path / "settings.json").write_text('{"seed": 1}')
         train(tiny, np.arange(40), config=tmp_path / "settings.json", out=tmp_path / "settings", force=True, **SETTINGS)
 
 

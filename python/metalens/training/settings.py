@@ -44,6 +44,8 @@ def resolve(
         InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
         OSError: if the file can't be read.
     """
+    if recipe == "":
+        raise InvalidValueError(f"The name of the recipe is empty. Known recipes: {', '.join(RECIPES)}.")
     if isinstance(config, TrainingConfig):
         given = config.to_dict()
         name = recipe

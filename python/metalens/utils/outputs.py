@@ -11,7 +11,20 @@ from typing import NamedTuple
 from metalens.utils.errors import InvalidValueError
 
 # The first bytes of pictures. An SVG picture may begin with a declaration.
-PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"%PDF", b"%!PS", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"<svg", b"<?xml", b"%% Creator: Matplotlib")
+PICTURES = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"%PDF",
+    b"%!PS",
+    b"GIF8",
+    b"II*\0",
+    b"MM\0*",
+    b"RIFF",
+    b"\x1f\x8b",
+    b"<svg",
+    b"<?xml",
+    b"%% Creator: Matplotlib",
+)
 
 
 class NotOursError(InvalidValueError):
