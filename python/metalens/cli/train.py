@@ -104,7 +104,7 @@ def train_command(
 ) -> None:
     """Train a tuned lens for MODEL.
 
-    Ctrl-C ends the run after its step with a checkpoint, and --resume goes on from there.
+    Ctrl-C ends the run within about a second with a checkpoint, also in the warm start, and --resume goes on from there.
     """
     files = lens_files(out)
     folder = checkpoint_dir or default_folder(files[0])
@@ -144,7 +144,8 @@ def train_command(
         raise UnfinishedRunError(error.folder, "go on with --resume, remove the folder, or give another --checkpoint-dir.") from error
     except TrainingInterruptedError as interruption:
         if group.writes:
-            note(f"{interruption} What it has learned is in {folder}. Go on with the same command and --resume.")
+            kept = f"What it has learned is in {folder}. " if interruption.learned else "There is nothing to keep yet. "
+            note(f"{interruption} {kept}Go on with the same command and --resume.")
         sys.exit(INTERRUPTED)
     if group.writes:
         if notes.first_step and not notes.steps:

@@ -38,7 +38,7 @@ from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
 from metalens.utils.lock import locked
 from metalens.utils.outputs import require_replaceable
-from metalens.utils.progress_bar import token_bar
+from metalens.utils.progress_bar import PhaseBar
 
 P = ParamSpec("P")
 
@@ -115,8 +115,9 @@ def train(
         max_tokens: number of tokens after which reading stops. None = all of the text; of hub data sets, the tokens that the run needs.
         cache_dir: folder for tokens. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         checkpoint_every: steps between checkpoints. None = write no checkpoints.
-        stop: function that is called after every step. True writes a checkpoint and ends the run: see `metalens.training.interruptible` for Ctrl-C.
-        show_progress: show progress bars on stderr.
+        stop: function that is called within and after every step. True writes a checkpoint and ends the run within about a second: see
+            `metalens.training.interruptible` for Ctrl-C, and `train_loop`.
+        show_progress: show progress bars on stderr, one for each phase: tokenizing, warm start, training.
         force: replace files of the names of `out` that are not a lens.
         settings: settings of TrainingConfig.
 
@@ -235,12 +236,13 @@ def _tokenized(sources: list[Source], model: LanguageModel, config: TrainingConf
     if how["max_tokens"] is None and any(isinstance(source, HubDataset) for source in sources):
         how["max_tokens"] = tokens_to_read(config)
     with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
+        bars: list[PhaseBar] = []
 
         def progress(tokens: int) -> None:
             if not bars:
-                bars.append(stack.enter_context(token_bar(how["max_tokens"] or 0, "tokenizing", show)))
-            bars[0].update(tokens)
+                bars.append(stack.enter_context(PhaseBar(show)))
+                bars[0].start("tokenizing", how["max_tokens"] or 0)
+            bars[0].advance(tokens)
 
         return open_corpus(sources, model.tokenizer, progress=progress, **how)
 
