@@ -47,7 +47,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise _about(path, temporary, error) from error
+        named = _about(path, temporary, error)
+        if named is error:
+            raise
+        raise named from error
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
