@@ -69,7 +69,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_a_name_that_cannot_be_loaded(monkeypatch):
-    def fail(name):
+    def fail(name, **_):
         raise RuntimeError(f"no network for {name}")
 
     monkeypatch.setattr("mlx_lm.load", fail)
