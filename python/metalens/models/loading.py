@@ -38,9 +38,14 @@ def load(name: str) -> tuple[nn.Module, Any]:
     from mlx_lm import load  # slow to import, and not needed for a model that is already in memory
 
     try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = load(path)
+            # False: by default transformers asks on a terminal whether to run the code of a tokenizer.
+            loaded = load(path, tokenizer_config={"trust_remote_code": False})
     except Exception as error:
         hub = f"{missing} The hub was asked for a model of that name:\n" if missing else ""
         raise InvalidValueError(
