@@ -26,6 +26,8 @@ from metalens.training import Progress, TrainingConfig, train
 from metalens.training.data.inputs import joined_ids
 from metalens.utils.errors import InvalidValueError
 
+MLXTERP_SEQUENCE = 2048  # tokens; mlxterp's default
+
 
 class ReadOptions(TypedDict):
     """Options of `metalens.readings.read`."""
@@ -291,7 +293,7 @@ class InterpretableModel(LanguageModel):
         num_steps: int = 250,
         learning_rate: float = 1.0,
         momentum: float = 0.9,
-        max_seq_len: int = 2048,
+        max_seq_len: int | None = None,
         gradient_clip: float = 1.0,
         save_path: str | Path | None = None,
         verbose: bool = True,
@@ -306,7 +308,8 @@ class InterpretableModel(LanguageModel):
             num_steps: number of optimizer steps.
             learning_rate: learning rate at the first step; it falls linearly to 0.
             momentum: momentum of SGD.
-            max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
+            max_seq_len: tokens per sequence, at least 10; None = 2048, or the model's context if that is shorter. The text
+                must hold one sequence or more.
             gradient_clip: largest gradient norm over all layers together.
             save_path: path of the lens, which is checked before the training. None = only return it.
             verbose: show a progress bar on stderr.
@@ -316,6 +319,8 @@ class InterpretableModel(LanguageModel):
             InvalidValueError: for an empty or too short dataset, settings out of range, or a model without a head.
             OSError: if save_path can't be written.
         """
+        if max_seq_len is None:
+            max_seq_len = min(MLXTERP_SEQUENCE, self.context or MLXTERP_SEQUENCE)
         config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
         try:
             ids, _ = self.training_ids(dataset), self.unembed
@@ -368,7 +373,7 @@ def train_tuned_lens(
     num_steps: int = 250,
     learning_rate: float = 1.0,
     momentum: float = 0.9,
-    max_seq_len: int = 2048,
+    max_seq_len: int | None = None,
     gradient_clip: float = 1.0,
     save_path: str | Path | None = None,
     verbose: bool = True,

@@ -85,7 +85,8 @@ class Sequences:
     """The sequences of a text: checked ids [T] with T <= length. Iterate once.
 
     A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token
-    would predict nothing, so it joins the sequence before it, which then has length + 1 tokens. A document of one token
+    would predict nothing, so it joins the sequence before it, which then has length + 1 tokens. Where that
+    is beyond the model's context, the sequence before it gives it a token instead. A document of one token
     is a sequence of its own. No document beyond max_tokens is fetched, so a text may be endless. Iteration raises the
     errors of `documents`, and InvalidValueError for ids outside the vocabulary.
 
@@ -115,6 +116,7 @@ class Sequences:
         self.room = length - len(self.prefix)
         if self.room < 1:
             raise InvalidValueError(f"Sequences of {length} tokens have no room for text: each begins with {len(self.prefix)} special tokens.")
+        self._may_grow = length != model.context
         known = corpus is not None and corpus.joined_bytes is not None
         self._bytes = None if known else ByteCount(model)
 
@@ -127,7 +129,7 @@ class Sequences:
             while start < size:
                 end = start + self.room
                 if size - end + len(self.prefix) <= 1:
-                    end = size
+                    end = end - 1 if size > end and not self._may_grow else size
                 piece = np.asarray(document[start:end])
                 if self._bytes is not None:
                     self._bytes.add(piece.tolist())

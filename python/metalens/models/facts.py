@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metalens.models.context import context_in
 from metalens.ops.metal.cost import weight_bytes
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_attribute
@@ -175,7 +176,7 @@ def _facts(folder: Path, config: Config, tensors: Tensors) -> ModelFacts:
         exact=total is not None,
         intermediate_size=per_expert * (active if experts > 1 else 1),
         activation_bytes=4 if _activation_type(tensors, config) in ("F32", "float32") else 2,
-        context_length=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
+        context_length=context_in(config),
     )
 
 

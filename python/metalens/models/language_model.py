@@ -94,9 +94,14 @@ class LanguageModel(Tokenization):
         return self.unembed.embedding_rows
 
     @property
+    def context(self) -> int | None:
+        """Return the tokens per sequence that the model was made for. None = it does not say."""
+        return self.source.context
+
+    @property
     def default_sequence_length(self) -> int:
         """Return the default tokens per sequence: 512, or the model's context if that is shorter."""
-        return min(DEFAULT_SEQUENCE, int(getattr(getattr(self.model, "args", None), "max_position_embeddings", None) or DEFAULT_SEQUENCE))
+        return min(DEFAULT_SEQUENCE, self.context or DEFAULT_SEQUENCE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped model."""

@@ -17,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.models.capture import HiddenStates, ResidualCapture, follow, replaced_methods, snapshot
+from metalens.models.capture import HiddenStates, ResidualCapture, follow
+from metalens.models.observing import replaced_methods, snapshot
 from metalens.utils.warn import warn_caller
 
 # The ways in which mlx-lm's models call a module.
@@ -177,8 +178,9 @@ def find_head_modules(source: ResidualCapture, overrides: Overrides) -> HeadModu
     Raises:
         ResidualStreamError: if a block does not run exactly once.
     """
-    vocabulary = source.capture(mx.zeros((1, PROBE_TOKENS), mx.int32)).logits.shape[-1]
-    calls = probe_modules(source, (mx.arange(PROBE_TOKENS) * vocabulary // PROBE_TOKENS)[None])
+    tokens = min(PROBE_TOKENS, source.context or PROBE_TOKENS)
+    vocabulary = source.capture(mx.zeros((1, tokens), mx.int32)).logits.shape[-1]
+    calls = probe_modules(source, (mx.arange(tokens) * vocabulary // tokens)[None])
     head_call = _head_call(calls.after, vocabulary)
     norm_call = _norm_call(calls.after, head_call, calls.states.hidden[-1].shape)
     embedding = _choose(source.model, overrides.embedding, _embedding_call(calls.before), "embedding")

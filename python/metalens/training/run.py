@@ -117,7 +117,8 @@ def train(
         NotEnoughDataError: if the text is too short for the run and must not repeat; names settings that would fit.
         UnfinishedRunError: if the checkpoints of a run that has not finished are in the way.
         TrainingInterruptedError: when `stop` returned True.
-        InvalidValueError, InvalidTypeError: for wrong settings, data or models, and for a checkpoint of another run.
+        InvalidValueError, InvalidTypeError: for wrong settings, data or models, for sequences longer than the model's table of positions, and for a
+            checkpoint of another run.
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
@@ -135,6 +136,7 @@ def train(
                 prepare_folder(folder, resume)
     model = model if isinstance(model, LanguageModel) else LanguageModel(model)
     name, settled = resolve(recipe, config, settings, model.default_sequence_length)
+    model.source.require_length(settled.max_seq_len)
     how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
     corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
     model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
