@@ -23,6 +23,7 @@ from metalens.readings.reader import Texts, are_several, read
 from metalens.readings.reading import Reading
 from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
 from metalens.training import Progress, TrainingConfig, train
+from metalens.training.data import Corpus
 from metalens.training.data.inputs import joined_ids
 from metalens.utils.errors import InvalidValueError
 
@@ -301,7 +302,9 @@ class InterpretableModel(LanguageModel):
     ) -> TunedLens:
         """Train a lens for this model with the arguments and the recipe of mlxterp: one sequence per step, SGD with Nesterov momentum.
 
-        `metalens.train` has all recipes, reads files, and writes checkpoints.
+        Every sequence begins with the tokens that the tokenizer puts before a text, often a BOS token, as the model has
+        seen in its training. `metalens.compat.mlxterp` keeps mlxterp's convention. `metalens.train` has all recipes,
+        reads files, and writes checkpoints.
 
         Args:
             dataset: texts, which are joined with a space; or lists of ids, which are joined.
@@ -323,7 +326,7 @@ class InterpretableModel(LanguageModel):
             max_seq_len = min(MLXTERP_SEQUENCE, self.context or MLXTERP_SEQUENCE)
         config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
         try:
-            ids, _ = self.training_ids(dataset), self.unembed
+            data, _ = self.training_corpus(dataset), self.unembed
         except AttributeError as error:
             raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
 
@@ -331,7 +334,11 @@ class InterpretableModel(LanguageModel):
             if callback is not None:
                 callback(progress.step, progress.loss)
 
-        return train(self, ids, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
+        return train(self, data, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
+
+    def training_corpus(self, dataset: Sequence[Any]) -> Corpus:
+        """Return `training_ids` with the tokenizer's prefix, often a BOS token, before every sequence."""
+        return Corpus.from_ids(self.training_ids(dataset)).with_prefix(self.prefix)
 
     def training_ids(self, dataset: Sequence[Any]) -> mx.array:
         """Return texts, joined with a space, or lists of ids, joined, as token ids [tokens].

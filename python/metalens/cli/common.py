@@ -156,6 +156,13 @@ def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
     return add
 
 
+def bos_option(command: F) -> F:
+    """Add --no-bos."""
+    return click.option(
+        "--no-bos", is_flag=True, help="Leave out the tokens that the tokenizer puts before a text, such as <bos>. Models with one need it as a rule."
+    )(command)
+
+
 def lens_option(command: F) -> F:
     """Add --lens."""
     return click.option(

@@ -11,6 +11,7 @@ import click
 from metalens.cli.common import (
     DEFAULT_LENGTH,
     SeveralFiles,
+    bos_option,
     data_options,
     json_option,
     lens_option,
@@ -41,6 +42,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @data_options(required=True, split="test")
 @renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
+@bos_option
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
@@ -58,6 +60,7 @@ def eval_command(
     split: str,
     max_tokens: int | None,
     max_seq_len: int | None,
+    no_bos: bool,
     entropy: bool,
     logit_stats: bool,
     layer_transfer: bool,
@@ -85,6 +88,7 @@ def eval_command(
         lens,
         max_seq_len=max_seq_len,
         max_tokens=max_tokens,
+        bos=not no_bos,
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
         show_progress=True,

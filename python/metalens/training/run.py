@@ -76,6 +76,7 @@ def train(
     split: str = "train",
     join: Literal["eos", "packed"] = "eos",
     max_tokens: int | None = None,
+    bos: bool = True,
     cache_dir: str | Path | None = None,
     checkpoint_every: int | None = 50,
     stop: Callable[[], bool] | None = None,
@@ -104,6 +105,8 @@ def train(
         split: split of hub data sets.
         join: how documents follow each other: 'eos' puts the EOS token between them; with 'packed' no sequence crosses the end of a document.
         max_tokens: number of tokens after which reading stops. None = all of the text; of hub data sets, the tokens that the run needs.
+        bos: put the tokens that the tokenizer puts before a text, often a beginning-of-sequence token, before every sequence, whatever the form of
+            the data. A Corpus has its own prefix. False = no sequence begins with them.
         cache_dir: folder for tokens. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         checkpoint_every: steps between checkpoints. None = write no checkpoints.
         stop: function that is called after every step. True writes a checkpoint and ends the run: see `metalens.training.interruptible` for Ctrl-C.
@@ -139,6 +142,8 @@ def train(
     model.source.require_length(settled.max_seq_len)
     how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
     corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
+    if not bos or inputs is not data:  # a Corpus of the caller's has its own prefix
+        corpus = corpus.with_prefix(model.prefix if bos else ())
     model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
     require_enough(corpus, settled)
     tokens: list[int] = []

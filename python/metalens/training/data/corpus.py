@@ -5,8 +5,8 @@ Conventions. Documents are tokenized without special tokens.
   from it across documents (tuned-lens's convention; the ids are those of its joined text).
 - join="packed": there are no separators, and no sequence crosses the end of a document.
 A beginning-of-sequence token is never among these ids. The ids that the tokenizer puts before a text are `Corpus.prefix`, and the sampler puts them
-before every sequence: models with such a token have seen this in training, and tuned-lens trains on it. Ids that a tokenizer puts after a text are
-left out.
+before every sequence: models with such a token have seen this in training, and tuned-lens trains on it. A document that spells them itself at its
+start loses them there: they are never in a sequence twice. Ids that a tokenizer puts after a text are left out.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from metalens.training.data.readers import Piece, Source
 from metalens.training.data.sources import find_sources
 from metalens.training.data.tokenizing import TextTokenizer, digest, encoded
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from metalens.utils.warn import warn_caller
 
 Join = Literal["eos", "packed"]
-FORMAT = 1  # raise it when a change of this package changes the tokens of a text and tokenizer
+FORMAT = 2  # raise it when a change of this package changes the tokens of a text and tokenizer
 
 
 class Corpus:
@@ -88,6 +89,17 @@ class Corpus:
         content = hashlib.sha256(array.tobytes()).hexdigest()[:32]
         about = {"join": "eos", "content": content, "tokenizer": None, "fingerprint": digest([FORMAT, "ids", content, list(prefix)])}
         return cls(array, np.asarray([0, array.size], "<u8"), "eos", prefix=tuple(prefix), about=about | {"sources": [{"kind": "ids"}]})
+
+    def with_prefix(self, prefix: Sequence[int]) -> Corpus:
+        """Return the same ids with another prefix, () for none. Ids at the start that are the prefix are left out."""
+        if tuple(prefix) == self.prefix:
+            return self
+        ids, documents, length = self.ids, self.documents, len(prefix)
+        if length and ids[:length].tolist() == list(prefix):
+            ids, documents = ids[length:], np.maximum(np.asarray(documents, np.int64) - length, 0)
+        about = self._about | {"fingerprint": digest([self.fingerprint, "prefix", list(prefix)])}
+        counts = None if self.bytes is None or self.joined_bytes is None else (self.bytes, self.joined_bytes)
+        return Corpus(ids, documents, self.join, prefix=tuple(prefix), byte_counts=counts, about=about)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides about the ids as short flat JSON: fingerprints of content and tokenizer, joining, counts."""
@@ -182,6 +194,7 @@ def _tokenize(
     separator = np.asarray([tokenizer.eos] if join == "eos" else [], tokenizer.dtype)
     separator_bytes = len(tokenizer.eos_text.encode()) if join == "eos" else 0
     counts = {"bytes": 0, "joined_bytes": 0}
+    spelled: list[bool] = []
 
     def pieces() -> Iterator[Piece]:
         for source in sources:
@@ -192,7 +205,11 @@ def _tokenize(
         tokens = 0
         for batch, rows in encoded(tokenizer, pieces(), workers):
             before = tokens
-            for piece, row in zip(batch, rows, strict=True):
+            for piece, plain in zip(batch, rows, strict=True):
+                row = tokenizer.without_prefix(plain) if piece.starts else plain
+                if row.size < plain.size and not spelled:
+                    spelled.append(True)
+                    warn_caller("Documents begin with the special tokens that go before every sequence; they are read once.")
                 ids = np.concatenate([separator, row]) if piece.starts else row
                 size = len(piece.text.encode())
                 counts["bytes"] += size
