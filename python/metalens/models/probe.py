@@ -24,6 +24,9 @@ from metalens.utils.warn import warn_caller
 # The ways in which mlx-lm's models call a module.
 METHODS = ("__call__", "as_linear")
 
+# The path of a module that the caller gave.
+GIVEN = "(given)"
+
 # Tokens of the forward pass that is observed.
 PROBE_TOKENS = 8
 
@@ -229,5 +232,5 @@ def _choose(model: nn.Module, override: Any, found: ModuleCall | None, what: str
             return FoundModule(module, override)
         warn_caller(f"No {what} at the given path {override!r}; taking the one that the model calls instead.")
     elif override is not None:
-        return FoundModule(override, "(given)")
+        return FoundModule(override, GIVEN)
     return None if found is None else FoundModule(found.module, found.path)

@@ -207,4 +207,7 @@ def _remember(lens: TunedLens, model: LanguageModel, recipe: str | None, config:
     training = {**config.to_dict(), "data": corpus.identity()}
     if math.isinf(config.gradient_clip):
         training["gradient_clip"] = "inf"  # JSON has no infinity
-    lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}
+    lens.provenance = {
+        **lens.provenance,
+        **provenance_of(model.unembed, model.name, weights=model.weights_hash, tokens=tokens, recipe=recipe, training=training),
+    }

@@ -27,7 +27,7 @@ from metalens.utils.errors import InvalidTypeError, InvalidValueError
 from metalens.utils.warn import warn_caller
 
 Join = Literal["eos", "packed"]
-FORMAT = 2  # raise it when a change of this package changes the tokens of a text and tokenizer
+FORMAT = 1  # raise it when a change of this package changes the tokens of a text and tokenizer
 
 
 class Corpus:
@@ -164,7 +164,8 @@ def open_corpus(
     cache = TokenCache(cache_dir)
     identities = [source.identity(cache) for source in found]
     about_tokenizer, content = text.describe(), digest([identities, max_tokens])
-    fingerprint = digest([FORMAT, join, about_tokenizer["fingerprint"], content])
+    rules = ["the prefix once"] if text.prefix else []  # since 0.2.0; tokens of tokenizers without a prefix are as before
+    fingerprint = digest([FORMAT, *rules, join, about_tokenizer["fingerprint"], content])
     stored = cache.open(fingerprint)
     if stored is None:
         with cache.lock(fingerprint):
