@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.models.plain_encoder import PlainEncoder, require_unicode
+from metalens.models.token_text import token_text
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 from metalens.utils.warn import warn_caller
@@ -128,8 +129,8 @@ class Tokenization(ABC):
         return str(self._require_tokenizer().decode(ids))
 
     def token_to_str(self, token_id: int) -> str:
-        """Return the text of one token."""
-        return self.decode([token_id])
+        """Return the text of one token: see `metalens.models.token_text.token_text`."""
+        return token_text(self.plain_encoder.tokenizer, token_id)
 
     @overload
     def to_str_tokens(self, text: TokenInput, prepend_bos: bool = False) -> list[str]: ...
