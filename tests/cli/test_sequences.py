@@ -63,3 +63,13 @@ def test_training_without_bos(run, folder, tmp_path):
         assert result.exit_code == 0, result.stderr
     with_bos, without = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("with", "without"))
     assert with_bos != without
+
+
+def test_eval_s_bits_per_byte_are_about_the_whole_file(run, folder, tmp_path):
+    text = words(IDS[:30]) + " </s>" * 40
+    (tmp_path / "h.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    few, whole = (
+        json.loads(run("eval", folder, "--data", "h.jsonl", "--no-bos", "--json", *switches).stdout) for switches in (["--max-tokens", 30], [])
+    )
+    assert (few["tokens"], whole["tokens"]) == (30, 71)
+    assert few["bytes_per_token"] == pytest.approx(whole["bytes_per_token"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from metalens.model import InterpretableModel
 
 RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+READ_WHOLE = 1 << 28  # bytes of files that are tokenized whole, which takes a minute at most
 WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 
 
@@ -118,16 +120,19 @@ def _require_writable(picture: Path | None, out: Path | None) -> None:
 def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None) -> Callable[[InterpretableModel], EvaluationText]:
     """Find the sources of a text, and return a function that reads them for a model.
 
-    One plain text is read as it is. Other sources are joined as `train` joins them.
+    One plain text is read as it is. Other sources are joined as `train` joins them. Files of a moderate size are read
+    whole also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens.
     """
     from metalens.training.data import documents, find_sources, open_corpus
-    from metalens.training.data.readers import TextFile
+    from metalens.training.data.readers import FileSource, TextFile
 
     sources = sources_of(data)
     found = find_sources(sources, field=field, split=split)
     if len(found) == 1 and isinstance(found[0], TextFile):
         text = next(documents(found))
         return lambda _: text
+    if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in found) <= READ_WHOLE:
+        max_tokens = None
     return lambda model: open_corpus(sources, model.tokenizer, field=field, split=split, max_tokens=max_tokens)
 
 

@@ -65,9 +65,9 @@ def evaluate(
             lens.
         logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary
             and lens.
-        bytes_per_token: UTF-8 bytes of the text for each position read. None = the corpus's own number if it has one
-            (upstream's ratio), else count the bytes of the decoded text, special tokens as the tokenizer spells them.
-            Without a tokenizer a token counts as one byte.
+        bytes_per_token: UTF-8 bytes of the text for each position read. None = the mean of the whole corpus or string, also
+            with max_tokens (upstream's ratio); for other texts count the bytes of the decoded tokens, special tokens as the
+            tokenizer spells them. Without a tokenizer a token counts as one byte.
         show_progress: show a progress bar on stderr.
 
     Raises:

@@ -81,6 +81,13 @@ def _rows(model: LanguageModel, text: Any) -> Iterator[np.ndarray]:
     yield from (array[None] if array.ndim == 1 else array)
 
 
+def _bytes_per_token(given: EvaluationText, text: EvaluationText, corpus: CorpusLike | None) -> float | None:
+    """Return the mean over the whole text, if it is known before the text is read."""
+    if corpus is not None:
+        return None if corpus.joined_bytes is None else corpus.joined_bytes / len(corpus.ids)
+    return len(given.encode()) / text.size if isinstance(given, str) and isinstance(text, np.ndarray) and text.size else None
+
+
 class Sequences:
     """The sequences of a text: checked ids [T] with T <= length. Iterate once.
 
@@ -118,8 +125,8 @@ class Sequences:
         if self.room < 1:
             raise InvalidValueError(f"Sequences of {length} tokens have no room for text: each begins with {len(self.prefix)} special tokens.")
         self._may_grow = length != model.context
-        known = corpus is not None and corpus.joined_bytes is not None
-        self._bytes = None if known else ByteCount(model)
+        self._ratio = _bytes_per_token(text, self.text, corpus)
+        self._bytes = ByteCount(model) if self._ratio is None else None
 
     def __iter__(self) -> Iterator[mx.array]:
         """Yield the sequences, [T] each."""
@@ -142,16 +149,15 @@ class Sequences:
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the UTF-8 bytes per token, without prefixes: a mean over the whole corpus if it knows its bytes, else over the tokens read so far.
+        """Return the UTF-8 bytes per token, without prefixes.
+
+        It is a mean over a whole corpus that knows its bytes, or a whole string, as in upstream; else over the tokens read
+        so far.
 
         Raises:
             InvalidValueError: if the text has no bytes.
         """
-        corpus = _corpus(self.text)
-        if self._bytes is None and corpus is not None and corpus.joined_bytes is not None:
-            found = corpus.joined_bytes / len(corpus.ids)
-        else:
-            found = 0.0 if self._bytes is None else self._bytes.total / self.tokens
+        found = self._bytes.total / self.tokens if self._bytes is not None else self._ratio or 0.0
         if not found > 0:
             raise InvalidValueError("The tokens read decode to no text at all, which has no bits per byte. Pass bytes_per_token.")
         return found
