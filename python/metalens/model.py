@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -224,7 +224,7 @@ class InterpretableModel(LanguageModel):
         self, text: TokenInput | Texts, lens: Lens | str | Path, how: ReadOptions, look: PlotOptions | None
     ) -> Predictions | list[Predictions]:
         """Read, show the plot if `look` is given, and return the predictions in mlxterp's form."""
-        if how["layers"] is not None and len(how["layers"]) == 0:
+        if isinstance(how["layers"], Sized) and len(how["layers"]) == 0:
             return [{} for _ in text] if are_several(text) else {}
         found = read(self, text, lens, **how)
         readings = found if isinstance(found, list) else [found]
