@@ -243,11 +243,11 @@ def start(tmp_path):
     """metalens train in a process of its own, once it trains."""
     processes = []
 
-    def started(*args):
+    def started(*args, before=""):
         command = [
             sys.executable,
             "-c",
-            "from metalens.cli import main; main()",
+            f"{before}\nfrom metalens.cli import main; main()",
             "train",
             "demo",
             "--out",
@@ -280,7 +280,7 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130, stderr
-    assert "Stopping after this step" in stderr
+    assert "Stopping. Press Ctrl-C again" in stderr
     assert "--resume" in stderr
     assert not (tmp_path / "lens.npz").exists()
     message = train(*options, "--metrics", "metrics.jsonl", "--resume")
@@ -292,11 +292,32 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     assert TunedLens.load("lens").provenance == origin
 
 
+# Forward passes that take long, once the run trains.
+SLOW = """
+import os, time
+from metalens.models.capture import ResidualCapture
+capture = ResidualCapture.capture
+ResidualCapture.capture = lambda *args: time.sleep({seconds} * os.path.exists("metrics.jsonl")) or capture(*args)
+"""
+
+
 def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):
-    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768)
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768, before=SLOW.format(seconds=60))
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    process.communicate(timeout=20)  # a step takes longer
+    process.communicate(timeout=20)  # a forward pass takes longer
     assert process.returncode == 130
     assert not list((tmp_path / "lens.checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"), [(("--steps", 1, "--tokens-per-step", 16384), "nothing to keep"), (("--recipe", "fast"), "within the warm start")]
+)
+def test_ctrl_c_is_answered_within_a_step_and_within_the_warm_start(start, tmp_path, arguments, kept):
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", *arguments, "--repeat", before=SLOW.format(seconds=2))
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]  # what is left would take more than that
+    assert process.returncode == 130, stderr
+    assert kept in stderr
+    assert "--resume" in stderr

@@ -7,12 +7,12 @@ from typing import Literal
 
 import click
 
-from metalens.cli.common import note, one_clear_error
+from metalens.cli.common import FilePath, force_option, note, one_clear_error
 
 
 @click.command("convert")
-@click.argument("source", metavar="SOURCE", type=click.Path())
-@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SOURCE", type=FilePath(path_type=str))
+@click.argument("target", metavar="TARGET", type=FilePath())
 @click.option("--to", type=click.Choice(["tuned-lens", "metalens"]), help="Format to write.  [default: the one that SOURCE does not have]")
 @click.option("--model", help="Path or hub id of the lens's model, for the config.json of tuned-lens.  [default: the model that SOURCE names]")
 @click.option("--hub", is_flag=True, help="Take SOURCE as the id of a lens in tuned-lens's collection on the Hugging Face hub.")
@@ -23,6 +23,7 @@ from metalens.cli.common import note, one_clear_error
     show_default=True,
     help="Type of the numbers in tuned-lens's file.",
 )
+@force_option
 @one_clear_error
 def convert_command(
     source: str,
@@ -31,6 +32,7 @@ def convert_command(
     model: str | None,
     hub: bool,
     dtype: Literal["float32", "float16", "bfloat16"],
+    force: bool,
 ) -> None:
     """Convert a lens between metalens's two files (SOURCE.npz, SOURCE.json) and tuned-lens's folder (params.pt, config.json).
 
@@ -38,5 +40,5 @@ def convert_command(
     """
     from metalens.compat.tuned_lens import convert
 
-    written = convert(source, target, to, model, hub=hub, dtype=dtype)
+    written = convert(source, target, to, model, hub=hub, dtype=dtype, force=force)
     note(f"Lens written to {written[0]} and {written[1].name}.")

@@ -9,6 +9,7 @@ import click
 
 from metalens.cli.common import (
     bos_option,
+    force_option,
     json_option,
     lens_option,
     load_model,
@@ -20,8 +21,10 @@ from metalens.cli.common import (
     renamed_option,
     save_option,
 )
+from metalens.lenses.lens_file import lens_files
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import picture_output, require_replaceable
 
 if TYPE_CHECKING:
     from metalens.model import InterpretableModel
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Statistic that the color of the picture shows.",
 )
+@force_option
 @one_clear_error
 def lens_command(
     model: str,
@@ -59,6 +63,7 @@ def lens_command(
     as_json: bool,
     picture: Path | None,
     color: Literal["probability", "entropy"],
+    force: bool,
 ) -> None:
     """Show what every block of MODEL would predict after each token of PROMPT.
 
@@ -75,6 +80,7 @@ def lens_command(
 
         picture_format(picture)
         require_writable(picture)
+        require_replaceable([picture_output(picture)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
     loaded = load_model(model)
     reading = loaded.read(given if given is not None else _encoded(loaded, prompt, chat, no_bos), lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
@@ -85,7 +91,7 @@ def lens_command(
 
         print_table(reading_table(reading, title))
     if picture is not None:
-        reading.save(picture, color, title)
+        reading.save(picture, color, title, force=force)
         note(f"Picture written to {picture}.")
 
 

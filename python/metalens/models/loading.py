@@ -26,9 +26,14 @@ def load(name: str) -> tuple[nn.Module, Any]:
     from mlx_lm import load  # slow to import, and not needed for a model that is already in memory
 
     try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = load(path_of(name))
+            # False: by default transformers asks on a terminal whether to run the code of a tokenizer.
+            loaded = load(path_of(name), tokenizer_config={"trust_remote_code": False})
     except Exception as error:
         raise InvalidValueError(
             f"Could not load model '{name}'.\nTried the following strategies:\n  1. mlx-lm failed to load model: {error}\n\n"

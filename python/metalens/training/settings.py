@@ -9,11 +9,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from metalens.models.language_model import DEFAULT_SEQUENCE
-from metalens.training.config import TrainingConfig, setting_types
+from metalens.training.config import TrainingConfig, in_words, setting_types
 from metalens.training.recipes import RECIPES, settings_of
 from metalens.utils.errors import InvalidValueError
 
@@ -44,6 +44,8 @@ def resolve(
         InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
         OSError: if the file can't be read.
     """
+    if recipe == "":
+        raise InvalidValueError(f"The name of the recipe is empty. Known recipes: {', '.join(RECIPES)}.")
     if isinstance(config, TrainingConfig):
         given = config.to_dict()
         name = recipe
@@ -96,14 +98,8 @@ def is_of_type(value: Any, kind: Any) -> bool:
 
 
 def type_in_words(kind: Any) -> str:
-    """Return the type of a setting in words."""
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(type_in_words(each) for each in get_args(kind))
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of whole numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[kind]
+    """Return the type of a setting in the words of JSON and TOML."""
+    return in_words(kind).replace("True or False", "true or false").replace("None", "null")
 
 
 def example_file() -> str:

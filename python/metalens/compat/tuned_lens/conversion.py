@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from metalens.compat.tuned_lens.folder import is_tuned_lens, load, save
+from metalens.compat.tuned_lens.folder import folder_outputs, is_tuned_lens, load, save
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.lens_file import lens_files, lens_outputs
+from metalens.utils.outputs import require_replaceable
 
 Format = Literal["tuned-lens", "metalens"]
 
@@ -35,6 +36,7 @@ def convert(
     *,
     hub: bool = False,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    force: bool = False,
 ) -> tuple[Path, Path]:
     """Read a lens of either format and write it in the other.
 
@@ -50,23 +52,28 @@ def convert(
         hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging
             Face hub.
         dtype: number format of the tensors in tuned-lens's file.
+        force: replace files of the target's names that are not a lens.
 
     Returns:
         the two files written.
 
     Raises:
         FileNotFoundError: if there is no lens at the source.
-        InvalidValueError: if the lens is damaged, or tuned-lens's file needs the name of the model and it is not known.
+        InvalidValueError: if the lens is damaged, if tuned-lens's file needs the name of the model and it is not known, if
+            the target is the source, or if a file of the target's name is not a lens.
     """
     theirs = _is_theirs(source, hub)
     lens = load_lens(source, hub=hub)
+    sources = [*lens_files(source), *(output.path for output in folder_outputs(source))]
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
-        save(lens, target, model_name, dtype=dtype)
+        require_replaceable(folder_outputs(target), force=True, inputs=sources)
+        save(lens, target, model_name, dtype=dtype, force=force)
         return Path(target) / "params.pt", Path(target) / "config.json"
+    require_replaceable(lens_outputs(target), force=True, inputs=sources)
     full = lens.to_full()
     if model_name is not None:
         full.provenance["model"] = model_name
-    full.save(target)
+    full.save(target, force=force)
     return lens_files(target)
 
 
