@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 
 import mlx.core as mx
@@ -12,7 +13,8 @@ from metalens import InterpretableModel, evaluate, train
 from metalens.compat import mlxterp
 from metalens.evaluation.text import Sequences
 from metalens.training.data import Corpus, Sampler, open_corpus
-from support.bos import ASSISTANT, BOS, EOS, USER, bos_tokenizer, words
+from metalens.utils.errors import InvalidValueError
+from support.bos import ASSISTANT, BOS, EOS, TEMPLATE, USER, bos_tokenizer, words
 from support.mocks import tiny_llama
 
 IDS = [5 + i * i % 80 for i in range(70)]
@@ -174,3 +176,41 @@ def test_bits_per_byte_are_about_the_whole_text(model, tmp_path, form):
         read, ratio = text, len(text) / 70
     found = evaluate(model, read, max_seq_len=LENGTH, max_tokens=30)
     assert found.bytes_per_token * found.tokens == pytest.approx(ratio * 30)
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "w10 w11"}, {"role": "assistant", "content": "w12"}]},
+    {"prompt": "w13", "completion": "w14 w15"},
+]
+TURNS = [[USER, 10, 11, ASSISTANT, 12], [USER, 13, ASSISTANT, 14, 15]]
+
+
+def test_conversations_are_text_in_the_chat_template(model, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in CHATS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the template spells BOS: no news
+        packed = open_corpus(path, model.tokenizer, field="messages", join="packed")
+    assert (packed.ids.tolist(), packed.documents.tolist(), packed.prefix) == ([*TURNS[0], *TURNS[1]], [0, 5, 10], (BOS,))
+    assert open_corpus(path, model.tokenizer, field="messages").ids.tolist() == [EOS, *TURNS[0], EOS, *TURNS[1]]
+    other = open_corpus(path, bos_tokenizer(TEMPLATE.replace("assistant", "user")), field="messages", join="packed")
+    assert other.fingerprint != packed.fingerprint
+    lens = train(model, path, field="messages", recipe="mlxterp", num_steps=1, max_seq_len=10)
+    assert lens.provenance["training"]["data"]["documents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        ({"messages": [{"role": "user"}]}, TEMPLATE, 'line 1: a message must be like {"role": "user", "content": "..."}'),
+        ({"messages": ["hello"]}, TEMPLATE, "line 1: a message must be like"),
+        ({"prompt": "w5"}, TEMPLATE, "line 1: there is no field 'messages'; there are 'prompt'"),
+        (CHATS[0], None, "The tokenizer has no chat template"),
+        (CHATS[0], "{{ raise_exception('no users') }}", "The chat template refuses the messages: no users"),
+    ],
+)
+def test_faults_of_conversations(tmp_path, record, template, message):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(InvalidValueError, match=re.escape(message)):
+        open_corpus(path, bos_tokenizer(template), field="messages")

@@ -5,7 +5,7 @@ Tokenizers of mlx-lm and transformers are recognized by their class names: neith
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,29 @@ class PlainEncoder:
         if self._takes_the_switch:
             return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return [list(self.tokenizer.encode(text))[len(self.prefix) :] for text in texts]
+
+    @property
+    def chat_template(self) -> str:
+        """Return the chat template; "" if the tokenizer has none."""
+        return str(getattr(self.tokenizer, "chat_template", None) or "")
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], answer_begins: bool = False) -> str:
+        """Return the text of a conversation in the tokenizer's chat template, special tokens spelled.
+
+        Args:
+            messages: messages like {"role": "user", "content": "..."}.
+            answer_begins: end where the model's next answer begins.
+
+        Raises:
+            InvalidValueError: if the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if not self.chat_template:
+            raise InvalidValueError("The tokenizer has no chat template. Give plain text, or use the model's chat version.")
+        try:
+            text = self.tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, add_generation_prompt=answer_begins)
+        except Exception as error:  # templates raise errors of their own kinds
+            raise InvalidValueError(f"The chat template refuses the messages: {error}") from error
+        return str(text)
 
     def without_prefix(self, ids: Any) -> Any:
         """Return ids [T], an array or a list, without the prefix that they begin with; as they are if they do not begin with it."""

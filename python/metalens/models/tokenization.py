@@ -110,13 +110,8 @@ class Tokenization(ABC):
             InvalidValueError: if the tokenizer has no chat template, or the template refuses the messages.
         """
         encoder = self.plain_encoder
-        if not getattr(encoder.tokenizer, "chat_template", None):
-            raise InvalidValueError("The tokenizer has no chat template. Pass the prompt as plain text, or use the model's chat version.")
         chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-        try:
-            text = encoder.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise errors of their own kinds
-            raise InvalidValueError(f"The chat template refuses the messages: {error}") from error
+        text = encoder.chat_text(chat, answer_begins=True)
         return list(encoder.encode([require_unicode(text)])[0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

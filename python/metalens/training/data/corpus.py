@@ -20,7 +20,7 @@ import numpy as np
 
 from metalens.models.tokenization import as_token_ids
 from metalens.training.data.cache import StoredTokens, TokenCache
-from metalens.training.data.readers import Piece, Source
+from metalens.training.data.readers import CHAT_FIELDS, Piece, Source
 from metalens.training.data.sources import find_sources
 from metalens.training.data.tokenizing import TextTokenizer, digest, encoded
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
@@ -141,7 +141,8 @@ def open_corpus(
     Args:
         sources: files, folders, ids of hub data sets, or Sources, as for `find_sources`.
         tokenizer: tokenizer of the model: transformers', mlx-lm's, or any object with `encode(text)`.
-        field: field of JSON Lines, or column of tables, with the text.
+        field: field of JSON Lines, or column of tables, with the text. "messages" may hold conversations, which the tokenizer's chat template turns
+            into text; a record with "prompt" and "completion" in its place is a conversation too.
         join: how documents follow each other: 'eos' or 'packed', see the top of this file.
         cache_dir: folder of the cache. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         split: split of hub data sets.
@@ -165,6 +166,8 @@ def open_corpus(
     identities = [source.identity(cache) for source in found]
     about_tokenizer, content = text.describe(), digest([identities, max_tokens])
     rules = ["the prefix once"] if text.prefix else []  # since 0.2.0; tokens of tokenizers without a prefix are as before
+    if field in CHAT_FIELDS and text.chat_template:
+        rules.append(text.chat_template)
     fingerprint = digest([FORMAT, *rules, join, about_tokenizer["fingerprint"], content])
     stored = cache.open(fingerprint)
     if stored is None:
@@ -199,7 +202,8 @@ def _tokenize(
 
     def pieces() -> Iterator[Piece]:
         for source in sources:
-            yield from source.pieces()
+            for piece in source.pieces():
+                yield from tokenizer.rendered(piece)
             source.require_unchanged()
 
     def documents() -> Iterator[tuple[np.ndarray, bool]]:
@@ -210,7 +214,7 @@ def _tokenize(
             before = tokens
             for piece, plain in zip(batch, rows, strict=True):
                 row = tokenizer.without_prefix(plain) if piece.starts else plain
-                if row.size < plain.size and not spelled:
+                if row.size < plain.size and not spelled and piece.chat is None:
                     spelled.append(True)
                     warn_caller("Documents begin with the special tokens that go before every sequence; they are read once.")
                 ids = np.concatenate([separator, row]) if piece.starts else row

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from metalens.models.plain_encoder import PlainEncoder
-from metalens.training.data.readers import BLOCK, Piece
+from metalens.training.data.readers import BLOCK, Piece, parts
 from metalens.utils.errors import InvalidValueError
 
 # A text whose ids show differences between tokenizers that neither a vocabulary nor a serialized tokenizer shows.
@@ -69,6 +69,19 @@ class TextTokenizer:
             InvalidValueError: if an id is not from 0 to `largest`.
         """
         return [self._checked(np.asarray(row, dtype=np.int64)) for row in self._plain.encode(texts)]
+
+    @property
+    def chat_template(self) -> str:
+        """Return the chat template; "" if the tokenizer has none."""
+        return self._plain.chat_template
+
+    def rendered(self, piece: Piece) -> Iterator[Piece]:
+        """Yield a piece as text: a conversation in the chat template, long ones in parts (InvalidValueError)."""
+        if piece.chat is None:
+            yield piece
+            return
+        for part in parts(self._plain.chat_text(piece.chat)):
+            yield part._replace(chat=piece.chat)
 
     def without_prefix(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids [tokens] of a document without the prefix, if the document spells it itself."""
