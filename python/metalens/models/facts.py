@@ -137,6 +137,14 @@ def estimated_weight_bytes(d: ModelDimensions, tied: bool) -> int:
 
 Config = dict[str, Any]
 
+# Names that GPT-2's kind of configuration gives to a setting.
+OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("n_inner",),
+}
+
 
 def _read_config(folder: Path, model: str) -> Config:
     """Read config.json. The settings of its text model, if it has one, replace the others."""
@@ -147,7 +155,9 @@ def _read_config(folder: Path, model: str) -> Config:
         )
     config = _read_json(path)
     text_config = config.get("text_config")
-    return {**config, **text_config} if isinstance(text_config, dict) else config
+    found = {**config, **text_config} if isinstance(text_config, dict) else config
+    others = {name: next((found[other] for other in names if found.get(other)), None) for name, names in OTHER_NAMES.items() if name not in found}
+    return {**found, **{name: value for name, value in others.items() if value is not None}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
