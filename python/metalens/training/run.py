@@ -80,6 +80,7 @@ def train(
     checkpoint_every: int | None = 50,
     stop: Callable[[], bool] | None = None,
     show_progress: bool = False,
+    tokens: int | None = None,
     **settings: Any,
 ) -> TunedLens:
     """Train a lens for a model on a text.
@@ -109,6 +110,8 @@ def train(
         stop: function that is called within and after every step. True writes a checkpoint and ends the run within about a second: see
             `metalens.training.interruptible` for Ctrl-C, and `train_loop`.
         show_progress: show progress bars on stderr, one for each phase: tokenizing, warm start, training.
+        tokens: budget: tokens of the text in all, which the recipe divides between the warm start, the number of steps and the tokens of a step
+            (`metalens.training.budget` has the rules). Settings that are given stay, as far as the tokens reach. None = no budget.
         settings: settings of TrainingConfig.
 
     Returns:
@@ -122,6 +125,7 @@ def train(
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
+    settings |= {} if tokens is None else {"tokens": tokens}
     resolve(recipe, config, settings)
     inputs = read_inputs(data, field=field, split=split)
     group = group or Group()
@@ -139,8 +143,8 @@ def train(
     how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
     corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
     model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
-    require_enough(corpus, settled)
-    tokens: list[int] = []
+    require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, model.default_sequence_length)[1])
+    counts: list[int] = []
     checkpoints = None
     if folder is not None:
         checkpoints = checkpoint_dir if isinstance(checkpoint_dir, CheckpointFolder) else CheckpointFolder(folder)
@@ -149,7 +153,7 @@ def train(
         model.unembed,
         corpus,
         settled,
-        callbacks=[*callbacks, lambda progress: tokens.append(progress.tokens)],
+        callbacks=[*callbacks, lambda progress: counts.append(progress.tokens)],
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -157,7 +161,7 @@ def train(
         stop=stop or (lambda: False),
         show_progress=show_progress,
     )
-    seen = tokens[-1] if tokens else tokens_of_newest(folder) if folder is not None else None
+    seen = counts[-1] if counts else tokens_of_newest(folder) if folder is not None else None
     _remember(lens, model, name, settled, corpus, None if seen is None else seen // len(group.passes(lens.layers, settled.layers_at_once)))
     if group.writes:
         if out is not None:
