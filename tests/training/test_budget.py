@@ -79,3 +79,9 @@ def test_what_is_no_budget(tokens):
 def test_a_budget_of_less_than_a_sequence():
     with pytest.raises(InvalidValueError, match="A budget of 100 tokens is too small: a sequence has 128"):
         budgeted("fast", 100, max_seq_len=128)
+
+
+def test_a_complete_configuration_is_divided_anew():
+    _, complete = resolve("fast", None, {}, 512)
+    assert complete.max_seq_len == 512
+    assert budgeted(None, 9000, config=complete) == budgeted("fast", 9000)

@@ -57,10 +57,11 @@ def resolve(
     if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given:
         merged["warm_start_tokens"] = 0
     longest = min(limit or sys.maxsize for limit in (merged.get("max_seq_len", DEFAULT_SEQUENCE), context))
+    chosen: Mapping[str, Any] = given
     if tokens is not None:
-        chosen = settings if isinstance(config, TrainingConfig) else given
+        chosen = settings if isinstance(config, TrainingConfig) else given  # a budget divides a complete configuration anew
         merged |= divided(require_tokens(tokens), merged, chosen, longest)
-    if "max_seq_len" not in given:
+    if "max_seq_len" not in chosen:
         merged["max_seq_len"] = min(longest, merged.get("tokens_per_step") or sys.maxsize)
     return name, TrainingConfig.from_dict(merged)
 
