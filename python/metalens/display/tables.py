@@ -15,7 +15,7 @@ from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.ops.doctor import Diagnosis
 from metalens.readings.heat_map import readable
-from metalens.readings.reading import Reading
+from metalens.readings.reading import UNTRANSLATED, Reading
 
 # ------------------------------------------------------------------ evaluation
 
@@ -58,10 +58,16 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
             columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
     formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
     for layer, values in enumerate(zip(*columns, strict=True)):
-        table.add_row(str(layer), *_cells(formats, values))
+        cells = _cells(formats, values)
+        if layer in evaluation.untranslated:
+            cells[len(names) :] = ["-"] * len(names)
+        table.add_row(str(layer), *cells)
     table.add_section()
-    table.add_row("mean", *_cells(formats, [sum(column) / len(column) for column in columns]))
+    translated = evaluation.translated
+    table.add_row("mean", *_cells(formats, [sum(column[i] for i in translated) / len(translated) for column in columns]))
     table.add_row("model", *(decimals(getattr(evaluation.model, name)) if name in MODEL_COLUMNS else "" for name in names))
+    if evaluation.untranslated:
+        table.caption = f"-: the lens does not translate this layer. The means are over the {len(translated)} layers that it translates."
     return table
 
 
@@ -104,9 +110,11 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     for token in reading.tokens[first:]:
         table.add_column(Text(readable(token)), no_wrap=True)
     for layer, positions in reversed(reading.predictions.items()):
-        table.add_row(f"layer {layer}", *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
+        table.add_row(reading.label(layer), *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
     table.add_section()
     table.add_row("model", *(Text(readable(token)) for token in reading.model_tokens[first:]))
+    if set(reading.untranslated) & set(reading.layers):
+        table.caption = f"{table.caption} {UNTRANSLATED}" if table.caption else UNTRANSLATED
     return table
 
 
