@@ -85,7 +85,9 @@ def lens_command(
     reading = loaded.read(given if given is not None else _encoded(loaded, prompt, chat, no_bos), lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
     if as_json:
-        print_json({"tokens": reading.tokens, "layers": {str(layer): rows for layer, rows in reading.predictions.items()}})
+        predictions = {str(layer): rows for layer, rows in reading.predictions.items()}
+        untranslated = [layer for layer in reading.layers if layer in reading.untranslated]
+        print_json({"tokens": reading.tokens, "layers": predictions, "untranslated": untranslated})
     else:
         from metalens.display.tables import reading_table
 

@@ -238,10 +238,19 @@ def mark_finished(folder: Path) -> None:
 
 def numbers_of_newest(folder: Path) -> dict[str, int]:
     """Return the numbers of the newest checkpoint of a folder ("tokens", "skipped", ...), {} if there is none."""
+    return {name: value for name, value in (_record_of_newest(folder) or {}).items() if type(value) is int}
+
+
+def config_of_newest(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the run of the newest checkpoint of a folder, None if there is none."""
+    record = _record_of_newest(folder)
+    return None if record is None else dict(record["config"])
+
+
+def _record_of_newest(folder: Path) -> dict[str, Any] | None:
     whole = CheckpointFolder(folder)
     newest = [(part.steps()[-1], part.path) for part in [whole, *parts_of(folder)] if part.steps()]
     if not newest:
-        return {}
+        return None
     step, path = max(newest)
-    record = json.loads((path / f"step-{step:08d}" / RECORD).read_text(encoding="utf-8"))
-    return {name: value for name, value in record.items() if type(value) is int}
+    return dict(json.loads((path / f"step-{step:08d}" / RECORD).read_text(encoding="utf-8")))

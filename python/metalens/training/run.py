@@ -22,10 +22,11 @@ from metalens.lenses.lens_file import lens_files, lens_outputs
 from metalens.lenses.provenance import provenance_of
 from metalens.lenses.translators import parameters_of
 from metalens.models.capture import ResidualCapture
+from metalens.models.facts import facts_of_model
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import NO_TOKENIZER
 from metalens.training.callbacks import Callback, Progress
-from metalens.training.checkpoint import LOCK, CheckpointFolder, default_folder, mark_finished, numbers_of_newest, prepare_folder
+from metalens.training.checkpoint import LOCK, CheckpointFolder, config_of_newest, default_folder, mark_finished, numbers_of_newest, prepare_folder
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, TrainingData, open_corpus, read_inputs
 from metalens.training.data.hub import HubDataset
@@ -33,7 +34,8 @@ from metalens.training.data.readers import FileSource, Source
 from metalens.training.distributed import Group
 from metalens.training.loop import train_loop
 from metalens.training.settings import resolve
-from metalens.training.sufficiency import require_enough, tokens_to_read
+from metalens.training.speed import budget_in, measured_speed, require_minutes, seconds_of
+from metalens.training.sufficiency import budget_that_fits, require_enough, suffices, tokens_to_read
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
 from metalens.utils.lock import locked
@@ -90,6 +92,8 @@ def train(
     stop: Callable[[], bool] | None = None,
     show_progress: bool = False,
     force: bool = False,
+    tokens: int | None = None,
+    minutes: float | None = None,
     **settings: Any,
 ) -> TunedLens:
     """Train a lens for a model on a text.
@@ -122,6 +126,10 @@ def train(
             `metalens.training.interruptible` for Ctrl-C, and `train_loop`.
         show_progress: show progress bars on stderr, one for each phase: tokenizing, warm start, training.
         force: replace files of the names of `out` that are not a lens.
+        tokens: budget: tokens of the text in all, which the recipe divides between the warm start, the number of steps and the tokens of a step
+            (`metalens.training.budget` has the rules). Settings that are given stay, as far as the tokens reach. None = no budget.
+        minutes: budget in minutes on this machine instead: the tokens that a probe of about a second expects to take so long, at most those of the
+            text. A resumed run keeps the tokens of its first start. None = no budget.
         settings: settings of TrainingConfig.
 
     Returns:
@@ -139,6 +147,9 @@ def train(
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
+    settings |= {} if tokens is None else {"tokens": tokens}
+    if minutes is not None:
+        require_minutes(minutes, tokens)
     resolve(recipe, config, settings)
     inputs = read_inputs(data, field=field, split=split)
     group = group or Group()
@@ -150,14 +161,22 @@ def train(
             if group.writes:
                 _claim(locks, out, folder, [*_files_of(inputs), *([config] if isinstance(config, (str, Path)) else [])], resume, force)
         model = model if isinstance(model, LanguageModel) else LanguageModel(model)
-        name, settled = resolve(recipe, config, settings, model.default_sequence_length)
+        context = model.default_sequence_length
+        if minutes is not None:
+            settings |= _budget_of_minutes(minutes, model, recipe, config, settings, group, folder if resume else None)
+        name, settled = resolve(recipe, config, settings, context)
         model.source.require_length(settled.max_seq_len)
         how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
         corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
         if not bos or inputs is not data:  # a Corpus of the caller's has its own prefix
             corpus = corpus.with_prefix(model.prefix if bos else ())
         model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
-        require_enough(corpus, settled)
+        if minutes is not None and not settled.repeat and not suffices(corpus, settled):
+            settings["tokens"] = budget_that_fits(
+                corpus, settled.max_seq_len, lambda n: resolve(recipe, config, settings | {"tokens": n}, context)[1]
+            )
+            name, settled = resolve(recipe, config, settings, context)
+        require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, context)[1])
         steps: list[Progress] = []
         checkpoints = None
         if folder is not None:
@@ -176,10 +195,10 @@ def train(
             show_progress=show_progress,
         )
         newest = numbers_of_newest(folder) if folder is not None and not steps else {}
-        tokens, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else (newest.get("tokens"), newest.get("skipped", 0))
+        seen, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else (newest.get("tokens"), newest.get("skipped", 0))
         passes = len(group.passes(lens.layers, settled.layers_at_once))
         _require_result(lens, skipped, passes * settled.num_steps)
-        _remember(lens, model, name, settled, corpus, None if tokens is None else tokens // passes, skipped)
+        _remember(lens, model, name, settled, corpus, None if seen is None else seen // passes, skipped)
         if group.writes:
             if out is not None:
                 lens.save(out, force=force)
@@ -222,6 +241,31 @@ def _require_result(lens: TunedLens, skipped: int, steps: int) -> None:
 
 def _is_finite(array: mx.array) -> bool:
     return bool(mx.all(mx.isfinite(array)).item())
+
+
+def _budget_of_minutes(
+    minutes: float,
+    model: LanguageModel,
+    recipe: str | None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None,
+    settings: Mapping[str, Any],
+    group: Group,
+    resumed: Path | None,
+) -> dict[str, Any]:
+    """Return the budget of a run in tokens, the same in all processes: that of the run that is resumed, or what fits into the minutes."""
+    record = None if resumed is None else config_of_newest(resumed)
+    if record is not None:
+        return {name: record[name] for name in ("num_steps", "tokens_per_step", "warm_start_tokens", "max_seq_len")}
+    found = 0
+    if group.writes:
+        facts = facts_of_model(model)
+        speed = measured_speed(facts)
+        found = budget_in(
+            60 * minutes,
+            lambda n: resolve(recipe, config, {**settings, "tokens": n}, model.default_sequence_length)[1],
+            lambda changed: seconds_of(facts, changed, speed, processes=group.size if group.parallel == "data" else 1),
+        )
+    return {"tokens": int(group.gather_json(found)[0])}
 
 
 def _checkpoint_folder(out: str | Path | None, given: str | Path | CheckpointFolder | None, every: int | None) -> Path | None:
