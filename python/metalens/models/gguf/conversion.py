@@ -124,6 +124,7 @@ def _default_dtype(file: GGUFFile, architecture: Architecture) -> Dtype:
 
 def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtype) -> tuple[list[FormatReport], list[str]]:
     """Write the four files. Return the report of each format, and remarks."""
+    embedding = _check_sizes(file)
     config = architecture.config(file)
     remarks = write_tokenizer(file.metadata, folder, int(config["max_position_embeddings"]))
     weights: dict[str, Weight] = {}
@@ -139,9 +140,6 @@ def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtyp
             raise InvalidValueError(f"{file.path} has a tensor {tensor.name!r}, which metalens does not know for {file.metadata.architecture}.")
         weights[path] = _weight(file, architecture, tensor, getattr(mx, dtype))
         kinds[path] = tensor.kind
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InvalidValueError(f"{file.path} is damaged: it has no tensor 'token_embd.weight'. Download it again.")
     arrays = {f"{path.rpartition('.')[0]}.{part}": a for path, w in weights.items() for part, a in _parts(path, w)}
     if config.get("attention_bias") or config.get("mlp_bias"):
         _add_missing_biases(arrays, config, int(config["num_hidden_layers"]))
@@ -153,6 +151,18 @@ def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtyp
     for path, weight in weights.items():
         groups.setdefault((kinds[path], weight.bits), []).append(weight.error)
     return [FormatReport(kind, len(errors), bits, max(errors)) for (kind, bits), errors in groups.items()], remarks
+
+
+def _check_sizes(file: GGUFFile) -> Tensor:
+    """Check the sizes that the metadata says against the tensors, before a model of these sizes is made. Return the embedding."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InvalidValueError(f"{file.path} is damaged: it has no matrix 'token_embd.weight'. Download it again.")
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    for key, found in (("block_count", len(blocks)), ("embedding_length", embedding.shape[1])):
+        if (said := file.metadata.setting(key, int)) != found:
+            raise InvalidValueError(f"{file.path} is damaged: it says {key} {said}, and its tensors have {found}. Download it again.")
+    return embedding
 
 
 def _weight(file: GGUFFile, architecture: Architecture, tensor: Tensor, dtype: mx.Dtype) -> Weight:
