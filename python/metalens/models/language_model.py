@@ -10,10 +10,10 @@ from typing import Any, Literal
 import mlx.nn as nn
 
 from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
-from metalens.models.bundled import path_of
 from metalens.models.capture import Edit, HiddenStates, ResidualCapture
 from metalens.models.loading import load
 from metalens.models.probe import Overrides
+from metalens.models.registry import path_of
 from metalens.models.tokenization import TokenBatch, TokenInput, Tokenization
 from metalens.models.unembed import LogitTransform, NormFunction, Unembed
 from metalens.utils.errors import InvalidTypeError
@@ -25,7 +25,7 @@ class LanguageModel(Tokenization):
     """A frozen language model, ready for lenses.
 
     Args:
-        model: an `mlx.nn.Module` called as model(ids), or a name: a local path, a hub id that `mlx_lm.load` opens, or 'demo' for the bundled model.
+        model: an `mlx.nn.Module` called as model(ids), or a name, as in `metalens.models.loading.load`.
         tokenizer: an object with `encode` and `decode`. None = the loaded model's own.
         layer_attr: the name or dotted path of the list of blocks.
         embedding_path, norm_path, lm_head_path: dotted paths of modules to use instead of those that the model is observed to call.
@@ -61,7 +61,7 @@ class LanguageModel(Tokenization):
         logit_transform: LogitTransform | None = None,
         accelerate: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.name = path_of(str(model)) if isinstance(model, (str, Path)) else None
+        self.name = path_of(str(model), make=True) if isinstance(model, (str, Path)) else None
         if self.name is not None:
             model, loaded = load(self.name)
             tokenizer = tokenizer if tokenizer is not None else loaded
