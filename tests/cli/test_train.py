@@ -131,11 +131,11 @@ def test_too_little_text_says_what_is_missing_and_what_would_fit(train):
     assert "24 steps of 64 tokens need 1536 tokens" in message
     assert "--repeat" in message
     options = message.split("one of: ")[1].split(";")
-    assert [option.split()[0] for option in options[:2]] == ["--steps", "--tokens-per-step"]
+    assert [option.split()[0] for option in options[:2]] == ["--tokens", "--tokens-per-step"]  # fewer steps of the same size are no advice
     start = ("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32)
     train(*start, *options[0].split())
-    steps = int(options[0].split()[1])
-    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
+    budget = int(options[0].split()[1])
+    assert f"--tokens {budget};" in train(*start, "--tokens", round(1.1 * budget), code=1)
     train(*start, *options[1].split())
     train(*start, "--repeat")
 
@@ -145,12 +145,14 @@ def test_a_warm_start_that_takes_all_text_is_what_to_change(train):
     message = train(*small, "--warm-start-tokens", 5000, code=1)
     assert "5000 tokens of the warm start" in message
     option = message.split("one of: ")[1].split(";")[0].split()
-    assert option[0] == "--warm-start-tokens"
-    train(*small, *option)
+    assert option[0] == "--tokens"
+    train(*small, "--warm-start-tokens", 5000, *option)
 
 
 def test_the_default_recipe_never_repeats_a_small_text(train):
-    assert "Not enough text" in train(code=1)
+    message = train(code=1)
+    assert "Not enough text" in message
+    train(*message.split("one of: ")[1].split(";")[0].split())  # the budget that it names
 
 
 def test_folders_and_json_lines(run, tmp_path):

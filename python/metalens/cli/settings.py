@@ -87,6 +87,11 @@ def training_options(command: F) -> F:
             type=FilePath(exists=True, dir_okay=False),
             help="JSON or TOML file of settings, and 'recipe', as in examples/train.toml. They override the recipe; options override them.",
         ),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=1),
+            help="Budget: tokens of the text in all, which the recipe divides between warm start, steps and tokens per step.",
+        ),
         *map(setting_option, fields(TrainingConfig)),
     ]
     for option in reversed(options):

@@ -89,6 +89,7 @@ def train(
     stop: Callable[[], bool] | None = None,
     show_progress: bool = False,
     force: bool = False,
+    tokens: int | None = None,
     **settings: Any,
 ) -> TunedLens:
     """Train a lens for a model on a text.
@@ -119,6 +120,8 @@ def train(
             `metalens.training.interruptible` for Ctrl-C, and `train_loop`.
         show_progress: show progress bars on stderr, one for each phase: tokenizing, warm start, training.
         force: replace files of the names of `out` that are not a lens.
+        tokens: budget: tokens of the text in all, which the recipe divides between the warm start, the number of steps and the tokens of a step
+            (`metalens.training.budget` has the rules). Settings that are given stay, as far as the tokens reach. None = no budget.
         settings: settings of TrainingConfig.
 
     Returns:
@@ -135,6 +138,7 @@ def train(
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
+    settings |= {} if tokens is None else {"tokens": tokens}
     resolve(recipe, config, settings)
     inputs = read_inputs(data, field=field, split=split)
     group = group or Group()
@@ -150,7 +154,7 @@ def train(
         how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
         corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
         model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
-        require_enough(corpus, settled)
+        require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, model.default_sequence_length)[1])
         steps: list[Progress] = []
         checkpoints = None
         if folder is not None:
@@ -169,10 +173,10 @@ def train(
             show_progress=show_progress,
         )
         newest = numbers_of_newest(folder) if folder is not None and not steps else {}
-        tokens, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else (newest.get("tokens"), newest.get("skipped", 0))
+        seen, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else (newest.get("tokens"), newest.get("skipped", 0))
         passes = len(group.passes(lens.layers, settled.layers_at_once))
         _require_result(lens, skipped, passes * settled.num_steps)
-        _remember(lens, model, name, settled, corpus, None if tokens is None else tokens // passes, skipped)
+        _remember(lens, model, name, settled, corpus, None if seen is None else seen // passes, skipped)
         if group.writes:
             if out is not None:
                 lens.save(out, force=force)
