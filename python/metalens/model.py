@@ -320,7 +320,9 @@ class InterpretableModel(LanguageModel):
         try:
             ids, _ = self.training_ids(dataset), self.unembed
         except AttributeError as error:
-            raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
+            found = str(error).startswith("The model's own logits are NaN")
+            missing = "" if found else "Could not find output projection (lm_head or embedding) in model. "
+            raise InvalidValueError(f"{missing}{error}") from error
 
         def report(progress: Progress) -> None:
             if callback is not None:

@@ -131,11 +131,11 @@ def test_too_little_text_says_what_is_missing_and_what_would_fit(train):
     assert "24 steps of 64 tokens need 1536 tokens" in message
     assert "--repeat" in message
     options = message.split("one of: ")[1].split(";")
-    assert [option.split()[0] for option in options[:2]] == ["--steps", "--tokens-per-step"]
+    assert [option.split()[0] for option in options[:2]] == ["--tokens", "--tokens-per-step"]  # fewer steps of the same size are no advice
     start = ("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32)
     train(*start, *options[0].split())
-    steps = int(options[0].split()[1])
-    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
+    budget = int(options[0].split()[1])
+    assert f"--tokens {budget};" in train(*start, "--tokens", round(1.1 * budget), code=1)
     train(*start, *options[1].split())
     train(*start, "--repeat")
 
@@ -145,12 +145,14 @@ def test_a_warm_start_that_takes_all_text_is_what_to_change(train):
     message = train(*small, "--warm-start-tokens", 5000, code=1)
     assert "5000 tokens of the warm start" in message
     option = message.split("one of: ")[1].split(";")[0].split()
-    assert option[0] == "--warm-start-tokens"
-    train(*small, *option)
+    assert option[0] == "--tokens"
+    train(*small, "--warm-start-tokens", 5000, *option)
 
 
 def test_the_default_recipe_never_repeats_a_small_text(train):
-    assert "Not enough text" in train(code=1)
+    message = train(code=1)
+    assert "Not enough text" in message
+    train(*message.split("one of: ")[1].split(";")[0].split())  # the budget that it names
 
 
 def test_folders_and_json_lines(run, tmp_path):
@@ -243,11 +245,11 @@ def start(tmp_path):
     """metalens train in a process of its own, once it trains."""
     processes = []
 
-    def started(*args):
+    def started(*args, before=""):
         command = [
             sys.executable,
             "-c",
-            "from metalens.cli import main; main()",
+            f"{before}\nfrom metalens.cli import main; main()",
             "train",
             "demo",
             "--out",
@@ -280,7 +282,7 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130, stderr
-    assert "Stopping after this step" in stderr
+    assert "Stopping. Press Ctrl-C again" in stderr
     assert "--resume" in stderr
     assert not (tmp_path / "lens.npz").exists()
     message = train(*options, "--metrics", "metrics.jsonl", "--resume")
@@ -292,11 +294,32 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     assert TunedLens.load("lens").provenance == origin
 
 
+# Forward passes that take long, once the run trains.
+SLOW = """
+import os, time
+from metalens.models.capture import ResidualCapture
+capture = ResidualCapture.capture
+ResidualCapture.capture = lambda *args: time.sleep({seconds} * os.path.exists("metrics.jsonl")) or capture(*args)
+"""
+
+
 def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):
-    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768)
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768, before=SLOW.format(seconds=60))
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    process.communicate(timeout=20)  # a step takes longer
+    process.communicate(timeout=20)  # a forward pass takes longer
     assert process.returncode == 130
     assert not list((tmp_path / "lens.checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"), [(("--steps", 1, "--tokens-per-step", 16384), "nothing to keep"), (("--recipe", "fast"), "within the warm start")]
+)
+def test_ctrl_c_is_answered_within_a_step_and_within_the_warm_start(start, tmp_path, arguments, kept):
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", *arguments, "--repeat", before=SLOW.format(seconds=2))
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]  # what is left would take more than that
+    assert process.returncode == 130, stderr
+    assert kept in stderr
+    assert "--resume" in stderr

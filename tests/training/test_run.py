@@ -162,11 +162,12 @@ def test_texts_are_identified_by_what_they_say(model):
 def test_too_little_text_names_settings_that_fit(model, file):
     settings = {"recipe": "muon", "num_steps": 24, "tokens_per_step": 64, "max_seq_len": 32}
     with pytest.raises(
-        NotEnoughDataError, match=r"need 1536 tokens, the text has \d+\. Give more text, or one of: num_steps=\d+; .*; repeat=True\."
+        NotEnoughDataError, match=r"need 1536 tokens, the text has \d+\. Give more text, or one of: tokens=\d+; .*; repeat=True\."
     ) as error:
         train(model, file, **settings)
-    assert [list(change) for change in error.value.changes] == [["num_steps"], ["tokens_per_step"], ["repeat"]]
-    train(model, file, **settings | error.value.changes[0] | {"num_steps": 1})
+    assert [list(change) for change in error.value.changes] == [["tokens"], ["tokens_per_step"], ["repeat"]]
+    train(model, file, **settings | error.value.changes[0])
+    assert error.value.changes[0]["tokens"] >= 0.9 * len(model.encode(file.read_text()))
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from metalens.utils.errors import MetalensError
+from metalens.utils.errors import InvalidValueError, MetalensError
 
 if TYPE_CHECKING:
     from metalens.model import InterpretableModel
@@ -34,6 +34,18 @@ def note(text: str) -> None:
     """Print a line on stderr. A stderr that cannot be written never stops a command."""
     with contextlib.suppress(OSError):
         click.echo(text, err=True)
+
+
+def _discard_unwritten_notes() -> None:
+    """Send what stderr has not taken to nowhere: Python would try again at its end, and turn success into exit code 120."""
+    with contextlib.suppress(AttributeError, ValueError):  # no stderr, or not a file
+        try:
+            sys.stderr.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stderr.fileno())
+                os.close(nowhere)
 
 
 def print_json(value: Any) -> None:
@@ -79,11 +91,26 @@ def one_clear_error(command: F) -> F:
             if os.environ.get("METALENS_DEBUG"):
                 raise
             raise click.ClickException(str(error)) from error
+        finally:
+            _discard_unwritten_notes()
 
     return wrapped  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------ options
+
+
+class FilePath(click.Path):
+    """The path of a file or folder. '~' is the home of the user, also in --out=~/x, where shells leave it; an empty name is an error."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"path_type": Path, **kwargs})
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check and expand the name."""
+        if value == "":
+            self.fail("the name is empty. Is a variable of the shell not set?", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class _RenamedOption(click.Option):
@@ -161,7 +188,7 @@ def lens_option(command: F) -> F:
     return click.option(
         "--lens",
         "lens_path",
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         metavar="LENS",
         help="Path of a tuned lens, as given to `train --out`.  [default: the logit lens alone]",
     )(command)
@@ -178,10 +205,15 @@ def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
         "--save",
         "picture",
         old=old,
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         metavar="PICTURE",
         help=f"Also save a picture of {shows}, for example out.png.",
     )
+
+
+def force_option(command: F) -> F:
+    """Add --force."""
+    return click.option("--force", is_flag=True, help="Replace files that metalens did not write. Files that are read are never replaced.")(command)
 
 
 def parallel_option(command: F) -> F:
@@ -224,7 +256,13 @@ def parse_layers(_: click.Context, __: click.Parameter, value: str | None) -> li
 
 
 def sources_of(names: tuple[str, ...]) -> list[str | Path]:
-    """Return the sources that --data names. Only a name with 'hf:' before it is a hub data set: a mistyped file must not be looked for there."""
+    """Return the sources that --data names. Only a name with 'hf:' before it is a hub data set: a mistyped file must not be looked for there.
+
+    Raises:
+        InvalidValueError: for an empty name, which as a path would be the current folder.
+    """
+    if not all(names):
+        raise InvalidValueError("A name of --data is empty. Is a variable of the shell not set?")
     return [name if name.startswith("hf:") else Path(name) for name in names]
 
 

@@ -7,12 +7,12 @@ from typing import Literal
 
 import click
 
-from metalens.cli.common import note, one_clear_error
+from metalens.cli.common import FilePath, force_option, note, one_clear_error
 
 
 @click.command("convert")
-@click.argument("source", metavar="SOURCE", type=click.Path())
-@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SOURCE", type=FilePath(path_type=str))
+@click.argument("target", metavar="TARGET", type=FilePath())
 @click.option("--to", type=click.Choice(["tuned-lens", "metalens"]), help="Format to write.  [default: the one that SOURCE does not have]")
 @click.option("--model", help="Path or hub id of the lens's model, for the config.json of tuned-lens.  [default: the model that SOURCE names]")
 @click.option("--hub", is_flag=True, help="Take SOURCE as the id of a lens in tuned-lens's collection on the Hugging Face hub.")
@@ -21,6 +21,7 @@ from metalens.cli.common import note, one_clear_error
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Type of the numbers in tuned-lens's file [default: float32], or of a model's scales and dense numbers [default: chosen by the model].",
 )
+@force_option
 @one_clear_error
 def convert_command(
     source: str,
@@ -29,6 +30,7 @@ def convert_command(
     model: str | None,
     hub: bool,
     dtype: Literal["float32", "float16", "bfloat16"] | None,
+    force: bool,
 ) -> None:
     """Convert a lens between metalens's two files (SOURCE.npz, SOURCE.json) and tuned-lens's folder (params.pt, config.json).
 
@@ -48,5 +50,5 @@ def convert_command(
         return
     from metalens.compat.tuned_lens import convert
 
-    written = convert(source, target, to, model, hub=hub, dtype=dtype)
+    written = convert(source, target, to, model, hub=hub, dtype=dtype, force=force)
     note(f"Lens written to {written[0]} and {written[1].name}.")

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import click
 
-from metalens.cli.common import load_model, note, one_clear_error, print_table
+from metalens.cli.common import FilePath, force_option, load_model, note, one_clear_error, print_table
 from metalens.evaluation import Evaluation, evaluate
+from metalens.evaluation.results import result_outputs
 from metalens.lenses.lens import TunedLens
+from metalens.lenses.lens_file import lens_outputs
 from metalens.model import InterpretableModel
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 from metalens.readings.reading import Reading
 from metalens.training import recipe, train
 from metalens.utils.files import atomic_write, require_writable
+from metalens.utils.outputs import Output, picture_output, require_replaceable
 
 PROMPT = "Click the button in the top right corner of the window to open the"
 
@@ -55,25 +58,36 @@ def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
     "--out",
     default="demo_output",
     show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False),
     help="Folder for the lens, the tables and the pictures.",
 )
+@force_option
 @one_clear_error
-def demo_command(out: Path) -> None:
+def demo_command(out: Path, force: bool) -> None:
     """Train a lens for the bundled model on the bundled text, and show that it is better than the logit lens on held-out text."""
     from metalens.display.tables import evaluation_table
 
     require_writable(out / "lens.npz")
+    require_replaceable(_outputs(out), force=force)
     result = run(load_model(str(MODEL)), show_progress=True)  # by its path: OUT may be called 'demo'
-    result.lens.save(out / "lens")
+    result.lens.save(out / "lens", force=force)
     with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result.evaluation.to_dict(), indent=2) + "\n")
     table = evaluation_table(result.evaluation)
     _write_table(table, out / "evaluation.txt")
     print_table(table)
-    _show_reading(result.logit, "logit", out)
-    _show_reading(result.tuned, "tuned", out)
+    _show_reading(result.logit, "logit", out, force)
+    _show_reading(result.tuned, "tuned", out, force)
     note(f"Lens, evaluation and pictures are in {out}/. Try: metalens lens demo 'Your prompt' --lens {out}/lens")
+
+
+def _outputs(out: Path) -> list[Output]:
+    """Return the files that the demo writes."""
+    evaluation = result_outputs(out)[0]
+    table = Output(
+        out / "evaluation.txt", "the table of an evaluation", lambda _: evaluation.path.is_file() and evaluation.recognizes(evaluation.path)
+    )
+    return [*lens_outputs(out / "lens"), evaluation, table, *(picture_output(out / f"{name}_lens.png") for name in ("logit", "tuned"))]
 
 
 def _write_table(table: object, path: Path) -> None:
@@ -83,9 +97,9 @@ def _write_table(table: object, path: Path) -> None:
         Console(file=file, width=120).print(table)
 
 
-def _show_reading(reading: Reading, name: str, out: Path) -> None:
+def _show_reading(reading: Reading, name: str, out: Path, force: bool) -> None:
     from metalens.display.tables import reading_table
 
     title = f"{name} lens: what each layer would say next"
     print_table(reading_table(reading, title))
-    reading.save(out / f"{name}_lens.png", title=title)
+    reading.save(out / f"{name}_lens.png", title=title, force=force)

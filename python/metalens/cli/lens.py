@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from metalens.cli.common import (
+    force_option,
     json_option,
     lens_option,
     load_model,
@@ -19,7 +20,9 @@ from metalens.cli.common import (
     renamed_option,
     save_option,
 )
+from metalens.lenses.lens_file import lens_files
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import picture_output, require_replaceable
 
 
 @click.command("lens")
@@ -38,6 +41,7 @@ from metalens.utils.files import require_writable
     show_default=True,
     help="Statistic that the color of the picture shows.",
 )
+@force_option
 @one_clear_error
 def lens_command(
     model: str,
@@ -48,6 +52,7 @@ def lens_command(
     as_json: bool,
     picture: Path | None,
     color: Literal["probability", "entropy"],
+    force: bool,
 ) -> None:
     """Show what every block of MODEL would predict after each token of PROMPT.
 
@@ -61,6 +66,7 @@ def lens_command(
 
         picture_format(picture)
         require_writable(picture)
+        require_replaceable([picture_output(picture)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
     reading = load_model(model).read(prompt, lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
     if as_json:
@@ -70,5 +76,5 @@ def lens_command(
 
         print_table(reading_table(reading, title))
     if picture is not None:
-        reading.save(picture, color, title)
+        reading.save(picture, color, title, force=force)
         note(f"Picture written to {picture}.")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import SeveralFiles, data_options, note, one_clear_error, parallel_option, sources_of
+from metalens.cli.common import FilePath, SeveralFiles, data_options, force_option, note, one_clear_error, parallel_option, sources_of
 from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
 from metalens.training import (
@@ -25,9 +25,11 @@ from metalens.training import (
     interruptible,
     train,
 )
+from metalens.training.callbacks import metrics_output
 from metalens.training.checkpoint import default_folder
 from metalens.training.interrupt import INTERRUPTED
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import require_replaceable
 
 
 class Notes(Callback):
@@ -67,16 +69,17 @@ class Notes(Callback):
     type=click.IntRange(min=1),
     help="Tokens after which reading stops.  [default: all tokens of files, the tokens that the run needs of hub data sets]",
 )
-@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Path of the lens: OUT.npz and OUT.json are written.")
+@click.option("--cache-dir", type=FilePath(file_okay=False), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
+@click.option("--out", required=True, type=FilePath(), help="Path of the lens: OUT.npz and OUT.json are written.")
 @training_options
-@click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.  [default: OUT.checkpoints]")
+@click.option("--checkpoint-dir", type=FilePath(file_okay=False), help="Folder for checkpoints.  [default: OUT.checkpoints]")
 @click.option("--checkpoint-every", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
-@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl", help="File for one line of JSON per step.")
+@click.option("--metrics", type=FilePath(dir_okay=False), metavar="FILE.jsonl", help="File for one line of JSON per step.")
 @click.option("--wandb", metavar="PROJECT", help="Project of Weights & Biases to report to; needs wandb.")
-@click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Folder for events of TensorBoard; needs tensorboardX.")
+@click.option("--tensorboard", type=FilePath(file_okay=False), help="Folder for events of TensorBoard; needs tensorboardX.")
 @parallel_option
+@force_option
 @one_clear_error
 def train_command(
     model: str,
@@ -96,11 +99,12 @@ def train_command(
     wandb: str | None,
     tensorboard: Path | None,
     parallel: Literal["data", "layers"],
+    force: bool,
     **options: Any,
 ) -> None:
     """Train a tuned lens for MODEL.
 
-    Ctrl-C ends the run after its step with a checkpoint, and --resume goes on from there.
+    Ctrl-C ends the run within about a second with a checkpoint, also in the warm start, and --resume goes on from there.
     """
     files = lens_files(out)
     folder = checkpoint_dir or default_folder(files[0])
@@ -108,7 +112,9 @@ def train_command(
     notes, callbacks = Notes(), []
     with group.together():
         if group.writes:
-            callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder)]
+            if metrics is not None:
+                require_replaceable([metrics_output(metrics)], force=force, inputs=[*data, *([] if config_file is None else [config_file])])
+            callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder, force)]
     try:
         with interruptible() as stop:
             train(
@@ -129,6 +135,7 @@ def train_command(
                 checkpoint_every=checkpoint_every,
                 stop=stop,
                 show_progress=True,
+                force=force,
                 **given_settings(options),
             )
     except NotEnoughDataError as error:
@@ -137,7 +144,8 @@ def train_command(
         raise UnfinishedRunError(error.folder, "go on with --resume, remove the folder, or give another --checkpoint-dir.") from error
     except TrainingInterruptedError as interruption:
         if group.writes:
-            note(f"{interruption} What it has learned is in {folder}. Go on with the same command and --resume.")
+            kept = f"What it has learned is in {folder}. " if interruption.learned else "There is nothing to keep yet. "
+            note(f"{interruption} {kept}Go on with the same command and --resume.")
         sys.exit(INTERRUPTED)
     if group.writes:
         if notes.first_step and not notes.steps:
@@ -153,12 +161,12 @@ def _in_words_of_the_command(error: NotEnoughDataError) -> NotEnoughDataError:
     return NotEnoughDataError(error.shortage, error.changes, f"Give more text, or one of: {options}.")
 
 
-def _reporters(metrics: Path | None, wandb: str | None, tensorboard: Path | None, checkpoints: Path) -> list[Callback]:
+def _reporters(metrics: Path | None, wandb: str | None, tensorboard: Path | None, checkpoints: Path, force: bool) -> list[Callback]:
     """Return the callbacks that were asked for (MissingPackageError, OSError)."""
     found: list[Callback] = []
     if metrics is not None:
         require_writable(metrics)
-        found.append(MetricsFile(metrics))
+        found.append(MetricsFile(metrics, force=force))
     if wandb is not None:
         found.append(WandB(wandb, run_file=checkpoints / "wandb-run"))
     if tensorboard is not None:

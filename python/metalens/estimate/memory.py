@@ -85,7 +85,7 @@ def plan(
         data: the text, in the forms that `train` takes: names of files, folders or hub data sets, texts, or token ids. None = not known yet.
         field: field or column that holds the text.
         split: split of hub data sets.
-        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`.
+        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`, and `tokens`, a budget, as in `train`.
 
     Raises:
         InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from metalens.evaluation.marginals import LogitStats, bias
 from metalens.evaluation.scores import Scores
 from metalens.evaluation.transfer import Transfer
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import Output, require_replaceable
 
 # The most layers that the text form of an evaluation shows.
 MOST_ROWS = 24
@@ -136,7 +138,38 @@ def _cells(kl: float, top1: float) -> str:
     return f"  {kl:z9.3f}  {100 * top1:5.1f}%"
 
 
-def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+
+
+def result_outputs(folder: str | Path) -> list[Output]:
+    """Return the files that `write_results` may write."""
+    folder = Path(folder).expanduser()
+    evaluation, metrics, stats = (folder / name for name in RESULTS)
+    return [
+        Output(evaluation, "an evaluation", lambda path: _has_keys(path, "tokens", "bytes_per_token", "layers")),
+        Output(metrics, "the metrics of an evaluation", lambda path: _has_keys(path, "baseline", "logit")),
+        Output(stats, "the statistics of an evaluation", _is_logit_stats),
+    ]
+
+
+def _has_keys(file: Path, *keys: str) -> bool:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= set(keys)
+
+
+def _is_logit_stats(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+    return "n" in names and all(name.endswith(("_marginal_probs", "_sufficient_stats")) for name in names - {"n"})
+
+
+def write_results(evaluation: Evaluation, folder: str | Path, *, force: bool = False) -> list[Path]:
     """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all.
 
     evaluation.json: `Evaluation.to_dict`. aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units
@@ -145,14 +178,24 @@ def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
         float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for
         large vocabularies.)
 
+    A logit_stats.npz of an earlier evaluation is deleted if this one has none.
+
+    Args:
+        evaluation: the results.
+        folder: the folder.
+        force: replace files of these names that are not of an evaluation.
+
     Returns:
         the files written.
 
     Raises:
+        NotOursError: if the folder has a file of these names that is not of an evaluation.
         ValueError: if a number has no JSON form (NaN, infinity).
         OSError: if a file cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    outputs = result_outputs(folder)
+    require_replaceable(outputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, data in (("evaluation.json", evaluation.to_dict()), ("aggregate_metrics.json", evaluation.to_upstream())):
@@ -167,4 +210,6 @@ def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
         with atomic_write(folder / "logit_stats.npz") as temporary:
             np.savez(temporary, allow_pickle=False, **arrays)
         written.append(folder / "logit_stats.npz")
+    elif outputs[-1].path.is_file():
+        outputs[-1].path.unlink()
     return written

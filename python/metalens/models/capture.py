@@ -14,6 +14,7 @@ import numpy as np
 
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError, MetalensError
+from metalens.utils.forked import require_own_threads
 
 # Where models keep their blocks, in the order of the search. `{}` is one of the names below, or the name that the caller gives.
 LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
@@ -166,6 +167,7 @@ class ResidualCapture:
             mx.eval([part.state for part in cache])  # else the next chunk would hold the whole graph of this one
 
     def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **options: Any) -> HiddenStates:
+        require_own_threads()
         recorder = _Recorder(self.layers, edits)
         with recorder.attached():
             logits = self.model(ids, **options)

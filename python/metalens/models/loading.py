@@ -31,6 +31,10 @@ def load(name: str) -> tuple[nn.Module, Any]:
         InvalidValueError: if mlx-lm cannot open it.
         OSError, UnavailableError, MissingPackageError: as `metalens.models.registry.path_of`.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
     path = path_of(name, make=True)
     missing = _what_is_wrong(Path(path))
     if missing and (Path(path).exists() or not re.fullmatch(HUB_ID, path)):
@@ -40,7 +44,8 @@ def load(name: str) -> tuple[nn.Module, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = load(path)
+            # False: by default transformers asks on a terminal whether to run the code of a tokenizer.
+            loaded = load(path, tokenizer_config={"trust_remote_code": False})
     except Exception as error:
         hub = f"{missing} The hub was asked for a model of that name:\n" if missing else ""
         raise InvalidValueError(

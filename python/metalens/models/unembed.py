@@ -272,7 +272,10 @@ def merged(module: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------- messages
 
 _ADVICE = " Pass norm=, head= or logit_transform= to describe the model's output layers."
-_DAMAGED = "The model's own logits are NaN on ordinary tokens: its weights are damaged. Load or convert the model again."
+_DAMAGED = (
+    "The model's own logits are NaN on ordinary tokens: its weights are damaged, or the model is float16 and its activations overflow. "
+    "Convert it to bfloat16 (mlx_lm.convert --dtype bfloat16), or load it again."
+)
 
 
 def _no_single_stream(last: mx.array) -> str:

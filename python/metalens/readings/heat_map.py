@@ -14,6 +14,7 @@ import numpy as np
 from metalens.readings.top_tokens import Predictions
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import picture_output, require_replaceable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,15 +140,21 @@ def picture_format(path: Path) -> str:
     return kind
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, *, force: bool = False) -> None:
     """Write a picture; the suffix tells the format. The file appears whole or not at all.
 
+    Args:
+        figure: the picture.
+        path: path of the file.
+        force: replace a file that is not a picture.
+
     Raises:
-        InvalidValueError: if matplotlib does not write this format.
+        InvalidValueError: if matplotlib does not write this format, or if the file exists and is not a picture.
         OSError: if the file cannot be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     kind = picture_format(path)
+    require_replaceable([picture_output(path)], force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=kind)

@@ -186,11 +186,16 @@ class Reading:
             **options | look,
         )
 
-    def save(self, path: str | Path, color: Color = "probability", title: str = "", **look: Any) -> None:
+    def save(self, path: str | Path, color: Color = "probability", title: str = "", *, force: bool = False, **look: Any) -> None:
         """Write the picture that `plot` draws. The suffix tells the format: .png, .pdf, .svg, ... The file appears whole or not at all.
 
+        Args:
+            path: path of the file.
+            color, title, look: as in `plot`.
+            force: replace a file that is not a picture.
+
         Raises:
-            InvalidValueError: if matplotlib does not know the suffix, or as `plot`.
+            InvalidValueError: if matplotlib does not know the suffix, if the file exists and is not a picture, or as `plot`.
             OSError: if the file cannot be written.
         """
-        save_figure(self.plot(color, title, **look), path)
+        save_figure(self.plot(color, title, **look), path, force=force)

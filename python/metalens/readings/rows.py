@@ -50,7 +50,8 @@ def require_finite(stats: LensStats) -> None:
     """
     if to_float(mx.any(mx.isnan(stats.lse))):
         raise InvalidValueError(
-            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights. Load, convert or train it again."
+            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights, or the model is float16 and overflows. "
+            "Convert the model to bfloat16 (mlx_lm.convert --dtype bfloat16); else load or train it again."
         )
 
 

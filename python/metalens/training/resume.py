@@ -16,7 +16,7 @@ from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.unembed import Unembed
 from metalens.training.batching import steps_together
-from metalens.training.checkpoint import Checkpoint, CheckpointFolder
+from metalens.training.checkpoint import Checkpoint, CheckpointFolder, parts_of
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus
 from metalens.training.distributed import Group
@@ -113,7 +113,7 @@ class RunCheckpoints:
         if self.root is None:
             return
         ours = f"-of-{self.group.size}" if self.group.divides_layers else None
-        parts = [path for path in sorted(self.root.path.glob("rank-*-of-*")) if any(path.glob("step-*"))]
+        parts = [part.path for part in parts_of(self.root.path)]
         others = [path for path in parts if ours is None or not path.name.endswith(ours)]
         if others or (ours is not None and self.root.steps()):
             how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"

@@ -84,7 +84,8 @@ def warm_start(
         regression.gram, regression.cross = total(regression.gram, regression.cross)
         if not to_float(regression.gram[-1, -1]) > 0 or not all(to_float(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
             raise InvalidValueError(
-                "The warm start saw no text, or hidden states that are not finite. Look for damaged weights or token ids outside the vocabulary."
+                "The warm start saw no text, or hidden states that are not finite. Look for damaged weights or token ids outside the vocabulary. "
+                "If the model is float16, its activations may overflow: convert it to bfloat16 (mlx_lm.convert --dtype bfloat16)."
             )
         weight, bias = regression.solution(ridge)
         solved[layer] = {"weight": weight, "bias": bias}

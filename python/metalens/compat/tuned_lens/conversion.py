@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from metalens.compat.tuned_lens.folder import is_tuned_lens, load, save
+from metalens.compat.tuned_lens.folder import folder_outputs, is_tuned_lens, load, save
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.lens_file import lens_files, lens_outputs
 from metalens.models.gguf import convert_gguf, is_gguf
+from metalens.utils.outputs import require_replaceable
 
 Format = Literal["tuned-lens", "metalens"]
 
@@ -36,6 +37,7 @@ def convert(
     *,
     hub: bool = False,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    force: bool = False,
 ) -> tuple[Path, Path]:
     """Read a lens of either format and write it in the other; or read a model in a GGUF file and write a folder in mlx-lm's format.
 
@@ -52,6 +54,7 @@ def convert(
             Face hub.
         dtype: number format of the tensors in tuned-lens's file (None = float32), or of a model (see
             `metalens.models.gguf.convert_gguf`, which also returns a report).
+        force: replace files of the target's names that are not a lens. The folder of a model must not exist.
 
     Returns:
         the two files written; of a model, config.json and model.safetensors.
@@ -60,20 +63,24 @@ def convert(
         FileNotFoundError: if there is no lens at the source.
         FileExistsError: if the folder of a model exists.
         MissingPackageError: if the `gguf` package is needed and not installed.
-        InvalidValueError: if the lens or the model is damaged, or tuned-lens's file needs the name of the model and it is not known.
+        InvalidValueError: if the lens or the model is damaged, if tuned-lens's file needs the name of the model and it is not known,
+            if the target is the source, or if a file of the target's name is not a lens.
     """
     if is_gguf(source):
         folder = convert_gguf(source, target, dtype).folder
         return folder / "config.json", folder / "model.safetensors"
     theirs = _is_theirs(source, hub)
     lens = load_lens(source, hub=hub)
+    sources = [*lens_files(source), *(output.path for output in folder_outputs(source))]
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
-        save(lens, target, model_name, dtype=dtype or "float32")
+        require_replaceable(folder_outputs(target), force=True, inputs=sources)
+        save(lens, target, model_name, dtype=dtype or "float32", force=force)
         return Path(target) / "params.pt", Path(target) / "config.json"
+    require_replaceable(lens_outputs(target), force=True, inputs=sources)
     full = lens.to_full()
     if model_name is not None:
         full.provenance["model"] = model_name
-    full.save(target)
+    full.save(target, force=force)
     return lens_files(target)
 
 
