@@ -16,6 +16,7 @@ import pytest
 from metalens import InterpretableModel
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train_loop
 from metalens.training.checkpoint import RECORD, STATE
+from metalens.training.resume import RunFacts
 from support.mocks import WordTokenizer
 
 LENGTH = 16
@@ -332,6 +333,24 @@ def test_another_model_is_refused(tiny, make_llama, ids, folder, change, message
     other = InterpretableModel(make_llama(**change))
     with pytest.raises(ValueError, match=f"run with other model: .*{message}"):
         train_loop(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+
+
+def test_a_fine_tuned_model_with_the_same_head_is_refused(tiny, make_llama, ids, folder):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    other = InterpretableModel(make_llama())
+    norm = other.model.model.layers[0].input_layernorm
+    norm.weight = norm.weight * 1.01
+    with pytest.raises(ValueError, match="run with other model: weights was 'sha256:.*' and is 'sha256:"):
+        train_loop(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+
+
+def test_a_checkpoint_that_knows_the_head_alone_is_resumed(tiny, ids, folder):
+    """Checkpoints of version 0.1.0 have no hash of all weights."""
+    begun(tiny, Corpus.from_ids(ids), folder)
+    facts = RunFacts(CONFIG, tiny.source, tiny.unembed)
+    record = facts.record()
+    del record["model"]["weights"]
+    facts.require_record(record)
 
 
 def test_another_text_is_refused(tiny, ids, folder):

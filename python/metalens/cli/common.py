@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------ output
 
+# Characters that JSON leaves as they are and that terminals obey: delete and C1 controls, and Unicode's direction marks.
+UNSAFE = re.compile("[\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+
 
 def note(text: str) -> None:
     """Print a line on stderr. A stderr that cannot be written never stops a command."""
@@ -49,8 +53,13 @@ def _discard_unwritten_notes() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on stdout. JSON has no infinity: such a number, as in --gradient-clip inf, is written as "inf"."""
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print JSON on stdout.
+
+    JSON has no infinity: such a number, as in --gradient-clip inf, is written as "inf". Control characters and characters that turn the direction of
+    the text are escaped, so that no token of a vocabulary can change the terminal.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:
@@ -181,6 +190,13 @@ def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
         )(command)
 
     return add
+
+
+def bos_option(command: F) -> F:
+    """Add --no-bos."""
+    return click.option(
+        "--no-bos", is_flag=True, help="Leave out the tokens that the tokenizer puts before a text, such as <bos>. Models with one need it as a rule."
+    )(command)
 
 
 def lens_option(command: F) -> F:

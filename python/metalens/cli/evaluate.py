@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from metalens.cli.common import (
     DEFAULT_LENGTH,
     FilePath,
     SeveralFiles,
+    bos_option,
     data_options,
     force_option,
     json_option,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from metalens.evaluation import EvaluationText
     from metalens.model import InterpretableModel
 
+READ_WHOLE = 1 << 28  # bytes of files that are tokenized whole, which takes a minute at most
 WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 
 
@@ -45,6 +48,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @data_options(required=True, split="test")
 @renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
+@bos_option
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
@@ -61,6 +65,7 @@ def eval_command(
     split: str,
     max_tokens: int | None,
     max_seq_len: int | None,
+    no_bos: bool,
     entropy: bool,
     logit_stats: bool,
     layer_transfer: bool,
@@ -89,6 +94,7 @@ def eval_command(
         lens,
         max_seq_len=max_seq_len,
         max_tokens=max_tokens,
+        bos=not no_bos,
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
         show_progress=True,
@@ -122,16 +128,19 @@ def _require_writable(picture: Path | None, out: Path | None, force: bool, input
 def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None) -> Callable[[InterpretableModel], EvaluationText]:
     """Find the sources of a text, and return a function that reads them for a model.
 
-    One plain text is read as it is. Other sources are joined as `train` joins them.
+    One plain text is read as it is. Other sources are joined as `train` joins them. Files of a moderate size are read
+    whole also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens.
     """
     from metalens.training.data import documents, find_sources, open_corpus
-    from metalens.training.data.readers import TextFile
+    from metalens.training.data.readers import FileSource, TextFile
 
     sources = sources_of(data)
     found = find_sources(sources, field=field, split=split)
     if len(found) == 1 and isinstance(found[0], TextFile):
         text = next(documents(found))
         return lambda _: text
+    if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in found) <= READ_WHOLE:
+        max_tokens = None
     return lambda model: open_corpus(sources, model.tokenizer, field=field, split=split, max_tokens=max_tokens)
 
 

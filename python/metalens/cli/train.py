@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import FilePath, SeveralFiles, data_options, force_option, note, one_clear_error, parallel_option, sources_of
+from metalens.cli.common import FilePath, SeveralFiles, bos_option, data_options, force_option, note, one_clear_error, parallel_option, sources_of
 from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
 from metalens.training import (
@@ -69,6 +69,7 @@ class Notes(Callback):
     type=click.IntRange(min=1),
     help="Tokens after which reading stops.  [default: all tokens of files, the tokens that the run needs of hub data sets]",
 )
+@bos_option
 @click.option("--cache-dir", type=FilePath(file_okay=False), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
 @click.option("--out", required=True, type=FilePath(), help="Path of the lens: OUT.npz and OUT.json are written.")
 @training_options
@@ -88,6 +89,7 @@ def train_command(
     split: str,
     join: Literal["eos", "packed"],
     max_tokens: int | None,
+    no_bos: bool,
     cache_dir: Path | None,
     out: Path,
     recipe: str | None,
@@ -131,6 +133,7 @@ def train_command(
                 split=split,
                 join=join,
                 max_tokens=max_tokens,
+                bos=not no_bos,
                 cache_dir=cache_dir,
                 checkpoint_every=checkpoint_every,
                 stop=stop,

@@ -100,6 +100,8 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     first = max(0, len(reading.tokens) - columns)
     several = any(len(best) > 1 for positions in reading.predictions.values() for best in positions)
     table = Table(title=_title(title), show_lines=several)
+    if first:
+        table.caption = f"The last {columns} of {len(reading.tokens)} tokens. --json and --save have more."
     table.add_column("", justify="right", no_wrap=True)
     for token in reading.tokens[first:]:
         table.add_column(Text(readable(token)), no_wrap=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metalens.models.context import context_in
 from metalens.ops.metal.cost import weight_bytes
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_attribute
@@ -136,6 +137,14 @@ def estimated_weight_bytes(d: ModelDimensions, tied: bool) -> int:
 
 Config = dict[str, Any]
 
+# Names that GPT-2's kind of configuration gives to a setting.
+OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("n_inner",),
+}
+
 
 def _read_config(folder: Path, model: str) -> Config:
     """Read config.json. The settings of its text model, if it has one, replace the others."""
@@ -147,7 +156,9 @@ def _read_config(folder: Path, model: str) -> Config:
         )
     config = _read_json(path)
     text_config = config.get("text_config")
-    return {**config, **text_config} if isinstance(text_config, dict) else config
+    found = {**config, **text_config} if isinstance(text_config, dict) else config
+    others = {name: next((found[other] for other in names if found.get(other)), None) for name, names in OTHER_NAMES.items() if name not in found}
+    return {**found, **{name: value for name, value in others.items() if value is not None}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -176,7 +187,7 @@ def _facts(folder: Path, config: Config, tensors: Tensors) -> ModelFacts:
         exact=total is not None,
         intermediate_size=per_expert * (active if experts > 1 else 1),
         activation_bytes=4 if _activation_type(tensors, config) in ("F32", "float32") else 2,
-        context_length=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
+        context_length=context_in(config),
     )
 
 

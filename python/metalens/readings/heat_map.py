@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,14 +25,33 @@ else:
 # Fonts that together cover most scripts. matplotlib takes each glyph from the first one that has it.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS")
 # The most characters of a token that fit into a cell.
-MAX_TOKEN = 11
+MAX_TOKEN = 12
+SPACE = "␣"
+SIGNS = {"\n": "⏎", "\t": "⇥"}
+# Categories of characters that cannot be seen: formats, surrogates, unassigned, private, separators.
+HIDDEN = ("Cf", "Cs", "Cn", "Co", "Zl", "Zp", "Zs")
 
 
 def readable(token: str) -> str:
-    """Return a token as one visible word: spaces and line ends get a sign, a long token is cut."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥")
-    shown = "␣" * len(shown) if shown.strip() == "" else shown.strip(" ")
+    """Return a token as visible characters on one line.
+
+    Line ends, tabs and spaces at the ends get a sign. Control characters, and others that show nothing or turn the
+    direction of the text, are spelled: <0x1B>, <U+202E>. A long token is cut.
+    """
+    body = token.strip(" ")
+    start = len(token) - len(token.lstrip(" "))
+    spaced = f"{SPACE * start}{body}{SPACE * (len(token) - start - len(body))}" if body else SPACE * len(token)
+    shown = "".join(map(_visible, spaced)).replace("><0x", "")  # <0xE6><0x97> is <0xE697>
     return shown if len(shown) <= MAX_TOKEN else shown[: MAX_TOKEN - 1] + "…"
+
+
+def _visible(character: str) -> str:
+    if character in SIGNS:
+        return SIGNS[character]
+    kind = unicodedata.category(character)
+    if kind == "Cc":
+        return f"<0x{ord(character):02X}>"
+    return f"<U+{ord(character):04X}>" if kind in HIDDEN and character != " " else character
 
 
 def lens_figure(
@@ -99,7 +119,8 @@ def lens_figure(
             range(len(columns)), [readable(token) for token in columns], rotation=35, ha="right", rotation_mode="anchor", parse_math=False
         )
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("token read")
+        left_out = len(tokens) - len(columns)
+        axes.set_xlabel(f"token read (the last {len(columns)} of {len(tokens)})" if left_out else "token read")
         if model_row is not None:
             axes.axhline(len(names) - 1.5, color="white", linewidth=2.5)
         if title:

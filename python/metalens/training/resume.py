@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.unembed import Unembed
+from metalens.models.weights import weights_hash
 from metalens.training.batching import steps_together
 from metalens.training.checkpoint import Checkpoint, CheckpointFolder, parts_of
 from metalens.training.config import TrainingConfig
@@ -38,10 +40,16 @@ class RunFacts:
     source: ResidualCapture
     unembed: Unembed
 
+    @cached_property
+    def weights(self) -> str:
+        """Return the hash of all weights of the model. A run does not change them."""
+        return weights_hash(self.source.model)
+
     def model(self) -> dict[str, Any]:
-        """Return the sizes of the model and the hash of its head."""
+        """Return the sizes of the model, the hash of its head and the hash of all weights."""
         head = provenance_of(self.unembed)["head"]
-        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+        sizes = {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size}
+        return {**sizes, "head": head, "weights": self.weights}
 
     def record(self) -> dict[str, Any]:
         """Return the facts for the record of a checkpoint.
@@ -58,6 +66,8 @@ class RunFacts:
         """
         for what, name in (("settings", "config"), ("model", "model"), ("forward passes", "capture")):
             theirs, ours = record.get(name, {}), self.record()[name]
+            if what == "model" and "weights" not in theirs:  # a checkpoint of version 0.1.0
+                ours = {key: value for key, value in ours.items() if key != "weights"}
             as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
             differ = [f"{key} was {theirs.get(key)!r} and is {as_json[key]!r}" for key in as_json if theirs.get(key) != as_json[key]]
             if differ:

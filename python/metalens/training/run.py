@@ -84,6 +84,7 @@ def train(
     split: str = "train",
     join: Literal["eos", "packed"] = "eos",
     max_tokens: int | None = None,
+    bos: bool = True,
     cache_dir: str | Path | None = None,
     checkpoint_every: int | None = 50,
     stop: Callable[[], bool] | None = None,
@@ -114,6 +115,8 @@ def train(
         split: split of hub data sets.
         join: how documents follow each other: 'eos' puts the EOS token between them; with 'packed' no sequence crosses the end of a document.
         max_tokens: number of tokens after which reading stops. None = all of the text; of hub data sets, the tokens that the run needs.
+        bos: put the tokens that the tokenizer puts before a text, often a beginning-of-sequence token, before every sequence, whatever the form of
+            the data. A Corpus has its own prefix. False = no sequence begins with them.
         cache_dir: folder for tokens. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         checkpoint_every: steps between checkpoints. None = write no checkpoints.
         stop: function that is called within and after every step. True writes a checkpoint and ends the run within about a second: see
@@ -134,7 +137,8 @@ def train(
         TrainingDivergedError: if every step was skipped, or the lens is not finite; an older lens at `out` stays.
         NotOursError: if a file of the name of `out` is not a lens.
         LockedError: if another run writes to `out` or to the checkpoints.
-        InvalidValueError, InvalidTypeError: for wrong settings, data or models, and for a checkpoint of another run.
+        InvalidValueError, InvalidTypeError: for wrong settings, data or models, for sequences longer than the model's table of positions, and for a
+            checkpoint of another run.
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
@@ -151,8 +155,11 @@ def train(
                 _claim(locks, out, folder, [*_files_of(inputs), *([config] if isinstance(config, (str, Path)) else [])], resume, force)
         model = model if isinstance(model, LanguageModel) else LanguageModel(model)
         name, settled = resolve(recipe, config, settings, model.default_sequence_length)
+        model.source.require_length(settled.max_seq_len)
         how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
         corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
+        if not bos or inputs is not data:  # a Corpus of the caller's has its own prefix
+            corpus = corpus.with_prefix(model.prefix if bos else ())
         model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
         require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, model.default_sequence_length)[1])
         steps: list[Progress] = []
@@ -263,4 +270,5 @@ def _remember(
         training["gradient_clip"] = "inf"  # JSON has no infinity
     if skipped:
         training["skipped_steps"] = skipped
-    lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, tokens=tokens, recipe=recipe, training=training)}
+    facts: dict[str, Any] = {"weights": model.weights_hash, "tokens": tokens, "recipe": recipe, "training": training}
+    lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, **facts)}

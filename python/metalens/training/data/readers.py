@@ -28,6 +28,9 @@ CUTS = [re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n"), re.compile(r"(?<=\S)(
 # A file that changed less than this many ns ago may change again within the clock tick of its time stamp: its hash is not remembered.
 SETTLED = 2_000_000_000
 
+# Fields that may hold conversations. The fingerprint of their text includes the chat template.
+CHAT_FIELDS = ("messages", "conversation")
+
 Identity = dict[str, Any]
 
 
@@ -37,10 +40,12 @@ class Piece(NamedTuple):
     Attributes:
         text: the text, which can be encoded as UTF-8.
         starts: whether a new document starts here.
+        chat: messages of a conversation, [{"role", "content"}, ...]; `text` is empty until the tokenizer's template makes it. None = plain text.
     """
 
     text: str
     starts: bool
+    chat: list[dict[str, str]] | None = None
 
 
 class Memory(Protocol):
@@ -94,6 +99,30 @@ def parts(text: str) -> Iterator[Piece]:
         yield Piece(text[start:end], starts=start == 0)
         start = end
     yield Piece(text[start:], starts=start == 0)
+
+
+def pieces_of(record: Any, field: str, where: str) -> Iterator[Piece]:
+    """Yield the document in a field of a record: a text, long ones in parts, or a conversation.
+
+    A field of CHAT_FIELDS may hold messages. A record with "prompt" and "completion" in its place is a conversation of these two.
+
+    Raises:
+        InvalidValueError: if there is neither; names the fields that the record has.
+    """
+    if field in CHAT_FIELDS and isinstance(record, dict):
+        value = record.get(field)
+        if value is None and {"prompt", "completion"} <= set(record):
+            value = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+        if isinstance(value, list):
+            yield Piece("", starts=True, chat=[_message(each, where) for each in value])
+            return
+    yield from parts(text_of(record, field, where))
+
+
+def _message(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
+        raise InvalidValueError(f'{where}: a message must be like {{"role": "user", "content": "..."}}. Fix or remove that conversation.')
+    return {"role": value["role"], "content": plain_text(value["content"], where)}
 
 
 def text_of(record: Any, field: str, where: str) -> str:
@@ -279,7 +308,7 @@ class JsonLines(FileSource):
                     raise InvalidValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
                 except (ValueError, RecursionError) as error:  # a number of too many digits, lists that are nested too deep
                     raise InvalidValueError(f"{where}: can't be read as JSON ({error}). Fix or remove that document.") from error
-                yield from parts(text_of(record, self.field, where))
+                yield from pieces_of(record, self.field, where)
         if empty:
             raise self._empty()
 
@@ -320,7 +349,7 @@ class ParquetFile(FileSource):
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
                     for value in batch.column(0).to_pylist():
                         row += 1
-                        yield from parts(text_of({self.field: value}, self.field, f"{self.path}, row {row}"))
+                        yield from pieces_of({self.field: value}, self.field, f"{self.path}, row {row}")
         except InvalidValueError:
             raise
         except (arrow.ArrowException, OSError, ValueError) as error:  # damaged pages, and strings that are not UTF-8
