@@ -298,6 +298,18 @@ def test_only_an_empty_folder_is_written(written, tmp_path):
             convert_gguf(file, tmp_path / taken)
 
 
+def test_a_disk_that_fills_leaves_nothing(written, tmp_path, monkeypatch):
+    file, _ = written("llama")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metalens.models.gguf.conversion.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(file, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         convert_gguf(tmp_path / "none.gguf", tmp_path / "folder")
