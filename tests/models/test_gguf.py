@@ -211,6 +211,12 @@ def test_rows_in_another_order():
     np.testing.assert_array_equal(unpacked(converted(tensor, mx.float32, order)), unpacked(converted(tensor, mx.float32))[order])
 
 
+def test_a_quantized_vector_is_refused():
+    tensor = tensor_of(Kind.Q8_0, rows=1)
+    with pytest.raises(InvalidValueError, match=r"shape \[512\]: quantized tensors are matrices"):
+        converted(Tensor(tensor.name, "Q8_0", (512,), tensor.data), mx.float32, np.array([1]))
+
+
 def test_numbers_beyond_float16_are_refused(written, tmp_path):
     file, _ = written("llama-tied-without-biases", Kind.F32)
     content = bytearray(file.read_bytes())
@@ -248,7 +254,10 @@ def changed(path, key, value):
         ("split.count", 3, "one of 3 parts"),
         ("llama.block_count", None, "does not say 'llama.block_count'"),
         ("llama.block_count", "three", "must be of type int, got 'three'"),
-        ("llama.block_count", 2, "does not fit mlx-lm's model"),
+        ("llama.block_count", 2, "says block_count 2, and its tensors have 3"),
+        ("llama.block_count", 2**30, "says block_count 1073741824"),
+        ("llama.embedding_length", 65, "says embedding_length 65, and its tensors have 64"),
+        ("llama.feed_forward_length", 95, "does not fit mlx-lm's model"),
         ("llama.attention.head_count", 3, "10|rows for 3 heads"),
         ("llama.attention.head_count", 0, "0 (attention )?heads"),
         ("tokenizer.ggml.merges", ["no such"], "merges 'no such'"),
@@ -287,6 +296,18 @@ def test_only_an_empty_folder_is_written(written, tmp_path):
     for taken in ("empty", "model.gguf"):
         with pytest.raises(FileExistsError, match="exists. Choose the name of a folder that does not exist"):
             convert_gguf(file, tmp_path / taken)
+
+
+def test_a_disk_that_fills_leaves_nothing(written, tmp_path, monkeypatch):
+    file, _ = written("llama")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metalens.models.gguf.conversion.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(file, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def test_files_that_are_none(tmp_path):

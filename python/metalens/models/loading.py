@@ -31,16 +31,16 @@ def load(name: str) -> tuple[nn.Module, Any]:
         InvalidValueError: if mlx-lm cannot open it.
         OSError, UnavailableError, MissingPackageError: as `metalens.models.registry.path_of`.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
     path = path_of(name, make=True)
     missing = _what_is_wrong(Path(path))
     if missing and (Path(path).exists() or not re.fullmatch(HUB_ID, path)):
         raise InvalidValueError(f"Could not load model '{name}'.\n{missing}")
     from mlx_lm import load  # slow to import, and not needed for a model that is already in memory
 
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

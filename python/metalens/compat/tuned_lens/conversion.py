@@ -54,7 +54,7 @@ def convert(
             Face hub.
         dtype: number format of the tensors in tuned-lens's file (None = float32), or of a model (see
             `metalens.models.gguf.convert_gguf`, which also returns a report).
-        force: replace files of the target's names that are not a lens.
+        force: replace files of the target's names that are not a lens. The folder of a model must not exist.
 
     Returns:
         the two files written; of a model, config.json and model.safetensors.
@@ -63,8 +63,8 @@ def convert(
         FileNotFoundError: if there is no lens at the source.
         FileExistsError: if the folder of a model exists.
         MissingPackageError: if the `gguf` package is needed and not installed.
-        InvalidValueError: if the lens or the model is damaged, if tuned-lens's file needs the name of the model and it is not known, if
-            the target is the source, or if a file of the target's name is not a lens.
+        InvalidValueError: if the lens or the model is damaged, if tuned-lens's file needs the name of the model and it is not known,
+            if the target is the source, or if a file of the target's name is not a lens.
     """
     if is_gguf(source):
         folder = convert_gguf(source, target, dtype).folder

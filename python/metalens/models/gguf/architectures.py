@@ -102,10 +102,11 @@ def _common(file: GGUFFile) -> Config:
 def _head_dim(m: Metadata, rotary: bool = False) -> int:
     """Return the size of a head; `rotary`: files of this architecture may say it as the number of rotated dimensions."""
     heads = m.setting("attention.head_count", int)
-    if not 0 < heads <= m.setting("embedding_length", int):
-        raise InvalidValueError(f"{m.path} is damaged: it says {heads} attention heads. Download it again.")
-    derived = m.setting("embedding_length", int) // heads
-    return m.setting("attention.key_length", int, m.setting("rope.dimension_count", int, derived) if rotary else derived)
+    derived = m.setting("embedding_length", int) // heads if heads > 0 else 0
+    size = m.setting("attention.key_length", int, m.setting("rope.dimension_count", int, derived) if rotary else derived)
+    if derived < 1 or size < 1:
+        raise InvalidValueError(f"{m.path} is damaged: it says {heads} attention heads of {size} numbers. Download it again.")
+    return size
 
 
 def _fraction(part: int, whole: int) -> float:
@@ -134,7 +135,7 @@ def _qwen3(file: GGUFFile) -> Config:
 
 def _phi3(file: GGUFFile) -> Config:
     config, m = _common(file), file.metadata
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    head_dim = _head_dim(m)
     return {
         **config,
         "partial_rotary_factor": _fraction(m.setting("rope.dimension_count", int, head_dim), head_dim),

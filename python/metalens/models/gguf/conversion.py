@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -18,6 +19,7 @@ from metalens.models.gguf.formats import AFFINE, DENSE, GROUP, Weight, converted
 from metalens.models.gguf.header import GGUFFile, Tensor, block_sizes, read_gguf
 from metalens.models.gguf.tokenizer import special_id, write_tokenizer
 from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import sync_folder
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -106,11 +108,21 @@ def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = N
         formats, remarks = _write(file, architecture, folder, name)
         _check(source, folder)
         folder.chmod(0o755)  # folders of mkdtemp are private
-        folder.replace(target)
+        publish(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Conversion(target, file.metadata.architecture, name, tuple(formats), tuple(remarks))
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Move a complete folder to its name. After a power failure too, the name has either all of its files or none."""
+    for path in folder.iterdir():
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())
+    sync_folder(folder)
+    folder.replace(target)
+    sync_folder(target.parent)
 
 
 def _default_dtype(file: GGUFFile, architecture: Architecture) -> Dtype:
@@ -124,6 +136,7 @@ def _default_dtype(file: GGUFFile, architecture: Architecture) -> Dtype:
 
 def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtype) -> tuple[list[FormatReport], list[str]]:
     """Write the four files. Return the report of each format, and remarks."""
+    embedding = _check_sizes(file)
     config = architecture.config(file)
     remarks = write_tokenizer(file.metadata, folder, int(config["max_position_embeddings"]))
     weights: dict[str, Weight] = {}
@@ -139,13 +152,13 @@ def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtyp
             raise InvalidValueError(f"{file.path} has a tensor {tensor.name!r}, which metalens does not know for {file.metadata.architecture}.")
         weights[path] = _weight(file, architecture, tensor, getattr(mx, dtype))
         kinds[path] = tensor.kind
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InvalidValueError(f"{file.path} is damaged: it has no tensor 'token_embd.weight'. Download it again.")
     arrays = {f"{path.rpartition('.')[0]}.{part}": a for path, w in weights.items() for part, a in _parts(path, w)}
     if config.get("attention_bias") or config.get("mlp_bias"):
         _add_missing_biases(arrays, config, int(config["num_hidden_layers"]))
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    try:
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    except RuntimeError as error:  # MLX's error for a full disk
+        raise OSError(f"Can't write {folder / 'model.safetensors'}: {error}. Is the disk full?") from error
     config |= {"model_type": architecture.model_type, "architectures": [architecture.classname], "vocab_size": embedding.shape[0]}
     config |= {"torch_dtype": dtype, **_special_ids(file), **_quantization(weights)}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -153,6 +166,18 @@ def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtyp
     for path, weight in weights.items():
         groups.setdefault((kinds[path], weight.bits), []).append(weight.error)
     return [FormatReport(kind, len(errors), bits, max(errors)) for (kind, bits), errors in groups.items()], remarks
+
+
+def _check_sizes(file: GGUFFile) -> Tensor:
+    """Check the sizes that the metadata says against the tensors, before a model of these sizes is made. Return the embedding."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InvalidValueError(f"{file.path} is damaged: it has no matrix 'token_embd.weight'. Download it again.")
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    for key, found in (("block_count", len(blocks)), ("embedding_length", embedding.shape[1])):
+        if (said := file.metadata.setting(key, int)) != found:
+            raise InvalidValueError(f"{file.path} is damaged: it says {key} {said}, and its tensors have {found}. Download it again.")
+    return embedding
 
 
 def _weight(file: GGUFFile, architecture: Architecture, tensor: Tensor, dtype: mx.Dtype) -> Weight:

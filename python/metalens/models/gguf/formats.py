@@ -66,8 +66,15 @@ def converted(tensor: Tensor, dtype: mx.Dtype, rows: np.ndarray | None = None, o
     Raises:
         InvalidValueError: if the gguf package can't read the format.
     """
+    with np.errstate(all="ignore"):  # numbers that are not finite give an error that is not
+        return _converted(tensor, dtype, rows, offset)
+
+
+def _converted(tensor: Tensor, dtype: mx.Dtype, rows: np.ndarray | None, offset: float) -> Weight:
     if tensor.kind in DENSE:
         return _dense(dequantized(tensor), dtype, rows, offset)
+    if len(tensor.shape) != 2:
+        raise InvalidValueError(f"Tensor {tensor.name} is {tensor.kind} and has the shape {list(tensor.shape)}: quantized tensors are matrices.")
     affine = affine_of(tensor)
     if affine is None:
         return _requantized(dequantized(tensor), dtype, rows)
