@@ -157,3 +157,36 @@ def test_a_broken_stderr_does_not_end_a_run(text, tmp_path, stderr):
     os.close(broken)
     assert process.returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["lens.checkpoints", "lens.json", "lens.npz"]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize("stdout", ["pipe without a reader", "closed"])
+def test_nobody_reads_the_results(tmp_path, options, stdout):
+    """No traceback and no message: the reader has gone because it had enough."""
+    run = "from metalens.cli import main; main()"
+    command = [sys.executable, "-c", run, "lens", "demo", "hi", "--layers", "7", *options]
+    if stdout == "closed":
+        code = "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"
+        process = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+        os.close(writer)
+    assert process.stderr.strip() == ""
+
+
+def test_two_processes_with_one_output(text, tmp_path):
+    """One of them trains, the other says who does; the lens is whole."""
+    run = "from metalens.cli import main; main()"
+    command = [sys.executable, "-c", run, "train", "demo", "--data", str(text), "--out", "lens", "--recipe", "mlxterp"]
+    command += ["--max-seq-len", "16", "--steps", "40", "--checkpoint-every", "2"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted((process.communicate(timeout=300)[1], process.returncode) for process in both)
+    codes = [code for _, code in said]
+    if codes != [0, 0]:  # one may have ended before the other began
+        assert sorted(codes) == [0, 1]
+        (refusal,) = [text for text, code in said if code]
+        assert "Error: Another run (pid " in refusal
+    TunedLens.load(tmp_path / "lens")
+    assert sorted(os.listdir(tmp_path)) == ["lens.checkpoints", "lens.json", "lens.npz"]
