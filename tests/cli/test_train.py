@@ -131,12 +131,12 @@ def test_too_little_text_says_what_is_missing_and_what_would_fit(train):
     assert "24 steps of 64 tokens need 1536 tokens" in message
     assert "--repeat" in message
     options = message.split("one of: ")[1].split(";")
-    assert [option.split()[0] for option in options[:2]] == ["--steps", "--tokens-per-step"]
+    assert [option.split()[0] for option in options[:2]] == ["--tokens-per-step", "--steps"]
     start = ("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32)
-    train(*start, *options[0].split())
-    steps = int(options[0].split()[1])
-    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
     train(*start, *options[1].split())
+    steps = int(options[1].split()[1])
+    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
+    train(*start, *options[0].split())
     train(*start, "--repeat")
 
 

@@ -29,11 +29,13 @@ from metalens.training.checkpoint import CheckpointFolder
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, Producer, Sampler, Step
 from metalens.training.distributed import Group, LayerPass
+from metalens.training.guard import Guard, GuardWarning, message
+from metalens.training.input_scale import InputScale, measured_scales
 from metalens.training.optimizer import gradient_norm
-from metalens.training.resume import RunCheckpoints, RunFacts
+from metalens.training.resume import RunCheckpoints, RunFacts, with_older_defaults
 from metalens.training.state import TrainingState, in_training_dtype
 from metalens.training.step import Sums, accumulate, no_sums
-from metalens.training.warm_start import warm_start
+from metalens.training.warm_start import regressions
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.progress_bar import token_bar
@@ -95,6 +97,7 @@ def train_loop(
             f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len."
         )
     group = group or Group()
+    config = with_older_defaults(config, checkpoints, group) if resume else config
     told = callbacks_of_process(callbacks, group.rank)
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
     of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed))
@@ -129,6 +132,7 @@ class _Run:
         self.parameters_per_layer = len(parameters_of(start.translators[self.layers[0]]))
         self.passes = group.passes(self.layers, config.layers_at_once)
         mine = group.layers_of(self.layers)
+        self.guard = Guard(self._new_sampler().held_back_sequences(), config, self.capture, unembed, group)
         self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), config) for layer in mine})
 
     def _identity(self) -> TunedLens:
@@ -173,8 +177,7 @@ class _Run:
 
     def _sampler(self) -> Sampler:
         """Return a sampler at the start of the text, which is long enough for a pass (NotEnoughDataError)."""
-        config = self.config
-        sampler = Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat)
+        config, sampler = self.config, self._new_sampler()
         if not config.repeat:
             start = sampler.state()
             if config.warm_start_tokens:
@@ -183,13 +186,18 @@ class _Run:
             sampler.restore(start)
         return sampler
 
+    def _new_sampler(self) -> Sampler:
+        """Return a sampler at the start of the text."""
+        config = self.config
+        return Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat, held_back=config.held_back_tokens)
+
     def _train_pass(self, layers: LayerPass, sampler: Sampler, bar: Any) -> None:
         """Make the remaining steps of a pass."""
         config, state = self.config, self.state
         if state.optimizer is None:
-            if config.warm_start_tokens:
-                self._warm_start(layers.layers, sampler)
-            state.start_pass(config, layers.layers)
+            scales = self._warm_start(layers.layers, sampler) if config.warm_start_tokens else self._scales(layers.layers, sampler)
+            state.start_pass(config, layers.layers, scales)
+            self._check(layers.layers)
         with Producer(step_groups(sampler, config, state.step, *self.group.data_rank)) as groups:
             for group in groups:
                 # With more processes than layers, some have no layer and need no hidden states.
@@ -198,18 +206,43 @@ class _Run:
                     if group.first + i < state.step:  # done before the checkpoint from which the run goes on
                         continue
                     self._step(data, hidden_states, layers, bar)
+                    self._check(layers.layers)
                     self._save_or_stop(group.resumable(i))
 
-    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> None:
-        """Replace the parameters of layers by the closed-form solution on the next tokens."""
+    def _check(self, layers: Sequence[int]) -> None:
+        """Let the guard check the layers, if it is time. Set back those that have become worse, and after the last step all to their best state."""
+        state, ended = self.state, self.state.step == self.config.num_steps
+        if not self.guard.due(state.step):
+            return
+        found = self.guard.kl(layers, state.parameters)
+        risen = state.best.worse(found, state.parameters)
+        for layer in layers if ended else risen:
+            state.set_back(layer)
+        if risen and (self.group.writes or self.group.divides_layers):
+            warnings.warn(message(risen, found, state.best.kl, state.step, ended), GuardWarning, stacklevel=2)
+
+    def _scales(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+        """Return the scale of the hidden states of the next step, if the optimizer needs it."""
+        if self.config.step_size != "loss" or not self.config.num_steps:
+            return {}
+        position = sampler.state()
+        data = sampler.take_step(self.config.step_tokens, *self.group.data_rank)
+        sampler.restore(position)
+        hidden_states = self.capture.hidden_states(data.sequences) if layers else ()
+        return measured_scales(hidden_states, layers, self.unembed.hidden_dim, self.group.sum_over_data)
+
+    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+        """Replace the parameters of layers by the closed-form solution on the next tokens. Return the scale of their hidden states."""
         config, group = self.config, self.group
         data = sampler.take_step(config.warm_start_tokens, *group.data_rank)
         hidden_states = self.capture.hidden_states(data.sequences)
-        solved = warm_start(hidden_states, layers, self.unembed.hidden_dim, config.ridge, group.sum_over_data)
-        for layer, parameters in solved.items():
+        found = regressions(hidden_states, layers, self.unembed.hidden_dim, group.sum_over_data)
+        for layer, regression in found.items():
+            parameters = dict(zip(("weight", "bias"), regression.solution(config.ridge), strict=True))
             # Rank 0 sends its solution: other processes may round theirs otherwise.
             self.state.parameters[layer] = in_training_dtype(parameters if group.divides_layers else group.broadcast(parameters), config)
         self.state.tokens += data.tokens
+        return {layer: regression.scale() for layer, regression in found.items()}
 
     def _step(self, data: Step, hidden_states: Iterable[HiddenStates], layers: LayerPass, bar: Any) -> None:
         """Sum over the tokens of a step, update every layer, and tell the callbacks."""
@@ -258,8 +291,8 @@ class _Run:
         state = self.state
         assert state.optimizer is not None
         clipped = scale * state.optimizer.clip(norm)
-        for layer, gradient in zip(sums.layers, sums.gradients, strict=True):
-            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped)
+        for layer, gradient, loss in zip(sums.layers, sums.gradients, to_list(sums.losses), strict=True):
+            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped, loss)
 
     def _tell(self, progress: Progress, bar: Any) -> None:
         """Tell the progress bar, the log and the callbacks about a step."""

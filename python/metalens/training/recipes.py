@@ -22,8 +22,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
         "num_steps": 250,
         "tokens_per_step": 2**18,
+        "guard_tokens": 512,
     },
-    # mlxterp's Tutorial 2: one sequence per step, in the order of the text, lr 1.0 on the mean over layers.
+    # mlxterp's Tutorial 2, which holds nothing back: one sequence per step, in the order of the text, lr 1.0 on the mean over layers.
     "mlxterp": {"optimizer": "sgd", "learning_rate": 1.0, "momentum": 0.9, "gradient_clip": 1.0, "num_steps": 250, "seed": None},
     # tuned-lens's second optimizer, without its amsgrad.
     "adam": {
@@ -35,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
         "num_steps": 250,
         "tokens_per_step": 2**18,
+        "guard_tokens": 512,
     },
     # The closed form, then Muon in many small steps, pulled toward the identity. With few tokens the number of steps and the pull decide, not the
     # size of a batch (docs/recipes.md). In 400 steps the pull shrinks what is not learned anew by a factor exp(-0.025 * 0.15 * 400 / 2) = 0.47
@@ -50,10 +52,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_steps": 400,
         "tokens_per_step": 2**14,
         "warm_start_tokens": 2**16,
+        "guard_tokens": 512,
     },
     # The paper's last version recommends Muon.
-    "muon": {"optimizer": "muon", "learning_rate": 0.02, "momentum": 0.9, "reduction": "sum", "num_steps": 250, "tokens_per_step": 2**15},
+    "muon": {
+        "optimizer": "muon",
+        "learning_rate": 0.02,
+        "momentum": 0.9,
+        "reduction": "sum",
+        "num_steps": 250,
+        "tokens_per_step": 2**15,
+        "guard_tokens": 512,
+    },
 }
+# The closed form alone: no step, and so no product with the head. With steps it is `fast`.
+RECIPES["ridge"] = RECIPES["fast"] | {"num_steps": 0}
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -71,7 +84,7 @@ def recipe(name: str, **settings: Any) -> TrainingConfig:
     """Return the configuration of a recipe.
 
     Args:
-        name: 'fast', 'paper', 'mlxterp', 'adam' or 'muon'.
+        name: 'fast', 'ridge', 'paper', 'mlxterp', 'adam' or 'muon'.
         settings: settings of TrainingConfig that replace the recipe's.
 
     Raises:

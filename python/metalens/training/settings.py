@@ -55,7 +55,7 @@ def resolve(
     if "max_seq_len" not in given:
         limits = (merged.get("max_seq_len", DEFAULT_SEQUENCE), context, merged.get("tokens_per_step"))
         merged["max_seq_len"] = min(limit or sys.maxsize for limit in limits)
-    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given:
+    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given and merged.get("num_steps") != 0:
         merged["warm_start_tokens"] = 0
     return name, TrainingConfig.from_dict(merged)
 
