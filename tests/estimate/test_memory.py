@@ -126,7 +126,7 @@ def test_advice_keeps_its_word():
     assert memory_of(facts, replace(shorter, layers_at_once=count)).total <= 11e9
     assert memory_of(facts, replace(shorter, layers_at_once=count + 1)).total > 11e9
     assert plan(facts, config=config, memory=2**40).advice == ()
-    assert [entry.option for entry in plan(facts, config=config, memory=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
+    assert [entry.option for entry in plan(facts, config=config, memory=16_150_000_000).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
     assert "The model alone takes" in plan_remarks(plan(facts, config=config, memory=10**9))[-1]
 
 

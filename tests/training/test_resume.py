@@ -29,6 +29,8 @@ from metalens.training import step as training_step
 
 LENGTH = 16
 SETTINGS = {"num_steps": 6, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH}
+BY_LOSS = {"step_size": "loss", "learning_rate": 0.1, "layer_rates": "equal"}
+BEFORE = {"step_size": "rate", "learning_rate": 0.025, "weight_decay": 0.15, "layer_rates": "distance"}  # the former settings of `fast`
 
 # Whatever changes what a checkpoint must hold.
 RUNS = {
@@ -45,7 +47,10 @@ RUNS = {
     "some layers": TrainingConfig(**SETTINGS, layers=(2, 0)),
     "low rank": recipe("muon", **SETTINGS, rank=3, seed=5),
     "biases": recipe("adam", **SETTINGS, bias_only=True),
-    "rates by distance": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "rates by distance": recipe("fast", **SETTINGS, **BEFORE, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "steps by the loss": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "steps by the loss, cold": recipe("muon", **SETTINGS, **BY_LOSS),
+    "steps by the loss, low rank, bfloat16": recipe("muon", **SETTINGS, **BY_LOSS, rank=3, seed=5, dtype="bfloat16"),
     "bfloat16": TrainingConfig(**SETTINGS, dtype="bfloat16", learning_rate=0.3, weight_decay=1e-2),
     "bfloat16, adam, low rank": recipe("adam", **SETTINGS, dtype="bfloat16", rank=2, seed=4),
     "bfloat16, muon, warm": recipe("muon", **SETTINGS, dtype="bfloat16", warm_start_tokens=40, layers_at_once=2),
@@ -245,7 +250,7 @@ def test_a_solved_warm_start_is_not_repeated(tiny, ids, tmp_path, monkeypatch, n
     with pytest.raises(RuntimeError, match="killed"):
         train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, callbacks=[Killed()])
     assert seen == folder.steps() == [0]
-    monkeypatch.setattr(loop, "warm_start", None)
+    monkeypatch.setattr(loop, "regressions", None)
     assert bits(train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, resume=True)) == bits(straight)
 
 

@@ -74,6 +74,15 @@ def test_a_variant_needs_no_word_about_the_recipes_warm_start(monkeypatch):
         resolve("warm", None, {"rank": 4, "warm_start_tokens": 100})
 
 
+def test_the_closed_form_alone_needs_full_matrices():
+    assert resolve("ridge", None, {})[1].num_steps == 0
+    assert resolve("ridge", None, {})[1].warm_start_tokens == 2**16
+    assert resolve("ridge", None, {"rank": 4, "num_steps": 3})[1].warm_start_tokens == 0
+    for variant in ({"rank": 4}, {"bias_only": True}):
+        with pytest.raises(ValueError, match="The closed form gives full matrices"):
+            resolve("ridge", None, variant)
+
+
 def test_a_dict_and_a_complete_configuration():
     assert resolve(None, {"recipe": "adam", "num_steps": 3}, {"num_steps": 4}) == resolve("adam", None, {"num_steps": 4})
     config = recipe("muon", num_steps=7, max_seq_len=32, repeat=True)

@@ -197,9 +197,14 @@ def _parameter_bytes(config: TrainingConfig) -> int:
     return 2 if config.dtype == "bfloat16" else 4
 
 
+def _arrays_per_parameter(config: TrainingConfig) -> int:
+    """Return the arrays of the optimizer's state, and of the guard's best state, for each parameter."""
+    return STATES[config.optimizer] + (config.held_back_tokens > 0)
+
+
 def _disk(d: ModelDimensions, config: TrainingConfig, layers: _Layers) -> Disk:
     params = translator_params(d.hidden_size, config)
-    checkpoint = (layers.of_process + layers.at_once * STATES[config.optimizer]) * params * _parameter_bytes(config)
+    checkpoint = (layers.of_process + layers.at_once * _arrays_per_parameter(config)) * params * _parameter_bytes(config)
     return Disk(lens=layers.trained * params * 4, checkpoints=2 * checkpoint, new_checkpoint=checkpoint)
 
 
@@ -214,7 +219,7 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
     if config.num_steps == 0:
         captured_tokens, loss_tokens = 0, 0
     one_gradient = 4 * params if config.num_steps else 0
-    state = layers.at_once * STATES[config.optimizer] * params * number
+    state = layers.at_once * _arrays_per_parameter(config) * params * number
     gradients = layers.at_once * one_gradient
     hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens)
     logits = logit_bytes(facts.dimensions, layers.at_once, loss_tokens) if loss_tokens else 0

@@ -24,7 +24,7 @@ class Memory:
         program: Python, MLX and the tokenizer.
         model: weights of the model.
         translators: translators in training.
-        optimizer_state: state of the optimizer.
+        optimizer_state: state of the optimizer, and the best states that the guard keeps.
         gradients: gradients of the translators.
         hidden_states: captured hidden states of a batch and what is computed from them, except logits.
         logits: logits of the lens and their gradients that exist at once.

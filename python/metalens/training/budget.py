@@ -8,6 +8,7 @@ The rules, for every recipe:
   and are noisy. So there are as many steps as the recipe has, of the size that this leaves, from 128 tokens to the recipe's own size. A small budget
   takes fewer steps of 128 tokens, and one larger than the recipe takes more steps of the recipe's size.
 * A setting that the caller gives stays as it is, as far as the tokens reach.
+* The tokens that the guard holds back, at most 1/16 as many, are not among them: they come from the text beside the budget.
 """
 
 from __future__ import annotations

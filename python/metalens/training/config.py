@@ -19,6 +19,7 @@ import numpy as np
 from metalens.utils.errors import InvalidValueError
 
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
+HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most 1 in so many
 
 
 def _setting(default: Any, help: str, *, at_least: int | None = None, unset: str | None = None, example: Any = None) -> Any:
@@ -88,6 +89,17 @@ class TrainingConfig:
         "Learning rates of layers after a warm start: equal, or proportional to the distance that the warm start moved the layer "
         "(root mean square of the singular values of W - I), so that early layers take longer steps.",
     )
+    guard_tokens: int = _setting(
+        0,
+        "Tokens that are held back from training, at most 1/16 of the text and of the run: a layer that gets worse on them goes back to its best "
+        "state with half the rate, and at the end every layer has its best checked state. 0 = no guard.",
+        at_least=0,
+    )
+    step_size: Literal["rate", "loss"] = _setting(
+        "rate",
+        "Length of Muon's steps: rate = the learning rate, in W; loss = so long that, by the gradient, a step takes the learning rate (0.1: a tenth) "
+        "off the layer's loss, in coordinates divided by the rms of each dimension.",
+    )
     dtype: Literal["float32", "bfloat16"] = _setting(
         "float32", "Type of parameters and optimizer state; bfloat16 is rounded stochastically and takes half the memory."
     )
@@ -108,8 +120,14 @@ class TrainingConfig:
         self._check_fields()
         if self.bias_only and self.rank is not None:
             raise InvalidValueError("A lens is either of low rank or has biases only: give rank or bias_only, not both.")
+        if self.warm_start_tokens and not self.num_steps and (self.bias_only or self.rank is not None):
+            raise InvalidValueError(
+                "The closed form gives full matrices: a lens of low rank or of biases needs steps (num_steps, and a recipe with steps)."
+            )
         if self.warm_start_tokens and (self.bias_only or self.rank is not None):
             raise InvalidValueError("The warm start gives full matrices: set warm_start_tokens to 0 for rank or bias_only.")
+        if self.step_size == "loss" and self.optimizer != "muon":
+            raise InvalidValueError(f"step_size 'loss' is of the optimizer muon, not of {self.optimizer}: give step_size='rate'.")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise InvalidValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
 
@@ -148,6 +166,11 @@ class TrainingConfig:
     def total_tokens(self) -> int:
         """Return the number of tokens that one pass over the text needs, those of the warm start included."""
         return self.num_steps * self.step_tokens + self.warm_start_tokens
+
+    @property
+    def held_back_tokens(self) -> int:
+        """Return the number of tokens to hold back for the guard, as far as the text allows."""
+        return min(self.guard_tokens, self.total_tokens // HELD_BACK) if self.num_steps else 0
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +29,13 @@ from metalens.training.checkpoint import CheckpointFolder
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, Producer, Sampler, Step
 from metalens.training.distributed import Group, LayerPass
+from metalens.training.guard import Guard, GuardWarning, message
+from metalens.training.input_scale import InputScale, measured_scales
 from metalens.training.optimizer import gradient_norm
-from metalens.training.resume import RunCheckpoints, RunFacts
+from metalens.training.resume import RunCheckpoints, RunFacts, with_older_defaults
 from metalens.training.state import TrainingState, in_training_dtype
 from metalens.training.step import Sums, accumulate, no_sums
-from metalens.training.warm_start import warm_start
+from metalens.training.warm_start import regressions
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.progress_bar import PhaseBar
@@ -115,6 +117,7 @@ def train_loop(
             f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len."
         )
     group = group or Group()
+    config = with_older_defaults(config, checkpoints, group) if resume else config
     told = callbacks_of_process(callbacks, group.rank)
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
     of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed))
@@ -152,6 +155,7 @@ class _Run:
         self.parameters_per_layer = len(parameters_of(start.translators[self.layers[0]]))
         self.passes = group.passes(self.layers, config.layers_at_once)
         mine = group.layers_of(self.layers)
+        self.guard = Guard(self._new_sampler().held_back_sequences(), config, self.capture, unembed, group)
         self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), config) for layer in mine})
 
     def _identity(self) -> TunedLens:
@@ -196,8 +200,7 @@ class _Run:
 
     def _sampler(self) -> Sampler:
         """Return a sampler at the start of the text, which is long enough for a pass (NotEnoughDataError)."""
-        config = self.config
-        sampler = Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat)
+        config, sampler = self.config, self._new_sampler()
         if not config.repeat:
             start = sampler.state()
             if config.warm_start_tokens:
@@ -206,11 +209,18 @@ class _Run:
             sampler.restore(start)
         return sampler
 
+    def _new_sampler(self) -> Sampler:
+        """Return a sampler at the start of the text."""
+        config = self.config
+        return Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat, held_back=config.held_back_tokens)
+
     def _train_pass(self, layers: LayerPass, sampler: Sampler) -> None:
         """Make the remaining steps of a pass."""
         config, state = self.config, self.state
         if state.optimizer is None:
             self._start_pass(layers.layers, sampler)
+        else:
+            self._check(layers.layers, sampler.state())  # the run may have been stopped in the check after its newest step
         if config.num_steps:
             self.bar.start("training the lens", len(self.passes) * config.num_steps * config.step_tokens, self._steps_done * config.step_tokens)
         with Producer(step_groups(sampler, config, state.step, *self.group.data_rank)) as groups:
@@ -226,40 +236,75 @@ class _Run:
                         self._step(data, hidden_states, layers)
                     except _StopNow:
                         self._stopped_within_a_step(group.position)
+                    self._check(layers.layers, group.resumable(i))
                     self._save_or_stop(group.resumable(i))
 
     def _start_pass(self, layers: Sequence[int], sampler: Sampler) -> None:
         """Make the closed-form solution of the layers, if the settings ask for it, and the optimizer. Keep the solution in a checkpoint."""
         config, state = self.config, self.state
-        if not config.warm_start_tokens:
-            state.start_pass(config, layers)
-            return
         start = sampler.state()
         try:
-            self._warm_start(layers, sampler)
+            scales = self._warm_start(layers, sampler) if config.warm_start_tokens else self._scales(layers, sampler)
         except _StopNow:
-            sampler.restore(start)
             learned = self._steps_done > 0  # the steps of the passes before, whose end has a checkpoint
-            raise TrainingInterruptedError("Stopped within the warm start, which begins anew.", learned) from None
-        state.start_pass(config, layers)
-        if state.pass_index and self.group.divides_layers:
+            at = "the warm start" if config.warm_start_tokens else "the first step"
+            raise TrainingInterruptedError(f"Stopped within {at}, which begins anew.", learned) from None
+        finally:
+            if not config.warm_start_tokens:
+                sampler.restore(start)  # the tokens of the scales are those of the first step
+        state.start_pass(config, layers, scales)
+        self._check(layers, sampler.state())
+        if not config.warm_start_tokens or (state.pass_index and self.group.divides_layers):
             return  # its number is that of the checkpoint before it, and another process may have that one as its newest
         self._save(sampler.state())
 
-    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> None:
-        """Replace the parameters of layers by the closed-form solution on the next tokens."""
+    def _check(self, layers: Sequence[int], position: dict[str, Any]) -> None:
+        """Let the guard check the layers, if it is time. Set back those that have become worse, and after the last step all to their best state.
+
+        If the run is to stop, it ends without the check, which a resumed run makes first. `position` is where it goes on.
+        """
+        state, ended = self.state, self.state.step == self.config.num_steps
+        if state.checked == state.step or not self.guard.due(state.step):
+            return
+        self.work = time.monotonic(), self.guard.tokens, 0
+        try:
+            found = self.guard.kl(layers, state.parameters, self._pause, self._worked)
+        except _StopNow:
+            self._stopped_within_a_step(position)
+        self.work, state.checked = None, state.step
+        risen = state.best.worse(found, state.parameters)
+        for layer in layers if ended else risen:
+            state.set_back(layer)
+        if risen and (self.group.writes or self.group.divides_layers):
+            warnings.warn(message(risen, found, state.best.kl, state.step, ended), GuardWarning, stacklevel=2)
+
+    def _scales(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+        """Return the scale of the hidden states of the next step, if the optimizer needs it."""
+        if self.config.step_size != "loss" or not self.config.num_steps:
+            return {}
+        data = sampler.take_step(self.config.step_tokens, *self.group.data_rank)
+        self.work = time.monotonic(), data.tokens, 0
+        hidden_states = self._counted(self.capture.hidden_states(data.sequences, self._pause)) if layers else ()
+        found = measured_scales(hidden_states, layers, self.unembed.hidden_dim, self.group.sum_over_data)
+        self.work = None
+        return found
+
+    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+        """Replace the parameters of layers by the closed-form solution on the next tokens. Return the scale of their hidden states."""
         config, group = self.config, self.group
         data = sampler.take_step(config.warm_start_tokens, *group.data_rank)
         self.bar.start("warm start", data.tokens)
         self.work = time.monotonic(), data.tokens, 0
         hidden_states = self._counted(self.capture.hidden_states(data.sequences, self._pause))
-        solved = warm_start(hidden_states, layers, self.unembed.hidden_dim, config.ridge, group.sum_over_data)
+        found = regressions(hidden_states, layers, self.unembed.hidden_dim, group.sum_over_data)
         self.work = None
         self.bar.reach(data.tokens)
-        for layer, parameters in solved.items():
+        for layer, regression in found.items():
+            parameters = dict(zip(("weight", "bias"), regression.solution(config.ridge), strict=True))
             # Rank 0 sends its solution: other processes may round theirs otherwise.
             self.state.parameters[layer] = in_training_dtype(parameters if group.divides_layers else group.broadcast(parameters), config)
         self.state.tokens += data.tokens
+        return {layer: regression.scale() for layer, regression in found.items()}
 
     def _counted(self, passes: Iterable[HiddenStates]) -> Iterator[HiddenStates]:
         """Yield forward passes, and count their tokens when they are used up."""
@@ -271,10 +316,14 @@ class _Run:
     def _done(self, tokens: int) -> None:
         """Count tokens of the step or warm start at hand as done."""
         tokens *= self.group.data_rank[1]  # the other processes are about as far
+        self._worked(tokens)
+        self.bar.advance(tokens)
+
+    def _worked(self, tokens: int) -> None:
+        """Count tokens of the work at hand as done, whose time decides whether it is finished when the run is to stop."""
         if self.work is not None:
             start, total, done = self.work
             self.work = start, total, done + tokens
-        self.bar.advance(tokens)
 
     def _pause(self) -> None:
         """Move the progress bar, and leave the step or warm start at hand (_StopNow) if the run is to stop and it would take long to finish.
@@ -291,8 +340,8 @@ class _Run:
             self.work = None
             raise _StopNow
 
-    def _stopped_within_a_step(self, position: dict[str, Any]) -> None:
-        """End the run. The sums of the step are dropped; `position` is where the run goes on."""
+    def _stopped_within_a_step(self, position: dict[str, Any]) -> NoReturn:
+        """End the run. The sums of the step, or of a check, are dropped; `position` is where the run goes on."""
         state = self.state
         warm = bool(self.config.warm_start_tokens)
         learned = self._steps_done > 0 or warm
@@ -357,8 +406,8 @@ class _Run:
         state = self.state
         assert state.optimizer is not None
         clipped = scale * state.optimizer.clip(norm)
-        for layer, gradient in zip(sums.layers, sums.gradients, strict=True):
-            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped)
+        for layer, gradient, loss in zip(sums.layers, sums.gradients, to_list(sums.losses), strict=True):
+            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped, loss)
 
     def _tell(self, progress: Progress) -> None:
         """Tell the progress bar, the log and the callbacks about a step."""

@@ -56,7 +56,7 @@ def resolve(
     given = {key: value for key, value in given.items() if key != "recipe"} | dict(settings)
     tokens = given.pop("tokens", None)
     merged = ({} if name is None else DEFAULTS | settings_of(name)) | given
-    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given:
+    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given and merged.get("num_steps") != 0:
         merged["warm_start_tokens"] = 0
     longest = min(limit or sys.maxsize for limit in (merged.get("max_seq_len", DEFAULT_SEQUENCE), context))
     chosen: Mapping[str, Any] = given

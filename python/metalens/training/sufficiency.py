@@ -8,6 +8,7 @@ from typing import Any
 
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, NotEnoughDataError, Sampler
+from metalens.training.data.sampler import MOST_HELD
 from metalens.utils.errors import InvalidValueError
 
 
@@ -29,14 +30,14 @@ def require_enough(corpus: Corpus, config: TrainingConfig, with_budget: Callable
     start = f"{config.warm_start_tokens} tokens of the warm start and " if config.warm_start_tokens else ""
     raise NotEnoughDataError(
         f"Not enough text: {start}{config.num_steps} steps of {config.step_tokens} tokens need {config.total_tokens} tokens, "
-        f"the text has {Sampler(corpus, config.max_seq_len).total_tokens}.",
+        f"the text has {Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens).total_tokens}.",
         [*settings_that_fit(corpus, config, with_budget), {"repeat": True}],
     )
 
 
 def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
     """Tell whether the text is long enough for one pass of the run without repetition."""
-    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed)
+    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed, held_back=config.held_back_tokens)
     try:
         if config.warm_start_tokens:
             sampler.take_step(config.warm_start_tokens)
@@ -49,8 +50,12 @@ def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
 def settings_that_fit(corpus: Corpus, config: TrainingConfig, with_budget: Callable[[int], TrainingConfig]) -> list[dict[str, Any]]:
     """Return changes of the settings with which the text suffices, [{setting: value}, ...].
 
-    The budget comes first, then smaller steps. Fewer steps of the same size are no advice: the number of steps decides (docs/recipes.md).
+    The budget comes first, then smaller steps. Fewer steps of the same size are no advice: the number of steps decides (docs/recipes.md). A run
+    without steps needs fewer tokens for the closed form.
     """
+    if not config.num_steps:
+        tokens = _largest(config.warm_start_tokens, lambda n: suffices(corpus, replace(config, warm_start_tokens=n)))
+        return [{"warm_start_tokens": tokens}] if tokens else []
     found: list[dict[str, Any]] = []
     if budget := budget_that_fits(corpus, config.max_seq_len, with_budget):
         found.append({"tokens": budget})
@@ -63,7 +68,7 @@ def settings_that_fit(corpus: Corpus, config: TrainingConfig, with_budget: Calla
 def budget_that_fits(corpus: Corpus, length: int, with_budget: Callable[[int], TrainingConfig]) -> int:
     """Return a budget in tokens, in round numbers, that uses most of the text; 0 if there is none.
 
-    Whole sequences may take a little more than a budget, so a budget of the whole text may be too much.
+    Whole sequences may take a little more than a budget, and the guard holds some back, so a budget of the whole text may be too much.
     """
     total = Sampler(corpus, length).total_tokens
     unit = 10 ** max(0, len(str(total)) - 2)
@@ -86,5 +91,9 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def tokens_to_read(config: TrainingConfig) -> int:
-    """Return the largest number of tokens that a run can need: every step, and the warm start, may take up to a sequence more than it asks for."""
-    return config.total_tokens + (config.num_steps + 1) * config.max_seq_len
+    """Return the largest number of tokens that a run can need.
+
+    Every step, and the warm start, may take up to a sequence more than it asks for; the guard holds a few sequences back.
+    """
+    held_back = MOST_HELD * config.max_seq_len if config.held_back_tokens else 0
+    return config.total_tokens + (config.num_steps + 1) * config.max_seq_len + held_back
