@@ -15,7 +15,7 @@ import numpy as np
 from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_precision
 from metalens.ops.metal import matmul as metal_matmul
 from metalens.ops.stats import logits_stats
-from metalens.ops.weight import NATIVE_FORMATS
+from metalens.ops.weight import KERNEL_FORMATS
 from support import oracle
 
 TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -82,7 +82,7 @@ RESULTS: dict[Cell, Errors] = {}
 def formats() -> Iterator[tuple[str, int, int]]:
     """Yield (mode, bits, group size) of all formats that the kernels read."""
     yield ("dense", 0, 0)
-    for mode, (widths, group_sizes) in NATIVE_FORMATS.items():
+    for mode, (widths, group_sizes) in KERNEL_FORMATS.items():
         for bits in widths:
             for group_size in group_sizes:
                 yield (mode, bits, group_size)

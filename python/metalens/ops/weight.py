@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # {mode: (bits, group sizes)} that the native and the Metal kernels read.
-NATIVE_FORMATS = {
+KERNEL_FORMATS = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
@@ -53,7 +53,7 @@ def unreadable(w: Weight) -> str:
     """Return the reason why the native and the Metal kernels can't read this matrix, or ''."""
     if w.scales is None:
         return "" if w.values.dtype in FLOATS and w.values.ndim == 2 else f"the kernels read no dense weights {w.values.dtype} {w.values.shape}"
-    bits, group_sizes = NATIVE_FORMATS.get(w.mode, ((), ()))
+    bits, group_sizes = KERNEL_FORMATS.get(w.mode, ((), ()))
     if w.bits not in bits or w.group_size not in group_sizes:
         return f"the kernels read no {w.mode} weights of {w.bits} bits in groups of {w.group_size}"
     if w.mode == "affine" and (w.biases is None or w.scales.dtype not in FLOATS or w.biases.dtype != w.scales.dtype):

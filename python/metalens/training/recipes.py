@@ -86,7 +86,7 @@ def recipe(name: str, **settings: Any) -> TrainingConfig:
     """Return the configuration of a recipe.
 
     Args:
-        name: 'fast', 'ridge', 'paper', 'mlxterp', 'adam' or 'muon'.
+        name: name of a recipe, a key of RECIPES.
         settings: settings of TrainingConfig that replace the recipe's.
 
     Raises:

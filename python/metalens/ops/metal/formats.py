@@ -7,7 +7,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from metalens.ops.weight import NATIVE_FORMATS, Weight
+from metalens.ops.weight import KERNEL_FORMATS, Weight
 
 ELEMENTS = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 
@@ -47,7 +47,7 @@ def _made(mode: str, bits: int, group_size: int, dtype: mx.Dtype | None) -> Form
 
 
 def format_of(w: Weight) -> Format:
-    """Return the format of a weight for which `kernels_support` is true. The same format is the same object, which caches rely on."""
+    """Return the format of a weight for which `unreadable` is ''. The same format is the same object, which caches rely on."""
     if w.scales is None:
         return _made("dense", 0, 0, w.values.dtype)
     return _made(w.mode, w.bits, w.group_size, w.scales.dtype if w.mode == "affine" else None)
@@ -64,7 +64,7 @@ def all_formats() -> list[Format]:
     dense = [_made("dense", 0, 0, dtype) for dtype in ELEMENTS]
     quantized = [
         _made(mode, bits, group_size, dtype)
-        for mode, (widths, group_sizes) in NATIVE_FORMATS.items()
+        for mode, (widths, group_sizes) in KERNEL_FORMATS.items()
         for bits in widths
         for group_size in group_sizes
         for dtype in (ELEMENTS if mode == "affine" else (None,))
