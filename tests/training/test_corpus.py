@@ -215,7 +215,7 @@ def test_batches_do_not_matter(tmp_path, cache, monkeypatch, demo, batch):
     seen = []
     got = open_corpus(path, demo, cache_dir=tmp_path / "other", progress=seen.append)
     assert got.ids.tolist() == expected.ids.tolist()
-    assert (sum(seen), len(seen)) == (got.tokens, -(-20 // batch))
+    assert (sum(seen), len(seen), seen[0]) == (got.tokens, 1 + -(-20 // batch), 0)
 
 
 def test_workers_do_not_matter(tmp_path, cache, monkeypatch, demo):

@@ -64,7 +64,9 @@ def lens_command(
     reading = load_model(model).read(prompt, lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
     if as_json:
-        print_json({"tokens": reading.tokens, "layers": {str(layer): rows for layer, rows in reading.predictions.items()}})
+        predictions = {str(layer): rows for layer, rows in reading.predictions.items()}
+        untranslated = [layer for layer in reading.layers if layer in reading.untranslated]
+        print_json({"tokens": reading.tokens, "layers": predictions, "untranslated": untranslated})
     else:
         from metalens.display.tables import reading_table
 

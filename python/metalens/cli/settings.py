@@ -88,6 +88,14 @@ def training_options(command: F) -> F:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="JSON or TOML file of settings, and 'recipe', as in examples/train.toml. They override the recipe; options override them.",
         ),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=1),
+            help="Budget: tokens of the text in all, which the recipe divides between warm start, steps and tokens per step.",
+        ),
+        click.option(
+            "--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes on this machine, by a probe of about a second."
+        ),
         *map(setting_option, fields(TrainingConfig)),
     ]
     for option in reversed(options):

@@ -27,25 +27,47 @@ from metalens.training import (
 )
 from metalens.training.checkpoint import default_folder
 from metalens.training.interrupt import INTERRUPTED
+from metalens.utils.errors import MetalensError
 from metalens.utils.files import require_writable
 
 
+def what_it_takes(model: str, recipe: str | None, config: TrainingConfig) -> str:
+    """Say in a line what a run takes, and if that is more than an hour, which budget takes ten minutes. "" = the model's shape is not known."""
+    from metalens.display.format import duration, gigabytes
+    from metalens.estimate.memory import plan
+
+    try:
+        found = plan(model, recipe, config=config, measure=True)
+    except (MetalensError, OSError):
+        return ""
+    assert found.duration is not None
+    parts = [f"{config.total_tokens * found.passes:,} tokens", f"{duration(found.duration.total)} on this machine", gigabytes(found.total)]
+    line = f"The run takes about {parts[0]}, {parts[1]}, {parts[2]} of memory."
+    return line if found.short_budget is None else f"{line} --tokens {found.short_budget} would take ten minutes."
+
+
 class Notes(Callback):
-    """Says on stderr where a resumed run goes on, and whether a step was left to do.
+    """Says on stderr what a run takes, or where a resumed run goes on, and whether a step was left to do.
+
+    Args:
+        model, recipe: arguments of the command.
 
     Attributes:
         steps: number of steps of this process.
         first_step: number of the first step that was left to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str, recipe: str | None) -> None:
+        self.model, self.recipe = model, recipe
         self.steps = self.first_step = 0
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
-        """Say where a resumed run goes on."""
+        """Say what a run takes, or where a resumed one goes on."""
         self.first_step = first_step
         if first_step:
             note(f"Going on after step {first_step}.")
+        elif line := what_it_takes(self.model, self.recipe, config):
+            note(line)
 
     def on_step(self, progress: Progress) -> None:
         """Count the steps."""
@@ -100,12 +122,12 @@ def train_command(
 ) -> None:
     """Train a tuned lens for MODEL.
 
-    Ctrl-C ends the run after its step with a checkpoint, and --resume goes on from there.
+    Ctrl-C ends the run within about a second with a checkpoint, also in the warm start, and --resume goes on from there.
     """
     files = lens_files(out)
     folder = checkpoint_dir or default_folder(files[0])
     group = Group.from_environment(parallel)
-    notes, callbacks = Notes(), []
+    notes, callbacks = Notes(model, recipe), []
     with group.together():
         if group.writes:
             callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder)]
@@ -137,7 +159,8 @@ def train_command(
         raise UnfinishedRunError(error.folder, "go on with --resume, remove the folder, or give another --checkpoint-dir.") from error
     except TrainingInterruptedError as interruption:
         if group.writes:
-            note(f"{interruption} What it has learned is in {folder}. Go on with the same command and --resume.")
+            kept = f"What it has learned is in {folder}. " if interruption.learned else "There is nothing to keep yet. "
+            note(f"{interruption} {kept}Go on with the same command and --resume.")
         sys.exit(INTERRUPTED)
     if group.writes:
         if notes.first_step and not notes.steps:

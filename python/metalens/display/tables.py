@@ -8,14 +8,14 @@ from dataclasses import asdict
 from rich.table import Table
 from rich.text import Text
 
-from metalens.display.format import decimals, gigabytes, percent, rate, yes_or_no
+from metalens.display.format import decimals, duration, gigabytes, operations, percent, rate, yes_or_no
 from metalens.estimate.results import BYTES_PER_TOKEN, Plan
 from metalens.estimate.roofline import Bounds
 from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.ops.doctor import Diagnosis
 from metalens.readings.heat_map import readable
-from metalens.readings.reading import Reading
+from metalens.readings.reading import UNTRANSLATED, Reading
 
 # ------------------------------------------------------------------ evaluation
 
@@ -58,10 +58,16 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
             columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
     formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
     for layer, values in enumerate(zip(*columns, strict=True)):
-        table.add_row(str(layer), *_cells(formats, values))
+        cells = _cells(formats, values)
+        if layer in evaluation.untranslated:
+            cells[len(names) :] = ["-"] * len(names)
+        table.add_row(str(layer), *cells)
     table.add_section()
-    table.add_row("mean", *_cells(formats, [sum(column) / len(column) for column in columns]))
+    translated = evaluation.translated
+    table.add_row("mean", *_cells(formats, [sum(column[i] for i in translated) / len(translated) for column in columns]))
     table.add_row("model", *(decimals(getattr(evaluation.model, name)) if name in MODEL_COLUMNS else "" for name in names))
+    if evaluation.untranslated:
+        table.caption = f"-: the lens does not translate this layer. The means are over the {len(translated)} layers that it translates."
     return table
 
 
@@ -104,9 +110,11 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     for token in reading.tokens[first:]:
         table.add_column(Text(readable(token)), no_wrap=True)
     for layer, positions in reversed(reading.predictions.items()):
-        table.add_row(f"layer {layer}", *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
+        table.add_row(reading.label(layer), *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
     table.add_section()
     table.add_row("model", *(Text(readable(token)) for token in reading.model_tokens[first:]))
+    if set(reading.untranslated) & set(reading.layers):
+        table.caption = f"{table.caption} {UNTRANSLATED}" if table.caption else UNTRANSLATED
     return table
 
 
@@ -132,11 +140,12 @@ WORK_LABELS = {
     "optimizer": "optimizer",
     "warm_start": "warm start",
 }
+TIME_LABELS = {"start": "loading the model", "warm_start": "warm start", "steps": "steps"}
 DISK_LABELS = {"lens": "lens", "checkpoints": "checkpoints", "new_checkpoint": "one more checkpoint while it is written"}
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """Make a table of a run's memory, text, work and disk, one after another."""
+    """Make a table of a run's memory, text, work, time and disk, one after another."""
     table = _two_columns(title, justify="right")
     memory = {MEMORY_LABELS[name]: gigabytes(count) for name, count in asdict(plan.memory).items() if count}
     if not plan.facts.exact:
@@ -152,8 +161,15 @@ def plan_table(plan: Plan, title: str) -> Table:
         text["epochs of the given text, about"] = f"{plan.epochs:.2f}"
     _section(table, "text", text)
     work = asdict(plan.flops_per_token)
-    _section(table, "work", {WORK_LABELS[name]: f"{flops / 1e9:,.3f} GFLOP/token" for name, flops in work.items() if flops})
-    _section(table, "work", {"whole run": f"{plan.flops / 1e15:,.3g} PFLOP"})
+    warm = work.pop("warm_start")
+    if plan.config.num_steps:
+        _section(table, "work", {WORK_LABELS[name]: f"{operations(flops)}/token" for name, flops in work.items() if flops})
+    if warm:
+        _section(table, "work", {WORK_LABELS["warm_start"]: operations(plan.warm_start_flops)})
+    _section(table, "work", {"whole run": operations(plan.flops)})
+    if plan.duration is not None:
+        parts = {TIME_LABELS[name]: duration(seconds) for name, seconds in asdict(plan.duration).items() if seconds}
+        _section(table, "time on this machine, about", {**parts, "whole run": duration(plan.duration.total)})
     _section(table, "disk", {DISK_LABELS[name]: gigabytes(count) for name, count in asdict(plan.disk).items()})
     return table
 
@@ -167,10 +183,12 @@ def plan_remarks(plan: Plan) -> list[str]:
         lines.append(f"  {change.option}: {gigabytes(change.bytes)}, {', '.join(filter(None, [verdict, change.cost]))}.")
     if not plan.fits and not any(change.fits for change in plan.advice):
         lines.append(f"None of these fits. The model alone takes {gigabytes(plan.memory.model)}: quantize it to fewer bits.")
+    if plan.short_budget is not None and plan.duration is not None:
+        lines.append(f"It takes about {duration(plan.duration.total)} on this machine. --tokens {plan.short_budget} takes about ten minutes.")
     if plan.epochs is not None and plan.epochs > 1 and not plan.config.repeat:
         lines.append(
             f"The text holds about {plan.text_tokens} tokens, and the run needs {plan.config.total_tokens}: "
-            "give more text, add --repeat, or reduce --steps or --tokens-per-step."
+            "give more text, add --repeat, or give a budget (--tokens) or smaller steps (--tokens-per-step)."
         )
     return lines
 

@@ -17,7 +17,7 @@ from metalens.evaluation.results import Evaluation
 from metalens.evaluation.scores import Sums
 from metalens.evaluation.text import EvaluationText, Sequences
 from metalens.evaluation.transfer import TransferSums
-from metalens.lenses.lens import Lens, LogitLens, as_lens
+from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
 from metalens.models.unembed import Unembed
@@ -146,6 +146,7 @@ class _Totals:
             tuned=scores.get("tuned"),
             transfer=None if self.transfer is None else self.transfer.means(),
             logit_stats=marginals or None,
+            untranslated=untranslated_layers(self.lenses["tuned"]) if "tuned" in self.lenses else (),
         )
 
 

@@ -248,3 +248,11 @@ def lens_kind(lens: Lens) -> str:
     if isinstance(lens, LogitLens):
         return "logit lens"
     return "tuned lens" if isinstance(lens, TunedLens) else str(getattr(lens, "__name__", type(lens).__name__))
+
+
+def untranslated_layers(lens: Lens) -> tuple[int, ...]:
+    """Return the layers of which a tuned lens has no translator: it reads them as the logit lens does. () for other lenses."""
+    if not isinstance(lens, TunedLens):
+        return ()
+    translated = set(lens.layers)
+    return tuple(layer for layer in range(lens.num_layers) if layer not in translated)

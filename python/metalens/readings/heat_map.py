@@ -46,6 +46,7 @@ def lens_figure(
     cmap: str = "viridis",
     font_family: str | None = None,
     limits: tuple[float, float] | None = None,
+    row_name: Callable[[int], str] = "layer {}".format,
     new_figure: Callable[..., Figure] | None = None,
 ) -> Figure:
     """Draw a heat map: one row per layer (the last layer on top), one column per token, the most likely next token in each cell.
@@ -62,6 +63,7 @@ def lens_figure(
         cmap: matplotlib color map.
         font_family: font that goes before the default fonts.
         limits: ends of the color scale; None = fit the values. Two pictures can be compared only with the same limits.
+        row_name: function of a layer that returns the name of its row.
         new_figure: a function that makes the empty figure. None = matplotlib's Figure; pyplot's own makes one that can
             be shown.
 
@@ -80,7 +82,7 @@ def lens_figure(
     order = [list(result).index(layer) for layer in layers]
     grid = grid[order]
     texts = [[position[0][2] for position in result[layer]] for layer in layers]
-    names = [f"layer {layer}" for layer in layers]
+    names = [row_name(layer) for layer in layers]
     if model_row is not None:
         texts.append(list(model_row[0]))
         grid = np.vstack([grid, np.asarray(model_row[1], dtype=float)[None]])

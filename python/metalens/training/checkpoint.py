@@ -207,5 +207,16 @@ def mark_finished(folder: Path) -> None:
 
 def tokens_of_newest(folder: Path) -> int | None:
     """Return the tokens seen up to the newest checkpoint of a folder, None if there is none."""
+    record = _record_of_newest(folder)
+    return None if record is None else int(record["tokens"])
+
+
+def config_of_newest(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the run of the newest checkpoint of a folder, None if there is none."""
+    record = _record_of_newest(folder)
+    return None if record is None else dict(record["config"])
+
+
+def _record_of_newest(folder: Path) -> dict[str, Any] | None:
     records = sorted(folder.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
-    return int(json.loads(records[-1].read_text())["tokens"]) if records else None
+    return dict(json.loads(records[-1].read_text())) if records else None

@@ -20,10 +20,11 @@ from metalens.lenses.lens import TunedLens
 from metalens.lenses.lens_file import lens_files
 from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
+from metalens.models.facts import facts_of_model
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import NO_TOKENIZER
 from metalens.training.callbacks import Callback, Progress
-from metalens.training.checkpoint import CheckpointFolder, default_folder, mark_finished, prepare_folder, tokens_of_newest
+from metalens.training.checkpoint import CheckpointFolder, config_of_newest, default_folder, mark_finished, prepare_folder, tokens_of_newest
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, TrainingData, open_corpus, read_inputs
 from metalens.training.data.hub import HubDataset
@@ -31,10 +32,11 @@ from metalens.training.data.readers import Source
 from metalens.training.distributed import Group
 from metalens.training.loop import train_loop
 from metalens.training.settings import resolve
-from metalens.training.sufficiency import require_enough, tokens_to_read
+from metalens.training.speed import budget_in, measured_speed, require_minutes, seconds_of
+from metalens.training.sufficiency import budget_that_fits, require_enough, suffices, tokens_to_read
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
-from metalens.utils.progress_bar import token_bar
+from metalens.utils.progress_bar import PhaseBar
 
 P = ParamSpec("P")
 
@@ -80,6 +82,8 @@ def train(
     checkpoint_every: int | None = 50,
     stop: Callable[[], bool] | None = None,
     show_progress: bool = False,
+    tokens: int | None = None,
+    minutes: float | None = None,
     **settings: Any,
 ) -> TunedLens:
     """Train a lens for a model on a text.
@@ -106,8 +110,13 @@ def train(
         max_tokens: number of tokens after which reading stops. None = all of the text; of hub data sets, the tokens that the run needs.
         cache_dir: folder for tokens. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         checkpoint_every: steps between checkpoints. None = write no checkpoints.
-        stop: function that is called after every step. True writes a checkpoint and ends the run: see `metalens.training.interruptible` for Ctrl-C.
-        show_progress: show progress bars on stderr.
+        stop: function that is called within and after every step. True writes a checkpoint and ends the run within about a second: see
+            `metalens.training.interruptible` for Ctrl-C, and `train_loop`.
+        show_progress: show progress bars on stderr, one for each phase: tokenizing, warm start, training.
+        tokens: budget: tokens of the text in all, which the recipe divides between the warm start, the number of steps and the tokens of a step
+            (`metalens.training.budget` has the rules). Settings that are given stay, as far as the tokens reach. None = no budget.
+        minutes: budget in minutes on this machine instead: the tokens that a probe of about a second expects to take so long, at most those of the
+            text. A resumed run keeps the tokens of its first start. None = no budget.
         settings: settings of TrainingConfig.
 
     Returns:
@@ -121,6 +130,9 @@ def train(
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
+    settings |= {} if tokens is None else {"tokens": tokens}
+    if minutes is not None:
+        require_minutes(minutes, tokens)
     resolve(recipe, config, settings)
     inputs = read_inputs(data, field=field, split=split)
     group = group or Group()
@@ -134,12 +146,19 @@ def train(
             if folder is not None:
                 prepare_folder(folder, resume)
     model = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    if minutes is not None:
+        settings |= _budget_of_minutes(minutes, model, recipe, config, settings, group, folder if resume else None)
     name, settled = resolve(recipe, config, settings, model.default_sequence_length)
     how = {"field": field, "split": split, "join": join, "max_tokens": max_tokens, "cache_dir": cache_dir}
     corpus = inputs if isinstance(inputs, Corpus) else _tokenized(inputs, model, settled, how, show_progress and group.writes)
     model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
-    require_enough(corpus, settled)
-    tokens: list[int] = []
+    if minutes is not None and not settled.repeat and not suffices(corpus, settled):
+        settings["tokens"] = budget_that_fits(
+            corpus, settled.max_seq_len, lambda n: resolve(recipe, config, settings | {"tokens": n}, model.default_sequence_length)[1]
+        )
+        name, settled = resolve(recipe, config, settings, model.default_sequence_length)
+    require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, model.default_sequence_length)[1])
+    counts: list[int] = []
     checkpoints = None
     if folder is not None:
         checkpoints = checkpoint_dir if isinstance(checkpoint_dir, CheckpointFolder) else CheckpointFolder(folder)
@@ -148,7 +167,7 @@ def train(
         model.unembed,
         corpus,
         settled,
-        callbacks=[*callbacks, lambda progress: tokens.append(progress.tokens)],
+        callbacks=[*callbacks, lambda progress: counts.append(progress.tokens)],
         checkpoints=checkpoints,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -156,7 +175,7 @@ def train(
         stop=stop or (lambda: False),
         show_progress=show_progress,
     )
-    seen = tokens[-1] if tokens else tokens_of_newest(folder) if folder is not None else None
+    seen = counts[-1] if counts else tokens_of_newest(folder) if folder is not None else None
     _remember(lens, model, name, settled, corpus, None if seen is None else seen // len(group.passes(lens.layers, settled.layers_at_once)))
     if group.writes:
         if out is not None:
@@ -164,6 +183,31 @@ def train(
         if folder is not None:
             mark_finished(folder)
     return lens
+
+
+def _budget_of_minutes(
+    minutes: float,
+    model: LanguageModel,
+    recipe: str | None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None,
+    settings: Mapping[str, Any],
+    group: Group,
+    resumed: Path | None,
+) -> dict[str, Any]:
+    """Return the budget of a run in tokens, the same in all processes: that of the run that is resumed, or what fits into the minutes."""
+    record = None if resumed is None else config_of_newest(resumed)
+    if record is not None:
+        return {name: record[name] for name in ("num_steps", "tokens_per_step", "warm_start_tokens", "max_seq_len")}
+    found = 0
+    if group.writes:
+        facts = facts_of_model(model)
+        speed = measured_speed(facts)
+        found = budget_in(
+            60 * minutes,
+            lambda n: resolve(recipe, config, {**settings, "tokens": n}, model.default_sequence_length)[1],
+            lambda changed: seconds_of(facts, changed, speed, processes=group.size if group.parallel == "data" else 1),
+        )
+    return {"tokens": int(group.gather_json(found)[0])}
 
 
 def _checkpoint_folder(out: str | Path | None, given: str | Path | CheckpointFolder | None, every: int | None) -> Path | None:
@@ -185,12 +229,13 @@ def _tokenized(sources: list[Source], model: LanguageModel, config: TrainingConf
     if how["max_tokens"] is None and any(isinstance(source, HubDataset) for source in sources):
         how["max_tokens"] = tokens_to_read(config)
     with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
+        bars: list[PhaseBar] = []
 
         def progress(tokens: int) -> None:
             if not bars:
-                bars.append(stack.enter_context(token_bar(how["max_tokens"] or 0, "tokenizing", show)))
-            bars[0].update(tokens)
+                bars.append(stack.enter_context(PhaseBar(show)))
+                bars[0].start("tokenizing", how["max_tokens"] or 0)
+            bars[0].advance(tokens)
 
         return open_corpus(sources, model.tokenizer, progress=progress, **how)
 

@@ -135,7 +135,7 @@ def open_corpus(
         split: split of hub data sets.
         max_tokens: number of tokens after which reading stops (a document, or a part of a long text, later). Large data sets need it.
         workers: number of processes that tokenize, useful for slow tokenizers; see `tokenizing.encoded`. They do not change the result.
-        progress: function that is called while tokenizing, with the number of new tokens.
+        progress: function that is called while tokenizing, with the number of new tokens: 0 at the start, and after every batch.
 
     Raises:
         InvalidValueError: if there is no text, or the text is faulty: names the place and the remedy.
@@ -190,6 +190,8 @@ def _tokenize(
 
     def documents() -> Iterator[tuple[np.ndarray, bool]]:
         tokens = 0
+        if progress is not None:
+            progress(0)  # it begins: the first batch may take a while
         for batch, rows in encoded(tokenizer, pieces(), workers):
             before = tokens
             for piece, row in zip(batch, rows, strict=True):
