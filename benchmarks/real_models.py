@@ -110,7 +110,7 @@ def page(found: list[dict[str, Any]]) -> str:
         "most likely next token is the model's. Tokens are those of the warm start and those of the steps; CPU time is the whole training's, in",
         "seconds of one core. `python -m benchmarks.real_models` made this page from one run per line.\n",
         "`fast before` is the recipe `fast` with the settings that it had before steps followed the loss (learning rate 0.025 times the distance of",
-        "the warm start, decay 0.15, no guard). All runs see the same text.\n",
+        "the warm start, decay 0.15, no guard). All runs read the same text; `fast` holds a few sequences of it back.\n",
     ]
     for model in dict.fromkeys(entry["model"] for entry in found):
         entries = [entry for entry in found if entry["model"] == model]

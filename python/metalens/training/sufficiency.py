@@ -59,6 +59,8 @@ def settings_that_fit(corpus: Corpus, config: TrainingConfig, with_budget: Calla
     found: list[dict[str, Any]] = []
     if budget := budget_that_fits(corpus, config.max_seq_len, with_budget):
         found.append({"tokens": budget})
+    if not config.num_steps:
+        return found
     length = config.max_seq_len
     if count := _largest(config.sequences_per_step, lambda n: suffices(corpus, replace(config, tokens_per_step=n * length))):
         found.append({"tokens_per_step": count * length})
