@@ -71,6 +71,28 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
     return table
 
 
+def closed_form_table(evaluation: Evaluation, closed_form: Evaluation) -> Table:
+    """Make a table of the KL to the model [nats per token] of each layer: logit lens, closed form, trained lens, and their agreement.
+
+    Args:
+        evaluation: the evaluation of a trained lens.
+        closed_form: the evaluation of the closed form that it began with, on the same text.
+    """
+    assert evaluation.tuned is not None
+    assert closed_form.tuned is not None
+    table = Table(title=f"{evaluation.tokens} tokens; KL(model || lens) in nats per token, top-1 agreement with the model")
+    for column in ("layer", "logit lens KL", "closed form KL", "tuned lens KL", "logit lens top-1", "closed form top-1", "tuned lens top-1"):
+        table.add_column(column, justify="right")
+    lenses = (evaluation.logit, closed_form.tuned, evaluation.tuned)
+    rows = [[*(layer.kl for layer in of_layer), *(layer.top1 for layer in of_layer)] for of_layer in zip(*lenses, strict=True)]
+    formats = [decimals] * 3 + [percent] * 3
+    for layer, row in enumerate(rows):
+        table.add_row(str(layer), *_cells(formats, row))
+    table.add_section()
+    table.add_row("mean", *_cells(formats, [sum(column) / len(rows) for column in zip(*rows, strict=True)]))
+    return table
+
+
 def _nats(names: Sequence[str]) -> str:
     """Return the names of the columns that are in nats per token, as a list in words."""
     shown = ["KL(model || lens)", "cross-entropy", *(name for name in names if name in ("entropy", "bias"))]
