@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 
 from metalens.lenses.translators import parameters_of
-from metalens.training import CheckpointFolder, Corpus, Sampler, TrainingConfig, TrainingInterruptedError, recipe, train_loop
+from metalens.training import (
+    Callback,
+    CheckpointFolder,
+    Corpus,
+    Sampler,
+    TrainingConfig,
+    TrainingInterruptedError,
+    batching,
+    loop,
+    recipe,
+    step,
+    train_loop,
+)
 from metalens.training.batching import BatchedCapture
-from metalens.training.guard import BestStates, GuardWarning, check_every, held_back_kl
+from metalens.training.guard import BestStates, Guard, GuardWarning, check_every, held_back_kl
 
 LENGTH = 16
 SETTINGS = {"num_steps": 12, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH, "seed": 1, "repeat": True, "guard_tokens": 64}
@@ -136,6 +148,70 @@ def test_a_run_in_pieces_is_the_run_in_one(tiny, ids, tmp_path, optimizer, dtype
     for ours, theirs in zip(lens.translators, straight.translators, strict=True):
         assert mx.array_equal(ours.weight, theirs.weight)
         assert mx.array_equal(ours.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_stopped_at_any_moment_also_within_a_check(tiny, ids, tmp_path, monkeypatch, cold):
+    """Every step and check seems long, and asks at every pause. A check that was interrupted is made again; its checkpoint has the step before it."""
+    monkeypatch.setattr(loop, "QUICK", -1.0)
+    monkeypatch.setattr(batching, "PASS_TOKENS", LENGTH)
+    monkeypatch.setattr(step, "PIECE_WORK", 0)
+    monkeypatch.setattr(step, "LEAST_PIECE", 6)
+    monkeypatch.setattr("metalens.training.guard.TOKENS_PER_CHECKED", 3)
+    config = config_of("muon by the loss", layers_at_once=2, **{"warm_start_tokens": 0} if cold else {})
+    within_checks, interruptions = [], []
+    kl = Guard.kl
+
+    def watched(self, layers, parameters, pause, done):
+        try:
+            return kl(self, layers, parameters, pause, done)
+        except Exception:
+            within_checks.append(list(layers))
+            raise
+
+    monkeypatch.setattr(Guard, "kl", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GuardWarning)
+        straight = train_loop(tiny.source, tiny.unembed, mx.array(ids), config)
+        for n in range(1, 3000, 2):
+            asked = []
+            try:
+                lens = train_loop(
+                    tiny.source,
+                    tiny.unembed,
+                    mx.array(ids),
+                    config,
+                    checkpoints=CheckpointFolder(tmp_path),
+                    resume=True,
+                    stop=lambda n=n, asked=asked: asked.append(1) or len(asked) >= n,
+                )
+            except TrainingInterruptedError as error:
+                interruptions.append((len(asked) - n, error.learned, bool(CheckpointFolder(tmp_path).steps())))
+            else:
+                break
+    assert all(later == 0 for later, _, _ in interruptions)  # answered where it was asked
+    assert all(learned == kept for _, learned, kept in interruptions)
+    assert len(within_checks) >= 2
+    for ours, theirs in zip(lens.translators, straight.translators, strict=True):
+        assert mx.array_equal(ours.weight, theirs.weight)
+        assert mx.array_equal(ours.bias, theirs.bias)
+
+
+def test_the_first_best_state_is_in_the_checkpoint_of_the_warm_start(tiny, ids, tmp_path):
+    """It is the closed form."""
+
+    class Killed(Callback):
+        def on_checkpoint(self, step, path):
+            raise RuntimeError("killed")
+
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_loop(tiny.source, tiny.unembed, mx.array(ids), config_of("muon by the loss"), checkpoints=folder, callbacks=[Killed()])
+    saved = folder.latest()
+    assert saved.record["checked"] == saved.record["pass_step"] == 0
+    for layer in range(len(tiny.source)):
+        assert mx.array_equal(saved.arrays[f"best.{layer}.weight"], saved.arrays[f"parameters.{layer}.weight"])
+        assert saved.arrays[f"optimizer.inputs.{layer}"].min().item() > 0
 
 
 def test_the_cost_is_bounded():

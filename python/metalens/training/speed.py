@@ -19,6 +19,7 @@ from metalens.models.facts import ModelFacts
 from metalens.ops import Head, Weight, lens_kl, lens_target, linear
 from metalens.ops.backends import native, precision
 from metalens.training.config import TrainingConfig
+from metalens.training.guard import check_every
 from metalens.training.work import regression_flops, translator_flops, update_flops
 from metalens.utils.errors import InvalidValueError
 
@@ -60,7 +61,7 @@ class Duration:
     Attributes:
         start: loading the model and its tokenizer.
         warm_start: closed-form solution.
-        steps: all steps.
+        steps: all steps, and the checks of the guard between them.
     """
 
     start: float
@@ -103,10 +104,13 @@ def seconds_of(
     model_rows = d.vocab_size * (speed.target + speed.kl / 2)  # the second time, without a gradient, beside the lens's rows
     token = passes * (forward + model_rows) + layers * (d.vocab_size * speed.kl + translator_flops(hidden_size, config) / speed.product)
     update = layers * update_flops(hidden_size, config) / speed.product
+    held_back = config.held_back_tokens
+    checked = held_back * (1 + config.num_steps // check_every(config, held_back)) if held_back else 0
+    check_token = passes * (forward + d.vocab_size * speed.target) + layers * d.vocab_size * speed.kl / 2
     return Duration(
         start=START_SECONDS + facts.tokenizer_bytes / TOKENIZER_BYTES_PER_SECOND + facts.weight_bytes / WEIGHT_BYTES_PER_SECOND,
         warm_start=config.warm_start_tokens * warm_token / processes + solution,
-        steps=config.num_steps * (config.step_tokens * token / processes + update),
+        steps=config.num_steps * (config.step_tokens * token / processes + update) + checked * check_token / processes,
     )
 
 
