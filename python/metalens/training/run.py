@@ -171,12 +171,13 @@ def train(
         if not bos or inputs is not data:  # a Corpus of the caller's has its own prefix
             corpus = corpus.with_prefix(model.prefix if bos else ())
         model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
+
+        def with_budget(budget: int) -> TrainingConfig:
+            return resolve(recipe, config, settings | {"tokens": budget}, context)[1]
+
         if minutes is not None and not settled.repeat and not suffices(corpus, settled):
-            settings["tokens"] = budget_that_fits(
-                corpus, settled.max_seq_len, lambda n: resolve(recipe, config, settings | {"tokens": n}, context)[1]
-            )
-            name, settled = resolve(recipe, config, settings, context)
-        require_enough(corpus, settled, lambda budget: resolve(recipe, config, settings | {"tokens": budget}, context)[1])
+            settled = with_budget(budget_that_fits(corpus, settled.max_seq_len, with_budget))
+        require_enough(corpus, settled, with_budget)
         steps: list[Progress] = []
         checkpoints = None
         if folder is not None:

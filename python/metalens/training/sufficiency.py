@@ -50,12 +50,8 @@ def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
 def settings_that_fit(corpus: Corpus, config: TrainingConfig, with_budget: Callable[[int], TrainingConfig]) -> list[dict[str, Any]]:
     """Return changes of the settings with which the text suffices, [{setting: value}, ...].
 
-    The budget comes first, then smaller steps. Fewer steps of the same size are no advice: the number of steps decides (docs/recipes.md). A run
-    without steps needs fewer tokens for the closed form.
+    The budget comes first, then smaller steps. Fewer steps of the same size are no advice: the number of steps decides (docs/recipes.md).
     """
-    if not config.num_steps:
-        tokens = _largest(config.warm_start_tokens, lambda n: suffices(corpus, replace(config, warm_start_tokens=n)))
-        return [{"warm_start_tokens": tokens}] if tokens else []
     found: list[dict[str, Any]] = []
     if budget := budget_that_fits(corpus, config.max_seq_len, with_budget):
         found.append({"tokens": budget})
