@@ -44,6 +44,19 @@ def test_a_budget_fits_into_the_time(seconds):
         assert duration(settings(found)).total <= seconds < duration(settings(round(1.3 * found))).total
 
 
+def test_a_budget_in_time_holds_a_sequence_of_the_length_that_is_asked_for():
+    """A run with max_seq_len=300 failed: the search began with 128 tokens, which hold no such sequence."""
+
+    def settings(budget):
+        return resolve("fast", None, {"tokens": budget, "max_seq_len": 300}, None)[1]
+
+    found = budget_in(60.0, settings, lambda config: Duration(0.0, 0.0, config.total_tokens / 100))
+    assert 0.9 * 6000 < found < 6000 + 300  # whole sequences
+    assert settings(found).max_seq_len == 300
+    with pytest.raises(ValueError, match="momentum"):
+        budget_in(60.0, lambda budget: resolve("fast", None, {"tokens": budget, "momentum": 2.0}, None)[1], lambda config: Duration(0.0, 0.0, 1.0))
+
+
 def test_the_probe_is_made_once_for_each_model(monkeypatch):
     facts, probes = facts_of(str(MODEL)), []
     speed._measured.cache_clear()

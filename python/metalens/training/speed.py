@@ -130,7 +130,7 @@ def budget_in(seconds: float, settings: Callable[[int], TrainingConfig], duratio
         settings: function of a budget that returns the settings of the run.
         duration: function of settings that returns the duration.
     """
-    least = 128
+    least = _smallest_budget(settings)
     most = least
     while most < 1 << 40 and duration(settings(most)).total <= seconds:
         least, most = most, 2 * most
@@ -139,6 +139,24 @@ def budget_in(seconds: float, settings: Callable[[int], TrainingConfig], duratio
         least, most = (middle, most) if duration(settings(middle)).total <= seconds else (least, middle)
     unit = 10 ** max(0, len(str(least)) - 2)
     return int(least // unit * unit)
+
+
+def _smallest_budget(settings: Callable[[int], TrainingConfig]) -> int:
+    """Return the smallest of 128, 256, 512, ... tokens that holds a sequence of the run.
+
+    Raises:
+        InvalidValueError: if the settings are wrong for every budget.
+    """
+    budget = 128
+    while True:
+        try:
+            settings(budget)
+        except InvalidValueError:
+            if budget >= 1 << 20:
+                raise
+            budget *= 2
+        else:
+            return budget
 
 
 # ------------------------------------------------------------------ the probe
