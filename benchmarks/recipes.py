@@ -64,6 +64,7 @@ def runs(tokens: int) -> list[Run]:
 
     return [
         make("paper", "paper", 2048, tokens),
+        Run("ridge", recipe("ridge", max_seq_len=LENGTH, seed=0, repeat=True, warm_start_tokens=12288)),
         make("fast", "fast, short", 128, tokens * 105 // 1000, warm_start_tokens=12288),
         make("fast", "fast", 1024, tokens, warm_start_tokens=12288),
         make("muon", "muon", 1024, tokens),
@@ -92,6 +93,8 @@ def measure(model_name: str, run: Run) -> dict[str, Any]:
                 for name in ("weight", "bias"):
                     setattr(lens.translators[layer], name, saved.arrays[f"parameters.{layer}.{name}"])
             curve.append({"tokens": saved.record["tokens"], "kl": held_out_kl(model, lens, ids)})
+        if not curve:  # the closed form alone takes no step, and so writes no checkpoint
+            curve.append({"tokens": config.warm_start_tokens, "kl": held_out_kl(model, lens, ids)})
     return {"model": model_name, "run": run.name, "config": config.to_dict(), "seconds": seconds, "curve": curve}
 
 

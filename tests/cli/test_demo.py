@@ -12,6 +12,7 @@ from mlx_lm import load
 from metalens import InterpretableModel, accelerate
 from metalens.cli import demo
 from metalens.cli.demo import CONFIG
+from metalens.display.tables import closed_form_table
 from metalens.models.bundled import ASSETS, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 
 
@@ -84,3 +85,16 @@ def test_the_command_writes_its_results_into_a_folder(run, tmp_path):
     for shown in (result.stdout, (tmp_path / "demo" / "evaluation.txt").read_text(encoding="utf-8")):
         assert "tuned lens" in shown
     assert "metalens lens demo" in result.stderr
+
+
+def test_a_demo_of_another_model_measures_the_closed_form_too(model, monkeypatch):
+    monkeypatch.setattr(demo, "PRETRAINED_HELD_OUT_TOKENS", 96)
+    monkeypatch.setattr(demo, "PRETRAINED_LENGTH", 32)
+    monkeypatch.setattr(demo, "PRETRAINED_WARM_START", 4096)
+    result = demo.run_on(model, minutes=0.05)
+    assert result.evaluation.tokens == result.ridge.tokens == 96
+    assert [layer.kl for layer in result.evaluation.logit] == [layer.kl for layer in result.ridge.logit]
+    assert result.lens.provenance["training"]["num_steps"] > 0
+    assert result.ridge.tuned[-1].kl < 1e-4 < abs(result.ridge.tuned[0].kl - result.evaluation.tuned[0].kl)
+    table = closed_form_table(result.evaluation, result.ridge)
+    assert table.row_count == len(result.evaluation.logit) + 1

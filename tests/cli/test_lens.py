@@ -88,3 +88,21 @@ def test_a_lens_of_another_head_is_a_note_and_no_error(run, lens, tmp_path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)
     assert "Warning: The lens remembers another model" in result.stderr
+
+
+def test_control_characters_never_reach_the_terminal(run):
+    """A hostile prompt or vocabulary could send escape sequences: ESC, and the one-byte CSI."""
+    for switches in ([], ["--json"]):
+        result = run("lens", "demo", "a\x1b[31mred\x9b\x7f", "--layers", "7", *switches)
+        assert result.exit_code == 0, result.stderr
+        assert not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in result.stdout if c != "\n")
+        if switches:
+            assert "\x1b" in "".join(json.loads(result.stdout)["tokens"])
+
+
+def test_the_table_says_what_it_left_out(run):
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    result = run("lens", "demo", long, "--layers", "7", "--top-k", "1")
+    count = len(json.loads(run("lens", "demo", long, "--layers", "7", "--json").stdout)["tokens"])
+    assert f"The last 12 of {count} tokens" in result.stdout
+    assert "The last" not in run("lens", "demo", "one two", "--layers", "7").stdout

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import TrainingConfig, recipe
 from metalens.training.settings import resolve
+from metalens.training.speed import Speed
 from metalens.utils.errors import InvalidValueError
 
 # One sequence of 32 tokens per step.
@@ -131,11 +133,11 @@ def test_too_little_text_says_what_is_missing_and_what_would_fit(train):
     assert "24 steps of 64 tokens need 1536 tokens" in message
     assert "--repeat" in message
     options = message.split("one of: ")[1].split(";")
-    assert [option.split()[0] for option in options[:2]] == ["--steps", "--tokens-per-step"]
+    assert [option.split()[0] for option in options[:2]] == ["--tokens", "--tokens-per-step"]  # fewer steps of the same size are no advice
     start = ("--recipe", "muon", "--steps", 24, "--tokens-per-step", 64, "--max-seq-len", 32)
     train(*start, *options[0].split())
-    steps = int(options[0].split()[1])
-    assert "--steps" in train(*start, "--steps", steps + 1, code=1)
+    budget = int(options[0].split()[1])
+    assert f"--tokens {budget};" in train(*start, "--tokens", round(1.1 * budget), code=1)
     train(*start, *options[1].split())
     train(*start, "--repeat")
 
@@ -145,12 +147,14 @@ def test_a_warm_start_that_takes_all_text_is_what_to_change(train):
     message = train(*small, "--warm-start-tokens", 5000, code=1)
     assert "5000 tokens of the warm start" in message
     option = message.split("one of: ")[1].split(";")[0].split()
-    assert option[0] == "--warm-start-tokens"
-    train(*small, *option)
+    assert option[0] == "--tokens"
+    train(*small, "--warm-start-tokens", 5000, *option)
 
 
 def test_the_default_recipe_never_repeats_a_small_text(train):
-    assert "Not enough text" in train(code=1)
+    message = train(code=1)
+    assert "Not enough text" in message
+    train(*message.split("one of: ")[1].split(";")[0].split())  # the budget that it names
 
 
 def test_folders_and_json_lines(run, tmp_path):
@@ -176,6 +180,33 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
     assert "enough seen" in result.stderr
     assert [source.name for source in asked["sources"]] == ["owner/name@main (test)"]
     assert (asked["split"], asked["max_tokens"]) == ("test", 5 * 32 + 6 * 32)
+
+
+# ------------------------------------------------------------------ budgets, and what a run takes
+
+
+def test_a_budget_in_tokens(train):
+    train("--tokens", 900, "--layers", 0)
+    training = TunedLens.load("lens").provenance["training"]
+    assert (training["warm_start_tokens"], training["num_steps"], training["tokens_per_step"]) == (300, 4, 128)
+
+
+def test_before_it_starts_a_run_says_what_it_takes(train, monkeypatch):
+    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(1e-9, 2e-9, 1e11, 1e11))
+    message = train(*SMALL, "--steps", 2)
+    assert re.search(r"The run takes about 64 tokens, \d+ s on this machine, \d+ MB of memory\.\n", message)
+    assert message.index("The run takes") < message.index("training the lens")
+    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(4e-5, 8e-5, 1e9, 1e9))
+    message = train(*SMALL, "--steps", 40, "--repeat")
+    assert re.search(r"1,280 tokens, \d+(\.\d hours| min) on this machine, .* of memory\. --tokens \d+ would take ten minutes\.", message)
+
+
+def test_a_model_of_unknown_shape_is_trained_without_that_line(train, monkeypatch):
+    def unknown(*args, **kwargs):
+        raise InvalidValueError("does not say 'hidden_size'")
+
+    monkeypatch.setattr("metalens.estimate.memory.facts_of", unknown)
+    assert "The run takes" not in train(*SMALL, "--steps", 1)
 
 
 # ------------------------------------------------------------------ what a run leaves
@@ -243,11 +274,11 @@ def start(tmp_path):
     """metalens train in a process of its own, once it trains."""
     processes = []
 
-    def started(*args):
+    def started(*args, before=""):
         command = [
             sys.executable,
             "-c",
-            "from metalens.cli import main; main()",
+            f"{before}\nfrom metalens.cli import main; main()",
             "train",
             "demo",
             "--out",
@@ -280,7 +311,7 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130, stderr
-    assert "Stopping after this step" in stderr
+    assert "Stopping. Press Ctrl-C again" in stderr
     assert "--resume" in stderr
     assert not (tmp_path / "lens.npz").exists()
     message = train(*options, "--metrics", "metrics.jsonl", "--resume")
@@ -292,11 +323,32 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(start, train, tmp_path, text):
     assert TunedLens.load("lens").provenance == origin
 
 
+# Forward passes that take long, once the run trains.
+SLOW = """
+import os, time
+from metalens.models.capture import ResidualCapture
+capture = ResidualCapture.capture
+ResidualCapture.capture = lambda *args: time.sleep({seconds} * os.path.exists("metrics.jsonl")) or capture(*args)
+"""
+
+
 def test_a_second_ctrl_c_ends_it_at_once(start, tmp_path):
-    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768)
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", "--steps", 1, "--tokens-per-step", 32768, before=SLOW.format(seconds=60))
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    process.communicate(timeout=20)  # a step takes longer
+    process.communicate(timeout=20)  # a forward pass takes longer
     assert process.returncode == 130
     assert not list((tmp_path / "lens.checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"), [(("--steps", 1, "--tokens-per-step", 16384), "nothing to keep"), (("--recipe", "fast"), "within the warm start")]
+)
+def test_ctrl_c_is_answered_within_a_step_and_within_the_warm_start(start, tmp_path, arguments, kept):
+    process = start("--data", HELD_OUT_TEXT, "--recipe", "mlxterp", *arguments, "--repeat", before=SLOW.format(seconds=2))
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]  # what is left would take more than that
+    assert process.returncode == 130, stderr
+    assert kept in stderr
+    assert "--resume" in stderr

@@ -1,5 +1,7 @@
 """The picture of layer transfer is tested with the evaluation; here is what is said on it."""
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from metalens.display.figures import transfer_figure
 from metalens.evaluation import Transfer
 
@@ -11,3 +13,18 @@ def test_what_the_picture_says():
     assert axes.get_title() == "layer transfer of $model"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("output of block", "translator of block")
     assert figure.axes[1].get_ylabel() == "transfer penalty (nats per token)"
+
+
+def test_layers_are_whole_numbers_and_labels_are_inside_the_picture():
+    matrix = [[float(abs(i - j)) for j in range(4)] for i in range(4)]
+    figure = transfer_figure(Transfer(ce=matrix, kl=matrix, kl_model=matrix), "layer transfer of a model with a long name")
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    for ticks, (low, high) in ((axes.get_xticks(), axes.get_xlim()), (axes.get_yticks(), axes.get_ylim())):
+        assert [tick for tick in ticks if low <= tick <= high] == [0, 1, 2, 3]
+    box, page = axes.yaxis.label.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0
+    assert box.x1 <= page.x1
+    title = axes.title.get_window_extent()
+    assert page.x0 <= title.x0
+    assert title.x1 <= page.x1

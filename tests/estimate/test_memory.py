@@ -20,6 +20,7 @@ from metalens.models.capture import ResidualCapture
 from metalens.models.facts import KNOWN_MODELS, ModelDimensions, ModelFacts, facts_of
 from metalens.training import TrainingConfig, recipe, train_loop
 from metalens.training.batching import steps_together
+from metalens.training.speed import Speed
 from metalens.utils.errors import InvalidValueError
 
 LAYERS, WIDTH, VOCAB = 4, 256, 500
@@ -125,7 +126,7 @@ def test_advice_keeps_its_word():
     assert memory_of(facts, replace(shorter, layers_at_once=count)).total <= 11e9
     assert memory_of(facts, replace(shorter, layers_at_once=count + 1)).total > 11e9
     assert plan(facts, config=config, memory=2**40).advice == ()
-    assert [entry.option for entry in plan(facts, config=config, memory=14 * 10**9).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
+    assert [entry.option for entry in plan(facts, config=config, memory=16_150_000_000).advice] == ["--max-seq-len 512 --tokens-per-step 262144"]
     assert "The model alone takes" in plan_remarks(plan(facts, config=config, memory=10**9))[-1]
 
 
@@ -239,3 +240,54 @@ def test_older_names_of_arguments_and_attributes():
     facts = facts_of(str(MODEL))
     with pytest.warns(DeprecationWarning, match=r"ModelFacts\.weights is called weight_bytes now"):
         assert facts.weights == facts.weight_bytes
+
+
+# ------------------------------------------------------------------ time, and readable units
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(1e-7, 2e-7, 1e9, 1e9))
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_a_long_run_names_a_budget_of_ten_minutes(run):
+    assert plan("demo").duration is None
+    found = plan("demo", measure=True)
+    assert found.duration.total > 3600
+    short = plan("demo", tokens=found.short_budget, measure=True)
+    assert 450 < short.duration.total <= 600
+    assert short.short_budget is None
+    assert plan("demo", minutes=10.0).config == short.config
+    assert f"--tokens {found.short_budget} takes about ten minutes" in run("plan", "demo").stderr
+    answer = json.loads(run("plan", "demo", "--json").stdout)
+    assert answer["seconds"]["total"] == found.duration.total
+    assert answer["ten_minute_tokens"] == found.short_budget
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_the_closed_form_alone_has_work_and_memory_of_its_own(run):
+    """Its work is that of a run, not of a step's token; nothing is "0 PFLOP" or "0 MB"."""
+    found = plan("demo", num_steps=0, warm_start_tokens=4096)
+    assert found.flops == found.warm_start_flops == 4096 * found.flops_per_token.warm_start > 0
+    assert (found.memory.gradients, found.memory.logits, found.memory.update) == (0, 0, 0)
+    table = run("plan", "demo", "--steps", 0, "--warm-start-tokens", 4096).stdout
+    assert " 0 " not in table
+    assert "GFLOP/token" not in table
+    assert "size, about" in table
+    assert "16 kB" in table
+
+
+def test_a_large_tokenizer_takes_memory():
+    facts = facts_of(str(MODEL))
+    config = TrainingConfig()
+    large = memory_of(replace(facts, tokenizer_bytes=33_000_000), config).program - memory_of(replace(facts, tokenizer_bytes=0), config).program
+    assert large == pytest.approx(385e6, rel=0.1)  # measured with Gemma 3's
+
+
+def test_the_head_may_have_another_format_than_the_blocks(tmp_path):
+    quantization = {"group_size": 32, "bits": 4, "model.embed_tokens": {"group_size": 64, "bits": 8}}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 100, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"quantization": quantization}))
+    found = facts_of(str(tmp_path))
+    assert (found.dimensions.bits, found.dimensions.group_size, found.block_bits, found.block_group_size) == (8, 64, 4, 32)

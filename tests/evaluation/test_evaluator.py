@@ -211,7 +211,7 @@ def test_rows_of_an_array_are_documents(rng, tiny):
     prefix=st.sampled_from([(), (900,), (900, 901)]),
 )
 def test_sequences_cut_documents_and_lose_nothing(sizes, length, max_tokens, form, prefix):
-    model = SimpleNamespace(check_ids=lambda ids: ids, tokenizer=None)
+    model = SimpleNamespace(context=None, prefix=(), check_ids=lambda ids: ids, tokenizer=None)
     bounds = np.cumsum([0, *sizes])
     ids = np.arange(bounds[-1])
     text = stored(ids, bounds, form, prefix) if form != "iterable" else [ids[start:end] for start, end in pairwise(bounds)]

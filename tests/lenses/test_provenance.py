@@ -239,3 +239,34 @@ def test_a_model_warns_about_a_lens_of_another(tmp_path):
     for use in (lambda: other.load_tuned_lens(tmp_path / "x"), lambda: other.tuned_lens([1, 2], lens)):
         with pytest.warns(UserWarning, match="The lens remembers another model"):
             use()
+
+
+def test_a_fine_tuned_model_with_the_same_head_is_another_model(make_llama, tmp_path):
+    """Base and instruct models may share a head: the hash of all weights tells them apart."""
+    model = InterpretableModel(make_llama())
+    lens = model.train_tuned_lens([list(range(40))], 1, max_seq_len=16, save_path=tmp_path / "lens", verbose=False)
+    assert lens.provenance["weights"] == model.weights_hash
+    loaded = TunedLens.load(tmp_path / "lens")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.read([1, 2], loaded)
+    block = model.model.model.layers[1].mlp.down_proj
+    block.scales = block.scales * 1.01
+    with pytest.warns(UserWarning, match="its head is the same, but other weights differ"):
+        model.read([1, 2], loaded)
+    del loaded.provenance["weights"]  # a lens of version 0.1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.read([1, 2], loaded)
+
+
+def test_an_empty_name_is_no_name():
+    lens = TunedLens(1, 32)
+    lens.provenance = {"model": ""}  # tuned-lens saves this for a model in memory
+    assert warned(lens, head(), "org/model") is None
+
+
+def test_a_lens_from_python_remembers_its_model(make_llama):
+    lens = InterpretableModel(make_llama()).train_tuned_lens([list(range(40))], 1, max_seq_len=16, verbose=False)
+    with pytest.warns(UserWarning, match="remembers another model: the weights of the output head differ"):
+        InterpretableModel(make_llama(seed=1)).tuned_lens([1, 2], lens)

@@ -71,3 +71,9 @@ def test_dimensions_of_a_folder(tmp_path):
     nested = {"text_config": {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 100, "num_attention_heads": 4, "num_key_value_heads": 2}}
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert (dimensions_of(str(tmp_path)).num_layers, dimensions_of(str(tmp_path)).bits) == (2, 16)
+
+
+def test_a_configuration_of_gpt_2_s_kind(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": 131}))
+    facts = facts_of(str(tmp_path))
+    assert (facts.dimensions.num_layers, facts.dimensions.hidden_size, facts.intermediate_size, facts.context_length) == (3, 64, 256, 128)

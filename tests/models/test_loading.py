@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from metalens import InterpretableModel
 from metalens.models.bundled import MODEL
+from metalens.models.loading import load
+from metalens.utils.errors import InvalidValueError
 from support.mocks import LAYERS, MockModel, WordTokenizer, assert_close, llama_config, tiny_llama
 
 TEXT = "w3 w1 w4 w1 w5"
@@ -64,7 +69,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_a_name_that_cannot_be_loaded(monkeypatch):
-    def fail(name):
+    def fail(name, **_):
         raise RuntimeError(f"no network for {name}")
 
     monkeypatch.setattr("mlx_lm.load", fail)
@@ -121,3 +126,23 @@ def test_the_bundled_model_is_hidden_by_a_model_of_its_name_only(tmp_path, monke
     (tmp_path / "demo" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="demo"):
         InterpretableModel("demo")
+
+
+def test_a_tokenizer_never_asks_whether_to_run_its_code(tmp_path, monkeypatch):
+    """Its code is not run either: transformers refuses, and does not wait for a keypress."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+    config["tokenizer_class"] = "Evil"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(InvalidValueError):
+        load(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_name_that_is_not_utf_8():
+    with pytest.raises(InvalidValueError, match=r"'bad\\udcff' is not UTF-8.*Rename the folder"):
+        load(os.fsdecode(b"bad\xff"))

@@ -95,6 +95,17 @@ def test_an_unquantized_head_of_a_quantized_model(tied):
     assert_reproduces(model, unembed, states)
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "affine"])
+def test_an_adapter_on_a_head_quantized_in_any_mode(rng, make_llama, mode):
+    """Weights of mxfp4 unpack to bfloat16: a sum that was rounded to it looked like a wrong head."""
+    model = make_llama(bits=4, mode=mode)
+    model.lm_head = LoRALinear.from_base(model.lm_head, r=4, scale=3.0)
+    model.lm_head.lora_b = mx.array(rng.standard_normal(model.lm_head.lora_b.shape).astype(np.float32) * 0.1)
+    found = InterpretableModel(model).logit_lens([3, 1, 4], top_k=131)[2]
+    for position, row in zip(found, np.array(model(mx.array([[3, 1, 4]])))[0], strict=True):
+        np.testing.assert_allclose([z for _, z, _ in position], row[[i for i, _, _ in position]], atol=1e-3)
+
+
 @pytest.mark.parametrize("adapter", [LoRALinear, DoRALinear])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_head_with_an_adapter_is_merged(adapter, bits, rng):

@@ -19,21 +19,22 @@ def test_deepest_layer_is_on_top_whatever_the_order_given():
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "layer 4"]
     np.testing.assert_array_equal(axes.images[0].get_array(), [[0.0, 0.1], [0.4, 0.5]])
-    assert cell_texts(figure) == ["w0.0", "w0.1", "w4.0", "w4.1"]
+    assert cell_texts(figure) == ["␣w0.0", "␣w0.1", "␣w4.0", "␣w4.1"]
     assert axes.get_ylim()[0] < axes.get_ylim()[1]  # row 0 at the bottom
 
 
 def test_the_models_own_answer_stands_above_all_layers():
     figure = lens_figure(result_of([0, 1], 2), ["a", "b"], np.zeros((2, 2)), "p", model_row=([" yes", " no"], [0.7, 0.8]))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()][-1] == "model"
-    assert cell_texts(figure)[-2:] == ["yes", "no"]
+    assert cell_texts(figure)[-2:] == ["␣yes", "␣no"]
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array()[-1], [0.7, 0.8])
 
 
 def test_only_the_last_tokens_are_shown():
     figure = lens_figure(result_of([0], 40), [f"t{i}" for i in range(40)], np.arange(40.0)[None], "p", max_display_tokens=5)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["t35", "t36", "t37", "t38", "t39"]
-    assert cell_texts(figure)[0] == "w0.35"
+    assert cell_texts(figure)[0] == "␣w0.35"
+    assert figure.axes[0].get_xlabel() == "token read (the last 5 of 40)"
 
 
 def test_ink_contrasts_with_the_cell():
@@ -46,11 +47,27 @@ def test_limits_fix_the_color_scale():
     assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("token", "shown"), [(" the", "the"), ("\n", "⏎"), ("  ", "␣␣"), ("", ""), (" a\tb", "a⇥b"), ("x" * 40, "x" * (MAX_TOKEN - 1) + "…")]
-)
-def test_tokens_stay_visible_and_short(token, shown):
-    assert readable(token) == shown
+SHOWN = {
+    " the": "␣the",
+    "the": "the",
+    "\n": "⏎",
+    "  ": "␣␣",
+    "": "",
+    " a\tb ": "␣a⇥b␣",
+    "x" * 40: "x" * (MAX_TOKEN - 1) + "…",
+    "\x1b[31m": "<0x1B>[31m",
+    "\x9b": "<0x9B>",
+    "\r": "<0x0D>",
+    "\u202e": "<U+202E>",
+    "\u200b": "<U+200B>",
+    "\u00a0": "<U+00A0>",
+    "<0xE6><0x97>": "<0xE697>",
+}
+
+
+@pytest.mark.parametrize("token", SHOWN)
+def test_tokens_stay_visible_and_short(token):
+    assert readable(token) == SHOWN[token]
 
 
 def test_dollar_signs_and_underscores_are_drawn_as_they_are(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from metalens.lenses.lens import LogitLens
 from metalens.readings.rows import lens_rows, select_layers, select_position
+from metalens.utils.errors import InvalidTypeError
 
 
 def test_all_layers_by_default():
@@ -26,6 +27,28 @@ def test_negative_layers_count_from_the_end_and_each_is_chosen_once(layers, chos
 def test_unknown_layers_are_named(layers, named):
     with pytest.raises(ValueError, match=f"layers 0 to 2; there is {named}"):
         select_layers(layers, 3)
+
+
+@pytest.mark.parametrize("layers", [mx.array([0, -1]), np.array([0, 2]), [np.int64(0), 2]])
+def test_arrays_of_layers_give_plain_numbers(layers):
+    found = select_layers(layers, 3)
+    assert found == [0, 2]
+    assert all(type(layer) is int for layer in found)
+
+
+@pytest.mark.parametrize("layers", [0, True, slice(0, 2), "01", [0.0], [True], mx.array([0.5])], ids=str)
+def test_what_is_no_list_of_layers_is_named(tiny, layers):
+    for call in (lambda: select_layers(layers, 3), lambda: tiny.logit_lens([1, 2], layers=layers)):
+        with pytest.raises(InvalidTypeError, match="layers must be None or a list of layer numbers"):
+            call()
+
+
+@pytest.mark.parametrize("value", [1.0, "1", True, [1]], ids=str)
+def test_a_position_and_top_k_are_whole_numbers(tiny, value):
+    with pytest.raises(InvalidTypeError, match="top_k must be a whole number"):
+        tiny.logit_lens([1, 2], top_k=value)
+    with pytest.raises(InvalidTypeError, match="position must be None or a whole number"):
+        tiny.logit_lens([1, 2], position=value)
 
 
 def test_every_position_by_default():

@@ -16,6 +16,7 @@ import pytest
 from metalens import InterpretableModel
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train_loop
 from metalens.training.checkpoint import RECORD, STATE
+from metalens.training.resume import RunFacts
 from support.mocks import WordTokenizer
 
 LENGTH = 16
@@ -201,8 +202,7 @@ def test_a_full_disk(folder, monkeypatch, where, error):
         raise error
 
     def half(file, arrays):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
+        file.write(b"half")
         raise error
 
     if where == "arrays":
@@ -335,6 +335,24 @@ def test_another_model_is_refused(tiny, make_llama, ids, folder, change, message
         train_loop(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
 
 
+def test_a_fine_tuned_model_with_the_same_head_is_refused(tiny, make_llama, ids, folder):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    other = InterpretableModel(make_llama())
+    norm = other.model.model.layers[0].input_layernorm
+    norm.weight = norm.weight * 1.01
+    with pytest.raises(ValueError, match="run with other model: weights was 'sha256:.*' and is 'sha256:"):
+        train_loop(other.source, other.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+
+
+def test_a_checkpoint_that_knows_the_head_alone_is_resumed(tiny, ids, folder):
+    """Checkpoints of version 0.1.0 have no hash of all weights."""
+    begun(tiny, Corpus.from_ids(ids), folder)
+    facts = RunFacts(CONFIG, tiny.source, tiny.unembed)
+    record = facts.record()
+    del record["model"]["weights"]
+    facts.require_record(record)
+
+
 def test_another_text_is_refused(tiny, ids, folder):
     begun(tiny, Corpus.from_ids(ids), folder)
     for other in (ids[:-1], np.where(np.arange(ids.size) == 5, ids ^ 1, ids)):
@@ -367,3 +385,57 @@ def test_steps_between_checkpoints_are_at_least_one(tiny, ids):
     for every in (0, -1):
         with pytest.raises(ValueError, match=f"checkpoint_every must be at least 1, or None, got {every}"):
             train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, checkpoint_every=every)
+
+
+# ------------------------------------------------------------------ what is not ours stays
+
+
+FOREIGN = ("step-by-step-notes", "step-1", "step-00000009", "rank-my-papers-of-2024", "rank-0-of-2")
+
+
+@pytest.fixture
+def mixed(folder):
+    """Return a folder of a finished run in which a user has folders of similar names."""
+    save(folder, 3, 4)
+    save(CheckpointFolder(folder.path / "rank-1-of-2"), 3, 4)
+    for name in FOREIGN:
+        (folder.path / name).mkdir()
+        (folder.path / name / "thesis.txt").write_text("precious")
+    (folder.path / "step-00000002").symlink_to(folder.path / "rank-my-papers-of-2024")
+    checkpoint.mark_finished(folder.path)
+    return folder
+
+
+def test_a_new_run_deletes_checkpoints_alone(mixed):
+    checkpoint.prepare_folder(mixed.path, resume=False)
+    assert entries(mixed) == sorted([*FOREIGN, "step-00000002"])
+    assert all((mixed.path / name / "thesis.txt").read_text() == "precious" for name in FOREIGN)
+
+
+def test_saving_deletes_checkpoints_alone(mixed):
+    save(mixed, 5, 6, 7, 1)  # the run falls back behind 3 to 9
+    assert {name for name in entries(mixed) if name.startswith("step")} == {*FOREIGN[:3], "step-00000001", "step-00000002"}
+    with pytest.raises(OSError, match=r"Could not write the checkpoint .*step-00000009.*not empty"):
+        save(mixed, 9)
+    assert (mixed.path / "step-00000009" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_file_called_finished_that_is_a_users_stays(folder):
+    save(folder, 1)
+    (folder.path / "finished").write_text("what I have finished")
+    checkpoint.prepare_folder(folder.path, resume=False)
+    assert entries(folder) == ["finished"]
+
+
+def test_a_leftover_of_a_killed_process_is_deleted_and_a_users_folder_is_not(folder):
+    for name, file in ((".step-00000001.77", STATE), (".step-00000002.77", "notes.txt")):
+        (folder.path / name).mkdir()
+        (folder.path / name / file).write_text("x")
+    save(folder, 5)
+    assert entries(folder) == [".step-00000002.77", "step-00000005"]
+
+
+def test_a_folder_of_any_bytes(tmp_path):
+    folder = CheckpointFolder(tmp_path / os.fsdecode(b"bad\xff"))
+    save(folder, 1)
+    assert folder.latest().arrays["a"].tolist() == arrays(1)["a"].tolist()

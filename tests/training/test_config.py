@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from metalens.training import TrainingConfig
@@ -53,3 +54,32 @@ def test_the_learning_rate_falls_linearly_to_zero():
 def test_a_configuration_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainingConfig().num_steps = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed must be at least 0, or None, got -1"),
+        ({"seed": 1.5}, "seed can't be 1.5; it takes a whole number or None"),
+        ({"num_steps": 1.5}, "num_steps can't be 1.5; it takes a whole number"),
+        ({"num_steps": True}, "num_steps can't be True"),
+        ({"num_steps": "3"}, "num_steps can't be '3'"),
+        ({"repeat": "no"}, "repeat can't be 'no'; it takes True or False"),
+        ({"repeat": 1}, "repeat can't be 1"),
+        ({"layers": (0.5,)}, r"layers can't be \(0.5,\); it takes a list of whole numbers or None"),
+        ({"layers": (True,)}, "layers can't be"),
+        ({"layers": "01"}, "layers can't be '01'"),
+        ({"layers": 3}, "layers can't be 3"),
+        ({"learning_rate": "1"}, "learning_rate can't be '1'; it takes a number"),
+        ({"optimizer": 3}, "optimizer can't be 3"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd"),
+    ],
+)
+def test_settings_of_another_type_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**change)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = TrainingConfig(num_steps=np.int64(3), learning_rate=np.float32(0.5), layers=np.arange(3), seed=np.uint8(1), momentum=0)
+    assert config == TrainingConfig(num_steps=3, learning_rate=0.5, layers=[0, 1, 2], seed=1, momentum=0)

@@ -215,7 +215,7 @@ def test_batches_do_not_matter(tmp_path, cache, monkeypatch, demo, batch):
     seen = []
     got = open_corpus(path, demo, cache_dir=tmp_path / "other", progress=seen.append)
     assert got.ids.tolist() == expected.ids.tolist()
-    assert (sum(seen), len(seen)) == (got.tokens, -(-20 // batch))
+    assert (sum(seen), len(seen), seen[0]) == (got.tokens, 1 + -(-20 // batch), 0)
 
 
 def test_workers_do_not_matter(tmp_path, cache, monkeypatch, demo):
@@ -274,6 +274,69 @@ def test_damaged_caches_are_made_again(two, cache, suffix, damage):
     else:
         path.write_bytes(path.read_bytes()[:-1])
     assert open_corpus(two, Bytes(), cache_dir=cache).ids.tolist() == [257, *b"ab", 257, *"cdé".encode()]
+
+
+@pytest.mark.parametrize("suffix", ["ids", "documents"])
+def test_a_flipped_bit_in_the_cache_is_noticed(two, cache, suffix):
+    first = open_corpus(two, Bytes(), cache_dir=cache)
+    path = cache / f"{first.fingerprint}.{suffix}"
+    expected = path.read_bytes()
+    for bit in range(8 * len(expected)):
+        damaged = bytearray(expected)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        again = open_corpus(two, Bytes(), cache_dir=cache)
+        assert (again.ids.tolist(), again.documents.tolist()) == ([257, *b"ab", 257, *"cdé".encode()], [0, 3, 8])
+    assert path.read_bytes() == expected
+
+
+def test_a_cache_of_an_older_version_is_used(two, cache):
+    first = open_corpus(two, Bytes(), cache_dir=cache)
+    path = cache / f"{first.fingerprint}.json"
+    record = json.loads(path.read_text())
+    assert set(record.pop("sha256")) == {"ids", "documents"}
+    path.write_text(json.dumps(record))
+    tokenizer = Bytes()
+    assert open_corpus(two, tokenizer, cache_dir=cache).ids.tolist() == first.ids.tolist()
+    assert not any("ab" in text for text in tokenizer.texts)
+
+
+def test_a_record_that_is_nested_too_deep_is_made_again(two, cache):
+    first = open_corpus(two, Bytes(), cache_dir=cache)
+    (cache / f"{first.fingerprint}.json").write_text("[" * 100_000)
+    for fact in (cache / "facts").glob("*"):
+        fact.write_text("[" * 100_000)
+    assert open_corpus(two, Bytes(), cache_dir=cache).ids.tolist() == first.ids.tolist()
+    assert json.loads((cache / f"{first.fingerprint}.json").read_text())["tokens"] == 8
+
+
+def test_file_names_of_any_bytes(tmp_path, cache):
+    path = tmp_path / "texts" / os.fsdecode(b"bad\xff.txt")
+    path.parent.mkdir()
+    path.write_text("ab")
+    os.utime(path, (0, 0))
+    ids = open_corpus(path, Bytes(), cache_dir=cache).ids.tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "SETTLED", -(1 << 62))  # old enough for its hash to be remembered
+        for _ in range(2):
+            assert open_corpus(path.parent, Bytes(), cache_dir=cache).ids.tolist() == ids
+    assert list((cache / "facts").glob("*.json"))
+
+
+def test_a_long_document_of_json_is_tokenized_in_parts(tmp_path, cache, monkeypatch, demo):
+    """Memory does not grow with a document: no call of the tokenizer sees more than a block."""
+    text = "\n".join(f"Line {i} of the text, which says something." for i in range(60))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "two"}))
+    whole = open_corpus(tmp_path / "a.jsonl", demo, cache_dir=cache)
+    monkeypatch.setattr(readers, "BLOCK", 100)
+    parts = open_corpus(tmp_path / "a.jsonl", demo, cache_dir=tmp_path / "other")
+    assert parts.ids.tolist() == whole.ids.tolist()
+    assert parts.documents.tolist() == whole.documents.tolist()
+    for source in (readers.JsonLines(tmp_path / "a.jsonl", "text"), readers.TextList([text, "two"])):
+        pieces = list(source.pieces())
+        assert max(len(piece.text) for piece in pieces) <= 100
+        assert "".join(piece.text for piece in pieces) == text + "two"
+        assert [piece.text for piece in pieces if piece.starts] == [pieces[0].text, "two"]
 
 
 def test_what_a_killed_process_left_is_removed(two, cache):

@@ -122,6 +122,8 @@ def ended(processes, but=()):
 
 
 SETTINGS = {"num_steps": 3, "max_seq_len": LENGTH, "tokens_per_step": STEP, "seed": 1, "learning_rate": 0.5}
+BY_LOSS = {"optimizer": "muon", "step_size": "loss", "learning_rate": 0.1, "reduction": "sum", "guard_tokens": 64}
+WILD = {"learning_rate": 1e4, "gradient_clip": 1e4, "guard_tokens": 64}  # every layer goes back to where it began
 
 # Scenarios by name: what the processes divide, settings, and the settings of one process that give the same.
 SAME = {
@@ -130,7 +132,11 @@ SAME = {
     "data-one-sequence": ("data", SETTINGS | {"tokens_per_step": None}, {}),
     "data-warm": ("data", SETTINGS | {"warm_start_tokens": 20 * LENGTH}, {}),
     "data-warm-one-sequence": ("data", SETTINGS | {"warm_start_tokens": LENGTH, "ridge": 0.1, "learning_rate": 0.01}, {}),
+    "data-guard": ("data", SETTINGS | WILD | {"warm_start_tokens": 20 * LENGTH}, {}),
+    "data-by-the-loss": ("data", SETTINGS | BY_LOSS, {}),
     "layers": ("layers", SETTINGS, {}),
+    "layers-guard": ("layers", SETTINGS | WILD | {"warm_start_tokens": 20 * LENGTH}, {}),
+    "layers-by-the-loss": ("layers", SETTINGS | BY_LOSS | {"warm_start_tokens": 20 * LENGTH}, {}),
     "layers-muon": ("layers", SETTINGS | {"optimizer": "muon", "learning_rate": 0.02, "reduction": "sum"}, {}),
     "layers-warm-adam-bfloat16": ("layers", SETTINGS | {"optimizer": "adam", "warm_start_tokens": 20 * LENGTH, "dtype": "bfloat16"}, {}),
     "layers-some": ("layers", SETTINGS | {"layers": [2, 0]}, {}),
@@ -206,12 +212,14 @@ def all_scenarios(n, folder):
 
 
 @needs_ring
+@pytest.mark.filterwarnings("ignore::metalens.training.guard.GuardWarning")
 @with_each("data")
 def test_divided_data_give_the_lens_of_one_process_to_rounding(together, alone, name):
     n, _, results = together
     one, several = alone(settings=SAME[name][1]), results[name]
     for result in several:
-        np.testing.assert_allclose(flat(result), flat(one), rtol=1e-3, atol=2e-6)
+        # Muon makes all directions of a gradient equally long, those of rounding errors too.
+        np.testing.assert_allclose(flat(result), flat(one), rtol=1e-3, atol=2e-4 if name == "data-by-the-loss" else 2e-6)
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5, atol=1e-6)
         assert result["tokens"] == one["tokens"]
     assert len(several) == n
@@ -219,6 +227,7 @@ def test_divided_data_give_the_lens_of_one_process_to_rounding(together, alone, 
 
 
 @needs_ring
+@pytest.mark.filterwarnings("ignore::metalens.training.guard.GuardWarning")
 @with_each("layers")
 def test_divided_layers_give_the_lens_of_one_process_bit_for_bit(together, alone, name):
     n, _, results = together

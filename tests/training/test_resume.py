@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,10 +14,23 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from metalens.training import CheckpointFolder, MetricsFile, TrainingConfig, TrainingInterruptedError, recipe, train_loop
+from metalens.training import (
+    Callback,
+    CheckpointFolder,
+    MetricsFile,
+    TrainingConfig,
+    TrainingInterruptedError,
+    batching,
+    loop,
+    recipe,
+    train_loop,
+)
+from metalens.training import step as training_step
 
 LENGTH = 16
 SETTINGS = {"num_steps": 6, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH}
+BY_LOSS = {"step_size": "loss", "learning_rate": 0.1, "layer_rates": "equal"}
+BEFORE = {"step_size": "rate", "learning_rate": 0.025, "weight_decay": 0.15, "layer_rates": "distance"}  # the former settings of `fast`
 
 # Whatever changes what a checkpoint must hold.
 RUNS = {
@@ -33,7 +47,10 @@ RUNS = {
     "some layers": TrainingConfig(**SETTINGS, layers=(2, 0)),
     "low rank": recipe("muon", **SETTINGS, rank=3, seed=5),
     "biases": recipe("adam", **SETTINGS, bias_only=True),
-    "rates by distance": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "rates by distance": recipe("fast", **SETTINGS, **BEFORE, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "steps by the loss": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "steps by the loss, cold": recipe("muon", **SETTINGS, **BY_LOSS),
+    "steps by the loss, low rank, bfloat16": recipe("muon", **SETTINGS, **BY_LOSS, rank=3, seed=5, dtype="bfloat16"),
     "bfloat16": TrainingConfig(**SETTINGS, dtype="bfloat16", learning_rate=0.3, weight_decay=1e-2),
     "bfloat16, adam, low rank": recipe("adam", **SETTINGS, dtype="bfloat16", rank=2, seed=4),
     "bfloat16, muon, warm": recipe("muon", **SETTINGS, dtype="bfloat16", warm_start_tokens=40, layers_at_once=2),
@@ -121,7 +138,7 @@ def test_what_was_skipped_and_seen_is_carried_on(tiny, ids, tmp_path):
             checkpoints=CheckpointFolder(folder),
             stop=lambda: seen[-1:] and seen[-1].step == 1,
         )
-    file = next(folder.glob("step-*")) / "state.json"
+    file = max(folder.glob("step-*")) / "state.json"
     assert json.loads(file.read_text())["tokens"] == whole[1].tokens
     train_loop(tiny.source, tiny.unembed, ids, config, callbacks=[seen.append], checkpoints=CheckpointFolder(folder), resume=True)
     assert [p.tokens for p in seen] == [p.tokens for p in whole]
@@ -149,6 +166,92 @@ def test_stopping_without_a_folder(tiny, ids):
 def test_a_wish_to_stop_after_the_last_step_is_too_late(tiny, ids):
     seen = []
     train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], callbacks=[seen.append], stop=lambda: len(seen) == 6)
+
+
+# Stopped within a step or a warm start
+
+
+class Stop:
+    """Asks to stop from the n-th time on that it is called; counts how often it was called after that."""
+
+    def __init__(self, n):
+        self.left, self.later = n, 0
+
+    def __call__(self):
+        self.left -= 1
+        self.later += self.left < 0
+        return self.left <= 0
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let every step seem long, in passes of one sequence and pieces of six tokens."""
+    monkeypatch.setattr(loop, "QUICK", -1.0)
+    monkeypatch.setattr(batching, "PASS_TOKENS", LENGTH)
+    monkeypatch.setattr(training_step, "PIECE_WORK", 0)
+    monkeypatch.setattr(training_step, "LEAST_PIECE", 6)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("name", ["shuffled", "rates by distance", "bfloat16, muon, warm"])
+def test_stopped_at_any_moment_and_resumed(tiny, ids, tmp_path, name):
+    """Every run goes on a little further than the one before: at some moment each pause of the whole run has been the last one."""
+    config, interruptions = RUNS[name], []
+    straight = train_loop(tiny.source, tiny.unembed, ids, config)
+    for n in range(1, 400, 7):
+        try:
+            stop = Stop(n)
+            lens = train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=CheckpointFolder(tmp_path), resume=True, stop=stop)
+        except TrainingInterruptedError as error:
+            interruptions.append((stop.later, error.learned, bool(CheckpointFolder(tmp_path).steps())))
+        else:
+            break
+    assert all(later == 0 for later, _, _ in interruptions)  # answered at the first pause
+    assert all(learned == kept for _, learned, kept in interruptions)
+    assert len(interruptions) > 3
+    assert bits(lens) == bits(straight)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_stop_within_the_first_step_leaves_nothing(tiny, ids, tmp_path):
+    with pytest.raises(TrainingInterruptedError, match="within the first step, which begins anew") as error:
+        train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=CheckpointFolder(tmp_path), stop=Stop(5))
+    assert not error.value.learned
+    assert CheckpointFolder(tmp_path).steps() == []
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_stop_within_the_warm_start_is_answered_there(tiny, ids, tmp_path, monkeypatch):
+    passes = []
+    capture = type(tiny.source).capture
+    monkeypatch.setattr(type(tiny.source), "capture", lambda *args: passes.append(1) or capture(*args))
+    with pytest.raises(TrainingInterruptedError, match="Stopped within the warm start, which begins anew") as error:
+        train_loop(tiny.source, tiny.unembed, ids, RUNS["warm start"], checkpoints=CheckpointFolder(tmp_path), stop=lambda: len(passes) == 2)
+    assert (len(passes), error.value.learned) == (2, False)
+
+
+def test_a_short_step_is_finished(tiny, ids, tmp_path):
+    with pytest.raises(TrainingInterruptedError, match="Stopped after step 1"):
+        train_loop(tiny.source, tiny.unembed, ids, RUNS["paper"], checkpoints=CheckpointFolder(tmp_path), stop=lambda: True)
+    assert CheckpointFolder(tmp_path).steps() == [1]
+
+
+@pytest.mark.parametrize("num_steps", [0, 6])
+def test_a_solved_warm_start_is_not_repeated(tiny, ids, tmp_path, monkeypatch, num_steps):
+    config = replace(RUNS["rates by distance"], num_steps=num_steps, layers_at_once=None)
+    straight, seen = train_loop(tiny.source, tiny.unembed, ids, config), []
+    folder = CheckpointFolder(tmp_path)
+
+    class Killed(Callback):
+        def on_checkpoint(self, step, path):
+            seen.append(step)
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, callbacks=[Killed()])
+    assert seen == folder.steps() == [0]
+    monkeypatch.setattr(loop, "regressions", None)
+    assert bits(train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, resume=True)) == bits(straight)
 
 
 # Killed

@@ -162,11 +162,23 @@ def test_texts_are_identified_by_what_they_say(model):
 def test_too_little_text_names_settings_that_fit(model, file):
     settings = {"recipe": "muon", "num_steps": 24, "tokens_per_step": 64, "max_seq_len": 32}
     with pytest.raises(
-        NotEnoughDataError, match=r"need 1536 tokens, the text has \d+\. Give more text, or one of: num_steps=\d+; .*; repeat=True\."
+        NotEnoughDataError, match=r"need 1536 tokens, the text has \d+\. Give more text, or one of: tokens=\d+; .*; repeat=True\."
     ) as error:
         train(model, file, **settings)
-    assert [list(change) for change in error.value.changes] == [["num_steps"], ["tokens_per_step"], ["repeat"]]
-    train(model, file, **settings | error.value.changes[0] | {"num_steps": 1})
+    assert [list(change) for change in error.value.changes] == [["tokens"], ["tokens_per_step"], ["repeat"]]
+    train(model, file, **settings | error.value.changes[0])
+    assert error.value.changes[0]["tokens"] >= 0.9 * len(model.encode(file.read_text()))
+
+
+def test_the_closed_form_by_name(model, file, tmp_path):
+    """It needs no step, names the tokens that there are, and gives the lens of a run of no steps."""
+    with pytest.raises(NotEnoughDataError, match=r"one of: tokens=\d+; repeat=True") as error:
+        train(model, file, recipe="ridge", max_seq_len=32)
+    lens = train(model, file, recipe="ridge", max_seq_len=32, out=tmp_path / "lens", **error.value.changes[0])
+    assert lens.provenance["recipe"] == "ridge"
+    expected = train(model, file, recipe="fast", num_steps=0, max_seq_len=32, warm_start_tokens=error.value.changes[0]["tokens"])
+    assert bits(lens) == bits(expected)
+    assert not mx.array_equal(lens.translators[0].weight, mx.eye(lens.translators[0].weight.shape[0]))
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -47,7 +47,7 @@ def test_files_change_the_recipe_and_arguments_change_files(tmp_path, suffix, co
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"steps": 3}', "unknown setting steps. Known settings: recipe, bias_only"),
+        ('{"steps": 3}', "unknown setting steps. Known settings: recipe, tokens, bias_only"),
         ('{"num_steps": "many"}', "num_steps can't be 'many'; it takes a whole number."),
         ('{"num_steps": 2.5}', "num_steps can't be 2.5"),
         ('{"repeat": 1}', "it takes true or false"),
@@ -72,6 +72,15 @@ def test_a_variant_needs_no_word_about_the_recipes_warm_start(monkeypatch):
     assert resolve("warm", None, {"rank": 4})[1].warm_start_tokens == 0
     with pytest.raises(ValueError, match="warm start gives full matrices"):
         resolve("warm", None, {"rank": 4, "warm_start_tokens": 100})
+
+
+def test_the_closed_form_alone_needs_full_matrices():
+    assert resolve("ridge", None, {})[1].num_steps == 0
+    assert resolve("ridge", None, {})[1].warm_start_tokens == 2**16
+    assert resolve("ridge", None, {"rank": 4, "num_steps": 3})[1].warm_start_tokens == 0
+    for variant in ({"rank": 4}, {"bias_only": True}):
+        with pytest.raises(ValueError, match="The closed form gives full matrices"):
+            resolve("ridge", None, variant)
 
 
 def test_a_dict_and_a_complete_configuration():

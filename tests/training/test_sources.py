@@ -274,3 +274,29 @@ class TestHub:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ValueError, match=r"no file or folder 'owner/name'.*metalens\[data\]"):
             texts("owner/name")
+
+
+@pytest.mark.parametrize("content", ["ASCII as UTF-16".encode("utf-16-le"), b"text\0and more", b"\0" * 100])
+def test_nul_characters_are_no_text(tmp_path, content):
+    with pytest.raises(ValueError, match=r"a\.txt: it holds NUL characters.*UTF-16.*Convert it to UTF-8"):
+        texts(write(tmp_path / "a.txt", content))
+
+
+def test_an_error_of_the_system_names_the_file():
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        texts("/proc/self/mem")
+
+
+@pytest.mark.parametrize("damage", ["page", "not UTF-8"])
+def test_damaged_parquet_names_the_file(tmp_path, damage):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    content = ["words " * 50] * 500 if damage == "page" else [b"\xff\xfe"]
+    column = arrow.array(content) if damage == "page" else arrow.Array.from_buffers(arrow.string(), 1, arrow.array(content, arrow.binary()).buffers())
+    parquet.write_table(arrow.table({"text": column}), path, compression="snappy")
+    if damage == "page":
+        data = bytearray(path.read_bytes())
+        data[20:60] = bytes(40)
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet can't be read as Parquet"):
+        texts(path)

@@ -1,8 +1,13 @@
+import errno
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from metalens.utils import files
 from metalens.utils.files import atomic_write, require_writable
 
 
@@ -108,3 +113,68 @@ def test_a_folder_without_permission(tmp_path):
             require_writable(folder / "lens.npz")
     finally:
         folder.chmod(0o700)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def fail():
+        with atomic_write(tmp_path / "a.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'") as caught:
+        fail()
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"), atomic_write(tmp_path / "a.txt"):
+        (tmp_path / "other.txt").read_text()
+
+
+def test_the_folder_is_forced_to_the_disk_after_the_move(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append((folder, names(folder))))
+    with atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert synced == [(tmp_path, ["a.txt"])]
+
+
+def test_temporaries_of_killed_processes_are_removed(tmp_path):
+    # Killed between making the temporary file and the move: the kernel drops the lock, the file stays.
+    script = f"""
+import os, pathlib, signal
+from metalens.utils import files
+from metalens.utils.files import atomic_write
+with atomic_write(pathlib.Path({str(tmp_path / "a.npz")!r})) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False)
+    (left,) = names(tmp_path)
+    assert left.startswith(".a.npz.metalens-")
+    (tmp_path / ".a.npz.of-a-user.npz").write_text("kept")
+
+    def write():
+        with atomic_write(tmp_path / "a.npz") as temporary:
+            temporary.write_text("whole")
+
+    write()
+    assert left in names(tmp_path)  # too young: its writer may not have locked it yet
+    os.utime(tmp_path / left, (0, 0))
+    write()
+    assert names(tmp_path) == [".a.npz.of-a-user.npz", "a.npz"]
+
+
+def test_the_temporary_of_a_living_process_stays(tmp_path):
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("mine")
+        os.utime(temporary, (0, 0))
+        with atomic_write(tmp_path / "a") as other:
+            other.write_text("theirs")
+        assert temporary.exists()
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_device_is_not_replaced_by_a_file():
+    with pytest.raises(OSError, match="device or a pipe"):
+        require_writable(Path("/dev/null"))

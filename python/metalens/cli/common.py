@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from metalens.utils.errors import MetalensError
+from metalens.utils.errors import InvalidValueError, MetalensError
 
 if TYPE_CHECKING:
     from metalens.model import InterpretableModel
@@ -29,6 +30,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------ output
 
+# Characters that JSON leaves as they are and that terminals obey: delete and C1 controls, and Unicode's direction marks.
+UNSAFE = re.compile("[\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+
 
 def note(text: str) -> None:
     """Print a line on stderr. A stderr that cannot be written never stops a command."""
@@ -36,9 +40,26 @@ def note(text: str) -> None:
         click.echo(text, err=True)
 
 
+def _discard_unwritten_notes() -> None:
+    """Send what stderr has not taken to nowhere: Python would try again at its end, and turn success into exit code 120."""
+    with contextlib.suppress(AttributeError, ValueError):  # no stderr, or not a file
+        try:
+            sys.stderr.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stderr.fileno())
+                os.close(nowhere)
+
+
 def print_json(value: Any) -> None:
-    """Print JSON on stdout. JSON has no infinity: such a number, as in --gradient-clip inf, is written as "inf"."""
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print JSON on stdout.
+
+    JSON has no infinity: such a number, as in --gradient-clip inf, is written as "inf". Control characters and characters that turn the direction of
+    the text are escaped, so that no token of a vocabulary can change the terminal.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:
@@ -79,11 +100,26 @@ def one_clear_error(command: F) -> F:
             if os.environ.get("METALENS_DEBUG"):
                 raise
             raise click.ClickException(str(error)) from error
+        finally:
+            _discard_unwritten_notes()
 
     return wrapped  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------ options
+
+
+class FilePath(click.Path):
+    """The path of a file or folder. '~' is the home of the user, also in --out=~/x, where shells leave it; an empty name is an error."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"path_type": Path, **kwargs})
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check and expand the name."""
+        if value == "":
+            self.fail("the name is empty. Is a variable of the shell not set?", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class _RenamedOption(click.Option):
@@ -156,12 +192,19 @@ def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
     return add
 
 
+def bos_option(command: F) -> F:
+    """Add --no-bos."""
+    return click.option(
+        "--no-bos", is_flag=True, help="Leave out the tokens that the tokenizer puts before a text, such as <bos>. Models with one need it as a rule."
+    )(command)
+
+
 def lens_option(command: F) -> F:
     """Add --lens."""
     return click.option(
         "--lens",
         "lens_path",
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         metavar="LENS",
         help="Path of a tuned lens, as given to `train --out`.  [default: the logit lens alone]",
     )(command)
@@ -178,10 +221,15 @@ def save_option(shows: str, old: Sequence[str] = ()) -> Callable[[F], F]:
         "--save",
         "picture",
         old=old,
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         metavar="PICTURE",
         help=f"Also save a picture of {shows}, for example out.png.",
     )
+
+
+def force_option(command: F) -> F:
+    """Add --force."""
+    return click.option("--force", is_flag=True, help="Replace files that metalens did not write. Files that are read are never replaced.")(command)
 
 
 def parallel_option(command: F) -> F:
@@ -224,7 +272,13 @@ def parse_layers(_: click.Context, __: click.Parameter, value: str | None) -> li
 
 
 def sources_of(names: tuple[str, ...]) -> list[str | Path]:
-    """Return the sources that --data names. Only a name with 'hf:' before it is a hub data set: a mistyped file must not be looked for there."""
+    """Return the sources that --data names. Only a name with 'hf:' before it is a hub data set: a mistyped file must not be looked for there.
+
+    Raises:
+        InvalidValueError: for an empty name, which as a path would be the current folder.
+    """
+    if not all(names):
+        raise InvalidValueError("A name of --data is empty. Is a variable of the shell not set?")
     return [name if name.startswith("hf:") else Path(name) for name in names]
 
 

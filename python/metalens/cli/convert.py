@@ -1,4 +1,4 @@
-"""metalens convert: between the files of metalens and those of tuned-lens."""
+"""metalens convert: between the files of metalens and those of tuned-lens, and from GGUF to mlx-lm's format."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from typing import Literal
 
 import click
 
-from metalens.cli.common import note, one_clear_error
+from metalens.cli.common import FilePath, force_option, note, one_clear_error
 
 
 @click.command("convert")
-@click.argument("source", metavar="SOURCE", type=click.Path())
-@click.argument("target", metavar="TARGET", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SOURCE", type=FilePath(path_type=str))
+@click.argument("target", metavar="TARGET", type=FilePath())
 @click.option("--to", type=click.Choice(["tuned-lens", "metalens"]), help="Format to write.  [default: the one that SOURCE does not have]")
 @click.option("--model", help="Path or hub id of the lens's model, for the config.json of tuned-lens.  [default: the model that SOURCE names]")
 @click.option("--hub", is_flag=True, help="Take SOURCE as the id of a lens in tuned-lens's collection on the Hugging Face hub.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Type of the numbers in tuned-lens's file.",
+    help="Type of the numbers in tuned-lens's file [default: float32], or of a model's scales and dense numbers [default: chosen by the model].",
 )
+@force_option
 @one_clear_error
 def convert_command(
     source: str,
@@ -30,13 +29,26 @@ def convert_command(
     to: Literal["tuned-lens", "metalens"] | None,
     model: str | None,
     hub: bool,
-    dtype: Literal["float32", "float16", "bfloat16"],
+    dtype: Literal["float32", "float16", "bfloat16"] | None,
+    force: bool,
 ) -> None:
     """Convert a lens between metalens's two files (SOURCE.npz, SOURCE.json) and tuned-lens's folder (params.pt, config.json).
 
     When converting to metalens, all translators are written as full matrices, so that mlxterp can load the result.
+
+    If SOURCE is a model in a GGUF file, write it as a folder TARGET that mlx-lm opens. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q4_K keep their codes; other
+    quantized formats are quantized again, to 8 bits. The lines on stderr say what became of each format.
     """
+    from metalens.models.gguf import convert_gguf, is_gguf
+
+    if is_gguf(source):
+        if to or model or hub:
+            raise click.UsageError("--to, --model and --hub are for lenses, and SOURCE is a model in a GGUF file.")
+        report = convert_gguf(source, target, dtype)
+        for line in (*report.lines(), f"Model written to {report.folder}."):
+            note(line)
+        return
     from metalens.compat.tuned_lens import convert
 
-    written = convert(source, target, to, model, hub=hub, dtype=dtype)
+    written = convert(source, target, to, model, hub=hub, dtype=dtype, force=force)
     note(f"Lens written to {written[0]} and {written[1].name}.")

@@ -1,27 +1,41 @@
-"""metalens demo: the main job on the bundled model. Train a lens, compare it with the logit lens on held-out text, read a prompt through both."""
+"""metalens demo: the main job. Train a lens, compare it with the logit lens on held-out text, read a prompt through both.
+
+Without an option it uses the bundled model, and takes about a minute. `--model smollm2` shows the same on a pretrained model, beside the closed form.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from metalens.cli.common import load_model, note, one_clear_error, print_table
+from metalens.cli.common import FilePath, force_option, load_model, note, one_clear_error, print_table
 from metalens.evaluation import Evaluation, evaluate
+from metalens.evaluation.results import result_outputs
 from metalens.lenses.lens import TunedLens
+from metalens.lenses.lens_file import lens_outputs
 from metalens.model import InterpretableModel
-from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+from metalens.models.bundled import HELD_OUT_TEXT, MODEL, NAME, TRAINING_TEXT
 from metalens.readings.reading import Reading
 from metalens.training import recipe, train
 from metalens.utils.files import atomic_write, require_writable
+from metalens.utils.outputs import Output, picture_output, require_replaceable
 
 PROMPT = "Click the button in the top right corner of the window to open the"
 
 # The default recipe, in the small steps that suit a text of 43,008 tokens.
 CONFIG = recipe("fast", num_steps=240, max_seq_len=128, tokens_per_step=128, warm_start_tokens=12288, seed=0)
 HELD_OUT_TOKENS = 8192
+
+# A pretrained model answers this one, and is larger: fewer tokens have to do.
+PRETRAINED_PROMPT = "The capital of France is"
+PRETRAINED_HELD_OUT_TOKENS = 512
+PRETRAINED_LENGTH = 256
+PRETRAINED_MINUTES = 6.0
+PRETRAINED_WARM_START = 8192  # at most
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,14 @@ class Demo:
         evaluation: its scores on the held-out text, beside the logit lens's.
         logit: the prompt, read through the logit lens.
         tuned: the prompt, read through the trained lens.
+        ridge: the scores of the closed form alone on the held-out text. None = not measured.
     """
 
     lens: TunedLens
     evaluation: Evaluation
     logit: Reading
     tuned: Reading
+    ridge: Evaluation | None = None
 
 
 def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
@@ -50,30 +66,70 @@ def run(model: InterpretableModel, *, show_progress: bool = False) -> Demo:
     return Demo(lens, evaluation, model.read(PROMPT), model.read(PROMPT, lens))
 
 
+def run_on(model: InterpretableModel, minutes: float, *, show_progress: bool = False) -> Demo:
+    """Do the same on any model, with a budget in minutes for the training, and measure the closed form beside it.
+
+    The closed form sees the tokens of the lens's warm start.
+    """
+    text = TRAINING_TEXT.read_text(encoding="utf-8")
+    settings: dict[str, Any] = {"max_seq_len": PRETRAINED_LENGTH, "warm_start_tokens": PRETRAINED_WARM_START}
+    lens = train(model, [text], recipe="fast", minutes=minutes, show_progress=show_progress, **settings)
+    warm = int(lens.provenance["training"]["warm_start_tokens"])
+    ridge = train(model, [text], recipe="fast", show_progress=show_progress, num_steps=0, **(settings | {"warm_start_tokens": warm}))
+
+    def measured(each: TunedLens) -> Evaluation:
+        held_out = HELD_OUT_TEXT.read_text(encoding="utf-8")
+        return evaluate(model, held_out, each, max_seq_len=PRETRAINED_LENGTH, max_tokens=PRETRAINED_HELD_OUT_TOKENS, show_progress=show_progress)
+
+    return Demo(lens, measured(lens), model.read(PRETRAINED_PROMPT), model.read(PRETRAINED_PROMPT, lens), measured(ridge))
+
+
 @click.command("demo")
 @click.option(
     "--out",
     default="demo_output",
     show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False),
     help="Folder for the lens, the tables and the pictures.",
 )
+@click.option("--model", default=NAME, show_default=True, metavar="MODEL", help="Another model, such as 'smollm2', beside the closed form.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=PRETRAINED_MINUTES, show_default=True, help="Training time on another model."
+)
+@force_option
 @one_clear_error
-def demo_command(out: Path) -> None:
-    """Train a lens for the bundled model on the bundled text, and show that it is better than the logit lens on held-out text."""
-    from metalens.display.tables import evaluation_table
+def demo_command(out: Path, model: str, minutes: float, force: bool) -> None:
+    """Train a lens on the bundled text, and show that it is better than the logit lens on held-out text."""
+    from metalens.display.tables import closed_form_table, evaluation_table
 
     require_writable(out / "lens.npz")
-    result = run(load_model(str(MODEL)), show_progress=True)  # by its path: OUT may be called 'demo'
-    result.lens.save(out / "lens")
+    require_replaceable(_outputs(out), force=force)
+    # The bundled model by its path: OUT may be called 'demo'.
+    loaded = load_model(str(MODEL) if model == NAME else model)
+    result = run(loaded, show_progress=True) if model == NAME else run_on(loaded, minutes, show_progress=True)
+    result.lens.save(out / "lens", force=force)
     with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result.evaluation.to_dict(), indent=2) + "\n")
     table = evaluation_table(result.evaluation)
     _write_table(table, out / "evaluation.txt")
     print_table(table)
-    _show_reading(result.logit, "logit", out)
-    _show_reading(result.tuned, "tuned", out)
-    note(f"Lens, evaluation and pictures are in {out}/. Try: metalens lens demo 'Your prompt' --lens {out}/lens")
+    if result.ridge is not None:
+        with atomic_write(out / "closed_form.json") as temporary:
+            temporary.write_text(json.dumps(result.ridge.to_dict(), indent=2) + "\n")
+        print_table(closed_form_table(result.evaluation, result.ridge))
+    _show_reading(result.logit, "logit", out, force)
+    _show_reading(result.tuned, "tuned", out, force)
+    note(f"Lens, evaluation and pictures are in {out}/. Try: metalens lens {model} 'Your prompt' --lens {out}/lens")
+
+
+def _outputs(out: Path) -> list[Output]:
+    """Return the files that the demo writes."""
+    evaluation = result_outputs(out)[0]
+    table = Output(
+        out / "evaluation.txt", "the table of an evaluation", lambda _: evaluation.path.is_file() and evaluation.recognizes(evaluation.path)
+    )
+    closed_form = evaluation._replace(path=out / "closed_form.json")
+    return [*lens_outputs(out / "lens"), evaluation, table, closed_form, *(picture_output(out / f"{name}_lens.png") for name in ("logit", "tuned"))]
 
 
 def _write_table(table: object, path: Path) -> None:
@@ -83,9 +139,9 @@ def _write_table(table: object, path: Path) -> None:
         Console(file=file, width=120).print(table)
 
 
-def _show_reading(reading: Reading, name: str, out: Path) -> None:
+def _show_reading(reading: Reading, name: str, out: Path, force: bool) -> None:
     from metalens.display.tables import reading_table
 
     title = f"{name} lens: what each layer would say next"
     print_table(reading_table(reading, title))
-    reading.save(out / f"{name}_lens.png", title=title)
+    reading.save(out / f"{name}_lens.png", title=title, force=force)

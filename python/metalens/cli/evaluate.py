@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,11 @@ import click
 
 from metalens.cli.common import (
     DEFAULT_LENGTH,
+    FilePath,
     SeveralFiles,
+    bos_option,
     data_options,
+    force_option,
     json_option,
     lens_option,
     load_model,
@@ -23,15 +27,18 @@ from metalens.cli.common import (
     save_option,
     sources_of,
 )
+from metalens.evaluation.results import RESULTS
+from metalens.lenses.lens_file import lens_files
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import picture_output, require_replaceable
 
 if TYPE_CHECKING:
     from metalens import Evaluation
     from metalens.evaluation import EvaluationText
     from metalens.model import InterpretableModel
 
-RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+READ_WHOLE = 1 << 28  # bytes of files that are tokenized whole, which takes a minute at most
 WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 
 
@@ -41,13 +48,13 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @data_options(required=True, split="test")
 @renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
+@bos_option
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
 @save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats)."
-)
+@click.option("--out", type=FilePath(file_okay=False), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats).")
+@force_option
 @json_option
 @one_clear_error
 def eval_command(
@@ -58,11 +65,13 @@ def eval_command(
     split: str,
     max_tokens: int | None,
     max_seq_len: int | None,
+    no_bos: bool,
     entropy: bool,
     logit_stats: bool,
     layer_transfer: bool,
     picture: Path | None,
     out: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Compare a tuned lens with the logit lens on the text of --data, layer by layer.
@@ -75,7 +84,7 @@ def eval_command(
     layer_transfer = layer_transfer or picture is not None
     if layer_transfer and lens_path is None:
         raise InvalidValueError("Layer transfer (--layer-transfer, --save) needs a tuned lens: give --lens.")
-    _require_writable(picture, out)
+    _require_writable(picture, out, force, [*data, *([] if lens_path is None else lens_files(lens_path))])
     lens = None if lens_path is None else TunedLens.load(lens_path)
     read = _text(data, field, split, max_tokens)
     loaded = load_model(model)
@@ -85,22 +94,27 @@ def eval_command(
         lens,
         max_seq_len=max_seq_len,
         max_tokens=max_tokens,
+        bos=not no_bos,
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
         show_progress=True,
     )
     if out is not None:
-        note(f"Written to {out}/: {', '.join(path.name for path in write_results(evaluation, out))}.")
+        note(f"Written to {out}/: {', '.join(path.name for path in write_results(evaluation, out, force=force))}.")
     if picture is not None:
-        _save_transfer(evaluation, picture, model)
+        _save_transfer(evaluation, picture, model, force)
     if as_json:
         print_json(evaluation.to_dict())
     else:
         _print_tables(evaluation, entropy)
 
 
-def _require_writable(picture: Path | None, out: Path | None) -> None:
+def _require_writable(picture: Path | None, out: Path | None, force: bool, inputs: Sequence[str | Path]) -> None:
     """Find out before the work whether its results can be written."""
+    from metalens.evaluation.results import result_outputs
+
+    require_replaceable([] if picture is None else [picture_output(picture)], force=force, inputs=inputs)
+    require_replaceable([] if out is None else result_outputs(out), force=force, inputs=inputs)
     if picture is not None:
         from metalens.readings.heat_map import picture_format
 
@@ -114,25 +128,28 @@ def _require_writable(picture: Path | None, out: Path | None) -> None:
 def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None) -> Callable[[InterpretableModel], EvaluationText]:
     """Find the sources of a text, and return a function that reads them for a model.
 
-    One plain text is read as it is. Other sources are joined as `train` joins them.
+    One plain text is read as it is. Other sources are joined as `train` joins them. Files of a moderate size are read
+    whole also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens.
     """
     from metalens.training.data import documents, find_sources, open_corpus
-    from metalens.training.data.readers import TextFile
+    from metalens.training.data.readers import FileSource, TextFile
 
     sources = sources_of(data)
     found = find_sources(sources, field=field, split=split)
     if len(found) == 1 and isinstance(found[0], TextFile):
         text = next(documents(found))
         return lambda _: text
+    if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in found) <= READ_WHOLE:
+        max_tokens = None
     return lambda model: open_corpus(sources, model.tokenizer, field=field, split=split, max_tokens=max_tokens)
 
 
-def _save_transfer(evaluation: Evaluation, picture: Path, model: str) -> None:
+def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: bool) -> None:
     from metalens.display.figures import transfer_figure
     from metalens.readings.heat_map import save_figure
 
     if evaluation.transfer is not None:
-        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}"), picture)
+        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}"), picture, force=force)
         note(f"Picture written to {picture}.")
 
 

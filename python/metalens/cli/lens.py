@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from metalens.cli.common import (
+    bos_option,
+    force_option,
     json_option,
     lens_option,
     load_model,
@@ -19,7 +21,13 @@ from metalens.cli.common import (
     renamed_option,
     save_option,
 )
+from metalens.lenses.lens_file import lens_files
+from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import picture_output, require_replaceable
+
+if TYPE_CHECKING:
+    from metalens.model import InterpretableModel
 
 
 @click.command("lens")
@@ -28,6 +36,9 @@ from metalens.utils.files import require_writable
 @lens_option
 @click.option("--layers", callback=parse_layers, metavar="0,4-7,...", help="Blocks to read.  [default: all]")
 @click.option("--top-k", default=3, show_default=True, type=int, help="Number of predictions for each layer and token.")
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, like '1 733 16289'. They are read as they are.")
+@click.option("--chat", is_flag=True, help="Put PROMPT into the tokenizer's chat template, as what the user says.")
+@bos_option
 @json_option
 @save_option("the predictions")
 @renamed_option(
@@ -38,6 +49,7 @@ from metalens.utils.files import require_writable
     show_default=True,
     help="Statistic that the color of the picture shows.",
 )
+@force_option
 @one_clear_error
 def lens_command(
     model: str,
@@ -45,9 +57,13 @@ def lens_command(
     lens_path: Path | None,
     layers: list[int] | None,
     top_k: int,
+    ids: bool,
+    chat: bool,
+    no_bos: bool,
     as_json: bool,
     picture: Path | None,
     color: Literal["probability", "entropy"],
+    force: bool,
 ) -> None:
     """Show what every block of MODEL would predict after each token of PROMPT.
 
@@ -55,20 +71,42 @@ def lens_command(
     """
     from metalens import TunedLens
 
+    if ids + chat + no_bos > 1:
+        raise InvalidValueError("--ids, --chat and --no-bos exclude each other: ids and chat templates have their own special tokens.")
+    given = _token_ids(prompt) if ids else None
     lens = None if lens_path is None else TunedLens.load(lens_path)
     if picture is not None:
         from metalens.readings.heat_map import picture_format
 
         picture_format(picture)
         require_writable(picture)
-    reading = load_model(model).read(prompt, lens, top_k, layers)
+        require_replaceable([picture_output(picture)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
+    loaded = load_model(model)
+    reading = loaded.read(given if given is not None else _encoded(loaded, prompt, chat, no_bos), lens, top_k, layers)
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
     if as_json:
-        print_json({"tokens": reading.tokens, "layers": {str(layer): rows for layer, rows in reading.predictions.items()}})
+        predictions = {str(layer): rows for layer, rows in reading.predictions.items()}
+        untranslated = [layer for layer in reading.layers if layer in reading.untranslated]
+        print_json({"tokens": reading.tokens, "layers": predictions, "untranslated": untranslated})
     else:
         from metalens.display.tables import reading_table
 
         print_table(reading_table(reading, title))
     if picture is not None:
-        reading.save(picture, color, title)
+        reading.save(picture, color, title, force=force)
         note(f"Picture written to {picture}.")
+
+
+def _token_ids(prompt: str) -> list[int]:
+    """Return the token ids that a prompt spells, with spaces or commas between them."""
+    try:
+        return [int(part) for part in prompt.replace(",", " ").split()]
+    except ValueError:
+        raise InvalidValueError(f"With --ids the prompt must be token ids like '1 733 16289', got {prompt!r:.80}.") from None
+
+
+def _encoded(model: InterpretableModel, prompt: str, chat: bool, no_bos: bool) -> str | list[int]:
+    """Return a prompt as `read` takes it."""
+    if chat:
+        return model.encode_chat(prompt)
+    return model.encode(prompt, bos=False) if no_bos else prompt

@@ -15,8 +15,11 @@ def models_command(as_json: bool) -> None:
 
     The list comes from tests on a tiny model of every kind. Whatever it says, no lens is trained or shown on a model whose norm and head have not
     reproduced the model's own logits.
+
+    The last lines name models that PyPI packages carry. A command that loads one of them downloads it once.
     """
     from metalens.models import support
+    from metalens.models.registry import PACKAGED
 
     found, (version, _), installed = support.supported_modules(), support.tested(), support.installed()
     if as_json:
@@ -26,3 +29,5 @@ def models_command(as_json: bool) -> None:
 
     print_table(support_table(found, f"Models of mlx-lm {installed} (tested with {version})"))
     note(", ".join(f"{n} {status}" for status, n in support.counts(found).items()))
+    for model in PACKAGED.values():
+        note(f"{model.name}: {model.title}, {model.megabytes} MB from PyPI, license: {model.license}")

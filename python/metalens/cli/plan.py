@@ -50,10 +50,11 @@ def plan_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Estimate what `train` would need with the same options, without loading the model: memory, work, text and disk.
+    """Estimate what `train` would need with the same options, without loading the model: memory, work, time, text and disk.
 
-    If the run does not fit, the estimate lists changes that would make it fit. MODEL is a folder with a config.json (the estimate is better if it has
-    weights too), a hub id, 'demo', or one of Llama-3.2-1B-4bit, Llama-3.1-8B-4bit, Llama-3.1-70B-4bit.
+    The time is that of this machine, from a probe of about a second. If the run does not fit into the memory, the estimate lists changes that would
+    make it fit. MODEL is a folder with a config.json (the estimate is better if it has weights too), a hub id, 'demo', one of Llama-3.2-1B-4bit,
+    Llama-3.1-8B-4bit, Llama-3.1-70B-4bit, or, if it was loaded before, a GGUF file, 'smollm2' or 'gemma3-270m'.
     """
     from metalens.estimate.memory import plan
 
@@ -67,6 +68,7 @@ def plan_command(
         data=sources_of(data) if data else None,
         field=field,
         split=split,
+        measure=True,
         **given_settings(options),
     )
     if as_json:

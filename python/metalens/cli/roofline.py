@@ -8,8 +8,8 @@ import click
 
 from metalens.cli.common import json_option, note, one_clear_error, print_json, print_table, renamed_option
 from metalens.estimate.roofline import CHIPS, WHAT, bounds
-from metalens.models.bundled import path_of
 from metalens.models.facts import dimensions_of
+from metalens.models.registry import path_of
 
 
 @click.command("roofline")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args
 
 import click
 
-from metalens.cli.common import parse_layers
+from metalens.cli.common import FilePath, parse_layers
 from metalens.training.config import TrainingConfig, choices_of, setting_types
 from metalens.training.recipes import RECIPES
 from metalens.training.settings import DEFAULT_RECIPE, MAX_SEQ_LEN_DEFAULT
@@ -85,8 +84,16 @@ def training_options(command: F) -> F:
         click.option(
             "--config",
             "config_file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            type=FilePath(exists=True, dir_okay=False),
             help="JSON or TOML file of settings, and 'recipe', as in examples/train.toml. They override the recipe; options override them.",
+        ),
+        click.option(
+            "--tokens",
+            type=click.IntRange(min=1),
+            help="Budget: tokens of the text in all, which the recipe divides between warm start, steps and tokens per step.",
+        ),
+        click.option(
+            "--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes on this machine, by a probe of about a second."
         ),
         *map(setting_option, fields(TrainingConfig)),
     ]

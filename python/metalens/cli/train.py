@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import SeveralFiles, data_options, note, one_clear_error, parallel_option, sources_of
+from metalens.cli.common import FilePath, SeveralFiles, bos_option, data_options, force_option, note, one_clear_error, parallel_option, sources_of
 from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
 from metalens.training import (
@@ -25,27 +25,51 @@ from metalens.training import (
     interruptible,
     train,
 )
+from metalens.training.callbacks import metrics_output
 from metalens.training.checkpoint import default_folder
 from metalens.training.interrupt import INTERRUPTED
+from metalens.utils.errors import MetalensError
 from metalens.utils.files import require_writable
+from metalens.utils.outputs import require_replaceable
+
+
+def what_it_takes(model: str, recipe: str | None, config: TrainingConfig) -> str:
+    """Say in a line what a run takes, and if that is more than an hour, which budget takes ten minutes. "" = the model's shape is not known."""
+    from metalens.display.format import duration, gigabytes
+    from metalens.estimate.memory import plan
+
+    try:
+        found = plan(model, recipe, config=config, measure=True)
+    except (MetalensError, OSError):
+        return ""
+    assert found.duration is not None
+    parts = [f"{config.total_tokens * found.passes:,} tokens", f"{duration(found.duration.total)} on this machine", gigabytes(found.total)]
+    line = f"The run takes about {parts[0]}, {parts[1]}, {parts[2]} of memory."
+    return line if found.short_budget is None else f"{line} --tokens {found.short_budget} would take ten minutes."
 
 
 class Notes(Callback):
-    """Says on stderr where a resumed run goes on, and whether a step was left to do.
+    """Says on stderr what a run takes, or where a resumed run goes on, and whether a step was left to do.
+
+    Args:
+        model, recipe: arguments of the command.
 
     Attributes:
         steps: number of steps of this process.
         first_step: number of the first step that was left to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str, recipe: str | None) -> None:
+        self.model, self.recipe = model, recipe
         self.steps = self.first_step = 0
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
-        """Say where a resumed run goes on."""
+        """Say what a run takes, or where a resumed one goes on."""
         self.first_step = first_step
         if first_step:
             note(f"Going on after step {first_step}.")
+        elif line := what_it_takes(self.model, self.recipe, config):
+            note(line)
 
     def on_step(self, progress: Progress) -> None:
         """Count the steps."""
@@ -67,16 +91,18 @@ class Notes(Callback):
     type=click.IntRange(min=1),
     help="Tokens after which reading stops.  [default: all tokens of files, the tokens that the run needs of hub data sets]",
 )
-@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Path of the lens: OUT.npz and OUT.json are written.")
+@bos_option
+@click.option("--cache-dir", type=FilePath(file_okay=False), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
+@click.option("--out", required=True, type=FilePath(), help="Path of the lens: OUT.npz and OUT.json are written.")
 @training_options
-@click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.  [default: OUT.checkpoints]")
+@click.option("--checkpoint-dir", type=FilePath(file_okay=False), help="Folder for checkpoints.  [default: OUT.checkpoints]")
 @click.option("--checkpoint-every", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
-@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl", help="File for one line of JSON per step.")
+@click.option("--metrics", type=FilePath(dir_okay=False), metavar="FILE.jsonl", help="File for one line of JSON per step.")
 @click.option("--wandb", metavar="PROJECT", help="Project of Weights & Biases to report to; needs wandb.")
-@click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Folder for events of TensorBoard; needs tensorboardX.")
+@click.option("--tensorboard", type=FilePath(file_okay=False), help="Folder for events of TensorBoard; needs tensorboardX.")
 @parallel_option
+@force_option
 @one_clear_error
 def train_command(
     model: str,
@@ -85,6 +111,7 @@ def train_command(
     split: str,
     join: Literal["eos", "packed"],
     max_tokens: int | None,
+    no_bos: bool,
     cache_dir: Path | None,
     out: Path,
     recipe: str | None,
@@ -96,19 +123,22 @@ def train_command(
     wandb: str | None,
     tensorboard: Path | None,
     parallel: Literal["data", "layers"],
+    force: bool,
     **options: Any,
 ) -> None:
     """Train a tuned lens for MODEL.
 
-    Ctrl-C ends the run after its step with a checkpoint, and --resume goes on from there.
+    Ctrl-C ends the run within about a second with a checkpoint, also in the warm start, and --resume goes on from there.
     """
     files = lens_files(out)
     folder = checkpoint_dir or default_folder(files[0])
     group = Group.from_environment(parallel)
-    notes, callbacks = Notes(), []
+    notes, callbacks = Notes(model, recipe), []
     with group.together():
         if group.writes:
-            callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder)]
+            if metrics is not None:
+                require_replaceable([metrics_output(metrics)], force=force, inputs=[*data, *([] if config_file is None else [config_file])])
+            callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder, force)]
     try:
         with interruptible() as stop:
             train(
@@ -125,10 +155,12 @@ def train_command(
                 split=split,
                 join=join,
                 max_tokens=max_tokens,
+                bos=not no_bos,
                 cache_dir=cache_dir,
                 checkpoint_every=checkpoint_every,
                 stop=stop,
                 show_progress=True,
+                force=force,
                 **given_settings(options),
             )
     except NotEnoughDataError as error:
@@ -137,7 +169,8 @@ def train_command(
         raise UnfinishedRunError(error.folder, "go on with --resume, remove the folder, or give another --checkpoint-dir.") from error
     except TrainingInterruptedError as interruption:
         if group.writes:
-            note(f"{interruption} What it has learned is in {folder}. Go on with the same command and --resume.")
+            kept = f"What it has learned is in {folder}. " if interruption.learned else "There is nothing to keep yet. "
+            note(f"{interruption} {kept}Go on with the same command and --resume.")
         sys.exit(INTERRUPTED)
     if group.writes:
         if notes.first_step and not notes.steps:
@@ -153,12 +186,12 @@ def _in_words_of_the_command(error: NotEnoughDataError) -> NotEnoughDataError:
     return NotEnoughDataError(error.shortage, error.changes, f"Give more text, or one of: {options}.")
 
 
-def _reporters(metrics: Path | None, wandb: str | None, tensorboard: Path | None, checkpoints: Path) -> list[Callback]:
+def _reporters(metrics: Path | None, wandb: str | None, tensorboard: Path | None, checkpoints: Path, force: bool) -> list[Callback]:
     """Return the callbacks that were asked for (MissingPackageError, OSError)."""
     found: list[Callback] = []
     if metrics is not None:
         require_writable(metrics)
-        found.append(MetricsFile(metrics))
+        found.append(MetricsFile(metrics, force=force))
     if wandb is not None:
         found.append(WandB(wandb, run_file=checkpoints / "wandb-run"))
     if tensorboard is not None:

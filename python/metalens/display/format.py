@@ -4,8 +4,27 @@ from __future__ import annotations
 
 
 def gigabytes(count: int) -> str:
-    """Return a number of bytes as '1.5 GB' or '20 MB'."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    """Return a number of bytes as '1.5 GB', '20 MB' or '3 kB'."""
+    if count >= 999_500:
+        return f"{count / 1e9:.1f} GB" if count >= 999_500_000 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e3:.0f} kB" if count >= 1000 else f"{count} bytes"
+
+
+def operations(count: float) -> str:
+    """Return a number of multiplications and additions as '4.13 TFLOP', in the unit that fits."""
+    for unit, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+        if count >= unit or unit == 1e6:
+            return f"{count / unit:,.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: '12 s', '5 min', '3.5 hours', '4.2 days'."""
+    if seconds < 99.5:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def decimals(value: float) -> str:

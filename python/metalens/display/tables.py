@@ -8,14 +8,14 @@ from dataclasses import asdict
 from rich.table import Table
 from rich.text import Text
 
-from metalens.display.format import decimals, gigabytes, percent, rate, yes_or_no
+from metalens.display.format import decimals, duration, gigabytes, operations, percent, rate, yes_or_no
 from metalens.estimate.results import BYTES_PER_TOKEN, Plan
 from metalens.estimate.roofline import Bounds
 from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.ops.doctor import Diagnosis
 from metalens.readings.heat_map import readable
-from metalens.readings.reading import Reading
+from metalens.readings.reading import UNTRANSLATED, Reading
 
 # ------------------------------------------------------------------ evaluation
 
@@ -58,10 +58,38 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
             columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
     formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
     for layer, values in enumerate(zip(*columns, strict=True)):
-        table.add_row(str(layer), *_cells(formats, values))
+        cells = _cells(formats, values)
+        if layer in evaluation.untranslated:
+            cells[len(names) :] = ["-"] * len(names)
+        table.add_row(str(layer), *cells)
     table.add_section()
-    table.add_row("mean", *_cells(formats, [sum(column) / len(column) for column in columns]))
+    translated = evaluation.translated
+    table.add_row("mean", *_cells(formats, [sum(column[i] for i in translated) / len(translated) for column in columns]))
     table.add_row("model", *(decimals(getattr(evaluation.model, name)) if name in MODEL_COLUMNS else "" for name in names))
+    if evaluation.untranslated:
+        table.caption = f"-: the lens does not translate this layer. The means are over the {len(translated)} layers that it translates."
+    return table
+
+
+def closed_form_table(evaluation: Evaluation, closed_form: Evaluation) -> Table:
+    """Make a table of the KL to the model [nats per token] of each layer: logit lens, closed form, trained lens, and their agreement.
+
+    Args:
+        evaluation: the evaluation of a trained lens.
+        closed_form: the evaluation of the closed form that it began with, on the same text.
+    """
+    assert evaluation.tuned is not None
+    assert closed_form.tuned is not None
+    table = Table(title=f"{evaluation.tokens} tokens; KL(model || lens) in nats per token, top-1 agreement with the model")
+    for column in ("layer", "logit lens KL", "closed form KL", "tuned lens KL", "logit lens top-1", "closed form top-1", "tuned lens top-1"):
+        table.add_column(column, justify="right")
+    lenses = (evaluation.logit, closed_form.tuned, evaluation.tuned)
+    rows = [[*(layer.kl for layer in of_layer), *(layer.top1 for layer in of_layer)] for of_layer in zip(*lenses, strict=True)]
+    formats = [decimals] * 3 + [percent] * 3
+    for layer, row in enumerate(rows):
+        table.add_row(str(layer), *_cells(formats, row))
+    table.add_section()
+    table.add_row("mean", *_cells(formats, [sum(column) / len(rows) for column in zip(*rows, strict=True)]))
     return table
 
 
@@ -100,13 +128,17 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     first = max(0, len(reading.tokens) - columns)
     several = any(len(best) > 1 for positions in reading.predictions.values() for best in positions)
     table = Table(title=_title(title), show_lines=several)
+    if first:
+        table.caption = f"The last {columns} of {len(reading.tokens)} tokens. --json and --save have more."
     table.add_column("", justify="right", no_wrap=True)
     for token in reading.tokens[first:]:
         table.add_column(Text(readable(token)), no_wrap=True)
     for layer, positions in reversed(reading.predictions.items()):
-        table.add_row(f"layer {layer}", *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
+        table.add_row(reading.label(layer), *(Text("\n".join(readable(token) for _, _, token in best)) for best in positions[first:]))
     table.add_section()
     table.add_row("model", *(Text(readable(token)) for token in reading.model_tokens[first:]))
+    if set(reading.untranslated) & set(reading.layers):
+        table.caption = f"{table.caption} {UNTRANSLATED}" if table.caption else UNTRANSLATED
     return table
 
 
@@ -132,11 +164,12 @@ WORK_LABELS = {
     "optimizer": "optimizer",
     "warm_start": "warm start",
 }
+TIME_LABELS = {"start": "loading the model", "warm_start": "warm start", "steps": "steps"}
 DISK_LABELS = {"lens": "lens", "checkpoints": "checkpoints", "new_checkpoint": "one more checkpoint while it is written"}
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """Make a table of a run's memory, text, work and disk, one after another."""
+    """Make a table of a run's memory, text, work, time and disk, one after another."""
     table = _two_columns(title, justify="right")
     memory = {MEMORY_LABELS[name]: gigabytes(count) for name, count in asdict(plan.memory).items() if count}
     if not plan.facts.exact:
@@ -152,8 +185,15 @@ def plan_table(plan: Plan, title: str) -> Table:
         text["epochs of the given text, about"] = f"{plan.epochs:.2f}"
     _section(table, "text", text)
     work = asdict(plan.flops_per_token)
-    _section(table, "work", {WORK_LABELS[name]: f"{flops / 1e9:,.3f} GFLOP/token" for name, flops in work.items() if flops})
-    _section(table, "work", {"whole run": f"{plan.flops / 1e15:,.3g} PFLOP"})
+    warm = work.pop("warm_start")
+    if plan.config.num_steps:
+        _section(table, "work", {WORK_LABELS[name]: f"{operations(flops)}/token" for name, flops in work.items() if flops})
+    if warm:
+        _section(table, "work", {WORK_LABELS["warm_start"]: operations(plan.warm_start_flops)})
+    _section(table, "work", {"whole run": operations(plan.flops)})
+    if plan.duration is not None:
+        parts = {TIME_LABELS[name]: duration(seconds) for name, seconds in asdict(plan.duration).items() if seconds}
+        _section(table, "time on this machine, about", {**parts, "whole run": duration(plan.duration.total)})
     _section(table, "disk", {DISK_LABELS[name]: gigabytes(count) for name, count in asdict(plan.disk).items()})
     return table
 
@@ -167,10 +207,12 @@ def plan_remarks(plan: Plan) -> list[str]:
         lines.append(f"  {change.option}: {gigabytes(change.bytes)}, {', '.join(filter(None, [verdict, change.cost]))}.")
     if not plan.fits and not any(change.fits for change in plan.advice):
         lines.append(f"None of these fits. The model alone takes {gigabytes(plan.memory.model)}: quantize it to fewer bits.")
+    if plan.short_budget is not None and plan.duration is not None:
+        lines.append(f"It takes about {duration(plan.duration.total)} on this machine. --tokens {plan.short_budget} takes about ten minutes.")
     if plan.epochs is not None and plan.epochs > 1 and not plan.config.repeat:
         lines.append(
             f"The text holds about {plan.text_tokens} tokens, and the run needs {plan.config.total_tokens}: "
-            "give more text, add --repeat, or reduce --steps or --tokens-per-step."
+            "give more text, add --repeat, or give a budget (--tokens) or smaller steps (--tokens-per-step)."
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""What a training run will take, estimated before a model is loaded: memory, work, text and disk, and what to change if it does not fit.
+"""What a training run will take, estimated before a model is loaded: memory, work, time, text and disk, and what to change if it does not fit.
 
 Memory is counted as the training loop allocates it. What stays for the whole run (weights, translators, optimizer state, gradients) is exact. What
 lives as long as a batch or an update is a bound.
@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
-from metalens.models.bundled import path_of
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
+from metalens.models.registry import path_of
 from metalens.ops import Head, Weight
 from metalens.ops.backends import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
@@ -31,12 +31,14 @@ from metalens.training.batching import PASS_TOKENS, steps_together
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, TrainingData, read_inputs
 from metalens.training.data.readers import Source, TextFile, TextList
-from metalens.training.polar import quintics
 from metalens.training.settings import resolve
+from metalens.training.speed import Duration, budget_in, measured_speed, require_minutes, seconds_of
+from metalens.training.work import regression_flops, translator_flops, translator_params, update_flops
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_arguments
 
-PROGRAM = 300_000_000  # bytes of Python, MLX and the tokenizer
+PROGRAM = 230_000_000  # bytes of Python, MLX and metalens
+TOKENIZER = 12  # times the bytes of tokenizer.json: 385 MB of memory for Gemma 3's 33 MB with 262,144 entries
 
 # Arrays of the optimizer's state for each parameter.
 STATES = {"sgd": 1, "adam": 2, "muon": 1}
@@ -46,13 +48,13 @@ UPDATE = {
     "float32": {"sgd": 6.5, "adam": 7.0, "muon": 13.0},
     "bfloat16": {"sgd": 10.0, "adam": 13.0, "muon": 15.0},
 }
-# Multiplications and additions of an update for each parameter, without Muon's iterations.
-UPDATE_FLOPS = {"sgd": 6, "adam": 12, "muon": 6}
-
 # Float32 arrays [tokens, D] and [tokens, intermediate size] that a forward pass holds at once, beside the hidden states that are captured.
 FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS = 12, 3
 # Float32 arrays [tokens, D] of each trained layer: the translated states, the normed ones, their gradient.
 LOSS_ARRAYS = 3
+
+
+LONG, SHORT = 3600.0, 600.0  # seconds: a run of more than LONG is told which budget takes SHORT
 
 
 # ------------------------------------------------------------------ the plan
@@ -70,12 +72,15 @@ def plan(
     data: TrainingData | None = None,
     field: str = "text",
     split: str = "train",
+    measure: bool = False,
+    minutes: float | None = None,
     **settings: Any,
 ) -> Plan:
     """Estimate what `train` would need with the same arguments. No weights are read.
 
     Args:
-        model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
+        model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a GGUF file, 'smollm2' or 'gemma3-270m' if it was converted
+            before, a name in `metalens.models.facts.KNOWN_MODELS`, or facts.
         recipe: name of a recipe. None = the one that `config` names, else 'fast'.
         config: a JSON or TOML file of settings that replace the recipe's, or a complete `TrainingConfig`, which needs no recipe.
         memory: bytes that each process may use. None = the memory of this machine.
@@ -84,7 +89,9 @@ def plan(
         data: the text, in the forms that `train` takes: names of files, folders or hub data sets, texts, or token ids. None = not known yet.
         field: field or column that holds the text.
         split: split of hub data sets.
-        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`.
+        measure: also estimate the time on this machine, from a probe of about a second (once for each model).
+        minutes: budget in minutes on this machine, as in `train`.
+        settings: settings of `TrainingConfig` that replace those of the recipe and of `config`, and `tokens`, a budget, as in `train`.
 
     Raises:
         InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.
@@ -93,6 +100,9 @@ def plan(
     if isinstance(recipe, TrainingConfig):
         warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
         recipe, config = None, recipe
+    if minutes is not None:
+        require_minutes(minutes, settings.get("tokens"))
+        settings["tokens"] = _budget_in(facts, minutes, recipe, config, settings, processes if parallel == "data" else 1)
     name, settled = resolve(recipe, config, settings, facts.context_length)
     _check(facts.dimensions, settled, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
@@ -109,7 +119,45 @@ def plan(
         text_tokens=None if data is None else _given_tokens(read_inputs(data, field=field, split=split)),
         disk=_disk(facts.dimensions, settled, layers),
     )
+    if measure:
+        found = replace(found, **_time(facts, settled, layers, processes if parallel == "data" else 1, lambda n: _budgeted(facts, name, settled, n)))
     return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
+
+
+def _time(facts: ModelFacts, config: TrainingConfig, layers: _Layers, processes: int, budgeted: Callable[[int], TrainingConfig]) -> dict[str, Any]:
+    """Return the duration of a run on this machine, and if it is long, the budget that takes ten minutes."""
+    speed = measured_speed(facts)
+
+    def duration(config: TrainingConfig) -> Duration:
+        return seconds_of(facts, config, speed, layers=layers.of_process, passes=layers.passes, processes=processes)
+
+    found = duration(config)
+    short = budget_in(SHORT, budgeted, duration) if found.total > LONG else None
+    if short is not None and duration(budgeted(short)).total > 1.5 * SHORT:  # the smallest budget takes longer
+        short = None
+    return {"duration": found, "short_budget": short}
+
+
+def _budget_in(
+    facts: ModelFacts,
+    minutes: float,
+    recipe: str | None,
+    config: TrainingConfig | str | Path | None,
+    settings: dict[str, Any],
+    processes: int,
+) -> int:
+    """Return the budget in tokens that fits into the minutes."""
+    speed = measured_speed(facts)
+    return budget_in(
+        60 * minutes,
+        lambda tokens: resolve(recipe, config, {**settings, "tokens": tokens}, facts.context_length)[1],
+        lambda changed: seconds_of(facts, changed, speed, processes=processes),
+    )
+
+
+def _budgeted(facts: ModelFacts, recipe: str | None, config: TrainingConfig, tokens: int) -> TrainingConfig:
+    """Return the settings of the same run with a budget."""
+    return resolve(recipe, config, {"tokens": tokens}, facts.context_length)[1]
 
 
 def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
@@ -145,22 +193,18 @@ def _layers(facts: ModelFacts, config: TrainingConfig, processes: int, parallel:
     return _Layers(trained, of_process, min(config.layers_at_once or of_process, of_process))
 
 
-def _translator_params(hidden_size: int, config: TrainingConfig) -> int:
-    """Count the parameters of one translator."""
-    if config.bias_only:
-        return hidden_size
-    if config.rank is not None:
-        return 2 * config.rank * hidden_size + hidden_size
-    return hidden_size * hidden_size + hidden_size
-
-
 def _parameter_bytes(config: TrainingConfig) -> int:
     return 2 if config.dtype == "bfloat16" else 4
 
 
+def _arrays_per_parameter(config: TrainingConfig) -> int:
+    """Return the arrays of the optimizer's state, and of the guard's best state, for each parameter."""
+    return STATES[config.optimizer] + (config.held_back_tokens > 0)
+
+
 def _disk(d: ModelDimensions, config: TrainingConfig, layers: _Layers) -> Disk:
-    params = _translator_params(d.hidden_size, config)
-    checkpoint = (layers.of_process + layers.at_once * STATES[config.optimizer]) * params * _parameter_bytes(config)
+    params = translator_params(d.hidden_size, config)
+    checkpoint = (layers.of_process + layers.at_once * _arrays_per_parameter(config)) * params * _parameter_bytes(config)
     return Disk(lens=layers.trained * params * 4, checkpoints=2 * checkpoint, new_checkpoint=checkpoint)
 
 
@@ -170,21 +214,23 @@ def _disk(d: ModelDimensions, config: TrainingConfig, layers: _Layers) -> Disk:
 def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, parallel: Parallel = "data") -> Memory:
     """Estimate the memory of one process. Arguments as in `plan`."""
     layers = _layers(facts, config, processes, parallel)
-    params, number = _translator_params(facts.dimensions.hidden_size, config), _parameter_bytes(config)
+    params, number = translator_params(facts.dimensions.hidden_size, config), _parameter_bytes(config)
     captured_tokens, loss_tokens = _batch_tokens(config, processes if parallel == "data" else 1)
-    one_gradient = 4 * params
-    state = layers.at_once * STATES[config.optimizer] * params * number
+    if config.num_steps == 0:
+        captured_tokens, loss_tokens = 0, 0
+    one_gradient = 4 * params if config.num_steps else 0
+    state = layers.at_once * _arrays_per_parameter(config) * params * number
     gradients = layers.at_once * one_gradient
     hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens)
-    logits = logit_bytes(facts.dimensions, layers.at_once, loss_tokens)
-    update = max(0, round(4 * params * UPDATE[config.dtype][config.optimizer]) - hidden_states - logits - one_gradient)
+    logits = logit_bytes(facts.dimensions, layers.at_once, loss_tokens) if loss_tokens else 0
+    update = max(0, round(bool(loss_tokens) * 4 * params * UPDATE[config.dtype][config.optimizer]) - hidden_states - logits - one_gradient)
     # At the end, when the optimizer's state and the gradients are gone.
     widened = 4 * layers.trained * params if number < 4 else 0
     float32_lens = max(0, widened - state - gradients - hidden_states)
     gradients += one_gradient  # the layer that is computed next to the sum so far
     in_a_step = state + gradients + hidden_states + logits + update + float32_lens
     return Memory(
-        program=PROGRAM,
+        program=PROGRAM + TOKENIZER * facts.tokenizer_bytes,
         model=facts.weight_bytes,
         translators=layers.of_process * params * number,
         optimizer_state=state,
@@ -193,7 +239,7 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
         logits=logits,
         update=update,
         float32_lens=float32_lens,
-        warm_start=max(0, _warm_start_bytes(facts.dimensions, layers.at_once, hidden_states) - in_a_step) if config.warm_start_tokens else 0,
+        warm_start=max(0, _warm_start_bytes(facts, layers.at_once) - in_a_step) if config.warm_start_tokens else 0,
     )
 
 
@@ -205,10 +251,11 @@ def _hidden_state_bytes(facts: ModelFacts, layers: int, captured_tokens: int, lo
     return captured + loss_tokens * 4 * d.hidden_size * layers * loss_arrays
 
 
-def _warm_start_bytes(d: ModelDimensions, layers: int, hidden_states: int) -> int:
+def _warm_start_bytes(facts: ModelFacts, layers: int) -> int:
     """Return the bytes of the sums of every layer [D + 1, 2 D + 1], and of the solution of one layer in float64 or of one batch."""
+    d = facts.dimensions
     sums = 4 * (d.hidden_size + 1) * (2 * d.hidden_size + 1)
-    return layers * sums + max(12 * sums, 2 * sums + hidden_states)
+    return layers * sums + max(12 * sums, 2 * sums + _hidden_state_bytes(facts, 0, PASS_TOKENS, 0))
 
 
 def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
@@ -247,35 +294,16 @@ def machine_memory() -> int:
 
 
 def _work(d: ModelDimensions, config: TrainingConfig, layers: _Layers, groups: int) -> Work:
-    """Count the work for each token of the text. `groups` of processes read the whole text."""
+    """Count the work for each token of the steps, and of the warm start. `groups` of processes read the whole text."""
     passes, trained, hidden_size = layers.passes * groups, layers.trained, d.hidden_size
-    update = UPDATE_FLOPS[config.optimizer] * _translator_params(hidden_size, config) + _muon_flops(hidden_size, config)
-    warm_start = passes * 2 * d.block_params + trained * 2 * (hidden_size + 1) * (2 * hidden_size + 1)
     return Work(
         forward=passes * 2.0 * d.block_params,
         model_head=passes * 4.0 * d.vocab_size * hidden_size,
         lens_head=trained * 4.0 * d.vocab_size * hidden_size,
-        translators=float(trained * _translator_flops(hidden_size, config)),
-        optimizer=trained * update / config.step_tokens,
-        warm_start=warm_start * config.warm_start_tokens / max(1, config.num_steps * config.step_tokens),
+        translators=float(trained * translator_flops(hidden_size, config)),
+        optimizer=trained * update_flops(hidden_size, config) / config.step_tokens,
+        warm_start=passes * 2.0 * d.block_params + trained * regression_flops(hidden_size) if config.warm_start_tokens else 0.0,
     )
-
-
-def _translator_flops(hidden_size: int, config: TrainingConfig) -> int:
-    """Count the work of one translator and its gradient for one token."""
-    if config.rank is not None:
-        return 14 * config.rank * hidden_size
-    return 0 if config.bias_only else 6 * hidden_size**2
-
-
-def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
-    """Count the work of Muon's iterations for one layer: three products each."""
-    if config.optimizer != "muon" or config.bias_only:
-        return 0
-    rows = hidden_size if config.rank is None else config.rank
-    matrices = 1 if config.rank is None else 2
-    iterations = len(quintics(rows, config.ns_steps)[0])
-    return iterations * matrices * (4 * rows**2 * hidden_size + 2 * rows**3)
 
 
 def _given_tokens(data: Corpus | Sequence[Source]) -> int | None:

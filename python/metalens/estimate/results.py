@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from metalens.models.facts import ModelFacts
 from metalens.training.config import TrainingConfig
+from metalens.training.speed import Duration
 
 Parallel = Literal["data", "layers"]
 
@@ -23,7 +24,7 @@ class Memory:
         program: Python, MLX and the tokenizer.
         model: weights of the model.
         translators: translators in training.
-        optimizer_state: state of the optimizer.
+        optimizer_state: state of the optimizer, and the best states that the guard keeps.
         gradients: gradients of the translators.
         hidden_states: captured hidden states of a batch and what is computed from them, except logits.
         logits: logits of the lens and their gradients that exist at once.
@@ -51,7 +52,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiplications and additions for each token of the text, of all processes together.
+    """Multiplications and additions for each token, of all processes together.
 
     Attributes:
         forward: forward passes of the model.
@@ -59,7 +60,7 @@ class Work:
         lens_head: the head on the lens's hidden states, and its gradient.
         translators: translators and their gradients.
         optimizer: updates.
-        warm_start: closed-form solution.
+        warm_start: closed-form solution, for each of its own tokens; the other fields are for each token of a step.
     """
 
     forward: float
@@ -71,8 +72,8 @@ class Work:
 
     @property
     def total(self) -> float:
-        """Return the sum of all work."""
-        return float(sum(asdict(self).values()))
+        """Return the work for each token of a step."""
+        return float(sum(asdict(self).values())) - self.warm_start
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,13 @@ class Plan:
         processes: processes that run it.
         memory: bytes of one process at its peak.
         available: bytes that one process may use.
-        flops_per_token: work for each token of the text.
+        flops_per_token: work for each token of the steps, and of the warm start.
         passes: how often the text is read.
         text_tokens: tokens of the given text, estimated. None = unknown.
         disk: bytes on disk.
         advice: changes that need less memory. Empty if the run fits.
+        duration: seconds on this machine. None = not measured.
+        short_budget: budget in tokens that takes ten minutes, if the run takes more than an hour. None = it does not, or was not measured.
     """
 
     facts: ModelFacts
@@ -136,6 +139,8 @@ class Plan:
     text_tokens: int | None
     disk: Disk
     advice: tuple[Advice, ...] = ()
+    duration: Duration | None = None
+    short_budget: int | None = None
 
     @property
     def total(self) -> int:
@@ -150,7 +155,12 @@ class Plan:
     @property
     def flops(self) -> float:
         """Return the multiplications and additions of the whole run."""
-        return self.flops_per_token.total * self.config.num_steps * self.config.step_tokens
+        return self.flops_per_token.total * self.config.num_steps * self.config.step_tokens + self.warm_start_flops
+
+    @property
+    def warm_start_flops(self) -> float:
+        """Return the multiplications and additions of the warm start."""
+        return self.flops_per_token.warm_start * self.config.warm_start_tokens
 
     @property
     def epochs(self) -> float | None:
@@ -158,7 +168,7 @@ class Plan:
         return self.config.total_tokens / self.text_tokens if self.text_tokens else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON. Units are bytes, tokens, and multiplications and additions."""
+        """Return the plan as JSON. Units are bytes, tokens, seconds, and multiplications and additions."""
         return {
             "recipe": self.recipe,
             "dimensions": asdict(self.facts.dimensions),
@@ -171,6 +181,9 @@ class Plan:
             "advice": [asdict(change) for change in self.advice],
             "flops_per_token": asdict(self.flops_per_token),
             "flops": self.flops,
+            "warm_start_flops": self.warm_start_flops,
+            "seconds": None if self.duration is None else asdict(self.duration) | {"total": self.duration.total},
+            "ten_minute_tokens": self.short_budget,
             "text": {
                 "tokens": self.config.total_tokens,
                 "passes": self.passes,

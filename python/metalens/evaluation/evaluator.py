@@ -17,7 +17,7 @@ from metalens.evaluation.results import Evaluation
 from metalens.evaluation.scores import Sums
 from metalens.evaluation.text import EvaluationText, Sequences
 from metalens.evaluation.transfer import TransferSums
-from metalens.lenses.lens import Lens, LogitLens, as_lens
+from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
 from metalens.models.unembed import Unembed
@@ -34,6 +34,7 @@ def evaluate(
     *,
     max_seq_len: int | None = None,
     max_tokens: int | None = None,
+    bos: bool = True,
     layer_transfer: bool = False,
     logit_stats: bool = False,
     bytes_per_token: float | None = None,
@@ -41,9 +42,11 @@ def evaluate(
 ) -> Evaluation:
     """Measure the logit lens and, if given, a tuned lens on a text.
 
-    Each document is cut into sequences of max_seq_len tokens; the last one may be shorter, or one token longer. The
-    first token of a sequence has no prediction. One sequence is in memory at a time. KL and entropy are means over all
-    positions, cross-entropy over the positions with a next token.
+    Each document is cut into sequences of max_seq_len tokens; the last one may be shorter, or one token longer. Each
+    sequence begins with the tokens that the tokenizer puts before a text, often a beginning-of-sequence token: models
+    with one predict badly without it. A document that begins with them itself does not get them twice. The first token
+    of a sequence has no prediction. One sequence is in memory at a time. KL and entropy are means over all positions,
+    cross-entropy over the positions with a next token.
 
     Cost: each token takes 2 L + 1 rows through the head. layer_transfer adds 2 L^2 rows; logit_stats adds 2 L + 1 rows
     without a fused operation.
@@ -57,13 +60,14 @@ def evaluate(
             the logit lens alone.
         max_seq_len: tokens per sequence, at least 2; None = 512, or the model's context if that is shorter.
         max_tokens: tokens to read from the start, without prefixes; None = all.
+        bos: begin each sequence with the tokens that the tokenizer puts before a text.
         layer_transfer: also apply the translator of every layer to the hidden states of every other layer. Needs a
             lens.
         logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary
             and lens.
-        bytes_per_token: UTF-8 bytes of the text for each position read. None = the corpus's own number if it has one
-            (upstream's ratio), else count the bytes of the decoded text, special tokens as the tokenizer spells them.
-            Without a tokenizer a token counts as one byte.
+        bytes_per_token: UTF-8 bytes of the text for each position read. None = the mean of the whole corpus or string, also
+            with max_tokens (upstream's ratio); for other texts count the bytes of the decoded tokens, special tokens as the
+            tokenizer spells them. Without a tokenizer a token counts as one byte.
         show_progress: show a progress bar on stderr.
 
     Raises:
@@ -80,7 +84,7 @@ def evaluate(
     elif layer_transfer:
         raise InvalidValueError("layer_transfer needs a tuned lens: the logit lens has the same translator, none, for every layer.")
     totals = _Totals(model, tuned, layer_transfer, logit_stats)
-    sequences = Sequences(model, text, max_seq_len, max_tokens)
+    sequences = Sequences(model, text, max_seq_len, max_tokens, bos)
     with token_bar(sequences.size, "evaluating", show_progress) as bar:
         for ids in sequences:
             totals.add(ids)
@@ -146,6 +150,7 @@ class _Totals:
             tuned=scores.get("tuned"),
             transfer=None if self.transfer is None else self.transfer.means(),
             logit_stats=marginals or None,
+            untranslated=untranslated_layers(self.lenses["tuned"]) if "tuned" in self.lenses else (),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from metalens.evaluation.marginals import LogitStats, bias
 from metalens.evaluation.scores import Scores
 from metalens.evaluation.transfer import Transfer
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import Output, require_replaceable
 
 # The most layers that the text form of an evaluation shows.
 MOST_ROWS = 24
@@ -33,6 +35,8 @@ class Evaluation:
         transfer: layer transfer of the tuned lens; None if it was not asked for.
         logit_stats: mean predictions {"model": one layer, "logit": L layers, "tuned": L layers if there is a lens};
             None if not asked for.
+        untranslated: layers of which the tuned lens has no translator. It reads them as the logit lens does, so tables, JSON
+            and means of the tuned lens leave them out; `tuned` and `logit_stats` have them, to keep layer i at index i.
     """
 
     tokens: int
@@ -42,6 +46,7 @@ class Evaluation:
     tuned: list[Scores] | None
     transfer: Transfer | None = None
     logit_stats: dict[str, LogitStats] | None = field(default=None, compare=False, repr=False)
+    untranslated: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         lenses = {"logit": self.logit} | ({} if self.tuned is None else {"tuned": self.tuned})
@@ -49,12 +54,27 @@ class Evaluation:
             f"Evaluation of {self.tokens} tokens: KL(model || lens) in nats per token, top-1 agreement with the model",
             f"{'layer':>6}" + "".join(f"  {name + ' KL':>9}  {'top-1':>6}" for name in lenses),
         ]
-        rows = [f"{i:>6}" + "".join(_cells(scores[i].kl, scores[i].top1) for scores in lenses.values()) for i in range(len(self.logit))]
+        rows = [f"{i:>6}" + "".join(self._cells(name, i) for name in lenses) for i in range(len(self.logit))]
         if len(rows) > MOST_ROWS:
             rows[MOST_ROWS // 2 : -MOST_ROWS // 2] = [f"{'...':>6}"]
         if rows:
-            rows.append(f"{'mean':>6}" + "".join(_cells(_mean(s.kl for s in scores), _mean(s.top1 for s in scores)) for scores in lenses.values()))
+            chosen = {name: [scores[i] for i in self.translated] for name, scores in lenses.items()}
+            rows.append(f"{'mean':>6}" + "".join(_cells(_mean(s.kl for s in scores), _mean(s.top1 for s in scores)) for scores in chosen.values()))
+        if self.untranslated:
+            rows.append(f"The mean is over the {len(self.translated)} layers that the lens translates.")
         return "\n".join(lines + rows)
+
+    def _cells(self, lens: str, layer: int) -> str:
+        """Return the cells of a lens in the row of a layer."""
+        if lens == "tuned" and layer in self.untranslated:
+            return f"  {'-':>9}  {'-':>6}"
+        scores = (self.tuned if lens == "tuned" and self.tuned is not None else self.logit)[layer]
+        return _cells(scores.kl, scores.top1)
+
+    @property
+    def translated(self) -> list[int]:
+        """Return the layers that the tuned lens translates; without one, and for lenses that are functions, all layers."""
+        return [layer for layer in range(len(self.logit)) if layer not in self.untranslated]
 
     @property
     def nats_to_bpb(self) -> float:
@@ -78,16 +98,18 @@ class Evaluation:
 
         Returns:
             {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]},
-            where {...} has the fields of `Scores`. With logit_stats, "logit" and "tuned" also have "bias" and
-            "bias_bits" (bits per token). With transfer there is also "transfer": {"ce", "kl", "kl_model"}, each
-            [translator][layer].
+            where {...} has the fields of `Scores`. A layer that the tuned lens does not translate has no "tuned". With
+            logit_stats, "logit" and "tuned" also have "bias" and "bias_bits" (bits per token). With transfer there is
+            also "transfer": {"ce", "kl", "kl_model"}, each [translator][layer].
         """
         layers: list[dict[str, Any]] = [{"layer": i, "logit": asdict(scores)} for i, scores in enumerate(self.logit)]
-        for entry, scores in zip(layers, self.tuned or [], strict=False):
-            entry["tuned"] = asdict(scores)
+        if self.tuned is not None:
+            for layer in self.translated:
+                layers[layer]["tuned"] = asdict(self.tuned[layer])
         for name, values in (self.bias or {}).items():
             for entry, value in zip(layers, values, strict=True):
-                entry[name] |= {"bias": value, "bias_bits": value / math.log(2)}
+                if name in entry:
+                    entry[name] |= {"bias": value, "bias_bits": value / math.log(2)}
         result = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token, "model": asdict(self.model), "layers": layers}
         return result if self.transfer is None else result | {"transfer": asdict(self.transfer)}
 
@@ -96,6 +118,7 @@ class Evaluation:
 
         Upstream's layer i is the INPUT of block i. So "layer_<i + 1>" here is the output of block i, which is layer i
         everywhere else in metalens: equal names mean equal hidden states. There is no "layer_0" (the embedding).
+        "tuned" has only the layers that the lens translates.
         Upstream's file does not have the last layer (the model's own output) and "kl_model". Only upstream's file has a
         "layer_transfer" of the logit lens, whose translators are all the same.
 
@@ -106,23 +129,23 @@ class Evaluation:
         """
         ratio = self.nats_to_bpb
 
-        def by_layer(values: list[float]) -> dict[str, float]:
-            return {f"layer_{i + 1}": value for i, value in enumerate(values)}
+        def by_layer(values: list[float], left_out: tuple[int, ...] = ()) -> dict[str, float]:
+            return {f"layer_{i + 1}": value for i, value in enumerate(values) if i not in left_out}
 
-        def of_lens(scores: list[Scores]) -> dict[str, Any]:
+        def of_lens(scores: list[Scores], left_out: tuple[int, ...] = ()) -> dict[str, Any]:
             return {
-                "ce": by_layer([s.bits_per_byte for s in scores]),
-                "entropy": by_layer([s.entropy_bits_per_byte for s in scores]),
-                "kl": by_layer([s.kl_bits_per_byte for s in scores]),
+                "ce": by_layer([s.bits_per_byte for s in scores], left_out),
+                "entropy": by_layer([s.entropy_bits_per_byte for s in scores], left_out),
+                "kl": by_layer([s.kl_bits_per_byte for s in scores], left_out),
             }
 
         own = {"ce": {"final": self.model.bits_per_byte}, "entropy": {"final": self.model.entropy_bits_per_byte}}
         result: dict[str, Any] = {"baseline": own, "logit": of_lens(self.logit)}
         if self.tuned is not None:
-            result["tuned"] = of_lens(self.tuned)
+            result["tuned"] = of_lens(self.tuned, self.untranslated)
         if self.transfer is not None:
             result["tuned"]["layer_transfer"] = {
-                name: {f"layer_{i + 1}": by_layer([value * ratio for value in row]) for i, row in enumerate(matrix)}
+                name: {f"layer_{i + 1}": by_layer([v * ratio for v in row]) for i, row in enumerate(matrix) if i not in self.untranslated}
                 for name, matrix in asdict(self.transfer).items()
             }
         return result
@@ -136,7 +159,38 @@ def _cells(kl: float, top1: float) -> str:
     return f"  {kl:z9.3f}  {100 * top1:5.1f}%"
 
 
-def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+
+
+def result_outputs(folder: str | Path) -> list[Output]:
+    """Return the files that `write_results` may write."""
+    folder = Path(folder).expanduser()
+    evaluation, metrics, stats = (folder / name for name in RESULTS)
+    return [
+        Output(evaluation, "an evaluation", lambda path: _has_keys(path, "tokens", "bytes_per_token", "layers")),
+        Output(metrics, "the metrics of an evaluation", lambda path: _has_keys(path, "baseline", "logit")),
+        Output(stats, "the statistics of an evaluation", _is_logit_stats),
+    ]
+
+
+def _has_keys(file: Path, *keys: str) -> bool:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= set(keys)
+
+
+def _is_logit_stats(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+    return "n" in names and all(name.endswith(("_marginal_probs", "_sufficient_stats")) for name in names - {"n"})
+
+
+def write_results(evaluation: Evaluation, folder: str | Path, *, force: bool = False) -> list[Path]:
     """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all.
 
     evaluation.json: `Evaluation.to_dict`. aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units
@@ -145,14 +199,24 @@ def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
         float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for
         large vocabularies.)
 
+    A logit_stats.npz of an earlier evaluation is deleted if this one has none.
+
+    Args:
+        evaluation: the results.
+        folder: the folder.
+        force: replace files of these names that are not of an evaluation.
+
     Returns:
         the files written.
 
     Raises:
+        NotOursError: if the folder has a file of these names that is not of an evaluation.
         ValueError: if a number has no JSON form (NaN, infinity).
         OSError: if a file cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    outputs = result_outputs(folder)
+    require_replaceable(outputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, data in (("evaluation.json", evaluation.to_dict()), ("aggregate_metrics.json", evaluation.to_upstream())):
@@ -167,4 +231,6 @@ def write_results(evaluation: Evaluation, folder: str | Path) -> list[Path]:
         with atomic_write(folder / "logit_stats.npz") as temporary:
             np.savez(temporary, allow_pickle=False, **arrays)
         written.append(folder / "logit_stats.npz")
+    elif outputs[-1].path.is_file():
+        outputs[-1].path.unlink()
     return written

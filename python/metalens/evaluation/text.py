@@ -50,7 +50,7 @@ def _corpus(text: Any) -> CorpusLike | None:
 
 
 def documents(model: LanguageModel, text: EvaluationText) -> Iterator[np.ndarray]:
-    """Yield the documents of a text as arrays of ids [T], lazily. NumPy arrays are not copied.
+    """Yield the documents of a text as arrays of ids [T], lazily. NumPy arrays are not copied. Text is encoded without special tokens.
 
     A string, a list of ids or an array [T] is one document. Each row of an array [B, T] is a document, and so is each
     item of any other iterable. A corpus is one document unless it is "packed".
@@ -77,24 +77,32 @@ def documents(model: LanguageModel, text: EvaluationText) -> Iterator[np.ndarray
 
 
 def _rows(model: LanguageModel, text: Any) -> Iterator[np.ndarray]:
-    array = as_token_ids(model.encode(text) if isinstance(text, str) else text)
+    array = as_token_ids(model.encode(text, bos=False) if isinstance(text, str) else text)
     yield from (array[None] if array.ndim == 1 else array)
+
+
+def _bytes_per_token(given: EvaluationText, text: EvaluationText, corpus: CorpusLike | None) -> float | None:
+    """Return the mean over the whole text, if it is known before the text is read."""
+    if corpus is not None:
+        return None if corpus.joined_bytes is None else corpus.joined_bytes / len(corpus.ids)
+    return len(given.encode()) / text.size if isinstance(given, str) and isinstance(text, np.ndarray) and text.size else None
 
 
 class Sequences:
     """The sequences of a text: checked ids [T] with T <= length. Iterate once.
 
-    A sequence begins with the corpus's prefix, if there is one, and does not span two documents. A tail of one token
-    would predict nothing, so it joins the sequence before it, which then has length + 1 tokens. A document of one token
-    is a sequence of its own. No document beyond max_tokens is fetched, so a text may be endless. Iteration raises the
-    errors of `documents`, and InvalidValueError for ids outside the vocabulary.
+    A sequence begins with the prefix, if there is one, and does not span two documents. A document that begins with the
+    prefix itself loses it there. A tail of one token would predict nothing, so it joins the sequence before it, which
+    then has length + 1 tokens. Where that is beyond the model's context, the sequence before it gives it a token
+    instead. A document of one token is a sequence of its own. No document beyond max_tokens is fetched, so a text may
+    be endless. Iteration raises the errors of `documents`, and InvalidValueError for ids outside the vocabulary.
 
     Attributes:
         prefix: ids before every sequence.
         tokens: number of tokens of the text that were read so far, without prefixes.
     """
 
-    def __init__(self, model: LanguageModel, text: EvaluationText, length: int, max_tokens: int | None = None) -> None:
+    def __init__(self, model: LanguageModel, text: EvaluationText, length: int, max_tokens: int | None = None, bos: bool = True) -> None:
         """Open a text.
 
         Args:
@@ -102,32 +110,36 @@ class Sequences:
             text: the text.
             length: tokens per sequence, with the prefix.
             max_tokens: tokens to read from the start, without prefixes; None = all.
+            bos: put the corpus's prefix, for other texts that of the model's tokenizer, before every sequence.
 
         Raises:
             InvalidValueError: if no token fits into a sequence.
         """
         self.model = model
-        self.text: EvaluationText = np.asarray(model.encode(text)) if isinstance(text, str) else text
+        self.text: EvaluationText = np.asarray(model.encode(text, bos=False)) if isinstance(text, str) else text
         self.max_tokens = max_tokens
         self.tokens = 0
         corpus = _corpus(text)
-        self.prefix = [] if corpus is None else [int(i) for i in corpus.prefix]
+        self.prefix = [int(i) for i in (model.prefix if corpus is None else corpus.prefix)] if bos else []
         self.room = length - len(self.prefix)
         if self.room < 1:
             raise InvalidValueError(f"Sequences of {length} tokens have no room for text: each begins with {len(self.prefix)} special tokens.")
-        known = corpus is not None and corpus.joined_bytes is not None
-        self._bytes = None if known else ByteCount(model)
+        self._may_grow = length != model.context
+        self._ratio = _bytes_per_token(text, self.text, corpus)
+        self._bytes = ByteCount(model) if self._ratio is None else None
 
     def __iter__(self) -> Iterator[mx.array]:
         """Yield the sequences, [T] each."""
         found = documents(self.model, self.text)
         while self.tokens != self.max_tokens and (document := next(found, None)) is not None:
+            if self.prefix and document[: len(self.prefix)].tolist() == self.prefix:
+                document = document[len(self.prefix) :]
             size = len(document) if self.max_tokens is None else min(len(document), self.max_tokens - self.tokens)
             start = 0
             while start < size:
                 end = start + self.room
                 if size - end + len(self.prefix) <= 1:
-                    end = size
+                    end = end - 1 if size > end and not self._may_grow else size
                 piece = np.asarray(document[start:end])
                 if self._bytes is not None:
                     self._bytes.add(piece.tolist())
@@ -137,16 +149,15 @@ class Sequences:
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the UTF-8 bytes per token, without prefixes: a mean over the whole corpus if it knows its bytes, else over the tokens read so far.
+        """Return the UTF-8 bytes per token, without prefixes.
+
+        It is a mean over a whole corpus that knows its bytes, or a whole string, as in upstream; else over the tokens read
+        so far.
 
         Raises:
             InvalidValueError: if the text has no bytes.
         """
-        corpus = _corpus(self.text)
-        if self._bytes is None and corpus is not None and corpus.joined_bytes is not None:
-            found = corpus.joined_bytes / len(corpus.ids)
-        else:
-            found = 0.0 if self._bytes is None else self._bytes.total / self.tokens
+        found = self._bytes.total / self.tokens if self._bytes is not None else self._ratio or 0.0
         if not found > 0:
             raise InvalidValueError("The tokens read decode to no text at all, which has no bits per byte. Pass bytes_per_token.")
         return found

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.lenses.lens_file import LensData, LensDescription, read_lens, write_lens
+from metalens.lenses.lens_file import LensData, LensDescription, lens_outputs, read_lens, write_lens
 from metalens.lenses.translators import (
     VARIANTS,
     BiasTranslator,
@@ -27,6 +27,7 @@ from metalens.lenses.translators import (
     translate,
 )
 from metalens.utils.errors import InvalidValueError
+from metalens.utils.outputs import require_replaceable
 
 # A function (hidden [..., D], layer) -> [..., D]. TunedLens and LogitLens are such functions.
 Lens = Callable[[mx.array, int], mx.array]
@@ -196,18 +197,24 @@ class TunedLens(nn.Module):
                 "It was trained for another model: train one for this model, or load the model it belongs to."
             )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write `<path>.npz` (translators_<i>_weight [D, D], translators_<i>_bias [D], float32) and `<path>.json` (num_layers, hidden_dim).
 
         A name that ends in .npz or .json means the same pair; other dots stay part of the name. Missing folders are
         created. Each file appears whole or not at all. mlxterp reads both files of a full lens. A variant stores the
         arrays of `lenses.translators.VARIANTS`, and its .json file names the variant and the layers. The .json file
-        also holds the provenance.
+        also holds the provenance, and the SHA-256 of the .npz file.
+
+        Args:
+            path: path of the pair.
+            force: replace files of these names that are not a lens.
 
         Raises:
-            InvalidValueError: if JSON cannot hold the provenance.
+            InvalidValueError: if an array holds NaN or infinity, if JSON cannot hold the provenance, or if a file of this
+                name is not a lens. Nothing is written then.
             OSError: if a file cannot be written.
         """
+        require_replaceable(lens_outputs(path), force=force)
         layers = self.layers
         chosen = None if len(layers) == self.num_layers else layers
         described = LensDescription(self.num_layers, self.hidden_dim, self.variant, self.rank, chosen, self.provenance)
@@ -248,3 +255,11 @@ def lens_kind(lens: Lens) -> str:
     if isinstance(lens, LogitLens):
         return "logit lens"
     return "tuned lens" if isinstance(lens, TunedLens) else str(getattr(lens, "__name__", type(lens).__name__))
+
+
+def untranslated_layers(lens: Lens) -> tuple[int, ...]:
+    """Return the layers of which a tuned lens has no translator: it reads them as the logit lens does. () for other lenses."""
+    if not isinstance(lens, TunedLens):
+        return ()
+    translated = set(lens.layers)
+    return tuple(layer for layer in range(lens.num_layers) if layer not in translated)

@@ -3,13 +3,18 @@
     x.npz    translators_<i>_weight [D, D] and translators_<i>_bias [D] of every layer i, float32. A variant stores the arrays that
              `lenses.translators.VARIANTS` lists. embedding_weight [D, D] and embedding_bias [D] are optional.
     x.json   num_layers and hidden_dim. On demand also format_version, variant, rank, layers, and the provenance under the key "origin".
+             "checksums" has the SHA-256 of x.npz, which binds the two files, and that of the other keys.
 
 mlxterp writes and reads the pair of a full lens. This module knows files and arrays; `lenses.lens` builds the lens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +25,9 @@ import numpy as np
 
 from metalens.lenses.translators import VARIANTS, shape_of
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import atomic_write
+from metalens.utils.files import atomic_write, sha256_of
+from metalens.utils.outputs import Output
+from metalens.utils.warn import warn_caller
 
 # Version 1 is a full lens: mlxterp and every metalens read it, whatever else the file says. Version 2 knows the variants.
 FORMAT_VERSION = 2
@@ -29,6 +36,10 @@ MAX_LAYERS = 10_000
 EMBEDDING = ("embedding_weight", "embedding_bias")
 # The provenance keeps its old key, so that older versions read it.
 PROVENANCE = "origin"
+# {"weights": SHA-256 of the .npz file, "description": that of the other keys}. Older versions and mlxterp ignore it.
+CHECKSUMS = "checksums"
+# The largest .json file that is read, in bytes.
+LARGEST_CONFIG = 1 << 24
 # {key of version 0.1.0: key now}, in the provenance
 OLD_KEYS = {"quantisation": "quantization"}
 
@@ -85,32 +96,60 @@ def lens_files(path: str | Path) -> tuple[Path, Path]:
     Raises:
         InvalidValueError: if the path has no file name.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     stem = path.name[: -len(path.suffix)] if path.suffix in {".npz", ".json"} else path.name
     if not stem:
         raise InvalidValueError(f"{str(path)!r} names no lens file. Give a file name, such as 'my-lens'.")
     return path.with_name(stem + ".npz"), path.with_name(stem + ".json")
 
 
+def lens_outputs(path: str | Path) -> list[Output]:
+    """Return the two files of a lens that is going to be written."""
+    weights, config = lens_files(path)
+    return [Output(weights, "the weights of a lens", is_lens_archive), Output(config, "the description of a lens", is_lens_description)]
+
+
 def write_lens(path: str | Path, lens: LensData) -> None:
     """Write both files of a lens. Create missing folders. Each file appears whole or not at all.
 
+    The .npz file is moved into place just before the .json file. After a crash between the two, the checksum in the old
+    .json file says that they do not belong together.
+
     Raises:
-        InvalidValueError: if JSON cannot hold the provenance; nothing is written then.
+        InvalidValueError: if an array holds NaN or infinity, or if JSON cannot hold the provenance; nothing is written then.
         OSError: if a file cannot be written.
     """
     weights, config = lens_files(path)
-    text = json.dumps(_config_of(lens), indent=2, allow_nan=False, default=_refuse) + "\n"
-    arrays: dict[str, Any] = {
-        array_name(layer, part): np.array(array.astype(mx.float32)) for layer, parts in lens.translators.items() for part, array in parts.items()
-    }
+    about = _config_of(lens)
+    json.dumps(about, allow_nan=False, default=_refuse)
+    arrays = {array_name(layer, part): _finite(array, f"layer {layer}") for layer, parts in lens.translators.items() for part, array in parts.items()}
     if lens.embedding is not None:
-        arrays |= {name: np.array(array.astype(mx.float32)) for name, array in zip(EMBEDDING, lens.embedding, strict=True)}
+        arrays |= {name: _finite(array, "the embedding") for name, array in zip(EMBEDDING, lens.embedding, strict=True)}
     weights.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(weights) as temporary:
-        np.savez(temporary, allow_pickle=False, **arrays)
-    with atomic_write(config) as temporary:
-        temporary.write_text(text)
+    with atomic_write(config) as description, contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(atomic_write(weights))
+        stored: dict[str, Any] = arrays
+        np.savez(temporary, allow_pickle=False, **stored)
+        checksums = {"weights": sha256_of(temporary), "description": _sha256_of_description(about)}
+        description.write_text(json.dumps(about | {CHECKSUMS: checksums}, indent=2, allow_nan=False, default=_refuse) + "\n", encoding="utf-8")
+        stack.close()  # moves the .npz file; the .json file follows
+
+
+def _finite(array: mx.array, what: str) -> np.ndarray:
+    """Return an array in float32 for NumPy, if all its numbers are finite."""
+    found = np.array(array.astype(mx.float32))
+    if not np.isfinite(found).all():
+        raise InvalidValueError(
+            f"The translator of {what} holds NaN or infinity: its training diverged. Nothing is written, and a lens of this name stays as it was. "
+            "Train it again with a lower learning rate."
+        )
+    return found
+
+
+def _sha256_of_description(about: Mapping[str, Any]) -> str:
+    """Return the hash of a .json file's values, the checksums left out, independent of the layout."""
+    values = {key: value for key, value in about.items() if key != CHECKSUMS}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=_refuse).encode()).hexdigest()
 
 
 def read_lens(path: str | Path) -> LensData:
@@ -118,16 +157,22 @@ def read_lens(path: str | Path) -> LensData:
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
-        InvalidValueError: if a file is damaged or is not a lens, if the files disagree, or if an array holds NaN or
-            infinity.
+        InvalidValueError: if a file is damaged or is not a lens, if the files disagree or do not belong together, or if
+            an array holds NaN or infinity.
     """
     weights, config = lens_files(path)
     for file in (weights, config):
         if not file.is_file():
             raise FileNotFoundError(f"No lens at {path}: {file} is missing. A lens is the pair {weights.name} and {config.name}.{_hint(Path(path))}")
-    described = _read_config(config)
+    described, checksum = _read_config(config)
     expected = f"a lens of {described.num_layers} layers, as {config.name} says"
     arrays = read_arrays(weights, lambda stored: _expected_arrays(described, stored), expected)
+    if checksum is not None and sha256_of(weights) != checksum:
+        raise InvalidValueError(
+            f"{weights} and {config} do not belong together: {config.name} describes other weights (their SHA-256 differs). "
+            "One of them was copied, damaged, or written by a run that was killed before it wrote the other. "
+            "Copy both files again, or train the lens again; with --resume, a run that has finished only writes them."
+        )
     translators = {i: {part: arrays[array_name(i, part)] for part in VARIANTS[described.variant]} for i in described.translated_layers}
     embedding = (arrays[EMBEDDING[0]], arrays[EMBEDDING[1]]) if EMBEDDING[0] in arrays else None
     return LensData(described, translators, embedding)
@@ -154,15 +199,26 @@ def _refuse(value: Any) -> Any:
     raise InvalidValueError(f"The lens's provenance holds {value!r}, which JSON has no form for. Put text, numbers, lists and dicts of them there.")
 
 
-def _read_config(file: Path) -> LensDescription:
+def _read_config(file: Path) -> tuple[LensDescription, str | None]:
+    """Return the contents of a .json file, and the SHA-256 of the weights that it describes, if it says so.
+
+    Warn if the contents have changed since they were written.
+    """
     try:
-        config: Any = json.loads(file.read_text())
-        num_layers, hidden_dim = int(config["num_layers"]), int(config["hidden_dim"])
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise InvalidValueError(f"it has {file.stat().st_size} bytes")
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        num_layers, hidden_dim = config["num_layers"], config["hidden_dim"]
         written = config.get("format_version", 1)
         variant, rank, layers, provenance = config.get("variant", "full"), config.get("rank"), config.get("layers"), config.get(PROVENANCE, {})
+        checksums = config.get(CHECKSUMS, {})
+        if type(num_layers) is not int or type(hidden_dim) is not int:
+            raise InvalidValueError(f"num_layers {num_layers!r:.50} and hidden_dim {hidden_dim!r:.50} are not both whole numbers")
+        known = {name: checksums.get(name) for name in ("weights", "description")}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InvalidValueError(f"{file} does not describe a lens: expected JSON with num_layers and hidden_dim ({error!r}).") from error
-    if not isinstance(written, int) or written > FORMAT_VERSION:
+        reason = str(error) if isinstance(error, InvalidValueError) else repr(error)
+        raise InvalidValueError(f"{file} does not describe a lens: expected JSON with num_layers and hidden_dim ({reason:.200}).") from error
+    if type(written) is not int or not 1 <= written <= FORMAT_VERSION:
         raise InvalidValueError(f"{file} has format_version {written!r}; this metalens reads up to {FORMAT_VERSION}. Read it with a newer metalens.")
     if (
         not isinstance(variant, str)
@@ -176,8 +232,29 @@ def _read_config(file: Path) -> LensDescription:
             f"numbers, and {PROVENANCE} as an object; "
             f"found variant {variant!r}, rank {rank!r}, layers {layers!r:.200}, {PROVENANCE} {provenance!r:.200}."
         )
+    if known["description"] is not None and known["description"] != _sha256_of_description(config):
+        warn_caller(f"{file} has changed since it was written: it was edited or is damaged. What it says about the lens may be wrong.")
     provenance = {OLD_KEYS.get(key, key): value for key, value in provenance.items()}
-    return LensDescription(num_layers, hidden_dim, variant, rank, layers, provenance)
+    return LensDescription(num_layers, hidden_dim, variant, rank, layers, provenance), known["weights"]
+
+
+def is_lens_description(file: Path) -> bool:
+    """Return whether a .json file describes a lens, whoever wrote it."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LARGEST_CONFIG else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and type(found.get("num_layers")) is int and type(found.get("hidden_dim")) is int
+
+
+def is_lens_archive(file: Path) -> bool:
+    """Return whether an .npz file has the names of a lens's arrays, and no others."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
+    except (ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+    return bool(found) and all(_ARRAY.fullmatch(name) or name in EMBEDDING for name in found)
 
 
 # ------------------------------------------------------------------ the .npz file
@@ -186,6 +263,9 @@ def _read_config(file: Path) -> LensDescription:
 def array_name(layer: int, parameter: str) -> str:
     """Return the name of a translator's parameter in the .npz file."""
     return f"translators_{layer}_{parameter}"
+
+
+_ARRAY = re.compile(r"translators_\d+_(weight|down|up|bias)")
 
 
 def _expected_arrays(described: LensDescription, stored: set[str]) -> dict[str, tuple[int, ...]]:
@@ -217,6 +297,8 @@ def read_arrays(file: Path, expected: Callable[[set[str]], Mapping[str, tuple[in
     try:
         with np.load(file, allow_pickle=False) as archive:
             stored = set(archive.files)
+            if len(stored) < len(archive.files):
+                raise WrongArraysError(f"{file} is not {what}: it holds an array twice.")
             shapes = expected(stored)
             for names, verb in ((set(shapes) - stored, "it holds no"), (stored - set(shapes), "it also holds")):
                 if names:

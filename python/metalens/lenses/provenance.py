@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -58,6 +59,7 @@ def provenance_of(
     unembed: Unembed,
     model: str | None = None,
     *,
+    weights: str | None = None,
     revision: str | None = None,
     tokens: int | None = None,
     recipe: str | None = None,
@@ -68,6 +70,7 @@ def provenance_of(
     Args:
         unembed: norm and head of the model.
         model: path or hub id of the model.
+        weights: hash of all weights of the model (`LanguageModel.weights_hash`).
         revision: revision of the hub's repository.
         tokens: number of tokens seen in training.
         recipe: name of the training recipe.
@@ -77,29 +80,33 @@ def provenance_of(
         {"metalens": version, "head": `head_hash`, "quantization": format of the head, ...}, and the arguments that are
         not None.
     """
-    facts = {"model": model, "revision": revision, "tokens": tokens, "recipe": recipe, "training": training}
+    facts = {"weights": weights, "model": model, "revision": revision, "tokens": tokens, "recipe": recipe, "training": training}
     about = {"metalens": version("metalens"), "head": _hash_of(unembed), "quantization": _format_of(unembed.head)}
     return about | {key: value for key, value in facts.items() if value is not None}
 
 
-def check_provenance(lens: TunedLens, unembed: Unembed, model: str | None = None) -> None:
+def check_provenance(lens: TunedLens, unembed: Unembed, model: str | None = None, weights: Callable[[], str] | None = None) -> None:
     """Warn (UserWarning) if the lens remembers another model than the one it is used on.
 
-    Models with different heads are different models. If the lens does not know the head (tuned-lens's files do not),
-    the last part of the model's path or hub id decides.
+    Models with different heads, or other weights anywhere, are different models. If the lens does not know the head
+    (tuned-lens's files do not), the last part of the model's path or hub id decides. "" is no name.
 
     Args:
         lens: a lens, with or without a provenance.
         unembed: norm and head of the model that it is used on.
         model: path or hub id of that model, if known.
+        weights: function that returns the hash of all its weights. It is called if the lens knows such a hash.
     """
     known, name = lens.provenance.get("head"), lens.provenance.get("model")
     differences = []
-    if isinstance(name, str) and model is not None and _last_part(name) != _last_part(model):
+    if isinstance(name, str) and name and model is not None and _last_part(name) != _last_part(model):
         differences.append(f"it was trained for {name!r}, and this is {model!r}")
-    if known is not None:
-        if known == _hash_of(unembed):
+    if known is not None and known == _hash_of(unembed):
+        theirs = lens.provenance.get("weights")
+        if not isinstance(theirs, str) or weights is None or theirs == weights():
             return
+        differences.append("its head is the same, but other weights differ, as after fine-tuning")
+    elif known is not None:
         before, now = lens.provenance.get("quantization"), _format_of(unembed.head)
         same_format = before is None or before == now
         differences.append("the weights of the output head differ" if same_format else f"its model's head was {before}, and this one is {now}")
@@ -123,6 +130,6 @@ def check_lens(lens: Lens, model: LanguageModel) -> None:
     """
     if isinstance(lens, TunedLens):
         lens.check_fits(model.num_layers, model.unembed.hidden_dim)
-        check_provenance(lens, model.unembed, model.name)
+        check_provenance(lens, model.unembed, model.name, lambda: model.weights_hash)
     elif not callable(lens):
         raise InvalidTypeError(f"A lens is a TunedLens or a function (hidden, layer) -> hidden, not {type(lens).__name__}.")

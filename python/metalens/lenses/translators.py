@@ -146,7 +146,9 @@ class BiasTranslator(Translator):
 
 def identity_linear(hidden_dim: int) -> nn.Linear:
     """Return a full translator that is the identity: W = I, b = 0, float32."""
-    translator = nn.Linear(hidden_dim, hidden_dim)
+    # nn.Linear.__init__ would draw weights from MLX's global random state, which is the user's.
+    translator = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(translator)
     translator.weight = mx.eye(hidden_dim)
     translator.bias = mx.zeros((hidden_dim,))
     return translator

@@ -147,6 +147,11 @@ class Acceleration:
         extension, _ = _extension.find()
         return f"{len(self)} layers on native kernels ({extension.isa() if extension else ''})"
 
+    def include(self, other: Acceleration) -> None:
+        """Take over the layers of another call, so that `undo` restores them too."""
+        self._swapped += other._swapped
+        other._swapped = []
+
     def undo(self) -> None:
         """Give every layer its former class back. A second call does nothing."""
         while self._swapped:

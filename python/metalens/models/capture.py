@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from metalens.models.context import context_of, learned_positions
+from metalens.models.observing import replaced_methods, snapshot
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError, MetalensError
+from metalens.utils.forked import require_own_threads
+from metalens.utils.warn import warn_caller
 
 # Where models keep their blocks, in the order of the search. `{}` is one of the names below, or the name that the caller gives.
 LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
@@ -22,6 +27,10 @@ LAYER_NAMES = ("layers", "h", "blocks")
 
 class ResidualStreamError(MetalensError, RuntimeError):
     """The blocks of the model do not each return one residual stream."""
+
+
+class ContextError(InvalidValueError):
+    """A sequence is longer than the model's table of positions."""
 
 
 class LayersNotFoundError(MetalensError, AttributeError):
@@ -120,10 +129,41 @@ class ResidualCapture:
     def __init__(self, model: nn.Module, layer_attr: str = LAYER_NAMES[0]) -> None:
         self.model = model
         self.path, self.layers = find_layers(model, layer_attr)
+        self._told_of_length = False
 
     def __len__(self) -> int:
         """Return L, the number of blocks."""
         return len(self.layers)
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """Return the tokens that the model's table of learned positions has room for. None = the model has no such table."""
+        return learned_positions(self.model, self.layers)
+
+    @property
+    def context(self) -> int | None:
+        """Return the tokens per sequence that the model was made for. None = neither a table of positions nor the configuration says it."""
+        return self.position_limit or context_of(self.model)
+
+    def require_length(self, tokens: int) -> None:
+        """Check that the model can read a sequence. Warn once if it was trained on shorter ones.
+
+        Raises:
+            ContextError: if the sequence is longer than the table of positions: MLX would read other memory.
+        """
+        limit = self.position_limit
+        if limit is not None and tokens > limit:
+            raise ContextError(
+                f"The model's context is {limit} tokens: it has no positions for a sequence of {tokens}. "
+                f"Give a shorter text, or cut it into sequences of at most {limit} tokens (max_seq_len)."
+            )
+        context = None if self._told_of_length else self.context
+        if context is not None and tokens > context:
+            self._told_of_length = True
+            warn_caller(
+                f"A sequence of {tokens} tokens is longer than the model's context of {context}: the model was not trained for what comes after "
+                "it, and its predictions there may be poor."
+            )
 
     def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None) -> HiddenStates:
         """Run the model on token ids and keep the output of every block.
@@ -137,7 +177,9 @@ class ResidualCapture:
         Raises:
             InvalidValueError: if the mask has another shape than the ids, or a token follows padding.
             ResidualStreamError: if a block did not run exactly once, because then its output is not defined.
+            ContextError: if the model has no positions for as many tokens.
         """
+        self.require_length(ids.shape[-1])
         if mask is not None:
             _require_padding_at_the_end(mask, ids)
         return self._capture(ids, edits or {}, mask)
@@ -154,8 +196,9 @@ class ResidualCapture:
 
         Raises:
             InvalidValueError: if `tokens` is not positive.
-            ResidualStreamError: as in `capture`.
+            ResidualStreamError, ContextError: as in `capture`.
         """
+        self.require_length(ids.shape[-1])
         if tokens < 1:
             raise InvalidValueError(f"tokens must be at least 1, got {tokens}.")
         from mlx_lm.models.cache import make_prompt_cache
@@ -166,6 +209,7 @@ class ResidualCapture:
             mx.eval([part.state for part in cache])  # else the next chunk would hold the whole graph of this one
 
     def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **options: Any) -> HiddenStates:
+        require_own_threads()
         recorder = _Recorder(self.layers, edits)
         with recorder.attached():
             logits = self.model(ids, **options)
@@ -224,33 +268,3 @@ class _Recorder:
                 "exactly once is needed to know the output of a block."
             )
         return [outputs[0] for outputs in self.outputs]
-
-
-def snapshot(value: Any) -> Any:
-    """Return an array that keeps the present values when the model changes `value` in place. Return anything else as it is.
-
-    In MLX an in-place change gives the Python object another value, so a second object for the present value is enough:
-    `mx.stop_gradient` makes one without copying the data.
-    """
-    return mx.stop_gradient(value) if isinstance(value, mx.array) else value
-
-
-@contextlib.contextmanager
-def replaced_methods(modules: Iterable[nn.Module], methods_for: Callable[[type], Mapping[str, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace methods of modules inside a `with` block. The class of each module becomes a subclass of the same name.
-
-    Args:
-        modules: the modules to change.
-        methods_for: a function of a class that returns {name: method} to replace. It is called once for each class.
-    """
-    originals = [(module, type(module)) for module in modules]
-    subclasses: dict[type, type] = {}
-    try:
-        for module, original in originals:
-            if original not in subclasses:
-                subclasses[original] = type(original.__name__, (original,), {**methods_for(original), "__module__": original.__module__})
-            module.__class__ = subclasses[original]
-        yield
-    finally:
-        for module, original in originals:
-            module.__class__ = original

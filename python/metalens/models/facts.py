@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metalens.models.context import context_in
 from metalens.ops.metal.cost import weight_bytes
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_attribute
@@ -19,6 +20,11 @@ OUTSIDE_BLOCKS = (
     *("embed_tokens", "tok_embeddings", "wte", "embed_in", "embeddings", "word_embeddings", "token_embeddings", "embedding", "embed"),
     *("lm_head", "embed_out", "output", "head"),
 )
+
+HEAD_NAMES = 4  # so many names at the end are those of heads
+
+# Bytes of a tokenizer's file for each entry of the vocabulary: 71 in SmolLM2's tokenizer.json, 127 in Gemma 3's.
+ENTRY_BYTES = 80
 
 # Bytes of the scale and the bias of one group of a quantized matrix: 16 bits each.
 GROUP_BYTES = 4
@@ -66,6 +72,8 @@ class ModelFacts:
         intermediate_size: width of the feed-forward layers that a token goes through.
         activation_bytes: bytes of a number in the residual stream.
         context_length: tokens that the model was made for. None = the configuration does not say.
+        tokenizer_bytes: bytes of the tokenizer's file, or an estimate from the vocabulary.
+        block_bits, block_group_size: bits and group size of most matrices of the blocks. 0 = as the head.
     """
 
     dimensions: ModelDimensions
@@ -74,6 +82,9 @@ class ModelFacts:
     intermediate_size: int
     activation_bytes: int
     context_length: int | None
+    tokenizer_bytes: int = 0
+    block_bits: int = 0
+    block_group_size: int = 0
 
     weights = renamed_attribute("weights", "weight_bytes")
     intermediate = renamed_attribute("intermediate", "intermediate_size")
@@ -108,7 +119,7 @@ def facts_of(model: str) -> ModelFacts:
     """
     if model in KNOWN_MODELS:
         d = KNOWN_MODELS[model]
-        return ModelFacts(d, estimated_weight_bytes(d, tied=False), False, 4 * d.hidden_size, 2, None)
+        return ModelFacts(d, estimated_weight_bytes(d, tied=False), False, 4 * d.hidden_size, 2, None, ENTRY_BYTES * d.vocab_size)
     folder = Path(model)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         folder = _downloaded(model)
@@ -119,6 +130,22 @@ def facts_of(model: str) -> ModelFacts:
         if isinstance(error, InvalidValueError):
             raise
         raise InvalidValueError(f"{folder / 'config.json'} holds a setting that is not a whole number above 0 ({error}). Copy it again.") from error
+
+
+def facts_of_model(model: Any) -> ModelFacts:
+    """Return the facts of a LanguageModel: those of its folder, or counted from its weights where it has none."""
+    try:
+        return facts_of(str(model.name))
+    except (InvalidValueError, OSError):
+        pass
+    matrices = [module for layer in model.source.layers for module in layer.modules() if "weight" in module and module["weight"].ndim >= 2]
+    params = sum(m["scales"].size * m.group_size if "scales" in m else m["weight"].size for m in matrices)
+    head, hidden_size, vocab_size = model.unembed.head.weight, model.unembed.hidden_dim, model.unembed.vocab_size
+    bits, group_size = (16, 0) if head.scales is None else (head.bits, head.group_size)
+    dimensions = ModelDimensions(len(model.source), hidden_size, vocab_size, bits, group_size, params)
+    weight_bytes = params * bits // 8 + 2 * dimensions.head_bytes
+    width = max((m["weight"].shape[0] for m in matrices), default=4 * hidden_size)
+    return ModelFacts(dimensions, weight_bytes, False, width, 2, None, ENTRY_BYTES * vocab_size)
 
 
 def dimensions_of(model: str) -> ModelDimensions:
@@ -136,17 +163,28 @@ def estimated_weight_bytes(d: ModelDimensions, tied: bool) -> int:
 
 Config = dict[str, Any]
 
+# Names that GPT-2's kind of configuration gives to a setting.
+OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "intermediate_size": ("n_inner",),
+}
+
 
 def _read_config(folder: Path, model: str) -> Config:
     """Read config.json. The settings of its text model, if it has one, replace the others."""
     path = folder / "config.json"
     if not path.exists():
         raise InvalidValueError(
-            f"{model!r} is no folder with a config.json and none of {', '.join(KNOWN_MODELS)}. Give a model's folder, a hub id or one of these names."
+            f"{model!r} is no folder with a config.json and none of {', '.join(KNOWN_MODELS)}. "
+            "Give a model's folder, a GGUF file, a hub id, one of these names, 'demo', 'smollm2' or 'gemma3-270m'."
         )
     config = _read_json(path)
     text_config = config.get("text_config")
-    return {**config, **text_config} if isinstance(text_config, dict) else config
+    found = {**config, **text_config} if isinstance(text_config, dict) else config
+    others = {name: next((found[other] for other in names if found.get(other)), None) for name, names in OTHER_NAMES.items() if name not in found}
+    return {**found, **{name: value for name, value in others.items() if value is not None}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,14 +207,29 @@ def _facts(folder: Path, config: Config, tensors: Tensors) -> ModelFacts:
         total: int | None = sum(end - start for _, _, (start, end) in tensors.values())
     else:
         total = _indexed_bytes(folder)
+    bits, group_size = d.bits, d.group_size
+    d = replace(d, **_head_format(config, d))
+    tokenizer = folder / "tokenizer.json"
     return ModelFacts(
         dimensions=d,
         weight_bytes=estimated_weight_bytes(d, bool(config.get("tie_word_embeddings"))) if total is None else total,
         exact=total is not None,
         intermediate_size=per_expert * (active if experts > 1 else 1),
         activation_bytes=4 if _activation_type(tensors, config) in ("F32", "float32") else 2,
-        context_length=int(config["max_position_embeddings"]) if config.get("max_position_embeddings") else None,
+        context_length=context_in(config),
+        tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else ENTRY_BYTES * d.vocab_size,
+        block_bits=bits,
+        block_group_size=group_size,
     )
+
+
+def _head_format(config: Config, d: ModelDimensions) -> dict[str, int]:
+    """Return the bits and the group size of the head, which may differ from those of the blocks."""
+    names = OUTSIDE_BLOCKS[:-HEAD_NAMES] if config.get("tie_word_embeddings") else OUTSIDE_BLOCKS[-HEAD_NAMES:]
+    for name, own in (config.get("quantization") or {}).items():
+        if name.rpartition(".")[2] in names and isinstance(own, dict):
+            return {"bits": int(own.get("bits", d.bits)), "group_size": int(own.get("group_size", d.group_size))}
+    return {}
 
 
 def _dimensions(config: Config, path: Path) -> ModelDimensions:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
-from metalens.models.bundled import path_of
-from metalens.models.capture import Edit, HiddenStates, ResidualCapture
+from metalens.models.capture import Edit, HiddenStates, ResidualCapture, follow
 from metalens.models.loading import load
-from metalens.models.probe import Overrides
+from metalens.models.probe import GIVEN, Overrides
+from metalens.models.registry import path_of
 from metalens.models.tokenization import TokenBatch, TokenInput, Tokenization
 from metalens.models.unembed import LogitTransform, NormFunction, Unembed
+from metalens.models.weights import Snapshot, arrays_of, weights_hash
 from metalens.utils.errors import InvalidTypeError
 
 DEFAULT_SEQUENCE = 512  # tokens
@@ -25,7 +26,7 @@ class LanguageModel(Tokenization):
     """A frozen language model, ready for lenses.
 
     Args:
-        model: an `mlx.nn.Module` called as model(ids), or a name: a local path, a hub id that `mlx_lm.load` opens, or 'demo' for the bundled model.
+        model: an `mlx.nn.Module` called as model(ids), or a name, as in `metalens.models.loading.load`.
         tokenizer: an object with `encode` and `decode`. None = the loaded model's own.
         layer_attr: the name or dotted path of the list of blocks.
         embedding_path, norm_path, lm_head_path: dotted paths of modules to use instead of those that the model is observed to call.
@@ -61,7 +62,7 @@ class LanguageModel(Tokenization):
         logit_transform: LogitTransform | None = None,
         accelerate: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.name = path_of(str(model)) if isinstance(model, (str, Path)) else None
+        self.name = path_of(str(model), make=True) if isinstance(model, (str, Path)) else None
         if self.name is not None:
             model, loaded = load(self.name)
             tokenizer = tokenizer if tokenizer is not None else loaded
@@ -73,15 +74,47 @@ class LanguageModel(Tokenization):
         self.overrides = Overrides(embedding_path, norm_path if norm is None else norm, lm_head_path if head is None else head)
         self._logit_transform = logit_transform
         self.acceleration = _accelerated(model, accelerate)
+        self._found: tuple[Unembed, Snapshot] | None = None
+        self._hashed: tuple[str, Snapshot] | None = None
 
-    @cached_property
+    @property
     def unembed(self) -> Unembed:
         """Return the model's final norm and head. They are found at the first use, and checked against the model's own logits.
+
+        If the model has got other arrays for them since (by training, quantization or an adapter), they are found and checked again, and layers that
+        are new are accelerated like the others. Arrays that were changed in place are not checked again.
 
         Raises:
             UnembedError: if they are not found, or do not give these logits.
         """
-        return Unembed.from_model(self.source, self.overrides, self._logit_transform)
+        if self._found is not None:
+            unembed, snapshot = self._found
+            if snapshot.matches(self._output_arrays(unembed)):
+                return unembed
+            self._accelerate_new_layers()
+        unembed = Unembed.from_model(self.source, self.overrides, self._logit_transform)
+        self._found = (unembed, Snapshot(self._output_arrays(unembed)))
+        return unembed
+
+    def _output_arrays(self, unembed: Unembed) -> list[mx.array]:
+        """Return the arrays that the model has now at the places where its embedding, norm and head were found."""
+        found: list[mx.array] = []
+        for name, path in unembed.paths.items():
+            found += arrays_of(getattr(self.overrides, name) if path == GIVEN else follow(self.model, path) if path else None)
+        return found
+
+    def _accelerate_new_layers(self) -> None:
+        """Switch layers that have come since to the native kernels, if the others run there."""
+        if len(self.acceleration):
+            self.acceleration.include(accelerate(self.model))
+
+    @property
+    def weights_hash(self) -> str:
+        """Return the hash of all weights of the model: see `metalens.models.weights.weights_hash`."""
+        arrays = arrays_of(self.model)
+        if self._hashed is None or not self._hashed[1].matches(arrays):
+            self._hashed = (weights_hash(self.model), Snapshot(arrays))
+        return self._hashed[0]
 
     @property
     def num_layers(self) -> int:
@@ -94,9 +127,14 @@ class LanguageModel(Tokenization):
         return self.unembed.embedding_rows
 
     @property
+    def context(self) -> int | None:
+        """Return the tokens per sequence that the model was made for. None = it does not say."""
+        return self.source.context
+
+    @property
     def default_sequence_length(self) -> int:
         """Return the default tokens per sequence: 512, or the model's context if that is shorter."""
-        return min(DEFAULT_SEQUENCE, int(getattr(getattr(self.model, "args", None), "max_position_embeddings", None) or DEFAULT_SEQUENCE))
+        return min(DEFAULT_SEQUENCE, self.context or DEFAULT_SEQUENCE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped model."""

@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 
-from metalens.models.bundled import path_of
+from metalens.models import bundled
+from metalens.models.registry import PACKAGED, path_of
 from metalens.utils.errors import InvalidValueError
+
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
     Args:
-        name: a local path, a hub id, or 'demo' for the bundled model.
+        name: a folder in mlx-lm's format, a GGUF file, a hub id, 'demo' for the bundled model, or a name in
+            `metalens.models.registry.PACKAGED`.
 
     Returns:
         (model, tokenizer)
 
     Raises:
         InvalidValueError: if mlx-lm cannot open it.
+        OSError, UnavailableError, MissingPackageError: as `metalens.models.registry.path_of`.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"The name of the model {name!r} is not UTF-8, and MLX opens no such file. Rename the folder.") from error
+    path = path_of(name, make=True)
+    missing = _what_is_wrong(Path(path))
+    if missing and (Path(path).exists() or not re.fullmatch(HUB_ID, path)):
+        raise InvalidValueError(f"Could not load model '{name}'.\n{missing}")
     from mlx_lm import load  # slow to import, and not needed for a model that is already in memory
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = load(path_of(name))
+            # False: by default transformers asks on a terminal whether to run the code of a tokenizer.
+            loaded = load(path, tokenizer_config={"trust_remote_code": False})
     except Exception as error:
+        hub = f"{missing} The hub was asked for a model of that name:\n" if missing else ""
         raise InvalidValueError(
-            f"Could not load model '{name}'.\nTried the following strategies:\n  1. mlx-lm failed to load model: {error}\n\n"
+            f"Could not load model '{name}'.\n{hub}Tried the following strategies:\n  1. mlx-lm failed to load model: {error}\n\n"
             "Alternatively, load the model manually and pass it to InterpretableModel(model)."
         ) from error
     return loaded[0], loaded[1]
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Return why a path cannot be a model's folder; "" if it can."""
+    if path.is_file():
+        return f"{path} is a file. A model is a folder in mlx-lm's format, a GGUF file, or a hub id."
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf")) if not (path / "config.json").exists() else []
+        return f"{path} has no config.json, but a GGUF file. Give the path of that file: {ggufs[0]}" if ggufs else ""
+    try:
+        beside = [str(found.relative_to(path.parent)) for found in path.parent.iterdir() if found.is_dir() or found.suffix == ".gguf"]
+    except OSError:
+        beside = []
+    known = [*PACKAGED, bundled.NAME] if str(path.parent) == "." else []
+    close = difflib.get_close_matches(path.name, [*beside, *known], 1, 0.75)
+    hint = f" Did you mean {path.parent / close[0]}?" if close else ""
+    return f"There is no folder {path}.{hint}"

@@ -17,11 +17,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.models.capture import HiddenStates, ResidualCapture, follow, replaced_methods, snapshot
+from metalens.models.capture import HiddenStates, ResidualCapture, follow
+from metalens.models.observing import replaced_methods, snapshot
 from metalens.utils.warn import warn_caller
 
 # The ways in which mlx-lm's models call a module.
 METHODS = ("__call__", "as_linear")
+
+# The path of a module that the caller gave.
+GIVEN = "(given)"
 
 # Tokens of the forward pass that is observed.
 PROBE_TOKENS = 8
@@ -177,8 +181,9 @@ def find_head_modules(source: ResidualCapture, overrides: Overrides) -> HeadModu
     Raises:
         ResidualStreamError: if a block does not run exactly once.
     """
-    vocabulary = source.capture(mx.zeros((1, PROBE_TOKENS), mx.int32)).logits.shape[-1]
-    calls = probe_modules(source, (mx.arange(PROBE_TOKENS) * vocabulary // PROBE_TOKENS)[None])
+    tokens = min(PROBE_TOKENS, source.context or PROBE_TOKENS)
+    vocabulary = source.capture(mx.zeros((1, tokens), mx.int32)).logits.shape[-1]
+    calls = probe_modules(source, (mx.arange(tokens) * vocabulary // tokens)[None])
     head_call = _head_call(calls.after, vocabulary)
     norm_call = _norm_call(calls.after, head_call, calls.states.hidden[-1].shape)
     embedding = _choose(source.model, overrides.embedding, _embedding_call(calls.before), "embedding")
@@ -227,5 +232,5 @@ def _choose(model: nn.Module, override: Any, found: ModuleCall | None, what: str
             return FoundModule(module, override)
         warn_caller(f"No {what} at the given path {override!r}; taking the one that the model calls instead.")
     elif override is not None:
-        return FoundModule(override, "(given)")
+        return FoundModule(override, GIVEN)
     return None if found is None else FoundModule(found.module, found.path)

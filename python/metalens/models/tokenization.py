@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast, overload
 
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.plain_encoder import PlainEncoder, require_unicode
+from metalens.models.token_text import token_text
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from metalens.utils.warn import warn_caller
 
 # One text: a string, token ids, or an array of them.
 TokenInput: TypeAlias = str | Sequence[int] | mx.array
@@ -54,6 +57,7 @@ class Tokenization(ABC):
     """The part of a language model that encodes and decodes with its tokenizer, and checks token ids."""
 
     tokenizer: Any
+    _encoder: tuple[Any, PlainEncoder] | None = None
 
     @property
     @abstractmethod
@@ -65,14 +69,50 @@ class Tokenization(ABC):
             raise InvalidValueError(NO_TOKENIZER)
         return self.tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, with the special tokens that the tokenizer adds."""
+    @property
+    def plain_encoder(self) -> PlainEncoder:
+        """Return the encoder of the tokenizer (InvalidValueError without one)."""
         tokenizer = self._require_tokenizer()
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidValueError(f"The text is not Unicode ({error.reason} at character {error.start}). Fix or remove that character.") from error
-        return list(tokenizer.encode(text))
+        if self._encoder is None or self._encoder[0] is not tokenizer:
+            self._encoder = (tokenizer, PlainEncoder(tokenizer))
+        return self._encoder[1]
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Return the ids that belong before every sequence: those that the tokenizer puts before a text, often a BOS token or none."""
+        return () if self.tokenizer is None else self.plain_encoder.prefix
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: the text. Special tokens that it spells ("<bos>") become these tokens.
+            bos: add the special tokens that the tokenizer adds. If the text spells them at its start itself, as chat templates do, they are not
+                added again, with a warning. False = add none.
+        """
+        encoder = self.plain_encoder
+        require_unicode(text)
+        if not bos:
+            return list(encoder.encode([text])[0])
+        ids, prefix = list(self.tokenizer.encode(text)), list(encoder.prefix)
+        if prefix and ids[: 2 * len(prefix)] == 2 * prefix:
+            warn_caller(f"The text begins with {self.decode(prefix)!r}, which the tokenizer adds too; it is read once.")
+            return ids[len(prefix) :]
+        return ids
+
+    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a conversation in the tokenizer's chat template, up to where the model's answer begins.
+
+        Args:
+            messages: what the user says, or messages like {"role": "user", "content": "..."}.
+
+        Raises:
+            InvalidValueError: if the tokenizer has no chat template, or the template refuses the messages.
+        """
+        encoder = self.plain_encoder
+        chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
+        text = encoder.chat_text(chat, answer_begins=True)
+        return list(encoder.encode([require_unicode(text)])[0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
@@ -84,19 +124,28 @@ class Tokenization(ABC):
         return str(self._require_tokenizer().decode(ids))
 
     def token_to_str(self, token_id: int) -> str:
-        """Return the text of one token."""
-        return self.decode([token_id])
+        """Return the text of one token: see `metalens.models.token_text.token_text`."""
+        return token_text(self.plain_encoder.tokenizer, token_id)
 
-    def to_str_tokens(self, text: TokenInput, prepend_bos: bool = False) -> list[str]:
+    @overload
+    def to_str_tokens(self, text: TokenInput, prepend_bos: bool = False) -> list[str]: ...
+    @overload
+    def to_str_tokens(self, text: list[str] | tuple[str, ...], prepend_bos: bool = False) -> list[list[str]]: ...
+    def to_str_tokens(self, text: TokenInput | list[str] | tuple[str, ...], prepend_bos: bool = False) -> list[str] | list[list[str]]:
         """Return the text of every token.
 
         Args:
-            text: a string, token ids, or an array of them. Of a batch, row 0 is used.
-            prepend_bos: put the tokenizer's beginning-of-sequence token first, if it has one.
+            text: a string, token ids, or an array of them; or a list of strings. Of an array [B, T], row 0 is used.
+            prepend_bos: put the tokenizer's beginning-of-sequence token first, if it has one and the ids do not begin with it.
+
+        Returns:
+            the texts; for a list of strings a list of such lists.
         """
-        ids = to_list(self.ids(text)[0])
+        if isinstance(text, (list, tuple)) and text and all(isinstance(each, str) for each in text):
+            return [self.to_str_tokens(str(each), prepend_bos) for each in text]
+        ids = to_list(self.ids(cast("TokenInput", text))[0])
         bos = getattr(self.tokenizer, "bos_token_id", None)
-        if prepend_bos and bos is not None:
+        if prepend_bos and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return [self.token_to_str(i) for i in ids]
 

@@ -266,13 +266,25 @@ def _recognized(module: Any) -> Norm:
 
 def merged(module: nn.Module) -> nn.Module:
     """Return an adapter (LoRA) merged with the linear or embedding layer inside it. Return other layers as they are."""
+    inner = module.get("linear")
+    if type(module).__name__ == "LoRALinear" and isinstance(inner, nn.QuantizedLinear) and inner.mode != "affine":
+        # Weights of these modes unpack to bfloat16, and `fuse` would round the sum to it.
+        scaled = mx.dequantize(inner.weight, inner.scales, None, inner.group_size, inner.bits, inner.mode).astype(mx.float32)
+        fused = nn.Linear(1, 1, bias="bias" in inner)
+        fused.weight = scaled + (module.scale * module.lora_b.T) @ module.lora_a.T
+        if "bias" in inner:
+            fused.bias = inner.bias
+        return fused
     return module.fuse(dequantize=True) if hasattr(module, "fuse") else module
 
 
 # ---------------------------------------------------------------- messages
 
 _ADVICE = " Pass norm=, head= or logit_transform= to describe the model's output layers."
-_DAMAGED = "The model's own logits are NaN on ordinary tokens: its weights are damaged. Load or convert the model again."
+_DAMAGED = (
+    "The model's own logits are NaN on ordinary tokens: its weights are damaged, or the model is float16 and its activations overflow. "
+    "Convert it to bfloat16 (mlx_lm.convert --dtype bfloat16), or load it again."
+)
 
 
 def _no_single_stream(last: mx.array) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from metalens.ops.backends import preferred, unavailable
+from metalens.utils.forked import require_own_threads
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,8 +76,10 @@ class Operation(Generic[P, R]):
         """Return the implementation for these arguments, and the reason if it is not the one that the backend names.
 
         Raises:
-            UnavailableError: if `use_backend` or METALENS_BACKEND names a backend that this machine lacks.
+            UnavailableError: if `use_backend` or METALENS_BACKEND names a backend that this machine lacks, or in a process that was
+                forked from one that had used MLX.
         """
+        require_own_threads()
         backend = preferred()
         if backend == "reference":
             return self.reference, ""

@@ -93,7 +93,10 @@ def check_top_k(top_k: int, vocab_size: int) -> None:
 
     Raises:
         InvalidValueError: if it is not.
+        InvalidTypeError: if it is no whole number.
     """
+    if isinstance(top_k, bool) or not hasattr(type(top_k), "__index__"):  # NumPy has whole numbers of its own
+        raise InvalidTypeError(f"top_k must be a whole number, got {top_k!r:.100}.")
     if not 1 <= top_k <= vocab_size:
         raise InvalidValueError(f"top_k must be from 1 to {vocab_size} (the vocabulary), not {top_k}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from metalens.readings.top_tokens import Predictions
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import picture_output, require_replaceable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,14 +25,33 @@ else:
 # Fonts that together cover most scripts. matplotlib takes each glyph from the first one that has it.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS")
 # The most characters of a token that fit into a cell.
-MAX_TOKEN = 11
+MAX_TOKEN = 12
+SPACE = "␣"
+SIGNS = {"\n": "⏎", "\t": "⇥"}
+# Categories of characters that cannot be seen: formats, surrogates, unassigned, private, separators.
+HIDDEN = ("Cf", "Cs", "Cn", "Co", "Zl", "Zp", "Zs")
 
 
 def readable(token: str) -> str:
-    """Return a token as one visible word: spaces and line ends get a sign, a long token is cut."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥")
-    shown = "␣" * len(shown) if shown.strip() == "" else shown.strip(" ")
+    """Return a token as visible characters on one line.
+
+    Line ends, tabs and spaces at the ends get a sign. Control characters, and others that show nothing or turn the
+    direction of the text, are spelled: <0x1B>, <U+202E>. A long token is cut.
+    """
+    body = token.strip(" ")
+    start = len(token) - len(token.lstrip(" "))
+    spaced = f"{SPACE * start}{body}{SPACE * (len(token) - start - len(body))}" if body else SPACE * len(token)
+    shown = "".join(map(_visible, spaced)).replace("><0x", "")  # <0xE6><0x97> is <0xE697>
     return shown if len(shown) <= MAX_TOKEN else shown[: MAX_TOKEN - 1] + "…"
+
+
+def _visible(character: str) -> str:
+    if character in SIGNS:
+        return SIGNS[character]
+    kind = unicodedata.category(character)
+    if kind == "Cc":
+        return f"<0x{ord(character):02X}>"
+    return f"<U+{ord(character):04X}>" if kind in HIDDEN and character != " " else character
 
 
 def lens_figure(
@@ -46,6 +67,7 @@ def lens_figure(
     cmap: str = "viridis",
     font_family: str | None = None,
     limits: tuple[float, float] | None = None,
+    row_name: Callable[[int], str] = "layer {}".format,
     new_figure: Callable[..., Figure] | None = None,
 ) -> Figure:
     """Draw a heat map: one row per layer (the last layer on top), one column per token, the most likely next token in each cell.
@@ -62,6 +84,7 @@ def lens_figure(
         cmap: matplotlib color map.
         font_family: font that goes before the default fonts.
         limits: ends of the color scale; None = fit the values. Two pictures can be compared only with the same limits.
+        row_name: function of a layer that returns the name of its row.
         new_figure: a function that makes the empty figure. None = matplotlib's Figure; pyplot's own makes one that can
             be shown.
 
@@ -80,7 +103,7 @@ def lens_figure(
     order = [list(result).index(layer) for layer in layers]
     grid = grid[order]
     texts = [[position[0][2] for position in result[layer]] for layer in layers]
-    names = [f"layer {layer}" for layer in layers]
+    names = [row_name(layer) for layer in layers]
     if model_row is not None:
         texts.append(list(model_row[0]))
         grid = np.vstack([grid, np.asarray(model_row[1], dtype=float)[None]])
@@ -98,7 +121,8 @@ def lens_figure(
             range(len(columns)), [readable(token) for token in columns], rotation=35, ha="right", rotation_mode="anchor", parse_math=False
         )
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("token read")
+        left_out = len(tokens) - len(columns)
+        axes.set_xlabel(f"token read (the last {len(columns)} of {len(tokens)})" if left_out else "token read")
         if model_row is not None:
             axes.axhline(len(names) - 1.5, color="white", linewidth=2.5)
         if title:
@@ -139,15 +163,21 @@ def picture_format(path: Path) -> str:
     return kind
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, *, force: bool = False) -> None:
     """Write a picture; the suffix tells the format. The file appears whole or not at all.
 
+    Args:
+        figure: the picture.
+        path: path of the file.
+        force: replace a file that is not a picture.
+
     Raises:
-        InvalidValueError: if matplotlib does not write this format.
+        InvalidValueError: if matplotlib does not write this format, or if the file exists and is not a picture.
         OSError: if the file cannot be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     kind = picture_format(path)
+    require_replaceable([picture_output(path)], force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=kind)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeGuard, overload
 import mlx.core as mx
 import numpy as np
 
-from metalens.lenses.lens import Lens, as_lens, lens_kind
+from metalens.lenses.lens import Lens, as_lens, lens_kind, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import TokenInput
@@ -112,6 +112,7 @@ def _read(model: LanguageModel, text: Any, lens: Lens, norm: NormFunction, layer
         token_ids=token_ids,
         lens=lens_kind(lens),
         num_layers=model.num_layers,
+        untranslated=untranslated_layers(lens),
     )
 
 

@@ -21,6 +21,7 @@ else:
     Figure = Any  # matplotlib takes a second to import
 
 Color = Literal["probability", "entropy"]
+UNTRANSLATED = "*: no translator of this layer; read as by the logit lens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class Reading:
         token_ids: id of each token that was read.
         lens: name of the lens: 'logit lens', 'tuned lens', or the name of a function.
         num_layers: L, blocks of the model.
+        untranslated: layers of which the tuned lens has no translator. It reads them as the logit lens does; tables and
+            pictures mark them with a star.
     """
 
     layers: list[int]
@@ -51,6 +54,11 @@ class Reading:
     token_ids: list[int]
     lens: str
     num_layers: int
+    untranslated: tuple[int, ...] = ()
+
+    def label(self, layer: int) -> str:
+        """Return the name of a layer's row: 'layer 3', or 'layer 3*' if the lens does not translate it."""
+        return f"layer {layer}{'*' if layer in self.untranslated else ''}"
 
     def __repr__(self) -> str:
         text = "".join(self.tokens)
@@ -104,7 +112,7 @@ class Reading:
         """Return the reading as JSON holds it.
 
         Returns:
-            {"lens", "num_layers", "tokens": [T], "token_ids": [T], "layers": [{"layer", "entropy": [T],
+            {"lens", "num_layers", "tokens": [T], "token_ids": [T], "layers": [{"layer", "translated", "entropy": [T],
             "max_probability": [T], "top": [T][k] of {"id", "probability", "logit", "token"}}, ...], "model":
             {"entropy": [T], "max_probability": [T], "tokens": [T]}}; entropies in nats.
         """
@@ -112,6 +120,7 @@ class Reading:
         layers = [
             {
                 "layer": layer,
+                "translated": layer not in self.untranslated,
                 "entropy": to_list(self.stats.entropy[row]),
                 "max_probability": to_list(self.stats.max_probability[row]),
                 "top": [[best._asdict() for best in self._top(row, i, p)] for i, p in enumerate(probabilities[row])],
@@ -175,6 +184,8 @@ class Reading:
             raise InvalidValueError(f"color must be 'probability' or 'entropy', not {color!r}.")
         certain = color == "probability"
         values, of_model = (stats.max_probability if certain else stats.entropy for stats in (self.stats, self.model))
+        if set(self.untranslated) & set(self.layers):
+            title = f"{title} ({UNTRANSLATED})" if title else UNTRANSLATED
         options: dict[str, Any] = {"max_display_tokens": 24, "cmap": "viridis" if certain else "viridis_r", "limits": (0.0, 1.0) if certain else None}
         return lens_figure(
             self.predictions,
@@ -182,15 +193,21 @@ class Reading:
             values,
             "probability of the top token" if certain else "entropy (nats)",
             title=title,
+            row_name=self.label,
             model_row=(self.model_tokens, to_list(of_model[0])),
             **options | look,
         )
 
-    def save(self, path: str | Path, color: Color = "probability", title: str = "", **look: Any) -> None:
+    def save(self, path: str | Path, color: Color = "probability", title: str = "", *, force: bool = False, **look: Any) -> None:
         """Write the picture that `plot` draws. The suffix tells the format: .png, .pdf, .svg, ... The file appears whole or not at all.
 
+        Args:
+            path: path of the file.
+            color, title, look: as in `plot`.
+            force: replace a file that is not a picture.
+
         Raises:
-            InvalidValueError: if matplotlib does not know the suffix, or as `plot`.
+            InvalidValueError: if matplotlib does not know the suffix, if the file exists and is not a picture, or as `plot`.
             OSError: if the file cannot be written.
         """
-        save_figure(self.plot(color, title, **look), path)
+        save_figure(self.plot(color, title, **look), path, force=force)

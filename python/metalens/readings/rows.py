@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -50,11 +51,12 @@ def require_finite(stats: LensStats) -> None:
     """
     if to_float(mx.any(mx.isnan(stats.lse))):
         raise InvalidValueError(
-            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights. Load, convert or train it again."
+            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights, or the model is float16 and overflows. "
+            "Convert the model to bfloat16 (mlx_lm.convert --dtype bfloat16); else load or train it again."
         )
 
 
-def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+def select_layers(layers: Sequence[int] | mx.array | None, num_layers: int) -> list[int]:
     """Return the layers that a caller asks for: all for None, else the given ones in their order, each once.
 
     Args:
@@ -70,7 +72,9 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     """
     if layers is None:
         return list(range(num_layers))
-    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(isinstance(layer, (int, np.integer)) for layer in layers):
+    if isinstance(layers, mx.array):  # its items are arrays, which would become keys of results
+        layers = layers.tolist()  # type: ignore[assignment]
+    if isinstance(layers, str) or not isinstance(layers, Iterable) or not all(is_whole(layer) for layer in layers):
         raise InvalidTypeError(f"layers must be None or a list of layer numbers like [0, -1], got {layers!r:.100}.")
     unknown = [layer for layer in layers if not -num_layers <= layer < num_layers]
     if unknown:
@@ -78,7 +82,12 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
             f"The model has layers 0 to {num_layers - 1}; there is no layer {', '.join(map(str, unknown))}. "
             f"Negative numbers from {-num_layers} count from the end."
         )
-    return list(dict.fromkeys(layer % num_layers for layer in layers))
+    return list(dict.fromkeys(int(layer) % num_layers for layer in layers))
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number. True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def select_position(position: int | None, length: int) -> slice:
@@ -90,7 +99,7 @@ def select_position(position: int | None, length: int) -> slice:
     """
     if position is None:
         return slice(None)
-    if not isinstance(position, (int, np.integer)):
+    if not is_whole(position):
         raise InvalidTypeError(f"position must be None or a whole number, got {position!r:.100}.")
     if not -length <= position < length:
         raise InvalidValueError(f"Position {position} is out of bounds for sequence length {length}. Valid range: [{-length}, {length - 1}]")

@@ -13,7 +13,7 @@ from metalens.training.interrupt import interruptible
 from metalens.training.loop import TrainingInterruptedError, train_loop
 from metalens.training.messages import GroupLostError
 from metalens.training.recipes import RECIPES, recipe
-from metalens.training.run import train
+from metalens.training.run import TrainingDivergedError, train
 from metalens.training.step import loss_and_gradient
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Sampler",
     "TensorBoard",
     "TrainingConfig",
+    "TrainingDivergedError",
     "TrainingInterruptedError",
     "UnfinishedRunError",
     "WandB",

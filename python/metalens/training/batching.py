@@ -6,7 +6,7 @@ steps: 0 to n - 1, n to 2 n - 1, and so on. A run that was stopped between them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,33 +76,39 @@ class BatchedCapture:
     def __init__(self, source: ResidualCapture, embedding_rows: int) -> None:
         self.source, self.embedding_rows = source, embedding_rows
 
-    def hidden_states(self, sequences: Sequence[np.ndarray]) -> Iterator[HiddenStates]:
+    def hidden_states(self, sequences: Sequence[np.ndarray], pause: Callable[[], None] | None = None) -> Iterator[HiddenStates]:
         """Yield the hidden states of sequences [t], up to PASS_TOKENS tokens in a forward pass. A pass is computed when it is asked for.
+
+        Args:
+            sequences: the sequences.
+            pause: function that a CPU calls after each block of a forward pass, where a pass may take many seconds. None = none.
 
         Raises:
             InvalidValueError: if the text has ids that the model does not know.
         """
-        for _, captured in self._passes(sequences):
+        for _, captured in self._passes(sequences, pause):
             yield captured
 
-    def by_step(self, steps: Sequence[Step]) -> Iterator[Iterable[HiddenStates]]:
+    def by_step(self, steps: Sequence[Step], pause: Callable[[], None] | None = None) -> Iterator[Iterable[HiddenStates]]:
         """Yield the hidden states of each step. The passes of a single step are computed one by one, those of several steps at once.
+
+        `pause` is as in `hidden_states`.
 
         Raises:
             InvalidValueError: if the text has ids that the model does not know.
         """
         if len(steps) == 1:
-            yield self.hidden_states(steps[0].sequences)
+            yield self.hidden_states(steps[0].sequences, pause)
             return
         owners = [i for i, step in enumerate(steps) for _ in step.sequences]
         found: list[list[HiddenStates]] = [[] for _ in steps]
-        for members, captured in self._passes([sequence for step in steps for sequence in step.sequences]):
+        for members, captured in self._passes([sequence for step in steps for sequence in step.sequences], pause):
             for owner in dict.fromkeys(owners[i] for i in members):
                 rows = [row for row, i in enumerate(members) if owners[i] == owner]  # side by side: members ascend
                 found[owner].append(captured.of_sequences(slice(rows[0], rows[-1] + 1)))
         yield from found
 
-    def _passes(self, sequences: Sequence[np.ndarray]) -> Iterator[tuple[list[int], HiddenStates]]:
+    def _passes(self, sequences: Sequence[np.ndarray], pause: Callable[[], None] | None) -> Iterator[tuple[list[int], HiddenStates]]:
         """Yield batches of sequence numbers with their hidden states."""
         for members in batches([sequence.size for sequence in sequences], PASS_TOKENS):
             batch = np.stack([sequences[i] for i in members])
@@ -111,4 +117,9 @@ class BatchedCapture:
                     f"The text has token ids from {batch.min()} to {batch.max()}; the model knows 0 to {self.embedding_rows - 1}. "
                     "Tokenize it with the model's own tokenizer."
                 )
-            yield members, self.source.capture(mx.array(batch))
+            captured = self.source.capture(mx.array(batch))
+            if pause is not None and mx.default_device() == mx.Device(mx.cpu):
+                for hidden in captured.hidden:
+                    mx.eval(hidden)
+                    pause()
+            yield members, captured

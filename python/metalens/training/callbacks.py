@@ -12,6 +12,7 @@ from typing import Any, cast
 from metalens.training.config import TrainingConfig
 from metalens.utils.errors import InvalidTypeError, MissingPackageError
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import Output, require_replaceable
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,33 @@ def callbacks_of_process(given: Sequence[Callback | Callable[[Progress], Any]], 
     return found
 
 
+def metrics_output(path: str | Path) -> Output:
+    """Return a file of metrics that is going to be written."""
+    return Output(Path(path), "the metrics of a run", _is_metrics)
+
+
+def _is_metrics(file: Path) -> bool:
+    """Return whether a file begins with the line of a step, which may be half-written."""
+    begins = b'{"step": '
+    with file.open("rb") as opened:
+        found = opened.read(len(begins))
+    return begins.startswith(found)
+
+
 class MetricsFile(Callback):
     """Writes every step as a line of JSON, with null for numbers that are not finite. A resumed run cuts off the lines that it will write again.
 
     Args:
         path: path of the file.
+        force: replace a file that has no metrics.
+
+    Raises:
+        NotOursError: if the file exists and has no metrics.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+        self.path = Path(path).expanduser()
+        require_replaceable([metrics_output(self.path)], force=force)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:

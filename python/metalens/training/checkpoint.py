@@ -21,11 +21,12 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
-from metalens.utils.files import require_writable
+from metalens.utils.files import require_writable, sha256_of
 
 STATE, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
-FINISHED = "finished"  # a file beside the checkpoints of a run that reached its end
+LOCK = ".lock"  # a file of the process that writes here
+FINISHED = "finished"  # an empty file beside the checkpoints of a run that reached its end
 
 
 class UnfinishedRunError(InvalidValueError):
@@ -71,9 +72,14 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order."""
-        found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.path.iterdir())
+        """Return the steps that have a checkpoint, damaged ones included, in order."""
+        found = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in found if match)
+
+    def remove_all(self) -> None:
+        """Delete all checkpoints. Whatever else is in the folder stays."""
+        for step in self.steps():
+            _remove(self.path / f"step-{step:08d}")
 
     def save(self, step: int, arrays: dict[str, mx.array], record: dict[str, Any]) -> Path:
         """Write a checkpoint. Then delete the oldest ones, and those of later steps: the run has fallen back behind them.
@@ -86,14 +92,15 @@ class CheckpointFolder:
         self._remove_leftovers()
         try:
             temporary.mkdir()
-            mx.save_safetensors(str(temporary / STATE), arrays)
+            with (temporary / STATE).open("wb") as file:  # MLX takes no path that is not UTF-8
+                mx.save_safetensors(file, arrays)
             _sync(temporary / STATE)
-            whole = {**record, "format": FORMAT, "step": step, "sha256": _sha256(temporary / STATE)}
+            whole = {**record, "format": FORMAT, "step": step, "sha256": sha256_of(temporary / STATE)}
             text = json.dumps({**whole, "record": _sha256_of(whole)}, indent=1, default=_plain_number)
             (temporary / RECORD).write_text(text + "\n")
             _sync(temporary / RECORD)
             if final.exists():  # the run fell back behind it
-                shutil.rmtree(final)
+                _remove(final)
             temporary.rename(final)
             _sync(self.path)
         except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
@@ -104,14 +111,14 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         steps = self.steps()
         for old in [*[other for other in steps if other > step], *[other for other in steps if other <= step][: -self.keep]]:
-            shutil.rmtree(self.path / f"step-{old:08d}", ignore_errors=True)
+            _remove(self.path / f"step-{old:08d}")
         return final
 
     def _remove_leftovers(self) -> None:
         """Delete partial checkpoints left by killed processes, to free space before writing."""
         for left in self.path.iterdir():
-            if re.fullmatch(r"\.step-\d+\.\d+", left.name):
-                shutil.rmtree(left, ignore_errors=True)
+            if re.fullmatch(r"\.step-\d{8,}\.\d+", left.name):
+                _remove(left)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest whole checkpoint, None if there is none. Warn about each damaged one."""
@@ -133,25 +140,37 @@ class CheckpointFolder:
         return _read(self.path / f"step-{step:08d}")
 
 
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has nothing but the files of a checkpoint, whole or damaged."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir()}
+    if not names <= {STATE, RECORD}:
+        return False
+    return STATE in names or not names or b'"sha256"' in (folder / RECORD).read_bytes()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. A folder that holds anything else stays as it is: metalens did not write it."""
+    if _is_checkpoint(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _read(folder: Path) -> Checkpoint:
-    record: Any = json.loads((folder / RECORD).read_text())
+    record: Any = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if not isinstance(record, dict):
         raise InvalidValueError(f"{RECORD} is damaged")
     if record.get("format") != FORMAT:
         raise InvalidValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
     if record.pop("record", None) != _sha256_of(record):
         raise InvalidValueError(f"{RECORD} is damaged")
-    if _sha256(folder / STATE) != record["sha256"]:
+    if sha256_of(folder / STATE) != record["sha256"]:
         raise InvalidValueError(f"{STATE} is damaged")
-    arrays = mx.load(str(folder / STATE))
-    assert isinstance(arrays, dict)
-    mx.eval(arrays)
+    with (folder / STATE).open("rb") as file:  # as in `save`
+        arrays = mx.load(file, format="safetensors")
+        assert isinstance(arrays, dict)
+        mx.eval(arrays)
     return Checkpoint(arrays, record)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _sha256_of(record: dict[str, Any]) -> str:
@@ -182,8 +201,16 @@ def default_folder(out: Path) -> Path:
     return out.with_name(out.stem + ".checkpoints")
 
 
+def parts_of(folder: Path) -> list[CheckpointFolder]:
+    """Return the folders of processes that divided the layers of a run, rank-<rank>-of-<size>, which have checkpoints."""
+    names = sorted(path for path in folder.glob("rank-*-of-*") if re.fullmatch(r"rank-\d+-of-\d+", path.name) and path.is_dir())
+    return [part for part in map(CheckpointFolder, names) if part.steps()]
+
+
 def prepare_folder(folder: Path, resume: bool) -> None:
     """Make a folder ready for a run: delete the checkpoints of a finished run, unless the run is to be resumed.
+
+    Nothing but whole or damaged checkpoints is deleted, whatever its name.
 
     Raises:
         UnfinishedRunError: if the folder has checkpoints of a run that has not finished, and this one does not resume it.
@@ -192,12 +219,16 @@ def prepare_folder(folder: Path, resume: bool) -> None:
     require_writable(folder / FINISHED)
     if resume:
         return
-    old = [*folder.glob("step-*"), *folder.glob("rank-*-of-*")]
-    if old and not (folder / FINISHED).exists():
+    old = [part for part in [CheckpointFolder(folder), *parts_of(folder)] if part.steps()]
+    finished = folder / FINISHED
+    if old and not finished.exists():
         raise UnfinishedRunError(folder)
     for part in old:
-        shutil.rmtree(part, ignore_errors=True)
-    (folder / FINISHED).unlink(missing_ok=True)
+        part.remove_all()
+        if part.path != folder and not any(part.path.iterdir()):
+            part.path.rmdir()
+    if finished.is_file() and not finished.stat().st_size:
+        finished.unlink()
 
 
 def mark_finished(folder: Path) -> None:
@@ -205,7 +236,21 @@ def mark_finished(folder: Path) -> None:
     (folder / FINISHED).touch()
 
 
-def tokens_of_newest(folder: Path) -> int | None:
-    """Return the tokens seen up to the newest checkpoint of a folder, None if there is none."""
-    records = sorted(folder.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
-    return int(json.loads(records[-1].read_text())["tokens"]) if records else None
+def numbers_of_newest(folder: Path) -> dict[str, int]:
+    """Return the numbers of the newest checkpoint of a folder ("tokens", "skipped", ...), {} if there is none."""
+    return {name: value for name, value in (_record_of_newest(folder) or {}).items() if type(value) is int}
+
+
+def config_of_newest(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the run of the newest checkpoint of a folder, None if there is none."""
+    record = _record_of_newest(folder)
+    return None if record is None else dict(record["config"])
+
+
+def _record_of_newest(folder: Path) -> dict[str, Any] | None:
+    whole = CheckpointFolder(folder)
+    newest = [(part.steps()[-1], part.path) for part in [whole, *parts_of(folder)] if part.steps()]
+    if not newest:
+        return None
+    step, path = max(newest)
+    return dict(json.loads((path / f"step-{step:08d}" / RECORD).read_text(encoding="utf-8")))

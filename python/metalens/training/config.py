@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from metalens.utils.errors import InvalidValueError
 
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
+HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most 1 in so many
 
 
 def _setting(default: Any, help: str, *, at_least: int | None = None, unset: str | None = None, example: Any = None) -> Any:
@@ -50,7 +54,11 @@ class TrainingConfig:
     momentum: float = _setting(0.9, "Momentum of SGD (Nesterov) and Muon, beta_1 of Adam; below 1.")
     gradient_clip: float = _setting(1.0, "Largest gradient norm over all layers together, for SGD and Adam.")
     seed: int | None = _setting(
-        None, "Seed that shuffles the sequences, anew in each pass over the text.", unset="the sequences keep the order of the text", example=0
+        None,
+        "Seed that shuffles the sequences, anew in each pass over the text.",
+        at_least=0,
+        unset="the sequences keep the order of the text",
+        example=0,
     )
     optimizer: Literal["sgd", "adam", "muon"] = _setting(
         "sgd", "Optimizer; muon takes orthogonalized steps of unit spectral norm and does not clip gradients."
@@ -81,12 +89,24 @@ class TrainingConfig:
         "Learning rates of layers after a warm start: equal, or proportional to the distance that the warm start moved the layer "
         "(root mean square of the singular values of W - I), so that early layers take longer steps.",
     )
+    guard_tokens: int = _setting(
+        0,
+        "Tokens that are held back from training, at most 1/16 of the text and of the run: a layer that gets worse on them goes back to its best "
+        "state with half the rate, and at the end every layer has its best checked state. 0 = no guard.",
+        at_least=0,
+    )
+    step_size: Literal["rate", "loss"] = _setting(
+        "rate",
+        "Length of Muon's steps: rate = the learning rate, in W; loss = so long that, by the gradient, a step takes the learning rate (0.1: a tenth) "
+        "off the layer's loss, in coordinates divided by the rms of each dimension.",
+    )
     dtype: Literal["float32", "bfloat16"] = _setting(
         "float32", "Type of parameters and optimizer state; bfloat16 is rounded stochastically and takes half the memory."
     )
     ns_steps: int | None = _setting(None, "Iterations of Muon's orthogonalization.", at_least=1, unset="chosen by the size of the matrix", example=4)
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_seq_len < MIN_SEQUENCE:
             raise InvalidValueError(f"max_seq_len ({self.max_seq_len}) is too small. Must be at least {MIN_SEQUENCE} tokens.")
         if self.tokens_per_step is not None and self.tokens_per_step < self.max_seq_len:
@@ -100,12 +120,25 @@ class TrainingConfig:
         self._check_fields()
         if self.bias_only and self.rank is not None:
             raise InvalidValueError("A lens is either of low rank or has biases only: give rank or bias_only, not both.")
+        if self.warm_start_tokens and not self.num_steps and (self.bias_only or self.rank is not None):
+            raise InvalidValueError(
+                "The closed form gives full matrices: a lens of low rank or of biases needs steps (num_steps, and a recipe with steps)."
+            )
         if self.warm_start_tokens and (self.bias_only or self.rank is not None):
             raise InvalidValueError("The warm start gives full matrices: set warm_start_tokens to 0 for rank or bias_only.")
-        if self.layers is not None:
+        if self.step_size == "loss" and self.optimizer != "muon":
+            raise InvalidValueError(f"step_size 'loss' is of the optimizer muon, not of {self.optimizer}: give step_size='rate'.")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise InvalidValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
+
+    def _check_types(self) -> None:
+        """Check the type of every setting, so that no wrong one is found out in the middle of a run."""
+        if self.layers is not None and not isinstance(self.layers, (str, bytes)) and isinstance(self.layers, Iterable):
             object.__setattr__(self, "layers", tuple(self.layers))
-            if not self.layers or len(set(self.layers)) < len(self.layers):
-                raise InvalidValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
+        for name, kind in setting_types().items():
+            value = getattr(self, name)
+            if not _is_of(value, kind):
+                raise InvalidValueError(f"{name} can't be {value!r}; it takes {in_words(kind)}.")
 
     def _check_fields(self) -> None:
         """Check every setting against the choices of its type and its smallest value."""
@@ -134,6 +167,11 @@ class TrainingConfig:
         """Return the number of tokens that one pass over the text needs, those of the warm start included."""
         return self.num_steps * self.step_tokens + self.warm_start_tokens
 
+    @property
+    def held_back_tokens(self) -> int:
+        """Return the number of tokens to hold back for the guard, as far as the text allows."""
+        return min(self.guard_tokens, self.total_tokens // HELD_BACK) if self.num_steps else 0
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
@@ -157,6 +195,31 @@ class TrainingConfig:
         if unknown := sorted(set(settings) - set(known)):
             raise InvalidValueError(f"Unknown setting {', '.join(unknown)}. Known settings: {', '.join(known)}.")
         return cls(**settings)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value has the type of a setting. Numbers of NumPy are numbers; True is none."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, int) for each in value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # _check_fields names the choices
+    if kind in (int, float):
+        numbers = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def in_words(kind: Any) -> str:
+    """Return the type of a setting in words."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(in_words(each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of whole numbers"
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"}[kind]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run after its step, with a checkpoint: pass the function that `interruptible` yields as `stop` to `train`."""
+"""Ctrl-C ends a run within about a second, with a checkpoint: pass the function that `interruptible` yields as `stop` to `train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 INTERRUPTED = 130  # exit status of an interrupted process: 128 + SIGINT, as in shells
 
-MESSAGE = b"\nStopping after this step. Press Ctrl-C again to end at once.\n"
+MESSAGE = b"\nStopping. Press Ctrl-C again to end at once.\n"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from metalens.ops.backends import Precision
 from metalens.training.config import TrainingConfig
+from metalens.training.input_scale import InputScale, unknown_scale
 from metalens.training.polar import orthogonalized
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError
@@ -36,16 +37,72 @@ class LensMuon(optim.Muon):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """Return a parameter, a matrix or a vector, after a step with Nesterov momentum. Replace the momentum in `state`."""
-        v = self.momentum * state["v"] + (1 - self.momentum) * gradient
-        state["v"] = v
-        update = (1 - self.momentum) * gradient + self.momentum * v
+        update = self.with_momentum(gradient, state)
         rate = self.learning_rate
         if update.ndim == 1:
-            step: mx.array = rate * update / (mx.linalg.norm(update) + 1e-12)
+            step: mx.array = rate * _unit(update)
         else:
             rows, columns = update.shape  # MLX makes the steps of tall matrices longer
             step = rate * max(1, rows / columns) ** 0.5 * orthogonalized(update, self.iterations, self.precision)
         return parameter - step
+
+    def with_momentum(self, gradient: mx.array, state: dict[str, Any]) -> mx.array:
+        """Return the direction of Nesterov momentum. Replace the momentum in `state`."""
+        v: mx.array = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = v
+        update: mx.array = (1 - self.momentum) * gradient + self.momentum * v
+        return update
+
+
+class LossMuon(LensMuon):
+    """Muon with steps as long as the loss asks for: by the gradient, each would take `learning_rate` (0.1: a tenth) off the layer's loss.
+
+    Directions are orthogonal in coordinates in which all dimensions of the hidden states have rms 1: with V = W S, S = diag(rms of each dimension),
+    the direction is P = polar(momentum of G S^-1) S^-1. Its length is learning_rate * loss / <G, P>: Polyak's step with 0 as the least loss. So no
+    constant belongs to a model, and a layer whose loss is 0 stays where it is.
+
+    Beside a matrix a bias moves by BIAS * learning_rate * rms of the last hidden states along its unit-norm momentum. A bias alone takes the step of
+    the loss.
+
+    Attributes:
+        loss: loss of the layer on the batch, in the unit of the gradient.
+        scale: rms of the hidden states.
+    """
+
+    BIAS = 0.1
+    # The least <G, P>, relative to the same product with the momentum in place of G: on a noisy batch the gradient may be orthogonal to the momentum.
+    LEAST = 0.5
+
+    loss: float = 0.0
+    scale: InputScale
+
+    def apply_gradients(self, gradients: Parameters, parameters: Parameters) -> Parameters:
+        """Return the parameters after a step. Replace the momentum in the state."""
+        known = 1 - self.momentum ** (to_float(self.state["step"]) + 2)  # part of the Nesterov momentum that is not its start, 0
+        self.state["step"] = self.state["step"] + 1
+        matrices = [name for name in parameters if parameters[name].ndim == 2]
+        directions: Parameters = {}
+        slopes: list[mx.array] = []
+        for name, gradient in gradients.items():
+            update = self.with_momentum(gradient, self.state[name])
+            if name in matrices:
+                scale = self.scale.inputs if name in ON_HIDDEN_STATES else mx.ones(update.shape[1:])
+                directions[name] = orthogonalized(update / scale, self.iterations, self.precision) / scale
+            else:
+                directions[name] = _unit(update)
+            if name in matrices or not matrices:
+                slopes.append(mx.stack([mx.sum(gradient * directions[name]), mx.sum(update * directions[name]) / known]))
+        slope, of_momentum = (to_float(s) for s in mx.sum(mx.stack(slopes), axis=0))
+        slope = max(slope, self.LEAST * of_momentum)
+        rate = to_float(self.learning_rate)
+        length = rate * self.loss / slope if slope > 0 else 0.0
+        bias_length = self.BIAS * rate * to_float(self.scale.outputs) if self.loss > 0 else 0.0
+        lengths = {name: length if name in matrices or not matrices else bias_length for name in parameters}
+        return {name: p - lengths[name] * directions[name] for name, p in parameters.items()}
+
+
+# Matrices that are multiplied with hidden states, not with what another matrix has made of them.
+ON_HIDDEN_STATES = ("weight", "down")
 
 
 def mlx_optimizer(config: TrainingConfig) -> Any:
@@ -54,7 +111,8 @@ def mlx_optimizer(config: TrainingConfig) -> Any:
         return optim.SGD(learning_rate=0.0, momentum=config.momentum, nesterov=config.momentum > 0)
     if config.optimizer == "adam":
         return optim.Adam(learning_rate=0.0, betas=[config.momentum, 0.999], bias_correction=True)
-    muon = LensMuon(learning_rate=0.0, momentum=config.momentum, weight_decay=0.0)
+    made = LossMuon if config.step_size == "loss" else LensMuon
+    muon = made(learning_rate=0.0, momentum=config.momentum, weight_decay=0.0)
     muon.iterations = config.ns_steps
     return muon
 
@@ -65,23 +123,36 @@ class LensOptimizer:
     Args:
         config: the settings.
         parameters: parameters of each layer at the start, by layer: the identity, or the solution of the warm start.
+        scales: rms of the hidden states of each layer, for steps as long as the loss asks for. None = a `restore` follows.
     """
 
-    def __init__(self, config: TrainingConfig, parameters: dict[int, Parameters]) -> None:
+    def __init__(self, config: TrainingConfig, parameters: dict[int, Parameters], scales: Mapping[int, InputScale] | None = None) -> None:
         self.config = config
-        self.by_layer = {layer: mlx_optimizer(config) for layer in parameters}
+        self.scales: dict[int, InputScale] = {}
+        if config.step_size == "loss":
+            self.scales = {layer: scales[layer] if scales else unknown_scale() for layer in parameters}
+        self.by_layer = {layer: self._made(of_layer) for layer, of_layer in parameters.items()}
         by_distance = config.layer_rates == "distance" and config.warm_start_tokens > 0
         self.rates = {layer: mx.array(_distance(p["weight"]) if by_distance else 1.0) for layer, p in parameters.items()}
-        for layer, optimizer in self.by_layer.items():
-            optimizer.init({name: p.astype(mx.float32) for name, p in parameters[layer].items()})
-            if config.dtype == "bfloat16":
-                optimizer.state = _as_bfloat16(optimizer.state, None)
+
+    def set_back(self, layer: int, parameters: Parameters) -> None:
+        """Halve the rate of a layer, and forget its momentum."""
+        self.rates[layer] = self.rates[layer] * 0.5
+        self.by_layer[layer] = self._made(parameters)
+
+    def _made(self, parameters: Parameters) -> Any:
+        """Return an optimizer for one layer, without momentum."""
+        optimizer = mlx_optimizer(self.config)
+        optimizer.init({name: p.astype(mx.float32) for name, p in parameters.items()})
+        if self.config.dtype == "bfloat16":
+            optimizer.state = _as_bfloat16(optimizer.state, None)
+        return optimizer
 
     def clip(self, norm: float) -> float:
         """Return the factor for gradients of this norm over all layers together."""
         return 1.0 if self.config.optimizer == "muon" else min(1.0, self.config.gradient_clip / (norm + 1e-6))
 
-    def update(self, layer: int, parameters: Parameters, gradient: Parameters, step: int, scale: float) -> Parameters:
+    def update(self, layer: int, parameters: Parameters, gradient: Parameters, step: int, scale: float, loss: float = 0.0) -> Parameters:
         """Return the parameters of a layer after one step. Evaluated.
 
         Args:
@@ -90,10 +161,13 @@ class LensOptimizer:
             gradient: gradient of each parameter, float32.
             step: number of the step, from 0.
             scale: factor for the gradient, see `clip`.
+            loss: loss that has this gradient, for steps as long as the loss asks for.
         """
         optimizer, config = self.by_layer[layer], self.config
         rate = config.learning_rate_at(step) * to_float(self.rates[layer])
         optimizer.learning_rate = rate
+        if config.step_size == "loss":
+            optimizer.loss, optimizer.scale = loss * scale, self.scales[layer]
         wide = {name: p.astype(mx.float32) for name, p in parameters.items()}
         decayed = {name: g * scale for name, g in gradient.items()}
         if config.weight_decay and config.optimizer != "muon":
@@ -116,6 +190,8 @@ class LensOptimizer:
     def state(self) -> dict[str, mx.array]:
         """Return all arrays that the next update depends on, by name."""
         rates = {f"rates.{layer}": rate for layer, rate in self.rates.items()}
+        for layer, scale in self.scales.items():
+            rates |= {f"inputs.{layer}": scale.inputs, f"outputs.{layer}": scale.outputs}
         return rates | {f"{layer}.{name}": a for layer, optimizer in self.by_layer.items() for name, a in _named_arrays(optimizer.state)}
 
     def restore(self, state: dict[str, mx.array]) -> None:
@@ -127,6 +203,7 @@ class LensOptimizer:
         if set(state) != set(self.state()):
             raise InvalidValueError("The saved optimizer state is of another optimizer, or of other layers.")
         self.rates = {layer: state[f"rates.{layer}"] for layer in self.rates}
+        self.scales = {layer: InputScale(state[f"inputs.{layer}"], state[f"outputs.{layer}"]) for layer in self.scales}
         for layer, optimizer in self.by_layer.items():
             prefix = f"{layer}."
             optimizer.state = tree_unflatten([(name.removeprefix(prefix), a) for name, a in state.items() if name.startswith(prefix)])
@@ -155,6 +232,11 @@ def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:
 def _from_identity(name: str, p: mx.array) -> mx.array:
     """Return the difference of a parameter from the identity: W - I for a full matrix, any other parameter unchanged."""
     return p - mx.eye(p.shape[0]) if name == "weight" else p
+
+
+def _unit(vector: mx.array) -> mx.array:
+    """Return a vector of length 1; zeros stay zero."""
+    return vector / (mx.linalg.norm(vector) + 1e-12)
 
 
 def _distance(weight: mx.array) -> float:

@@ -6,8 +6,11 @@ rank-<rank>-of-<size>, and go on from the newest step that all of them have.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ from typing import Any
 from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.unembed import Unembed
+from metalens.models.weights import weights_hash
 from metalens.training.batching import steps_together
-from metalens.training.checkpoint import Checkpoint, CheckpointFolder
+from metalens.training.checkpoint import RECORD, Checkpoint, CheckpointFolder, parts_of
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus
 from metalens.training.distributed import Group
@@ -38,10 +42,16 @@ class RunFacts:
     source: ResidualCapture
     unembed: Unembed
 
+    @cached_property
+    def weights(self) -> str:
+        """Return the hash of all weights of the model. A run does not change them."""
+        return weights_hash(self.source.model)
+
     def model(self) -> dict[str, Any]:
-        """Return the sizes of the model and the hash of its head."""
+        """Return the sizes of the model, the hash of its head and the hash of all weights."""
         head = provenance_of(self.unembed)["head"]
-        return {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size, "head": head}
+        sizes = {"layers": len(self.source), "width": self.unembed.hidden_dim, "vocabulary": self.unembed.vocab_size}
+        return {**sizes, "head": head, "weights": self.weights}
 
     def record(self) -> dict[str, Any]:
         """Return the facts for the record of a checkpoint.
@@ -58,6 +68,10 @@ class RunFacts:
         """
         for what, name in (("settings", "config"), ("model", "model"), ("forward passes", "capture")):
             theirs, ours = record.get(name, {}), self.record()[name]
+            if name == "config":  # an older version has fewer settings, and does what their defaults say
+                theirs = {each.name: each.default for each in fields(TrainingConfig)} | theirs
+            if name == "model" and "weights" not in theirs:  # a checkpoint of version 0.1.0
+                ours = {key: value for key, value in ours.items() if key != "weights"}
             as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
             differ = [f"{key} was {theirs.get(key)!r} and is {as_json[key]!r}" for key in as_json if theirs.get(key) != as_json[key]]
             if differ:
@@ -76,6 +90,22 @@ class RunFacts:
         about = {"model": self.model(), "text": corpus.identity(), "version of": {name: version(name) for name in ("metalens", "mlx")}}
         facts = {f"{of} {name}": value for of, values in about.items() for name, value in values.items()}
         group.require_same({**self.config.to_dict(), "parallel": group.parallel, **arguments, **facts})
+
+
+def with_older_defaults(config: TrainingConfig, checkpoints: CheckpointFolder | None, group: Group) -> TrainingConfig:
+    """Return the settings for going on from the newest checkpoint: settings that its version did not have are as they were without them."""
+    known = group.gather_json(_settings_of_newest(checkpoints))[0]
+    added: dict[str, Any] = {each.name: each.default for each in fields(config) if known and each.name not in known}
+    return replace(config, **added)
+
+
+def _settings_of_newest(checkpoints: CheckpointFolder | None) -> list[str]:
+    """Return the names of the settings in the newest record that can be read; [] if there is none."""
+    records = [] if checkpoints is None else sorted(checkpoints.path.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
+    for path in reversed(records):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return list(json.loads(path.read_text())["config"])
+    return []
 
 
 class RunCheckpoints:
@@ -113,7 +143,7 @@ class RunCheckpoints:
         if self.root is None:
             return
         ours = f"-of-{self.group.size}" if self.group.divides_layers else None
-        parts = [path for path in sorted(self.root.path.glob("rank-*-of-*")) if any(path.glob("step-*"))]
+        parts = [part.path for part in parts_of(self.root.path)]
         others = [path for path in parts if ours is None or not path.name.endswith(ours)]
         if others or (ours is not None and self.root.steps()):
             how = f"had its layers divided among {others[0].name.rpartition('-')[2]} processes" if others else "did not divide its layers"

@@ -9,11 +9,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from metalens.models.language_model import DEFAULT_SEQUENCE
-from metalens.training.config import TrainingConfig, setting_types
+from metalens.training.budget import divided
+from metalens.training.config import TrainingConfig, in_words, setting_types
 from metalens.training.recipes import RECIPES, settings_of
 from metalens.utils.errors import InvalidValueError
 
@@ -37,13 +38,15 @@ def resolve(
     Args:
         recipe: name of a recipe. None = the one that `config` names with 'recipe', else 'fast'.
         config: more settings: a JSON or TOML file, a dict, or a complete TrainingConfig, which needs no recipe.
-        settings: settings by name.
+        settings: settings by name. 'tokens' is a budget instead of a setting: see `metalens.training.budget`.
         context: longest sequence of the model, in tokens, if it is known.
 
     Raises:
         InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
         OSError: if the file can't be read.
     """
+    if recipe == "":
+        raise InvalidValueError(f"The name of the recipe is empty. Known recipes: {', '.join(RECIPES)}.")
     if isinstance(config, TrainingConfig):
         given = config.to_dict()
         name = recipe
@@ -51,17 +54,29 @@ def resolve(
         given = read_settings(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
         name = recipe or given.pop("recipe", None) or DEFAULT_RECIPE
     given = {key: value for key, value in given.items() if key != "recipe"} | dict(settings)
+    tokens = given.pop("tokens", None)
     merged = ({} if name is None else DEFAULTS | settings_of(name)) | given
-    if "max_seq_len" not in given:
-        limits = (merged.get("max_seq_len", DEFAULT_SEQUENCE), context, merged.get("tokens_per_step"))
-        merged["max_seq_len"] = min(limit or sys.maxsize for limit in limits)
-    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given:
+    if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given and merged.get("num_steps") != 0:
         merged["warm_start_tokens"] = 0
+    longest = min(limit or sys.maxsize for limit in (merged.get("max_seq_len", DEFAULT_SEQUENCE), context))
+    chosen: Mapping[str, Any] = given
+    if tokens is not None:
+        chosen = settings if isinstance(config, TrainingConfig) else given  # a budget divides a complete configuration anew
+        merged |= divided(require_tokens(tokens), merged, chosen, longest)
+    if "max_seq_len" not in chosen:
+        merged["max_seq_len"] = min(longest, merged.get("tokens_per_step") or sys.maxsize)
     return name, TrainingConfig.from_dict(merged)
 
 
+def require_tokens(tokens: Any) -> int:
+    """Check a budget of tokens (InvalidValueError)."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InvalidValueError(f"tokens must be a whole number of at least 1, got {tokens!r}.")
+    return tokens
+
+
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' may be among them.
+    """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' and 'tokens' (a budget) may be among them.
 
     Raises:
         InvalidValueError: if the file is damaged, or has an unknown setting or one of another type; names the setting and the file.
@@ -75,9 +90,11 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise InvalidValueError(f"{file} can't be read as {'TOML' if is_toml else 'JSON'}: {error}.") from error
     if not isinstance(found, dict):
         raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
-    kinds = setting_types() | {"recipe": str}
+    kinds = setting_types() | {"recipe": str, "tokens": int}
     if unknown := sorted(set(found) - set(kinds)):
-        raise InvalidValueError(f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, {', '.join(sorted(setting_types()))}.")
+        raise InvalidValueError(
+            f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, tokens, {', '.join(sorted(setting_types()))}."
+        )
     for name, value in found.items():
         if not is_of_type(value, kinds[name]):
             raise InvalidValueError(f"{file}: {name} can't be {value!r}; it takes {type_in_words(kinds[name])}.")
@@ -96,14 +113,8 @@ def is_of_type(value: Any, kind: Any) -> bool:
 
 
 def type_in_words(kind: Any) -> str:
-    """Return the type of a setting in words."""
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(type_in_words(each) for each in get_args(kind))
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of whole numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[kind]
+    """Return the type of a setting in the words of JSON and TOML."""
+    return in_words(kind).replace("True or False", "true or false").replace("None", "null")
 
 
 def example_file() -> str:

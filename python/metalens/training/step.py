@@ -6,7 +6,7 @@ The loss of a layer depends on its own translator alone, so no graph spans all l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,9 +15,12 @@ from metalens.lenses.lens import TunedLens
 from metalens.lenses.translators import parameters_of, translated
 from metalens.models.capture import HiddenStates
 from metalens.models.unembed import Unembed
-from metalens.ops import Norm, lens_kl, lens_target, normed
+from metalens.ops import Head, Norm, lens_kl, lens_target, normed
 from metalens.training.optimizer import Parameters
 from metalens.utils.renamed import renamed_arguments
+
+PIECE_WORK = 40 * 10**9  # multiplications and additions in one evaluation on a CPU, about a second of one core
+LEAST_PIECE = 16  # tokens: fewer rows use the kernels badly
 
 # {"translators": [{"weight": [D, D], "bias": [D]}, ...]}: a tree like TunedLens.parameters().
 Gradient = dict[str, list[Parameters]]
@@ -45,7 +48,20 @@ def no_sums(layers: Sequence[int]) -> Sums:
     return Sums(list(layers), mx.zeros((len(layers),)))
 
 
-def accumulate(sums: Sums, parameters: Sequence[Parameters], batch: HiddenStates, unembed: Unembed) -> None:
+def piece_tokens(layers: int, head: Head) -> int | None:
+    """Return the tokens whose rows go through the head in one evaluation, None for all of a batch.
+
+    On a CPU, a batch of all layers may take half a minute. Pieces of about a second let a progress bar move and a run stop. They depend on shapes
+    alone, and a row's result does not depend on the others, so a run stays reproducible.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return None
+    return max(LEAST_PIECE, PIECE_WORK // (4 * max(layers, 1) * head.vocab_size * head.weight.shape[1]))
+
+
+def accumulate(
+    sums: Sums, parameters: Sequence[Parameters], batch: HiddenStates, unembed: Unembed, done: Callable[[int], None] = lambda _: None
+) -> None:
     """Add the losses and gradients of a batch to the sums. The gradients of one layer at a time are in memory twice.
 
     Args:
@@ -53,14 +69,13 @@ def accumulate(sums: Sums, parameters: Sequence[Parameters], batch: HiddenStates
         parameters: parameters of each layer, in the order of `sums.layers`.
         batch: one forward pass, hidden [B, T, D] per layer. Padding takes no part.
         unembed: the model's norm and head.
+        done: function of a number of tokens that is called when they have gone through the head. If it raises, the sums are as they were.
     """
     norm = unembed.norm
     hidden = [mx.stop_gradient(batch.rows(layer)).astype(mx.float32) for layer in sums.layers]
     last = mx.stop_gradient(batch.rows(-1)).astype(mx.float32)
-    target = lens_target(normed(last, norm), unembed.head)
     n = mx.stack([translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)])
-    kl, dn = lens_kl(n, target, unembed.head)
-    mx.eval(kl, dn)
+    kl, dn = _kl_in_pieces(n, normed(last, norm), unembed.head, done)
     for i, (of_layer, h) in enumerate(zip(parameters, hidden, strict=True)):
         gradient = _backward(of_layer, h, norm, dn[i])
         if len(sums.gradients) > i:
@@ -72,6 +87,22 @@ def accumulate(sums: Sums, parameters: Sequence[Parameters], batch: HiddenStates
     sums.losses = sums.losses + mx.sum(kl, axis=1)
     mx.eval(sums.losses)
     sums.tokens += last.shape[0]
+
+
+def _kl_in_pieces(n: mx.array, n_model: mx.array, head: Head, done: Callable[[int], None]) -> tuple[mx.array, mx.array]:
+    """Return `lens_kl` of rows [L, T, D] beside the model's rows [T, D], evaluated piece by piece."""
+    tokens = n_model.shape[0]
+    size = piece_tokens(n.shape[0], head) or tokens
+    found = []
+    for start in range(0, tokens, size):
+        part = slice(start, start + size)
+        found.append(lens_kl(n[:, part], lens_target(n_model[part], head), head))
+        mx.eval(found[-1])
+        done(min(size, tokens - start))
+    if len(found) == 1:
+        return found[0]
+    kl, dn = (mx.concatenate(list(each), axis=1) for each in zip(*found, strict=True))
+    return kl, dn
 
 
 def _backward(parameters: Parameters, h: mx.array, norm: Norm, dn: mx.array) -> Parameters:

@@ -8,12 +8,19 @@ from typing import Any
 
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, NotEnoughDataError, Sampler
+from metalens.training.data.sampler import MOST_HELD
+from metalens.utils.errors import InvalidValueError
 
 
-def require_enough(corpus: Corpus, config: TrainingConfig) -> None:
+def require_enough(corpus: Corpus, config: TrainingConfig, with_budget: Callable[[int], TrainingConfig]) -> None:
     """Check before a run that the text is long enough for it.
 
     A text that is shorter than one sequence is left to the training loop, which refuses it.
+
+    Args:
+        corpus: the text.
+        config: the settings.
+        with_budget: function of a number of tokens that returns the settings of the same run with this budget.
 
     Raises:
         NotEnoughDataError: with the tokens that are needed, those there are, and the settings that would fit.
@@ -23,14 +30,14 @@ def require_enough(corpus: Corpus, config: TrainingConfig) -> None:
     start = f"{config.warm_start_tokens} tokens of the warm start and " if config.warm_start_tokens else ""
     raise NotEnoughDataError(
         f"Not enough text: {start}{config.num_steps} steps of {config.step_tokens} tokens need {config.total_tokens} tokens, "
-        f"the text has {Sampler(corpus, config.max_seq_len).total_tokens}.",
-        [*settings_that_fit(corpus, config), {"repeat": True}],
+        f"the text has {Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens).total_tokens}.",
+        [*settings_that_fit(corpus, config, with_budget), {"repeat": True}],
     )
 
 
 def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
     """Tell whether the text is long enough for one pass of the run without repetition."""
-    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed)
+    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed, held_back=config.held_back_tokens)
     try:
         if config.warm_start_tokens:
             sampler.take_step(config.warm_start_tokens)
@@ -40,26 +47,36 @@ def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
     return True
 
 
-def settings_that_fit(corpus: Corpus, config: TrainingConfig) -> list[dict[str, Any]]:
+def settings_that_fit(corpus: Corpus, config: TrainingConfig, with_budget: Callable[[int], TrainingConfig]) -> list[dict[str, Any]]:
     """Return changes of the settings with which the text suffices, [{setting: value}, ...].
 
-    Fewer steps or smaller steps come first. Only where neither is enough, the warm start takes half of the text at most.
+    The budget comes first, then smaller steps. Fewer steps of the same size are no advice: the number of steps decides (docs/recipes.md).
     """
-    found = _fewer_or_smaller_steps(corpus, config)
-    half = max(corpus.tokens // 2, 1)
-    if found or half >= config.warm_start_tokens:
+    found: list[dict[str, Any]] = []
+    if budget := budget_that_fits(corpus, config.max_seq_len, with_budget):
+        found.append({"tokens": budget})
+    if not config.num_steps:
         return found
-    shorter = _fewer_or_smaller_steps(corpus, replace(config, warm_start_tokens=half))
-    return [{"warm_start_tokens": half, **change} for change in shorter[:1]]
-
-
-def _fewer_or_smaller_steps(corpus: Corpus, config: TrainingConfig) -> list[dict[str, Any]]:
-    found, length = [], config.max_seq_len
-    if steps := _largest(config.num_steps, lambda n: suffices(corpus, replace(config, num_steps=n))):
-        found.append({"num_steps": steps})
+    length = config.max_seq_len
     if count := _largest(config.sequences_per_step, lambda n: suffices(corpus, replace(config, tokens_per_step=n * length))):
         found.append({"tokens_per_step": count * length})
     return found
+
+
+def budget_that_fits(corpus: Corpus, length: int, with_budget: Callable[[int], TrainingConfig]) -> int:
+    """Return a budget in tokens, in round numbers, that uses most of the text; 0 if there is none.
+
+    Whole sequences may take a little more than a budget, and the guard holds some back, so a budget of the whole text may be too much.
+    """
+    total = Sampler(corpus, length).total_tokens
+    unit = 10 ** max(0, len(str(total)) - 2)
+    for budget in range(total // unit * unit, total // 2, -unit):
+        try:
+            if suffices(corpus, with_budget(budget)):
+                return budget
+        except InvalidValueError:  # smaller than a sequence
+            break
+    return 0
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -72,5 +89,9 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def tokens_to_read(config: TrainingConfig) -> int:
-    """Return the largest number of tokens that a run can need: every step, and the warm start, may take up to a sequence more than it asks for."""
-    return config.total_tokens + (config.num_steps + 1) * config.max_seq_len
+    """Return the largest number of tokens that a run can need.
+
+    Every step, and the warm start, may take up to a sequence more than it asks for; the guard holds a few sequences back.
+    """
+    held_back = MOST_HELD * config.max_seq_len if config.held_back_tokens else 0
+    return config.total_tokens + (config.num_steps + 1) * config.max_seq_len + held_back

@@ -14,6 +14,7 @@ import numpy as np
 
 from metalens.models.capture import HiddenStates
 from metalens.ops import Weight, linear
+from metalens.training.input_scale import InputScale, input_scale
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError
 
@@ -28,13 +29,20 @@ class Regression:
     def __init__(self, hidden_size: int) -> None:
         self.gram = mx.zeros((hidden_size + 1, hidden_size + 1))
         self.cross = mx.zeros((hidden_size + 1, hidden_size))
+        self.last_squares = mx.zeros(())
 
     def add(self, h: mx.array, last: mx.array) -> None:
         """Add rows [T, D] of the layer and of the last block, float32."""
         x = mx.concatenate([h, mx.ones((h.shape[0], 1))], axis=1).T
         self.gram = self.gram + linear(x, Weight(x))
         self.cross = self.cross + linear(x, Weight((last - h).T))
-        mx.eval(self.gram, self.cross)
+        self.last_squares = self.last_squares + mx.sum(mx.square(last))
+        mx.eval(self.gram, self.cross, self.last_squares)
+
+    def scale(self) -> InputScale:
+        """Return the scale of the hidden states."""
+        squares = mx.diagonal(self.gram)
+        return input_scale(squares[:-1], self.last_squares, squares[-1])
 
     def solution(self, ridge: float) -> tuple[mx.array, mx.array]:
         """Solve for W [D, D] and b [D]. `ridge` is relative to the mean square of the states. The bias is not regularized.
@@ -62,30 +70,43 @@ class Regression:
 def warm_start(
     hidden_states: Iterable[HiddenStates], layers: Sequence[int], hidden_size: int, ridge: float, total: Callable[..., list[mx.array]]
 ) -> dict[int, dict[str, mx.array]]:
-    """Return the closed-form translators, {layer: {"weight": [D, D], "bias": [D]}}.
+    """Return the closed-form translators, {layer: {"weight": [D, D], "bias": [D]}}. Arguments and errors as for `regressions`.
+
+    Args:
+        ridge: strength of the regularization, relative to the mean square of the states.
+    """
+    solved = {}
+    for layer, regression in regressions(hidden_states, layers, hidden_size, total).items():
+        weight, bias = regression.solution(ridge)
+        solved[layer] = {"weight": weight, "bias": bias}
+    return solved
+
+
+def regressions(
+    hidden_states: Iterable[HiddenStates], layers: Sequence[int], hidden_size: int, total: Callable[..., list[mx.array]]
+) -> dict[int, Regression]:
+    """Return the sums of the regression of every layer.
 
     Args:
         hidden_states: forward passes of the model.
         layers: layers to solve for.
         hidden_size: D.
-        ridge: strength of the regularization, relative to the mean square of the states.
         total: function that sums arrays over the processes that divide the text.
 
     Raises:
-        InvalidValueError: if there is no hidden state, if one is not finite, or if they do not determine the solution.
+        InvalidValueError: if there is no hidden state, or if one is not finite.
     """
-    regressions = {layer: Regression(hidden_size) for layer in layers}
+    found = {layer: Regression(hidden_size) for layer in layers}
     for batch in hidden_states:
         last = batch.rows(-1).astype(mx.float32)
-        for layer, regression in regressions.items():
+        for layer, regression in found.items():
             regression.add(batch.rows(layer).astype(mx.float32), last)
-    solved = {}
-    for layer, regression in regressions.items():
-        regression.gram, regression.cross = total(regression.gram, regression.cross)
+    for regression in found.values():
+        sums = regression.gram, regression.cross, regression.last_squares
+        regression.gram, regression.cross, regression.last_squares = total(*sums)
         if not to_float(regression.gram[-1, -1]) > 0 or not all(to_float(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
             raise InvalidValueError(
-                "The warm start saw no text, or hidden states that are not finite. Look for damaged weights or token ids outside the vocabulary."
+                "The warm start saw no text, or hidden states that are not finite. Look for damaged weights or token ids outside the vocabulary. "
+                "If the model is float16, its activations may overflow: convert it to bfloat16 (mlx_lm.convert --dtype bfloat16)."
             )
-        weight, bias = regression.solution(ridge)
-        solved[layer] = {"weight": weight, "bias": bias}
-    return solved
+    return found

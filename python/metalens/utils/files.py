@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# In the names of temporary files. A file with this mark that nobody has locked was left by a killed process.
+MARK = "metalens-"
+# Seconds after which such a file is deleted. A writer locks its file within this time.
+LEFT_BEHIND = 60
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. Move it onto `path`, after fsync, if the block ends without an exception; else delete it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    """Yield a temporary path beside `path`. Move it onto `path` if the block ends without an exception; else delete it.
+
+    The file and its folder are forced to the disk, so that the file also survives a loss of power. Temporary files that
+    killed processes left for the same path are deleted.
+
+    Raises:
+        OSError: if the file can't be written, for example because the disk is full; names `path`.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{MARK}", suffix=path.suffix)
+    except OSError as error:
+        raise _about(path, None, error) from error
     temporary = Path(name)
     try:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        _remove_left_behind(path)
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
@@ -24,8 +45,56 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        named = _about(path, temporary, error)
+        if named is error:
+            raise
+        raise named from error
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def _about(path: Path, temporary: Path | None, error: OSError) -> OSError:
+    """Return an error of the system with the name of the file. An error that names another file is returned as it is."""
+    if error.filename is not None and temporary is not None and os.fspath(error.filename) != os.fspath(temporary):
+        return error
+    if error.errno is None:
+        return type(error)(f"Can't write {path}: {error}")
+    return OSError(error.errno, error.strerror, os.fspath(path))
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Delete the temporary files for `path` that killed processes left: they are old, and nobody has locked them."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{MARK}[a-z0-9_]{{8}}{re.escape(path.suffix)}")
+    for left in path.parent.iterdir():
+        if not pattern.fullmatch(left.name):
+            continue
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > LEFT_BEHIND:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk. File systems that can't do this are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        OSError: if it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_writable(path: Path) -> None:
@@ -38,6 +107,8 @@ def require_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a directory")
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is a device or a pipe, which can't be replaced by a file")
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         Path(name).unlink(missing_ok=True)  # missing_ok: TokenCache.lock deletes files that look left behind

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from metalens.compat.tuned_lens.folder import is_tuned_lens, load, save
+from metalens.compat.tuned_lens.folder import folder_outputs, is_tuned_lens, load, save
 from metalens.lenses.lens import TunedLens
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.lens_file import lens_files, lens_outputs
+from metalens.models.gguf import convert_gguf, is_gguf
+from metalens.utils.outputs import require_replaceable
 
 Format = Literal["tuned-lens", "metalens"]
 
@@ -34,39 +36,51 @@ def convert(
     model_name: str | None = None,
     *,
     hub: bool = False,
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    force: bool = False,
 ) -> tuple[Path, Path]:
-    """Read a lens of either format and write it in the other.
+    """Read a lens of either format and write it in the other; or read a model in a GGUF file and write a folder in mlx-lm's format.
 
     When the target is metalens, all translators are written as full matrices, whatever the variant of the source, so
     mlxterp can load the result.
 
     Args:
-        source: a pair of .npz and .json, or a folder of tuned-lens.
+        source: a pair of .npz and .json, a folder of tuned-lens, or a GGUF file.
         target: the pair or the folder to write.
         to: 'tuned-lens' or 'metalens'; None = the format that the source does not have.
         model_name: path or hub id of the model, for tuned-lens's config.json and for the provenance; None = the name in
             the source.
         hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging
             Face hub.
-        dtype: number format of the tensors in tuned-lens's file.
+        dtype: number format of the tensors in tuned-lens's file (None = float32), or of a model (see
+            `metalens.models.gguf.convert_gguf`, which also returns a report).
+        force: replace files of the target's names that are not a lens. The folder of a model must not exist.
 
     Returns:
-        the two files written.
+        the two files written; of a model, config.json and model.safetensors.
 
     Raises:
         FileNotFoundError: if there is no lens at the source.
-        InvalidValueError: if the lens is damaged, or tuned-lens's file needs the name of the model and it is not known.
+        FileExistsError: if the folder of a model exists.
+        MissingPackageError: if the `gguf` package is needed and not installed.
+        InvalidValueError: if the lens or the model is damaged, if tuned-lens's file needs the name of the model and it is not known,
+            if the target is the source, or if a file of the target's name is not a lens.
     """
+    if is_gguf(source):
+        folder = convert_gguf(source, target, dtype).folder
+        return folder / "config.json", folder / "model.safetensors"
     theirs = _is_theirs(source, hub)
     lens = load_lens(source, hub=hub)
+    sources = [*lens_files(source), *(output.path for output in folder_outputs(source))]
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
-        save(lens, target, model_name, dtype=dtype)
+        require_replaceable(folder_outputs(target), force=True, inputs=sources)
+        save(lens, target, model_name, dtype=dtype or "float32", force=force)
         return Path(target) / "params.pt", Path(target) / "config.json"
+    require_replaceable(lens_outputs(target), force=True, inputs=sources)
     full = lens.to_full()
     if model_name is not None:
         full.provenance["model"] = model_name
-    full.save(target)
+    full.save(target, force=force)
     return lens_files(target)
 
 

@@ -24,6 +24,7 @@ from metalens.lenses.lens import TunedLens
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import Output, require_replaceable
 from metalens.utils.warn import warn_caller
 
 PARAMS, CONFIG = "params.pt", "config.json"
@@ -131,6 +132,7 @@ def save(
     *,
     revision: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    force: bool = False,
 ) -> None:
     """Write a lens as params.pt and config.json, which upstream's TunedLens loads. Each file appears whole or not at all.
 
@@ -143,14 +145,18 @@ def save(
         model_name: path or hub id of the model. None = the name that the lens remembers.
         revision: revision of the model. None = the revision that the lens remembers.
         dtype: number format of the tensors.
+        force: replace files of these names that are not a lens of tuned-lens.
 
     Raises:
+        NotOursError: if the folder has a params.pt or config.json that is not a lens's: every model has a config.json.
         InvalidValueError: if the name of the model is not known, the dtype is another, or a number has no finite form
             in this dtype.
         OSError: if a file cannot be written.
     """
     if dtype not in WRITABLE:
         raise InvalidValueError(f"dtype must be one of {', '.join(WRITABLE)}, got {dtype!r}.")
+    folder = Path(folder).expanduser()
+    require_replaceable(folder_outputs(folder), force=force)
     remembered = lens.provenance.get("model")
     model_name = model_name or remembered
     if not isinstance(model_name, str):
@@ -165,12 +171,28 @@ def save(
         warn_caller(
             f"tuned-lens has no translator for the last block's output: that of layer {lens.num_layers - 1}, which is not the identity, is left out."
         )
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / PARAMS) as temporary:
         write_tensors(temporary, config.shapes(2 * lens.num_layers), _residuals(lens), dtype)
     with atomic_write(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def folder_outputs(folder: str | Path) -> list[Output]:
+    """Return the two files of a lens that is going to be written."""
+    config = Path(folder).expanduser() / CONFIG
+    return [
+        Output(config, "the configuration of a tuned lens", _is_config),
+        Output(config.with_name(PARAMS), "the weights of a tuned lens", lambda _: config.is_file() and _is_config(config)),
+    ]
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= CONFIG_LIMIT else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"base_model_name_or_path", "d_model", "num_hidden_layers"} <= found.keys()
 
 
 def _residuals(lens: TunedLens) -> Iterator[mx.array]:

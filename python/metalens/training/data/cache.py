@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, either complete or absent, and opened as memory maps."""
+"""Tokens on disk: written once, either complete or absent, checked when they are opened, and read as memory maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import atomic_write, require_writable
+from metalens.utils.files import atomic_write, require_writable, sha256_of
 
 DOCUMENTS = np.dtype("<u8")
 
@@ -43,6 +43,8 @@ class StoredTokens:
 class TokenCache:
     """A folder with three files per corpus: KEY.ids (little-endian), KEY.documents (uint64), and KEY.json, which exists when the others are whole.
 
+    KEY.json has the SHA-256 of the other two; files of older versions have none, and are not checked.
+
     Args:
         folder: the folder, see `cache_folder`. It is made when the first file is written.
     """
@@ -54,18 +56,23 @@ class TokenCache:
         return self.folder / f"{key}.{suffix}"
 
     def open(self, key: str) -> StoredTokens | None:
-        """Open the tokens under a key. Return None if there are none, or if the files are not as they were written."""
+        """Open the tokens under a key. Return None if there are none, or if the files are not as they were written: the text is tokenized again then.
+
+        Cost: the files are read once, about a second per GB.
+        """
         try:
             record = json.loads(self._path(key, "json").read_text(encoding="utf-8"))
             dtype = np.dtype(str(record["dtype"]))
             counts = {str(name): int(value) for name, value in record["counts"].items()}
-            maps = []
+            maps, hashes = [], record.get("sha256", {})
             for suffix, kind, items in (("ids", dtype, record["tokens"]), ("documents", DOCUMENTS, record["documents"] + 1)):
                 path = self._path(key, suffix)
                 if path.stat().st_size != items * kind.itemsize:
                     return None
+                if suffix in hashes and sha256_of(path) != hashes[suffix]:
+                    return None
                 maps.append(np.memmap(path, kind, "r"))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         return StoredTokens(maps[0], maps[1], counts)
 
@@ -94,7 +101,8 @@ class TokenCache:
             if not tokens:
                 raise InvalidValueError("There are no tokens in the text. Give text that is not empty.")
             documents_path.write_bytes(np.asarray([*starts, tokens], DOCUMENTS).tobytes())
-        record = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts), "counts": counts}
+            hashes = {"ids": sha256_of(ids_path), "documents": sha256_of(documents_path)}
+        record = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts), "counts": counts, "sha256": hashes}
         with atomic_write(self._path(key, "json")) as path:
             path.write_text(json.dumps(record), encoding="utf-8")
         stored = self.open(key)
@@ -121,13 +129,13 @@ class TokenCache:
             yield
 
     def _fact(self, name: str) -> Path:
-        return self.folder / "facts" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+        return self.folder / "facts" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
 
     def recall(self, name: str) -> Any:
         """Return the value under a name, or None."""
         try:
             fact = json.loads(self._fact(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return fact.get("value") if isinstance(fact, dict) and fact.get("name") == name else None
 

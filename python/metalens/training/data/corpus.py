@@ -5,8 +5,8 @@ Conventions. Documents are tokenized without special tokens.
   from it across documents (tuned-lens's convention; the ids are those of its joined text).
 - join="packed": there are no separators, and no sequence crosses the end of a document.
 A beginning-of-sequence token is never among these ids. The ids that the tokenizer puts before a text are `Corpus.prefix`, and the sampler puts them
-before every sequence: models with such a token have seen this in training, and tuned-lens trains on it. Ids that a tokenizer puts after a text are
-left out.
+before every sequence: models with such a token have seen this in training, and tuned-lens trains on it. A document that spells them itself at its
+start loses them there: they are never in a sequence twice. Ids that a tokenizer puts after a text are left out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import numpy as np
 
 from metalens.models.tokenization import as_token_ids
 from metalens.training.data.cache import StoredTokens, TokenCache
-from metalens.training.data.readers import Piece, Source
+from metalens.training.data.readers import CHAT_FIELDS, Piece, Source
 from metalens.training.data.sources import find_sources
 from metalens.training.data.tokenizing import TextTokenizer, digest, encoded
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from metalens.utils.warn import warn_caller
 
 Join = Literal["eos", "packed"]
 FORMAT = 1  # raise it when a change of this package changes the tokens of a text and tokenizer
@@ -89,6 +90,17 @@ class Corpus:
         about = {"join": "eos", "content": content, "tokenizer": None, "fingerprint": digest([FORMAT, "ids", content, list(prefix)])}
         return cls(array, np.asarray([0, array.size], "<u8"), "eos", prefix=tuple(prefix), about=about | {"sources": [{"kind": "ids"}]})
 
+    def with_prefix(self, prefix: Sequence[int]) -> Corpus:
+        """Return the same ids with another prefix, () for none. Ids at the start that are the prefix are left out."""
+        if tuple(prefix) == self.prefix:
+            return self
+        ids, documents, length = self.ids, self.documents, len(prefix)
+        if length and ids[:length].tolist() == list(prefix):
+            ids, documents = ids[length:], np.maximum(np.asarray(documents, np.int64) - length, 0)
+        about = self._about | {"fingerprint": digest([self.fingerprint, "prefix", list(prefix)])}
+        counts = None if self.bytes is None or self.joined_bytes is None else (self.bytes, self.joined_bytes)
+        return Corpus(ids, documents, self.join, prefix=tuple(prefix), byte_counts=counts, about=about)
+
     def identity(self) -> dict[str, Any]:
         """Return what decides about the ids as short flat JSON: fingerprints of content and tokenizer, joining, counts."""
         tokenizer = self._about["tokenizer"]
@@ -129,13 +141,14 @@ def open_corpus(
     Args:
         sources: files, folders, ids of hub data sets, or Sources, as for `find_sources`.
         tokenizer: tokenizer of the model: transformers', mlx-lm's, or any object with `encode(text)`.
-        field: field of JSON Lines, or column of tables, with the text.
+        field: field of JSON Lines, or column of tables, with the text. "messages" may hold conversations, which the tokenizer's chat template turns
+            into text; a record with "prompt" and "completion" in its place is a conversation too.
         join: how documents follow each other: 'eos' or 'packed', see the top of this file.
         cache_dir: folder of the cache. None = $METALENS_CACHE, else ~/.cache/metalens/tokens.
         split: split of hub data sets.
         max_tokens: number of tokens after which reading stops (a document, or a part of a long text, later). Large data sets need it.
         workers: number of processes that tokenize, useful for slow tokenizers; see `tokenizing.encoded`. They do not change the result.
-        progress: function that is called while tokenizing, with the number of new tokens.
+        progress: function that is called while tokenizing, with the number of new tokens: 0 at the start, and after every batch.
 
     Raises:
         InvalidValueError: if there is no text, or the text is faulty: names the place and the remedy.
@@ -152,7 +165,10 @@ def open_corpus(
     cache = TokenCache(cache_dir)
     identities = [source.identity(cache) for source in found]
     about_tokenizer, content = text.describe(), digest([identities, max_tokens])
-    fingerprint = digest([FORMAT, join, about_tokenizer["fingerprint"], content])
+    rules = ["the prefix once"] if text.prefix else []  # since 0.2.0; tokens of tokenizers without a prefix are as before
+    if field in CHAT_FIELDS and text.chat_template:
+        rules.append(text.chat_template)
+    fingerprint = digest([FORMAT, *rules, join, about_tokenizer["fingerprint"], content])
     stored = cache.open(fingerprint)
     if stored is None:
         with cache.lock(fingerprint):
@@ -182,17 +198,25 @@ def _tokenize(
     separator = np.asarray([tokenizer.eos] if join == "eos" else [], tokenizer.dtype)
     separator_bytes = len(tokenizer.eos_text.encode()) if join == "eos" else 0
     counts = {"bytes": 0, "joined_bytes": 0}
+    spelled: list[bool] = []
 
     def pieces() -> Iterator[Piece]:
         for source in sources:
-            yield from source.pieces()
+            for piece in source.pieces():
+                yield from tokenizer.rendered(piece)
             source.require_unchanged()
 
     def documents() -> Iterator[tuple[np.ndarray, bool]]:
         tokens = 0
+        if progress is not None:
+            progress(0)  # it begins: the first batch may take a while
         for batch, rows in encoded(tokenizer, pieces(), workers):
             before = tokens
-            for piece, row in zip(batch, rows, strict=True):
+            for piece, plain in zip(batch, rows, strict=True):
+                row = tokenizer.without_prefix(plain) if piece.starts else plain
+                if row.size < plain.size and not spelled and piece.chat is None:
+                    spelled.append(True)
+                    warn_caller("Documents begin with the special tokens that go before every sequence; they are read once.")
                 ids = np.concatenate([separator, row]) if piece.starts else row
                 size = len(piece.text.encode())
                 counts["bytes"] += size

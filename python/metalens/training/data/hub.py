@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from metalens.training.data.readers import Identity, Memory, Piece, Source, text_of
+from metalens.training.data.readers import Identity, Memory, Piece, Source, pieces_of
 from metalens.utils.errors import InvalidValueError
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,6 @@ class HubDataset(Source):
             except Exception as error:  # as above
                 raise self._unreachable(error) from error
             number += 1
-            yield Piece(text_of(row, self.field, f"{self.name}, row {number}"), starts=True)
+            yield from pieces_of(row, self.field, f"{self.name}, row {number}")
         if not number:
             raise InvalidValueError(f"{self.name} is empty. Name another split.")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from metalens.utils.errors import InvalidValueError
+from metalens.utils.files import sha256_of
 
 # Characters of a long text that are read and tokenized at once.
 BLOCK = 1 << 20
@@ -27,6 +28,9 @@ CUTS = [re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n"), re.compile(r"(?<=\S)(
 # A file that changed less than this many ns ago may change again within the clock tick of its time stamp: its hash is not remembered.
 SETTLED = 2_000_000_000
 
+# Fields that may hold conversations. The fingerprint of their text includes the chat template.
+CHAT_FIELDS = ("messages", "conversation")
+
 Identity = dict[str, Any]
 
 
@@ -36,10 +40,12 @@ class Piece(NamedTuple):
     Attributes:
         text: the text, which can be encoded as UTF-8.
         starts: whether a new document starts here.
+        chat: messages of a conversation, [{"role", "content"}, ...]; `text` is empty until the tokenizer's template makes it. None = plain text.
     """
 
     text: str
     starts: bool
+    chat: list[dict[str, str]] | None = None
 
 
 class Memory(Protocol):
@@ -82,6 +88,43 @@ def plain_text(text: str, where: str) -> str:
     return text
 
 
+def parts(text: str) -> Iterator[Piece]:
+    """Yield a document, a long one in parts of about BLOCK characters: tokenizers take hundreds of bytes for every character of a part.
+
+    Usual pre-tokenizers see the same on both sides of a cut, so the ids are those of the whole.
+    """
+    start = 0
+    while len(text) - start > BLOCK:
+        end = start + cut(text[start : start + BLOCK])
+        yield Piece(text[start:end], starts=start == 0)
+        start = end
+    yield Piece(text[start:], starts=start == 0)
+
+
+def pieces_of(record: Any, field: str, where: str) -> Iterator[Piece]:
+    """Yield the document in a field of a record: a text, long ones in parts, or a conversation.
+
+    A field of CHAT_FIELDS may hold messages. A record with "prompt" and "completion" in its place is a conversation of these two.
+
+    Raises:
+        InvalidValueError: if there is neither; names the fields that the record has.
+    """
+    if field in CHAT_FIELDS and isinstance(record, dict):
+        value = record.get(field)
+        if value is None and {"prompt", "completion"} <= set(record):
+            value = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+        if isinstance(value, list):
+            yield Piece("", starts=True, chat=[_message(each, where) for each in value])
+            return
+    yield from parts(text_of(record, field, where))
+
+
+def _message(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
+        raise InvalidValueError(f'{where}: a message must be like {{"role": "user", "content": "..."}}. Fix or remove that conversation.')
+    return {"role": value["role"], "content": plain_text(value["content"], where)}
+
+
 def text_of(record: Any, field: str, where: str) -> str:
     """Return the text in a field of a record. If there is none, InvalidValueError names the fields that the record has."""
     if not isinstance(record, dict):
@@ -122,7 +165,7 @@ class TextList(Source):
         if not any(text.strip() for text in self.texts):
             raise InvalidValueError("The texts are empty or blank. Give texts with content.")
         for number, text in enumerate(self.texts):
-            yield Piece(plain_text(text, f"text {number}"), starts=True)
+            yield from parts(plain_text(text, f"text {number}"))
 
 
 class FileSource(Source):
@@ -151,8 +194,10 @@ class FileSource(Source):
         known = memory.recall(name) if memory is not None else None
         if isinstance(known, dict) and known.get("stamp") == self._stamp:
             return {"kind": self.kind, "bytes": self._stamp[0], "sha256": known["sha256"]}
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            sha256 = sha256_of(self.path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.require_unchanged()
         if memory is not None and time.time_ns() - max(self._stamp[1:3]) > SETTLED:
             memory.remember(name, {"stamp": self._stamp, "sha256": sha256})
@@ -191,6 +236,10 @@ class TextFile(FileSource):
                 # The decoder may keep bytes of an unfinished character back: they hold no line break.
                 lines += block.count(b"\n")
                 end = len(rest) if ended else cut(rest)
+                if "\0" in rest[:end]:
+                    raise InvalidValueError(
+                        f"{self.path}: it holds NUL characters, so it is a binary file, or UTF-16 without a byte order mark. Convert it to UTF-8."
+                    )
                 if end:
                     blank = blank and not rest[:end].strip()
                     yield Piece(rest[:end], starts)
@@ -205,6 +254,8 @@ def read(file: IO[bytes], path: Path) -> bytes:
         return file.read(BLOCK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InvalidValueError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def cut(text: str) -> int:
@@ -257,7 +308,7 @@ class JsonLines(FileSource):
                     raise InvalidValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
                 except (ValueError, RecursionError) as error:  # a number of too many digits, lists that are nested too deep
                     raise InvalidValueError(f"{where}: can't be read as JSON ({error}). Fix or remove that document.") from error
-                yield Piece(text_of(record, self.field, where), starts=True)
+                yield from pieces_of(record, self.field, where)
         if empty:
             raise self._empty()
 
@@ -298,8 +349,10 @@ class ParquetFile(FileSource):
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
                     for value in batch.column(0).to_pylist():
                         row += 1
-                        yield Piece(text_of({self.field: value}, self.field, f"{self.path}, row {row}"), starts=True)
-        except arrow.ArrowException as error:
+                        yield from pieces_of({self.field: value}, self.field, f"{self.path}, row {row}")
+        except InvalidValueError:
+            raise
+        except (arrow.ArrowException, OSError, ValueError) as error:  # damaged pages, and strings that are not UTF-8
             raise InvalidValueError(f"{self.path} can't be read as Parquet ({error}). Copy it again.") from error
         if not row:
             raise self._empty()

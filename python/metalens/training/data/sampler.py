@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from metalens.training.config import HELD_BACK
 from metalens.training.data.corpus import Corpus
 from metalens.utils.errors import InvalidValueError
+
+MOST_HELD = 4  # sequences that are held back, of several places in the text
+MIN_HELD = 16  # least tokens of one of them
 
 
 class NotEnoughDataError(InvalidValueError):
@@ -65,12 +69,14 @@ class Sampler:
         length: tokens per sequence, the prefix included.
         seed: seed that shuffles the sequences, anew in every epoch. None = the order of the text.
         repeat: begin another epoch when one ends.
+        held_back: tokens to leave out of every epoch, see `held_back_sequences`: a few whole sequences, at most one in HELD_BACK. They follow from
+            the corpus alone.
 
     Raises:
         InvalidValueError: if no token fits into a sequence, or the seed is negative.
     """
 
-    def __init__(self, corpus: Corpus, length: int, *, seed: int | None = None, repeat: bool = False) -> None:
+    def __init__(self, corpus: Corpus, length: int, *, seed: int | None = None, repeat: bool = False, held_back: int = 0) -> None:
         room = length - len(corpus.prefix)
         if room < 1:
             raise InvalidValueError(
@@ -92,21 +98,35 @@ class Sampler:
         self._ends = np.minimum(self._starts + room, np.repeat(bounds[1:], pieces))
         self._sizes = self._ends - self._starts + len(corpus.prefix)
         self._shuffled: tuple[int, np.ndarray] | None = None
+        self.held_back = held_back
+        self._held = self._chosen(held_back)
+
+    def _chosen(self, tokens: int) -> np.ndarray:
+        """Return the numbers of the sequences to hold back, ascending."""
+        n = len(self._starts)
+        count = min(MOST_HELD, tokens // MIN_HELD, n // HELD_BACK)
+        return np.sort(np.argsort(np.random.PCG64(np.random.SeedSequence([n])).random_raw(n), kind="stable")[:count])
+
+    def held_back_sequences(self) -> list[np.ndarray]:
+        """Return the sequences that no epoch has, cut so that they hold at most `held_back` tokens together; [] where the text is too short."""
+        return [self._sequence(int(i))[: self.held_back // len(self._held)] for i in self._held]
 
     def __len__(self) -> int:
         """Return the number of sequences in an epoch."""
-        return len(self._starts)
+        return len(self._starts) - len(self._held)
 
     @property
     def total_tokens(self) -> int:
         """Return the number of tokens in an epoch, prefixes included: the lens trains on each of them."""
-        return int(self._sizes.sum())
+        return int(self._sizes.sum() - self._sizes[self._held].sum())
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._shuffled is None or self._shuffled[0] != epoch:
-            order = np.arange(len(self))
+            n = len(self._starts)
+            order = np.arange(n)
             if self.seed is not None:
-                order = np.argsort(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self)), kind="stable")
+                order = np.argsort(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(n), kind="stable")
+            order = order[~np.isin(order, self._held)]
             self._shuffled = (epoch, order)
         return self._shuffled[1]
 
@@ -178,7 +198,8 @@ class Sampler:
 
     def state(self) -> dict[str, Any]:
         """Return the position and the identity of the text that it belongs to, as JSON values."""
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "length": self.length, "corpus": self.corpus.identity()}
+        held = {"held_back": self.held_back} if self.held_back else {}
+        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "length": self.length, **held, "corpus": self.corpus.identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`: the sequences that follow are those that followed there.
@@ -187,11 +208,13 @@ class Sampler:
             InvalidValueError: if it belongs to another corpus, length or seed (names them), or is no state.
         """
         try:
-            theirs = {"seed": state["seed"], "length": state["length"]} | {f"corpus {k}": v for k, v in dict(state["corpus"]).items()}
+            theirs = {"seed": state["seed"], "length": state["length"], "held_back": state.get("held_back", 0)} | {
+                f"corpus {k}": v for k, v in dict(state["corpus"]).items()
+            }
             epoch, index = int(state["epoch"]), int(state["index"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidValueError(f"This is not the state of a sampler ({error!r}).") from error
-        ours = {"seed": self.seed, "length": self.length} | {f"corpus {k}": v for k, v in self.corpus.identity().items()}
+        ours = {"seed": self.seed, "length": self.length, "held_back": self.held_back} | {f"corpus {k}": v for k, v in self.corpus.identity().items()}
         differ = [f"{name} was {theirs.get(name)!r} and is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]
         if differ:
             raise InvalidValueError(

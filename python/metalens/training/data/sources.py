@@ -39,6 +39,8 @@ def find_sources(sources: str | Path | Source | Sequence[str | Path | Source], *
         if isinstance(name, Source):
             found.append(name)
             continue
+        if name == "":
+            raise InvalidValueError("The name of a text is empty. Name a file, a folder, or a data set of the Hugging Face hub.")
         path = Path(name).expanduser()
         hub = None if isinstance(name, Path) else HubDataset.from_name(name, field=field, split=split)
         if path.is_dir():
@@ -49,6 +51,8 @@ def find_sources(sources: str | Path | Source | Sequence[str | Path | Source], *
                     f"There is no text in the folder {path}: no file ends in {', '.join(SUFFIXES)}. Name a file or another folder."
                 )
             found += [file_source(p, field) for p in files]
+        elif path.exists() and not path.is_file():
+            raise InvalidValueError(f"{path} is a pipe or a device, and a text is read more than once. Save it to a file, and name that.")
         elif path.exists():
             found.append(file_source(path, field))
         elif hub is not None and not path.name.lower().endswith(SUFFIXES):

@@ -1,7 +1,4 @@
-"""Tokenizers for a corpus: plain ids, the ids that belong before every text, and a fingerprint of everything that decides about ids.
-
-Tokenizers of mlx-lm and transformers are recognized by their class names: neither package is imported.
-"""
+"""Tokenizers for a corpus: plain ids, the ids that belong before every text, and a fingerprint of everything that decides about ids."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from metalens.training.data.readers import BLOCK, Piece
+from metalens.models.plain_encoder import PlainEncoder
+from metalens.training.data.readers import BLOCK, Piece, parts
 from metalens.utils.errors import InvalidValueError
 
 # A text whose ids show differences between tokenizers that neither a vocabulary nor a serialized tokenizer shows.
@@ -28,11 +26,6 @@ BATCH = 1024  # pieces that are tokenized together; fewer if they are long
 def digest(value: Any) -> str:
     """Return a short hash of a JSON value: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
-
-
-def is_instance_of(tokenizer: Any, class_name: str) -> bool:
-    """Tell whether a class of this name is among an object's classes."""
-    return any(each.__name__ == class_name for each in type(tokenizer).__mro__)
 
 
 class TextTokenizer:
@@ -50,21 +43,12 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer._tokenizer if is_instance_of(tokenizer, "TokenizerWrapper") else tokenizer
+        self._plain = PlainEncoder(tokenizer)
+        self.tokenizer = self._plain.tokenizer
         eos = getattr(tokenizer, "eos_token_id", None)
         self.eos: int | None = None if eos is None else int(eos)
         self.eos_text = str(getattr(self.tokenizer, "eos_token", None) or "")
-        self._plain = True
-        try:
-            plain = list(self.tokenizer.encode("a", add_special_tokens=False))
-        except TypeError:
-            self._plain = False
-            bos = getattr(self.tokenizer, "bos_token_id", None)
-            whole = list(self.tokenizer.encode("a"))
-            plain = whole[1:] if bos is not None and whole[:1] == [bos] else whole
-        whole = list(self.tokenizer.encode("a"))
-        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        self.prefix = tuple(int(i) for i in whole[:start])
+        self.prefix = self._plain.prefix
         self.largest = self._largest()
 
     def _largest(self) -> int | None:
@@ -84,16 +68,25 @@ class TextTokenizer:
         Raises:
             InvalidValueError: if an id is not from 0 to `largest`.
         """
-        if is_instance_of(self.tokenizer, "PreTrainedTokenizerBase"):
-            # One call: fast tokenizers use all cores for it. Not verbose: a text longer than the model's context is no mistake here.
-            rows = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-                "input_ids"
-            ]
-        elif self._plain:
-            rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        else:
-            rows = [list(self.tokenizer.encode(text))[len(self.prefix) :] for text in texts]
-        return [self._checked(np.asarray(row, dtype=np.int64)) for row in rows]
+        return [self._checked(np.asarray(row, dtype=np.int64)) for row in self._plain.encode(texts)]
+
+    @property
+    def chat_template(self) -> str:
+        """Return the chat template; "" if the tokenizer has none."""
+        return self._plain.chat_template
+
+    def rendered(self, piece: Piece) -> Iterator[Piece]:
+        """Yield a piece as text: a conversation in the chat template, long ones in parts (InvalidValueError)."""
+        if piece.chat is None:
+            yield piece
+            return
+        for part in parts(self._plain.chat_text(piece.chat)):
+            yield part._replace(chat=piece.chat)
+
+    def without_prefix(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids [tokens] of a document without the prefix, if the document spells it itself."""
+        found: np.ndarray = self._plain.without_prefix(ids)
+        return found
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         limit = np.iinfo(self.dtype).max

@@ -1,0 +1,180 @@
+"""The guard: no layer of a lens ends worse than its best checked state, on text that is held back from training.
+
+Every so often each layer is read on the held-back text. A layer that is clearly worse than at its best goes back to that state, with half the rate
+and without its momentum. At the end of a pass every layer takes its best checked state; the first one is the state that training starts from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from metalens.lenses.translators import translated
+from metalens.models.unembed import Unembed
+from metalens.ops import lens_stats, normed
+from metalens.training.batching import BatchedCapture
+from metalens.training.config import TrainingConfig
+from metalens.training.distributed import Group
+from metalens.training.optimizer import Parameters
+from metalens.training.step import piece_tokens
+from metalens.utils.arrays import to_list
+
+# A check of a token costs at most half of a training token: at most 1/20 of the run goes into checks, beside the first and the last one.
+TOKENS_PER_CHECKED = 10
+MOST_CHECKS = 40
+WORSE = 1.1  # a layer is set back when its KL is more than this times its best, ...
+WORSE_BY = 0.001  # ... and more than this many nats, which a layer of no loss may be off by rounding
+SHOWN = 4  # layers that a message names
+
+
+class GuardWarning(RuntimeWarning):
+    """A layer has become worse in training, and was set back to its best state."""
+
+
+def check_every(config: TrainingConfig, tokens: int) -> int:
+    """Return the number of steps between checks on so many held-back tokens."""
+    checks = min(max(config.num_steps * config.step_tokens // (TOKENS_PER_CHECKED * max(tokens, 1)), 1), MOST_CHECKS)
+    return -(-config.num_steps // checks)
+
+
+def held_back_kl(
+    parameters: Sequence[Parameters],
+    layers: Sequence[int],
+    sequences: Sequence[np.ndarray],
+    capture: BatchedCapture,
+    unembed: Unembed,
+    pause: Callable[[], None] | None = None,
+    done: Callable[[int], None] = lambda _: None,
+) -> mx.array:
+    """Return the sum of KL(model || lens) over the tokens of sequences, in nats, and the number of tokens: [len(layers) + 1]. Evaluated.
+
+    Args:
+        parameters: parameters of each layer.
+        layers: numbers of the layers.
+        sequences: the sequences, [t] each.
+        capture: captures the model's hidden states.
+        unembed: the model's norm and head.
+        pause: function that is called after each part of the work, see `BatchedCapture.hidden_states`. None = none.
+        done: function of a number of tokens that is called when they have gone through the head.
+    """
+    total = mx.zeros((len(layers) + 1,))
+    for batch in capture.hidden_states(sequences, pause):
+        last = normed(batch.rows(-1).astype(mx.float32), unembed.norm)
+        rows = mx.stack([translated(p, batch.rows(layer).astype(mx.float32), unembed.norm) for p, layer in zip(parameters, layers, strict=True)])
+        tokens = last.shape[0]
+        size = piece_tokens(len(layers), unembed.head) or tokens
+        for start in range(0, tokens, size):
+            part = slice(start, start + size)
+            kl = lens_stats(rows[:, part], unembed.head, 1, last[part]).kl
+            assert kl is not None
+            count = min(size, tokens - start)
+            total = total + mx.concatenate([mx.sum(kl, axis=1), mx.array([float(count)])])
+            mx.eval(total)
+            done(count)
+            if pause is not None:
+                pause()
+    return total
+
+
+@dataclass
+class BestStates:
+    """The best checked state of every layer of a pass.
+
+    Attributes:
+        kl: mean KL on the held-back text in nats per token, by layer. Empty before the first check.
+        parameters: parameters of each layer.
+    """
+
+    kl: dict[int, float] = field(default_factory=dict)
+    parameters: dict[int, Parameters] = field(default_factory=dict)
+
+    def worse(self, found: Mapping[int, float], parameters: Mapping[int, Parameters]) -> list[int]:
+        """Take over the layers that are better than before. Return the layers that are clearly worse.
+
+        Args:
+            found: mean KL by layer; may be not finite.
+            parameters: parameters of each layer.
+        """
+        risen = []
+        for layer, kl in found.items():
+            best = self.kl.get(layer, math.inf)
+            if layer not in self.kl or kl < best:
+                self.kl[layer], self.parameters[layer] = kl if math.isfinite(kl) else math.inf, dict(parameters[layer])
+            elif not kl <= max(WORSE * best, best + WORSE_BY):
+                risen.append(layer)
+        return risen
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the arrays of a checkpoint, by name."""
+        found = {f"kl.{layer}": mx.array(np.array([kl]).view(np.uint32)) for layer, kl in self.kl.items()}
+        return found | {f"{layer}.{name}": p for layer, parameters in self.parameters.items() for name, p in parameters.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, mx.array]) -> BestStates:
+        """Return the states whose `arrays` these are."""
+        found = cls()
+        for name, array in arrays.items():
+            first, _, rest = name.partition(".")
+            if first == "kl":
+                found.kl[int(rest)] = float(np.array(array).view(np.float64)[0])
+            else:
+                found.parameters.setdefault(int(first), {})[rest] = array
+        return found
+
+
+class Guard:
+    """Checks the layers of a run on held-back text.
+
+    Args:
+        sequences: sequences that are held back, of all processes, [t] each.
+        config: the settings.
+        capture: captures the model's hidden states.
+        unembed: the model's norm and head.
+        group: processes of the run.
+
+    Attributes:
+        tokens: number of held-back tokens. 0 = there is no guard.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], config: TrainingConfig, capture: BatchedCapture, unembed: Unembed, group: Group) -> None:
+        rank, world = group.data_rank
+        self.tokens = sum(sequence.size for sequence in sequences)
+        self._sequences = list(sequences)[rank::world]
+        self._config, self._capture, self._unembed, self._group = config, capture, unembed, group
+        self._every = check_every(config, self.tokens)
+
+    def due(self, step: int) -> bool:
+        """Tell whether the layers are checked after so many steps of a pass."""
+        return self.tokens > 0 and (step % self._every == 0 or step == self._config.num_steps)
+
+    def kl(
+        self,
+        layers: Sequence[int],
+        parameters: Mapping[int, Parameters],
+        pause: Callable[[], None] | None = None,
+        done: Callable[[int], None] = lambda _: None,
+    ) -> dict[int, float]:
+        """Return the mean KL of layers on the held-back text, nats per token, the same in all processes that train a layer.
+
+        `pause` and `done` are as in `held_back_kl`.
+        """
+        if not layers:
+            return {}
+        mine = held_back_kl([parameters[layer] for layer in layers], layers, self._sequences, self._capture, self._unembed, pause, done)
+        (total,) = self._group.sum_over_data(mine)
+        *sums, tokens = to_list(total)
+        return {layer: kl / tokens for layer, kl in zip(layers, sums, strict=True)}
+
+
+def message(layers: Sequence[int], found: Mapping[int, float], best: Mapping[int, float], step: int, ended: bool) -> str:
+    """Return what happened to the layers that were set back, in one line."""
+    each = [f"layer {layer} (KL {found[layer]:.3f}, at its best {best[layer]:.3f})" for layer in layers[:SHOWN]]
+    more = f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+    then = "The lens has the best state." if ended else "It goes on from its best state with half the rate."
+    if len(layers) > 1 and not ended:
+        then = "They go on from their best states with half the rate."
+    return f"After step {step} the text that is held back is predicted worse than before by {', '.join(each)}{more}. {then}"

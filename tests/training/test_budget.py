@@ -1,0 +1,87 @@
+"""A budget in tokens: what each recipe makes of it."""
+
+import pytest
+
+from metalens.training.recipes import RECIPES
+from metalens.training.settings import resolve
+from metalens.utils.errors import InvalidValueError
+
+FIELDS = ("warm_start_tokens", "num_steps", "tokens_per_step", "max_seq_len")
+
+
+def budgeted(recipe, tokens, context=512, config=None, **settings):
+    _, found = resolve(recipe, config, settings | {"tokens": tokens}, context)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "expected"),
+    [
+        ("fast", 9000, (3000, 46, 128, 128)),
+        ("fast", 43_008, (14_336, 224, 128, 128)),
+        ("fast", 1_000_000, (65_536, 456, 2048, 512)),  # a third would be more than the recipe's own warm start
+        ("fast", 20_000_000, (65_536, 1216, 16_384, 512)),
+        ("fast", 100, (33, 1, 67, 67)),
+        ("paper", 9000, (0, 70, 128, 128)),
+        ("muon", 100_000, (0, 250, 400, 400)),
+        ("mlxterp", 9000, (0, 70, 128, 128)),
+        ("mlxterp", 10**7, (0, 19_531, 512, 512)),
+    ],
+)
+def test_many_small_steps_of_at_least_128_tokens(recipe, tokens, expected):
+    found = budgeted(recipe, tokens)
+    assert tuple(getattr(found, name) for name in FIELDS) == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("tokens", [10, 11, 77, 128, 200, 1000, 4095, 9000, 70_000, 10**6, 10**7])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_steps": 12}, {"tokens_per_step": 64}, {"num_steps": 40, "tokens_per_step": 256}, {"max_seq_len": 10}, {"warm_start_tokens": 100}],
+    ids=str,
+)
+def test_no_more_is_taken_than_the_budget_and_most_of_it_is_used(recipe, tokens, settings):
+    found = budgeted(recipe, tokens, **settings)
+    assert 0 < found.total_tokens <= tokens
+    if "num_steps" not in settings:
+        assert found.total_tokens >= 0.7 * tokens or tokens < 1000 or found.num_steps == 0
+        assert found.num_steps == 0 or tokens - found.total_tokens < found.step_tokens + found.num_steps * found.max_seq_len
+
+
+def test_what_is_given_stays():
+    assert budgeted("fast", 9000, num_steps=10).num_steps == 10
+    assert budgeted("fast", 9000, tokens_per_step=300).tokens_per_step == 300
+    assert budgeted("fast", 9000, warm_start_tokens=1000).warm_start_tokens == 1000
+    assert budgeted("fast", 9000, max_seq_len=512).max_seq_len == 512
+    assert budgeted("fast", 9000, rank=4).warm_start_tokens == 0
+    both = budgeted("fast", 10**6, num_steps=10, tokens_per_step=256, warm_start_tokens=0)
+    assert both.total_tokens == 2560
+
+
+def test_the_closed_form_takes_all():
+    found = budgeted("fast", 9000, num_steps=0)
+    assert (found.num_steps, found.warm_start_tokens) == (0, 9000)
+
+
+def test_in_a_file_of_settings(tmp_path):
+    (tmp_path / "settings.toml").write_text('recipe = "muon"\ntokens = 9000\n')
+    name, found = resolve(None, tmp_path / "settings.toml", {})
+    assert (name, found.num_steps, found.tokens_per_step) == ("muon", 70, 128)
+    assert resolve(None, tmp_path / "settings.toml", {"tokens": 1280})[1].num_steps == 10
+
+
+@pytest.mark.parametrize("tokens", [0, -5, 1.5, True, "9000"])
+def test_what_is_no_budget(tokens):
+    with pytest.raises(InvalidValueError, match="tokens must be a whole number of at least 1"):
+        budgeted("fast", tokens)
+
+
+def test_a_budget_of_less_than_a_sequence():
+    with pytest.raises(InvalidValueError, match="A budget of 100 tokens is too small: a sequence has 128"):
+        budgeted("fast", 100, max_seq_len=128)
+
+
+def test_a_complete_configuration_is_divided_anew():
+    _, complete = resolve("fast", None, {}, 512)
+    assert complete.max_seq_len == 512
+    assert budgeted(None, 9000, config=complete) == budgeted("fast", 9000)
