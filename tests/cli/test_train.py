@@ -12,7 +12,6 @@ import types
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from metalens import InterpretableModel, TunedLens
 from metalens.cli import main
@@ -26,20 +25,6 @@ from metalens.utils.errors import InvalidValueError
 
 # One sequence of 32 tokens per step.
 SMALL = ("--recipe", "mlxterp", "--max-seq-len", 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METALENS_CACHE", str(tmp_path_factory.mktemp("tokens")))
-        yield
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs a command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(main, [str(a) for a in args])
 
 
 @pytest.fixture

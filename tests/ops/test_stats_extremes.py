@@ -100,7 +100,7 @@ def test_logits_beyond_the_range_of_exp_in_either_direction():
         assert stats.top_ids[0, 0].tolist() == [3, 1, 0, 2]
 
 
-def clean_and_spoilt(rng, head, spoil):
+def clean_and_spoiled(rng, head, spoil):
     n, n_model, labels = make_input(rng)
     clean = vars(lens_stats(n, head, 3, n_model, labels))
     spoil(n, n_model)
@@ -113,7 +113,7 @@ def test_a_bad_row_stays_alone(rng, settings, bad):
     def spoil(n, _):
         n[1, 2, 7] = bad
 
-    clean, spoiled = clean_and_spoilt(rng, oracle.make_head(rng, V, D, **settings), spoil)
+    clean, spoiled = clean_and_spoiled(rng, oracle.make_head(rng, V, D, **settings), spoil)
     for name, value in spoiled.items():
         ours, expected = oracle.wide(value), oracle.wide(clean[name])
         if np.isnan(bad) and name in FLOATS:
@@ -129,7 +129,7 @@ def test_ids_of_a_row_of_nan_are_tokens_and_it_agrees_with_nothing(rng, settings
     def spoil(n, n_model):
         n[1, 2] = float("nan")
 
-    _, spoiled = clean_and_spoilt(rng, head, spoil)
+    _, spoiled = clean_and_spoiled(rng, head, spoil)
     ids = spoiled["top_ids"][1, 2].tolist()
     assert len(set(ids)) == 3
     assert all(0 <= i < head.tokens for i in ids)
@@ -140,7 +140,7 @@ def test_a_bad_row_of_the_model_spoils_only_what_is_compared_with_it(rng):
     def spoil(_, n_model):
         n_model[2, 7] = float("nan")
 
-    clean, spoiled = clean_and_spoilt(rng, oracle.make_head(rng, V, D, bias=True), spoil)
+    clean, spoiled = clean_and_spoiled(rng, oracle.make_head(rng, V, D, bias=True), spoil)
     for name, value in spoiled.items():
         ours, expected = oracle.wide(value), oracle.wide(clean[name])
         if name == "kl":

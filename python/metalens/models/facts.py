@@ -21,7 +21,7 @@ OUTSIDE_BLOCKS = (
     *("lm_head", "embed_out", "output", "head"),
 )
 
-HEAD_NAMES = 4  # so many names at the end are those of heads
+HEAD_NAMES = 4  # the number of names of heads, which stand at the end
 
 # Bytes of a tokenizer's file for each entry of the vocabulary: 71 in SmolLM2's tokenizer.json, 127 in Gemma 3's.
 ENTRY_BYTES = 80

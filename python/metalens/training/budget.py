@@ -20,7 +20,7 @@ from metalens.training.config import MIN_SEQUENCE
 from metalens.utils.errors import InvalidValueError
 
 LEAST_STEP = 128  # tokens of a step, unless the caller or the recipe has smaller ones
-WARM_PART = 3  # a recipe with steps gives one of so many tokens to the warm start
+WARM_PART = 3  # a recipe with steps gives a third of the tokens to the warm start
 
 
 def divided(tokens: int, settings: Mapping[str, Any], given: Container[str], longest: int) -> dict[str, int]:

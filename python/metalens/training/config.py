@@ -19,7 +19,7 @@ import numpy as np
 from metalens.utils.errors import InvalidValueError
 
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
-HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most 1 in so many
+HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most a sixteenth
 
 
 def _setting(default: Any, help: str, *, at_least: int | None = None, unset: str | None = None, example: Any = None) -> Any:

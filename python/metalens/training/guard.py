@@ -36,7 +36,7 @@ class GuardWarning(RuntimeWarning):
 
 
 def check_every(config: TrainingConfig, tokens: int) -> int:
-    """Return the number of steps between checks on so many held-back tokens."""
+    """Return the number of steps between two checks, for a number of held-back tokens."""
     checks = min(max(config.num_steps * config.step_tokens // (TOKENS_PER_CHECKED * max(tokens, 1)), 1), MOST_CHECKS)
     return -(-config.num_steps // checks)
 
@@ -148,7 +148,7 @@ class Guard:
         self._every = check_every(config, self.tokens)
 
     def due(self, step: int) -> bool:
-        """Tell whether the layers are checked after so many steps of a pass."""
+        """Tell whether the layers are checked after this number of steps of a pass."""
         return self.tokens > 0 and (step % self._every == 0 or step == self._config.num_steps)
 
     def kl(

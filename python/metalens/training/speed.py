@@ -123,7 +123,7 @@ def require_minutes(minutes: float, tokens: int | None) -> None:
 
 
 def budget_in(seconds: float, settings: Callable[[int], TrainingConfig], duration: Callable[[TrainingConfig], Duration]) -> int:
-    """Return the largest budget in tokens, to two digits, whose run takes at most so many seconds; at least a sequence.
+    """Return the largest budget in tokens whose run fits into a time, to two digits, and at least a sequence.
 
     Args:
         seconds: the time.
