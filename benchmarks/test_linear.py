@@ -1,4 +1,4 @@
-"""Time quantized_matmul with a 4-bit W: a layer's product on many rows, and on the single row of a decoding step."""
+"""Time products with a frozen W: a layer's product on many rows, on the single row of a decoding step, and small ones in every format."""
 
 import pytest
 from benchmarks.competitor import OURS, OURS_BF16, PLAIN, TORCH, TORCH_BF16, TORCH_INT4
@@ -12,6 +12,8 @@ MANY, ONE, ONE_BACKWARD = (f"quantized_matmul, 4-bit: {rest}" for rest in ("x W^
 ISAS = "quantized_matmul, 4-bit: instruction sets"
 SMALL = [(128, 256, 704), (1, 256, 6000)]  # rows, inputs, outputs
 LARGE = [(512, 320, 1280), (128, 1024, 1024), (512, 1024, 3072), (128, 2048, 2048), (1, 1024, 3072), (1, 2048, 2048)]
+# SmolLM2-135M's matrices and that of a small feed-forward layer.
+SMALL_PRODUCTS = [(rows, *matrix) for matrix in ((576, 576), (576, 1536), (1536, 576), (576, 192)) for rows in (32, 128, 512)] + [(128, 320, 1280)]
 PEERS = [TORCH, TORCH_BF16, TORCH_INT4]
 
 
@@ -61,3 +63,15 @@ def test_instruction_sets(suite, shape):
         pytest.skip(reason)
     narrower = [isa for isa in extension.available_isas().split() if isa != extension.isa()]
     measure(suite, shape, [OURS], title=f"{ISAS} beside {extension.isa()}", isas=narrower)
+
+
+@pytest.mark.parametrize("names", [(OURS, TORCH), (OURS_BF16, TORCH_BF16)], ids=lambda names: names[0])
+@pytest.mark.parametrize("stored", linear.FORMATS)
+@pytest.mark.parametrize("shape", SMALL_PRODUCTS, ids=label)
+def test_small_products(full_only, suite, shape, stored, names):
+    """Compare each precision with PyTorch's products in that type."""
+    rows, inputs, outputs = shape
+    arguments = {"rows": rows, "inputs": inputs, "outputs": outputs, "stored": stored}
+    peak = suite.peaks.bf16 if names[0] == OURS_BF16 else None
+    work = Work(2.0 * rows * inputs * outputs, **({"peak": peak} if peak else {}))
+    suite.measure(Case(linear, arguments, names, f"linear, W in {stored}", label(shape), work), Effort(budget=2))

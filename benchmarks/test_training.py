@@ -61,12 +61,6 @@ def test_memory_of_a_longer_step(suite, full_only, sequences):
     measure(suite, arguments, [OURS], label, tokens, [OURS], Effort(limit=30, budget=30))
 
 
-def test_capture(suite, same_model):
-    arguments = {"operation": "capture", "tokens": CONFIG.max_seq_len}
-    label = f"capture of one sequence of {CONFIG.max_seq_len} tokens"
-    measure(suite, arguments, [OURS, TORCH, TORCH_BF16, PLAIN], label, CONFIG.max_seq_len)
-
-
 @pytest.mark.parametrize("sequences", [1, 16])
 def test_evaluation(suite, sequences):
     tokens = sequences * CONFIG.max_seq_len

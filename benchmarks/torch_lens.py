@@ -23,10 +23,14 @@ from metalens.training import TrainingConfig
 
 
 class TorchModel:
-    """The demo model (a Llama with a tied embedding) in float32."""
+    """A Llama with a tied embedding, such as the demo model and SmolLM2, in float32."""
+
+    # Positions that the tables of angles have at least: more than the demo model was trained for.
+    POSITIONS = 512
 
     def __init__(self, model: nn.Module) -> None:
         self.args = model.args
+        self.head_dim = self.args.head_dim or self.args.hidden_size // self.args.num_attention_heads
         self.embedding = _matrix(model.model.embed_tokens)
         self.norm = tensor(model.model.norm.weight)
         self.blocks = [
@@ -36,9 +40,9 @@ class TorchModel:
             for block in model.model.layers
         ]
         torch = torch_module()
-        half = self.args.head_dim // 2
+        half = self.head_dim // 2
         frequencies = self.args.rope_theta ** -(torch.arange(half) / half)
-        angles = torch.outer(torch.arange(self.args.max_position_embeddings), frequencies)
+        angles = torch.outer(torch.arange(max(self.args.max_position_embeddings, self.POSITIONS)), frequencies)
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def normed(self, h: Any, gain: Any) -> Any:
@@ -65,7 +69,7 @@ class TorchModel:
         return outputs
 
     def _heads(self, x: Any) -> Any:
-        return x.unflatten(-1, (-1, self.args.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _rotated(self, x: Any) -> Any:
         a, b = x.chunk(2, -1)
@@ -79,13 +83,13 @@ def _matrix(layer: nn.Module) -> Any:
 
 
 def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:
-    """Train for `config.num_steps` steps on sequences [1, T]; return the weights W - I [L, D, D] and the biases [L, D].
+    """Train for `config.num_steps` steps on sequences [1, T]; return the weights W - I [L, D, D] and the biases [L, D] of `config.layers`.
 
     bf16 runs model and lens under autocast, as upstream does.
     """
     torch = torch_module()
-    num_layers, hidden_size = len(model.blocks), model.embedding.shape[1]
-    translators = [torch.nn.Linear(hidden_size, hidden_size) for _ in range(num_layers)]
+    layers, hidden_size = config.layers or tuple(range(len(model.blocks))), model.embedding.shape[1]
+    translators = [torch.nn.Linear(hidden_size, hidden_size) for _ in layers]
     parameters = [p for translator in translators for p in translator.parameters()]
     for p in parameters:
         torch.nn.init.zeros_(p)  # the residual form is h + W h + b
@@ -97,10 +101,11 @@ def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig
                 with torch.no_grad():
                     hidden = model.hidden(torch.from_numpy(ids))
                     log_p = model.unembed(hidden[-1]).float().log_softmax(-1)
-                for translator, h in zip(translators, hidden, strict=True):
+                for translator, layer in zip(translators, layers, strict=True):
+                    h = hidden[layer]
                     log_q = model.unembed(h + translator(h)).float().log_softmax(-1)
                     loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-                    (loss / (num_layers * config.sequences_per_step)).backward()
+                    (loss / (len(layers) * config.sequences_per_step)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()

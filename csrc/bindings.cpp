@@ -15,6 +15,9 @@
 #include "ops/attention.h"
 #include "ops/head.h"
 #include "ops/linear.h"
+#include "ops/norm.h"
+#include "ops/rotary.h"
+#include "ops/symmetric_product.h"
 #include "ops/translate_norm.h"
 
 namespace nb = nanobind;
@@ -43,16 +46,22 @@ NB_MODULE(_ext, m) {
       "Differentiable in both. With transpose=False, x is [..., O] and the result [..., I]. Raises ValueError if shapes or types do not fit "
       "together.");
 
+  m.def(
+      "symmetric_product", &metalens::symmetric_product, "a"_a, "b"_a, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
+      "Return a b^T [..., N, N] for a and b [..., N, K] of one float type, in that type. Computes the triangle on and below the diagonal and\n"
+      "mirrors it. Sums are float32. Not differentiable. Raises ValueError if shapes or types do not fit together.");
+
   nb::class_<metalens::Head>(
       m, "Head",
-      "The unembedding of a model: logits softcap(scale * (U n + bias)) for the first `vocab` rows of U. Raises ValueError if parts do not fit "
+      "The unembedding of a model: logits softcap(scale * (U n + bias)) + offset for the first `vocab` rows of U. Raises ValueError if parts do not "
+      "fit "
       "together.")
       .def(
           nb::init<
               const mlx::core::array&, const std::optional<mlx::core::array>&, const std::optional<mlx::core::array>&, int, int, const std::string&,
-              const std::optional<mlx::core::array>&, float, std::optional<float>, std::optional<int>>(),
+              const std::optional<mlx::core::array>&, float, std::optional<float>, std::optional<int>, const std::optional<mlx::core::array>&>(),
           "values"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "group_size"_a = 64, "bits"_a = 4, "mode"_a = "affine", "bias"_a = nb::none(),
-          "scale"_a = 1.0f, "softcap"_a = nb::none(), "vocab"_a = nb::none());
+          "scale"_a = 1.0f, "softcap"_a = nb::none(), "vocab"_a = nb::none(), "offset"_a = nb::none());
 
   m.def(
       "lens_stats", &metalens::lens_stats, "n"_a, "head"_a, "k"_a = 1, "n_model"_a = nb::none(), "labels"_a = nb::none(), "precision"_a = "float32",
@@ -77,14 +86,36 @@ NB_MODULE(_ext, m) {
       "Return norm(h W^T + b) [..., D] float32; without w, W is the identity. norm is 'rms', 'layer' or 'none'. Differentiable in h, w and b.");
 
   m.def(
-      "attention", &metalens::attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a = false, "mask"_a = nb::none(), "precision"_a = "float32",
-      nb::kw_only(), "stream"_a = nb::none(),
-      "Return softmax(scale q k^T + mask) v [B, H, T, E] in q's type, for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] and mask [T, S]. With\n"
-      "`causal`, query i sees the keys up to i + S - T. Not differentiable.");
+      "attention", &metalens::attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a = false, "mask"_a = nb::none(), "sinks"_a = nb::none(),
+      "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
+      "Return softmax(scale q k^T + mask) v [B, H, T, E] in q's type, for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E]. mask broadcasts to\n"
+      "[B, H, T, S]: booleans (true = visible) or floats. With `causal`, query i sees the keys up to i + S - T. sinks [H] are logits of one more\n"
+      "key whose value is zero. Gradient of plain MLX.");
 
   m.def(
       "swiglu", &metalens::swiglu, "gate"_a, "x"_a, nb::kw_only(), "stream"_a = nb::none(),
-      "Return silu(gate) * x for arrays of the same shape and float type, computed in float32. Not differentiable.");
+      "Return silu(gate) * x for arrays of the same shape and float type, computed in float32. Gradient of plain MLX.");
+
+  m.def(
+      "gelu_tanh", &metalens::gelu_tanh, "x"_a, nb::kw_only(), "stream"_a = nb::none(),
+      "Return x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 in the float type of x, computed in float32. Gradient of plain MLX.");
+
+  m.def(
+      "rms_norm", &metalens::rms_norm, "x"_a, "gain"_a = nb::none(), "eps"_a = 1e-5f, nb::kw_only(), "stream"_a = nb::none(),
+      "Return gain * x / sqrt(mean(x^2) + eps) for the rows of x [..., D], in the promoted type. Gradient of plain MLX.");
+
+  m.def(
+      "layer_norm", &metalens::layer_norm, "x"_a, "gain"_a = nb::none(), "bias"_a = nb::none(), "eps"_a = 1e-5f, nb::kw_only(),
+      "stream"_a = nb::none(),
+      "Return gain * (x - mean(x)) / sqrt(var(x) + eps) + bias for the rows of x [..., D], in the promoted type. Gradient of plain MLX.");
+
+  m.def(
+      "rope", &metalens::rope, "x"_a, "dims"_a, "traditional"_a, "base"_a, "scale"_a, "offset"_a = 0, "freqs"_a = nb::none(), nb::kw_only(),
+      "stream"_a = nb::none(), "Return mlx.core.fast.rope of the same arguments; angles are exact to float32. Gradient of plain MLX.");
+
+  m.def(
+      "run_sums_natively", &metalens::run_sums_natively, "outputs"_a,
+      "Let the sums and products of two float arrays, in the graph that `outputs` wait for, run on the kernels. Values stay the same.");
 
   m.def(
       "metal_library", &metalens::metal_library,

@@ -1,4 +1,4 @@
-// From the product U n to a logit: softcap(scale * (U n + bias)), and -inf for rows of U that are not tokens.
+// From the product U n to a logit: softcap(scale * (U n + bias)) + offset, and -inf for rows of U that are not tokens.
 #pragma once
 
 #include "common.h"

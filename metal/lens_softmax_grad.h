@@ -7,6 +7,8 @@
 // For c = sum p d the terms of S are p (exp(t) - 1 - t) with t = d - c. None is negative, so a small KL is as exact as a large one. If some d is far
 // above the mean, exp(d - c) would overflow; such a row takes a larger c.
 //
+// An offset of the logits is in both z and z*, so d and the slope of a softcap do not see it: it enters lp alone.
+//
 // Each row has a threadgroup of 256 threads and takes three passes: the mean of d and the largest lp + d; S and the entropy; q - p. The gradient may
 // overwrite the chunk, because each thread reads an element before it writes it. The kernel also writes a map with the largest |q - p| of every 32
 // ids, and the sum of |q - p| of every row. With them lens_backward skips tiles that would not change the gradient.
@@ -25,6 +27,7 @@ struct SoftmaxGradProblem {
   int width;   // V: logits of a row, padding included
   int vocab;   // ids below it are tokens
   int is_delta;
+  int with_offset;
   float softcap;     // 0: none
   float grad_scale;  // factor of the gradient: a power of two that keeps it within the range of half
 };
@@ -58,6 +61,14 @@ METAL_FUNC float threadgroup_max(float mine, threadgroup float* slots, uint simd
   return largest;
 }
 
+// What the rows are compared by: the logits before the offset of one lens row and of its token's model.
+struct ComparedRows {
+  const device float* chunk;   // [V] differences or, with a softcap, products
+  const device float* model;   // [V] products of n*
+  const device float* offset;  // [V], if there is one
+  float lse_model;
+};
+
 // One token of one row, lens against model.
 struct Compared {
   float log_p;
@@ -66,11 +77,12 @@ struct Compared {
   float slope;  // of the lens's softcap
 };
 
-METAL_FUNC Compared compare(const device SoftmaxGradProblem& problem, float chunk, float of_model, float lse_model) {
+METAL_FUNC Compared compare(const device SoftmaxGradProblem& problem, thread const ComparedRows& rows, int v) {
   Compared one;
-  const float z_model = softcapped(of_model, problem.softcap);
+  const float chunk = rows.chunk[v];
+  const float z_model = softcapped(rows.model[v], problem.softcap);
   const float z = softcapped(chunk, problem.softcap);
-  one.log_p = z_model - lse_model;
+  one.log_p = (problem.with_offset != 0 ? z_model + rows.offset[v] : z_model) - rows.lse_model;
   one.p = precise::exp(one.log_p);
   one.d = problem.is_delta != 0 ? chunk : z - z_model;
   one.slope = problem.is_delta != 0 ? 1.0f : softcap_slope(z, problem.softcap);
@@ -90,6 +102,7 @@ METAL_FUNC void lens_softmax_grad(
     const device float* chunk,      // [rows, V]
     const device float* model,      // [tokens, V] products of n*, without softcap
     const device float* lse_model,  // [tokens]
+    const device float* offset,     // [V], if there is one
     const device int* problem_words,
     device G* gradient,         // [rows, V] grad_scale * (q - p) * slope; may be the chunk itself
     device float* tile_absmax,  // [rows, ceil(V / 32)] max |q - p| of 32 ids
@@ -104,13 +117,16 @@ METAL_FUNC void lens_softmax_grad(
   const device SoftmaxGradProblem& problem = *reinterpret_cast<const device SoftmaxGradProblem*>(problem_words);
   const int row = int(group.x);
   const long first = long(row) * problem.width;
-  const long first_of_model = long(row % problem.tokens) * problem.width;
-  const float lse_of_model = lse_model[row % problem.tokens];
+  ComparedRows rows;
+  rows.chunk = chunk + first;
+  rows.model = model + long(row % problem.tokens) * problem.width;
+  rows.offset = offset;
+  rows.lse_model = lse_model[row % problem.tokens];
   const int me = int(simd) * LANES + int(lane);
 
   float total = 0.0f, weighted = 0.0f, highest = -INFINITY;
   for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
-    const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+    const Compared one = compare(problem, rows, v);
     total += one.p;
     weighted += one.p > 0.0f ? one.p * one.d : 0.0f;
     highest = max(highest, one.log_p + one.d);
@@ -125,7 +141,7 @@ METAL_FUNC void lens_softmax_grad(
 
   float beyond = 0.0f, of_q = 0.0f;
   for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
-    const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+    const Compared one = compare(problem, rows, v);
     const float t = one.d - shift;
     if (one.log_p == -INFINITY && one.d == 0.0f) {
       continue;
@@ -145,7 +161,7 @@ METAL_FUNC void lens_softmax_grad(
     const int v = base + int(lane);
     float g = 0.0f;
     if (v < problem.vocab) {
-      const Compared one = compare(problem, chunk[first + v], model[first_of_model + v], lse_of_model);
+      const Compared one = compare(problem, rows, v);
       const bool nowhere = one.log_p == -INFINITY && one.d == 0.0f;
       g = nowhere ? 0.0f : (raised(one, one.d - shift) - s * one.p) / (1.0f + s) * one.slope;
       g = isnan(mean) ? mean : g;
@@ -163,7 +179,7 @@ METAL_FUNC void lens_softmax_grad(
   if (me == 0) {
     row_l1[row] = sum;
     kl[row] = shift - mean + log_total;
-    lse[row] = lse_of_model + shift + log_total;
+    lse[row] = rows.lse_model + shift + log_total;
     entropy[row] = log_total - of_row / (1.0f + s);
   }
 }

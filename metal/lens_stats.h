@@ -21,8 +21,9 @@ METAL_FUNC void lens_stats(
     const device typename Format::Values* values,
     const device typename Format::Scales* scales,
     const device typename Format::Biases* biases,
-    const device float* head_bias,  // [V], if there is one
-    const device int* labels,       // [label_tokens]
+    const device float* head_bias,    // [V], if there is one
+    const device float* head_offset,  // [V], if there is one
+    const device int* labels,         // [label_tokens]
     const device int* problem_words,
     device float* states,      // [splits, blocks, BM, FIELDS]
     device int* above,         // [splits, blocks, BM]
@@ -67,7 +68,7 @@ METAL_FUNC void lens_stats(
       const int i = first_slot + int(lane);
       const int label = id(columns, i);
       if (label >= 0) {
-        state.label_logit = logit_of(problem, head_bias, shared[i * Tiles::PITCH_Z + i], label);
+        state.label_logit = logit_of(problem, head_bias, head_offset, shared[i * Tiles::PITCH_Z + i], label);
       }
     }
   }
@@ -90,13 +91,15 @@ METAL_FUNC void lens_stats(
         if (partner < 0) {
           continue;  // all lanes skip this row
         }
-        const float z = counts ? logit_of(problem, head_bias, shared[(first_slot + i) * Tiles::PITCH_Z + column], base + column) : -INFINITY;
+        const float z =
+            counts ? logit_of(problem, head_bias, head_offset, shared[(first_slot + i) * Tiles::PITCH_Z + column], base + column) : -INFINITY;
         RunningSoftmax seen = softmax_of(z, max(simd_max(z), LOWEST));
         seen.sum = simd_sum(seen.sum);
         seen.weighted = simd_sum(seen.weighted);
         RunningComparison compared = no_comparison();
         if (partner != first_slot + i) {
-          const float z_model = counts ? logit_of(problem, head_bias, shared[partner * Tiles::PITCH_Z + column], base + column) : -INFINITY;
+          const float z_model =
+              counts ? logit_of(problem, head_bias, head_offset, shared[partner * Tiles::PITCH_Z + column], base + column) : -INFINITY;
           const float top = max(simd_max(z_model), LOWEST);
           if (counts) {
             compared = comparison_of(z, z_model, top);

@@ -82,8 +82,9 @@ METAL_FUNC void lens_stats_vector(
     const device typename Format::Values* values,
     const device typename Format::Scales* scales,
     const device typename Format::Biases* biases,
-    const device float* head_bias,  // [V], if there is one
-    const device int* labels,       // [label_tokens]
+    const device float* head_bias,    // [V], if there is one
+    const device float* head_offset,  // [V], if there is one
+    const device int* labels,         // [label_tokens]
     const device int* problem_words,
     device float* states,      // [splits, blocks, R, FIELDS]
     device int* above,         // [splits, blocks, R]
@@ -120,7 +121,7 @@ METAL_FUNC void lens_stats_vector(
       const float product = vector_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
       const float of_mine = simd_shuffle(product, ushort(my_row % IDS_PER_STEP * R + my_row));
       if (my_row / IDS_PER_STEP == first / IDS_PER_STEP && label >= 0) {
-        state.label_logit = logit_of(problem, head_bias, of_mine, label);
+        state.label_logit = logit_of(problem, head_bias, head_offset, of_mine, label);
       }
     }
   }
@@ -140,7 +141,7 @@ METAL_FUNC void lens_stats_vector(
     }
     const float product = vector_products<T, Format, R>(x, ids, values, scales, biases, problem.depth, lane);
     const bool counts = my_id < IDS_PER_STEP && base + my_id < end && slot.used;
-    const float z = counts ? logit_of(problem, head_bias, product, base + my_id) : -INFINITY;
+    const float z = counts ? logit_of(problem, head_bias, head_offset, product, base + my_id) : -INFINITY;
     const float z_model = simd_shuffle(z, ushort(my_id % IDS_PER_STEP * R + slot.model));
     if (counts) {
       state.lens = merged(state.lens, softmax_of(z, max(z, LOWEST)));

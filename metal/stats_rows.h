@@ -28,6 +28,7 @@ struct StatsProblem {
   int with_model;
   int label_tokens;  // token t has label t mod label_tokens; 0: there are no labels
   int with_bias;
+  int with_offset;
   int block_rows;  // slots of a block
   int blocks;
   int splits;
@@ -85,12 +86,13 @@ METAL_FUNC const device T* row_at(const device StatsProblem& problem, const devi
   return slot.layer < 0 ? n_model + long(slot.token) * problem.depth : n + (long(slot.layer) * problem.tokens + slot.token) * problem.depth;
 }
 
-METAL_FUNC float logit_of(const device StatsProblem& problem, const device float* bias, float product, int id) {
+METAL_FUNC float logit_of(const device StatsProblem& problem, const device float* bias, const device float* offset, float product, int id) {
   if (id >= problem.vocab) {
     return -INFINITY;
   }
   const float biased = problem.with_bias != 0 ? product + bias[id] : product;
-  return softcapped(biased * problem.scale, problem.softcap);
+  const float capped = softcapped(biased * problem.scale, problem.softcap);
+  return problem.with_offset != 0 ? capped + offset[id] : capped;
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""Compute x W^T (or x W) with a 4-bit W."""
+"""Compute x W^T (or x W) with a W of one of the formats that models have."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import numpy as np
 from benchmarks.competitor import TORCH_BF16, TORCH_INT4, Competitor, LeftOutError, mlx_competitor, tensor, torch_competitor, torch_module
 from benchmarks.operations.lens import dense, random_weight
 
-from metalens.ops import Weight, quantized_matmul
+from metalens.ops import Weight, linear
+
+# Formats of W by name: an element type, or (bits, group size).
+FORMATS: dict[str, mx.Dtype | tuple[int, int]] = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "4 bits in groups of 32": (4, 32),
+    "4 bits": (4, 64),
+    "8 bits": (8, 64),
+}
 
 
-def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True) -> Competitor:
-    """Return a competitor for W [outputs, inputs] and x [rows, inputs], or x [rows, outputs] with transpose=False."""
+def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True, stored: str = "4 bits") -> Competitor:
+    """Return a competitor for W [outputs, inputs] and x [rows, inputs], or x [rows, outputs] with transpose=False.
+
+    `stored` names the format of W in FORMATS. PyTorch gets the same numbers as float32 or bfloat16.
+    """
     rng = np.random.default_rng(0)
-    w = random_weight(rng, outputs, inputs, inputs**-0.5)
+    w = _in_format(random_weight(rng, outputs, inputs, inputs**-0.5), FORMATS[stored])
     x = mx.array(rng.standard_normal((rows, inputs if transpose else outputs)).astype(np.float32))
     mx.eval(x)
     if name == TORCH_INT4:
@@ -21,11 +34,24 @@ def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True
     if name.startswith("PyTorch"):
         torch = torch_module()
         dtype = torch.bfloat16 if name == TORCH_BF16 else torch.float32
-        matrix, rows_in = tensor(dense(w)).to(dtype), tensor(x).to(dtype)
+        matrix, rows_in = tensor(w.values if w.scales is None else dense(w)).to(dtype), tensor(x).to(dtype)
         return torch_competitor(rows, lambda count: [rows_in[:count] @ (matrix.T if transpose else matrix)])
-    return mlx_competitor(
-        name, rows, lambda count: [quantized_matmul(x[:count], w.values, w.scales, w.biases, w.group_size, w.bits, transpose=transpose)]
-    )
+    return mlx_competitor(name, rows, lambda count: [linear(x[:count], w, transpose, mx.float32)])
+
+
+def _in_format(w: Weight, stored: mx.Dtype | tuple[int, int]) -> Weight:
+    """Return a 4-bit weight in another format."""
+    values = dense(w)
+    if not isinstance(stored, tuple):
+        other = Weight(values.astype(stored))
+        mx.eval(other.values)
+        return other
+    bits, group_size = stored
+    if (bits, group_size) == (w.bits, w.group_size):
+        return w
+    packed = mx.quantize(values, group_size, bits)
+    mx.eval(packed)
+    return Weight(*packed, group_size, bits)
 
 
 def _torch_int4(x: mx.array, w: Weight, transpose: bool) -> Competitor:

@@ -1,4 +1,4 @@
-"""Run whole pipelines on the demo model: training with the capture of the hidden states, the capture alone, and evaluation."""
+"""Run whole pipelines: training with the capture of the hidden states, the capture alone, and evaluation. The model is the demo model or another."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from benchmarks.competitor import TORCH_BF16, Competitor, mlx_competitor, torch_competitor, torch_module
+from benchmarks.competitor import TORCH_BF16, Competitor, LeftOutError, mlx_competitor, torch_competitor, torch_module
 from benchmarks.torch_lens import TorchModel
 from benchmarks.torch_lens import train as torch_train
 
 from metalens import InterpretableModel, TunedLens, accelerate, evaluate
-from metalens.models.bundled import HELD_OUT_TEXT, MODEL, TRAINING_TEXT
+from metalens.models.bundled import HELD_OUT_TEXT, NAME, TRAINING_TEXT
+from metalens.models.registry import path_of
 from metalens.training import Corpus, Sampler, TrainingConfig, train_loop
 from metalens.utils.arrays import to_float
+from metalens.utils.errors import InvalidValueError, UnavailableError
 
 # SGD on whole sequences, as in the PyTorch implementation.
 CONFIG = TrainingConfig(num_steps=1, max_seq_len=128, tokens_per_step=512, learning_rate=1.0, seed=0)
@@ -24,7 +26,21 @@ CONFIG = TrainingConfig(num_steps=1, max_seq_len=128, tokens_per_step=512, learn
 @cache
 def demo_model() -> InterpretableModel:
     """Return the model of `metalens demo`. On the reference backend its layers are plain MLX."""
-    model = InterpretableModel(str(MODEL))
+    return named_model(NAME)
+
+
+@cache
+def named_model(name: str) -> InterpretableModel:
+    """Return a model by its name or path, with its layers switched whatever the backend is.
+
+    Raises:
+        LeftOutError: if the model would have to be downloaded or converted first.
+    """
+    try:
+        path = path_of(name)
+    except (InvalidValueError, UnavailableError) as error:
+        raise LeftOutError(f"The model {name} is not on this machine: load it once with `metalens.load({name!r})`.") from error
+    model = InterpretableModel(path)
     accelerate(model.model)
     return model
 
@@ -70,13 +86,17 @@ def make_training(name: str, steps: int, sequences: int) -> Competitor:
     return mlx_competitor(name, steps * sequences, compute)
 
 
-def make_capture(name: str, tokens: int) -> Competitor:
-    """Return a competitor that captures [the output of every block]."""
-    model, ids = demo_model(), training_ids()[None]
+def make_capture(name: str, tokens: int, sequences: int = 1, model: str = NAME) -> Competitor:
+    """Return a competitor that captures [the output of every block] for `sequences` sequences of `tokens` tokens.
+
+    A unit is a token of each sequence.
+    """
+    ours = named_model(model)
+    ids = np.random.default_rng(0).integers(5, 3000, (sequences, tokens))  # any text takes the same time
     if not name.startswith("PyTorch"):
-        return mlx_competitor(name, tokens, lambda units: model.source.capture(ids[:, :units]).hidden)
+        return mlx_competitor(name, tokens, lambda units: ours.source.capture(mx.array(ids[:, :units])).hidden)
     torch = torch_module()
-    torch_model, torch_ids = TorchModel(model.model), torch.from_numpy(np.array(ids[:, :tokens]).astype(np.int64))
+    torch_model, torch_ids = TorchModel(ours.model), torch.from_numpy(ids)
 
     def compute(units: int) -> list[Any]:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == TORCH_BF16):

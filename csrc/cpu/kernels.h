@@ -123,6 +123,14 @@ struct KernelTable {
   // out = gate / (1 + exp(-gate)) * x; out may be gate or x.
   void (*swiglu)(const float* gate, const float* x, int64_t n, float* out);
 
+  // out = a + b, and out = a * b; out may be a or b.
+  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  void (*multiply_elements)(const float* a, const float* b, int64_t n, float* out);
+  // out = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; out may be x.
+  void (*gelu_tanh)(const float* x, int64_t n, float* out);
+  // Rotate `half` pairs (a, b) to (a cos - b sin, b cos + a sin). They are neighbors, or else x[i] and x[half + i]. out may be x.
+  void (*rotate)(const float* x, const float* cosines, const float* sines, int64_t half, bool neighbors, float* out);
+
   // n = gain * x / rms(x) + bias. RMSNorm takes x = y; LayerNorm, with `center`, takes x = y - mean(y). gain and bias may be null.
   RowMoments (*normalize)(const float* y, const float* gain, const float* bias, int64_t d, float eps, bool center, float* n);
   // The gradient at y from the gradient at n; dy may be dn.

@@ -69,6 +69,7 @@ class Task {
         table.transform(model, head_.bias ? head_.bias + first : nullptr, width, head_.scale, 0);
         for (int64_t r = t; r < rows_; r += tokens) table.delta_transform(logits(r), model, width, head_.scale, head_.softcap, slope(r));
         table.transform(model, nullptr, width, 1, head_.softcap);
+        if (head_.offset) table.transform(model, head_.offset + first, width, 1, 0);  // the differences do not see it
         table.log_probabilities(model, in_.lse[pass_.block.first + t], width, p);
         for (int64_t r = t; r < rows_; r += tokens) table.delta_add(logits(r), model, p, slope(r), width, pass_.shift[r], sums_[r]);
       }

@@ -9,6 +9,10 @@
 // lse - lse*, and no second pass is needed. A softcap bends each logit by a slope of its own, which m does not contain: there a first pass finds lse,
 // so that S = 1 and m drops out.
 //
+// An offset o of the logits, as for a sample of the vocabulary, is in both z and z*: d does not see it, nor does the slope of a softcap, which bends
+// the logits before the offset is added. It enters lp = z* - lse* alone, once for each token and not for each lens. An id with o = -inf has p = 0 and
+// adds nothing.
+//
 // With 16-bit operands the model's rows are multiplied in two parts, because lp enters every row and all layers share it; the differences in one
 // part.
 #pragma once

@@ -109,9 +109,7 @@ class Task {
     for (int64_t first = range.first; first < range.last; first += kVocabularyBlock) {
       const int64_t width = std::min(kVocabularyBlock, range.last - first);
       product_.forward(first, width, logits_.data());
-      for (size_t r = 0; r < rows_.size(); ++r) {
-        table.transform(logits(r), head_.bias ? head_.bias + first : nullptr, width, head_.scale, head_.softcap);
-      }
+      for (size_t r = 0; r < rows_.size(); ++r) to_logits(head_, first, logits(r), width);
       for (int64_t r = 0; r < lens_rows_; ++r) {
         Row& row = rows_[r];
         table.softmax_add(logits(r), first, width, row.softmax, nullptr);
@@ -183,7 +181,7 @@ class Task {
       const int64_t label = in_.labels[block_.first + r % block_.tokens];
       if (label < 0 || label >= head_.vocab) continue;
       z[r] = product_.forward_one(x_.data() + r * head_.u.cols, label);
-      kernels().transform(&z[r], head_.bias ? head_.bias + label : nullptr, 1, head_.scale, head_.softcap);
+      to_logits(head_, label, &z[r], 1);
     }
     return z;
   }

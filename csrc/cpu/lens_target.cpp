@@ -33,7 +33,7 @@ class Task {
       product_.forward(first, width, logits_.data());
       for (int64_t t = 0; t < block_.tokens; ++t) {
         float* z = logits_.data() + t * kVocabularyBlock;
-        table.transform(z, head_.bias ? head_.bias + first : nullptr, width, head_.scale, head_.softcap);
+        to_logits(head_, first, z, width);
         const float shrink = table.softmax_add(z, first, width, softmax_[t], z);
         if (with_mean_ && shrink != 1) scale(t, shrink);
       }

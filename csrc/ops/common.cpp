@@ -16,8 +16,12 @@ cpu::Precision precision_named(const std::string& name) {
   reject("precision must be 'float32' or 'bf16', not '", name, "'.");
 }
 
+mx::array contiguous(const mx::array& x, mx::Stream stream) {
+  return x.is_available() && x.flags().row_contiguous ? x : mx::contiguous(x, false, stream);
+}
+
 mx::array as_rows(const mx::array& x, mx::Stream stream) {
-  return mx::contiguous(mx::astype(x, mx::float32, stream), false, stream);
+  return contiguous(mx::astype(x, mx::float32, stream), stream);
 }
 
 }  // namespace metalens

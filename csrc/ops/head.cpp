@@ -281,6 +281,7 @@ cpu::Head HeadSpec::head(const mx::array* first) const {
   h.scale = scale;
   h.softcap = softcap;
   h.vocab = vocab;
+  h.offset = has_offset ? first[weight.arrays() + int(has_bias)].data<float>() : nullptr;
   return h;
 }
 
@@ -294,21 +295,26 @@ Head::Head(
     const std::optional<mx::array>& bias,
     float scale,
     std::optional<float> softcap,
-    std::optional<int> vocab)
-    : weight_(make_weight(values, scales, biases, group_size, bits, mode)), bias_(bias) {
+    std::optional<int> vocab,
+    const std::optional<mx::array>& offset)
+    : weight_(make_weight(values, scales, biases, group_size, bits, mode)), bias_(bias), offset_(offset) {
   const int rows = int(weight_.rows());
-  spec_ = {weight_.spec, bias.has_value(), scale, softcap.value_or(0.0f), vocab.value_or(rows)};
+  spec_ = {weight_.spec, bias.has_value(), offset.has_value(), scale, softcap.value_or(0.0f), vocab.value_or(rows)};
   if (rows == 0 || weight_.columns() == 0) reject("a head needs at least one row and one column; its weight is [", rows, ", ", width(), "].");
   if (spec_.vocab < 1 || spec_.vocab > rows) reject("vocab must be from 1 to the head's ", rows, " rows, not ", spec_.vocab, ".");
-  if (bias && (bias->shape() != mx::Shape{rows} || !is_float(bias->dtype()))) {
-    reject("the head's bias must be ", mx::Shape{rows}, " floats, not ", bias->dtype(), " ", bias->shape(), ".");
-  }
+  const auto check_row = [&](const std::optional<mx::array>& row, const char* name) {
+    if (!row || (row->shape() == mx::Shape{rows} && is_float(row->dtype()))) return;
+    reject("the head's ", name, " must be ", mx::Shape{rows}, " floats, not ", row->dtype(), " ", row->shape(), ".");
+  };
+  check_row(bias, "bias");
+  check_row(offset, "offset");
   if (softcap && !(*softcap > 0)) reject("softcap must be positive, not ", *softcap, ".");
 }
 
 std::vector<mx::array> Head::inputs(std::vector<mx::array> rows, mx::Stream stream) const {
   for (const auto& a : weight_.inputs(stream)) rows.push_back(a);
   if (bias_) rows.push_back(as_rows(*bias_, stream));
+  if (offset_) rows.push_back(as_rows(*offset_, stream));
   return rows;
 }
 

@@ -10,10 +10,11 @@
 
 namespace metalens {
 
-// A head without its arrays. A primitive keeps this; the arrays are among its inputs: the weight's, then the bias if there is one.
+// A head without its arrays. A primitive keeps this; the arrays are among its inputs: the weight's, then the bias and the offset if there are any.
 struct HeadSpec {
   WeightSpec weight;
   bool has_bias = false;
+  bool has_offset = false;
   float scale = 1;
   float softcap = 0;  // 0: none
   int vocab = 0;
@@ -22,7 +23,7 @@ struct HeadSpec {
   cpu::Head head(const mx::array* first) const;
 };
 
-// The unembedding of a model: logits softcap(scale * (U n + bias)) for the first `vocab` rows of U. The constructor checks its parts.
+// The unembedding of a model: logits softcap(scale * (U n + bias)) + offset for the first `vocab` rows of U. The constructor checks its parts.
 class Head {
  public:
   Head(
@@ -35,7 +36,8 @@ class Head {
       const std::optional<mx::array>& bias,
       float scale,
       std::optional<float> softcap,
-      std::optional<int> vocab);
+      std::optional<int> vocab,
+      const std::optional<mx::array>& offset);
 
   const HeadSpec& spec() const {
     return spec_;
@@ -48,7 +50,7 @@ class Head {
 
  private:
   Weight weight_;
-  std::optional<mx::array> bias_;
+  std::optional<mx::array> bias_, offset_;
   HeadSpec spec_;
 };
 

@@ -2,7 +2,6 @@
 
 #include <memory>
 
-#include "cpu/buffer.h"
 #include "cpu/gemm.h"
 #include "mlx/ops.h"
 
@@ -23,25 +22,19 @@ mx::array build(const mx::array& x, const Weight& weight, mx::Dtype dtype, bool 
   int rows = 1;
   for (size_t i = 0; i + 1 < x.ndim(); ++i) rows *= x.shape(int(i));
   auto inputs = weight.inputs(stream);
-  inputs.insert(inputs.begin(), mx::contiguous(mx::reshape(x, {rows, x.shape(-1)}, stream), false, stream));
+  inputs.insert(inputs.begin(), contiguous(x.ndim() == 2 ? x : mx::reshape(x, {rows, x.shape(-1)}, stream), stream));
   auto primitive = std::make_shared<Linear>(stream, transpose, weight.spec, precision, dtype);
   auto out = mx::array({rows, int(columns)}, dtype, primitive, inputs);
+  if (x.ndim() == 2) return out;
   auto shape = x.shape();
   shape.back() = int(columns);
   return mx::reshape(out, shape, stream);
 }
 
 void evaluate(const mx::array& x, const cpu::Matrix& w, bool transpose, cpu::Precision precision, mx::array& out) {
-  const int64_t m = out.shape(0), n = out.shape(1), k = x.shape(1);
-  if (m == 0 || n == 0) return;
-  const auto& table = cpu::kernels();
-  const bool narrow_x = x.dtype() != mx::float32, narrow_out = out.dtype() != mx::float32;
-  const cpu::Buffer<float> wide_x(narrow_x ? m * k : 0), wide_out(narrow_out ? m * n : 0);
-  if (narrow_x) table.load(element_of(x.dtype()), x.data<void>(), wide_x.data(), m * k);
-  const float* a = narrow_x ? wide_x.data() : x.data<float>();
-  float* c = narrow_out ? wide_out.data() : out.data<float>();
-  cpu::gemm(a, m, n, k, w, transpose, precision, c);
-  if (narrow_out) table.store(element_of(out.dtype()), c, out.data<void>(), m * n);
+  const cpu::Rows rows{x.data<void>(), element_of(x.dtype())};
+  const cpu::Result result{out.data<void>(), element_of(out.dtype())};
+  cpu::gemm(rows, out.shape(0), out.shape(1), x.shape(1), w, transpose, precision, result);
 }
 
 }  // namespace

@@ -44,9 +44,9 @@ cpu::Matrix WeightSpec::matrix(const mx::array* first) const {
 }
 
 std::vector<mx::array> Weight::inputs(mx::Stream stream) const {
-  std::vector<mx::array> contiguous;
-  for (const auto& a : arrays) contiguous.push_back(mx::contiguous(a, false, stream));
-  return contiguous;
+  std::vector<mx::array> inputs;
+  for (const auto& a : arrays) inputs.push_back(contiguous(a, stream));
+  return inputs;
 }
 
 Weight make_weight(

@@ -328,7 +328,7 @@ class InterpretableModel(LanguageModel):
         try:
             data, _ = self.training_corpus(dataset), self.unembed
         except AttributeError as error:
-            found = str(error).startswith("The model's own logits are NaN")
+            found = str(error).startswith("The model's own logits are ")
             missing = "" if found else "Could not find output projection (lm_head or embedding) in model. "
             raise InvalidValueError(f"{missing}{error}") from error
 

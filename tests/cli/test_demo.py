@@ -2,16 +2,21 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from matplotlib.figure import Figure
 from mlx_lm import load
 
-from metalens import InterpretableModel, accelerate
+from metalens import InterpretableModel, TunedLens, accelerate
 from metalens.cli import demo
 from metalens.cli.demo import CONFIG
+from metalens.display import figures
 from metalens.display.tables import closed_form_table
 from metalens.models.bundled import ASSETS, HELD_OUT_TEXT, MODEL, TRAINING_TEXT
 
@@ -78,6 +83,7 @@ def test_the_command_writes_its_results_into_a_folder(run, tmp_path):
         "evaluation.txt",
         "lens.json",
         "lens.npz",
+        "lenses.png",
         "logit_lens.png",
         "tuned_lens.png",
     ]
@@ -98,3 +104,40 @@ def test_a_demo_of_another_model_measures_the_closed_form_too(model, monkeypatch
     assert result.ridge.tuned[-1].kl < 1e-4 < abs(result.ridge.tuned[0].kl - result.evaluation.tuned[0].kl)
     table = closed_form_table(result.evaluation, result.ridge)
     assert table.row_count == len(result.evaluation.logit) + 1
+
+
+def test_a_demo_on_a_slow_machine_still_has_a_closed_form_and_steps(model, monkeypatch):
+    monkeypatch.setattr(demo, "PRETRAINED_HELD_OUT_TOKENS", 64)
+    monkeypatch.setattr(demo, "PRETRAINED_LENGTH", 32)
+    result = demo.run_on(model, minutes=1e-4)
+    settings = result.lens.provenance["training"]
+    assert settings["warm_start_tokens"] >= 32
+    assert settings["num_steps"] >= 1
+    assert settings["num_steps"] * settings["tokens_per_step"] + settings["warm_start_tokens"] <= 4 * 32
+
+
+def check(tmp_path, *layers):
+    """Return the exit code of CI's check of a demo with these (KL of the logit lens, KL of the tuned lens) of each layer."""
+    found = [{"layer": i, "logit": {"kl": logit, "ce": 1.0}, "tuned": {"kl": tuned, "ce": 1.0}} for i, (logit, tuned) in enumerate(layers)]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"layers": found}))
+    command = [sys.executable, str(Path(__file__).parents[2] / "tools" / "check_demo.py"), str(tmp_path / "evaluation.json")]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def test_ci_s_check_of_a_demo(tmp_path):
+    assert check(tmp_path, (3.0, 1.0), (2.0, 0.9), (0.0, 0.0)) == 0
+    assert check(tmp_path, (3.0, 1.0), (2.0, 2.0), (0.0, 0.0)) == 1  # a layer that is not better
+    assert check(tmp_path, (3.0, 2.0), (2.0, 1.0), (0.0, 0.0)) == 1  # the mean is more than half
+    assert check(tmp_path, (3.0, 1.0), (2.0, math.nan), (0.0, 0.0)) == 1
+    assert check(tmp_path, (math.inf, 1.0), (2.0, 0.9), (0.0, 0.0)) == 1
+    assert check(tmp_path, (3.0, 1.0), (2.0, 0.9), (0.0, 0.1)) == 1  # the last layer is the model's own answer
+
+
+def test_the_picture_of_both_lenses_has_few_layers_and_the_last(model, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "readings_figure", lambda readings, title: drawn.append(readings) or Figure())
+    monkeypatch.setattr(demo, "PICTURE_LAYERS", 3)
+    demo._draw_both(model, TunedLens(8, 256), "The", tmp_path / "lenses.png", False)
+    ((logit, tuned),) = [tuple(each.values()) for each in drawn]
+    assert logit.layers == tuned.layers == [7, 4, 1]
+    assert (logit.lens, tuned.lens) == ("logit lens", "tuned lens")

@@ -5,7 +5,10 @@ import math
 
 import pytest
 
+import metalens
 from metalens.models.bundled import HELD_OUT_TEXT
+from metalens.models.plain_encoder import PlainEncoder
+from metalens.training.data import readers
 
 FEW = ("--max-tokens", 60, "--max-seq-len", 30)
 
@@ -81,3 +84,31 @@ def test_eval_reads_several_files_as_one_corpus(run, tmp_path):
     result = run("eval", "demo", "--data", "a.txt", "b.jsonl", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["tokens"] > 12
+
+
+def test_eval_reads_a_text_in_parts(run, tmp_path, monkeypatch, text):
+    """No call of the tokenizer sees the whole file, and the scores are those of the whole string."""
+    monkeypatch.setenv("METALENS_CACHE", str(tmp_path / "cache"))
+    content = text.read_text(encoding="utf-8")
+    model = metalens.load("demo")
+    whole = metalens.evaluate(model, content, max_seq_len=64, max_tokens=200)
+    monkeypatch.setattr(readers, "BLOCK", 400)
+    seen = []
+    encode = PlainEncoder.encode
+    monkeypatch.setattr(PlainEncoder, "encode", lambda self, texts: seen.extend(map(len, texts)) or encode(self, texts))
+    result = run("eval", "demo", "--data", text, "--max-seq-len", 64, "--max-tokens", 200, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(content) > 2000
+    assert max(seen) <= 800
+    found = json.loads(result.stdout)
+    assert found["bytes_per_token"] == pytest.approx(whole.bytes_per_token, rel=1e-12)
+    assert found["model"] == pytest.approx(vars(whole.model), rel=1e-6)
+    assert [layer["logit"]["kl"] for layer in found["layers"]] == pytest.approx([scores.kl for scores in whole.logit], rel=1e-6, abs=1e-9)
+
+
+def test_eval_leaves_layers_out_that_the_lens_does_not_translate(run, tmp_path):
+    lens = metalens.TunedLens(8, 256, layers=(1, 5))
+    lens.save(tmp_path / "few")
+    result = run("eval", "demo", "--lens", "few", "--data", HELD_OUT_TEXT, *FEW, "--save", "t.png")
+    assert result.exit_code == 0, result.stderr
+    assert "The 2 layers that the lens translates." in " ".join(result.stdout.split())

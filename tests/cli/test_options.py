@@ -24,6 +24,7 @@ MEANINGS = {
     "--layers": ("train", "plan", "lens"),
     "--data": ("train", "plan", "eval"),
     "--parallel": ("train", "plan"),
+    "--shard-model": ("train", "plan", "eval", "lens"),
     "--json": ("plan", "eval", "lens", "roofline", "models", "doctor"),
 }
 

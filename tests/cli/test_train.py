@@ -94,6 +94,8 @@ def test_the_old_spelling_of_parallel_is_accepted_and_not_shown(run, text):
         (["--recipe", "secret"], 1, "Unknown recipe 'secret'"),
         (["--layers", "4-2"], 2, "is not a list of layer numbers"),
         (["--seed", "some"], 2, "neither a number nor 'none'"),
+        (["--vocabulary", "half"], 2, "neither a number nor 'full' or 'sampled'"),
+        (["--vocabulary", "15"], 1, "vocabulary must be at least 16"),
         (["--rank", "4", "--bias-only"], 1, "rank or bias_only, not both"),
         (["--data", "nowhere.txt"], 1, "no file or folder nowhere.txt"),
         (["--data", "nowhere"], 1, "no file or folder nowhere"),
@@ -160,7 +162,7 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
         asked.update(how, sources=sources)
         raise InvalidValueError("enough seen")
 
-    monkeypatch.setattr("metalens.training.run.open_corpus", open_corpus)
+    monkeypatch.setattr("metalens.training.settle.open_corpus", open_corpus)
     result = run("train", "demo", "--data", "hf:owner/name@main", "--out", "lens", *SMALL, "--steps", 5, "--split", "test")
     assert "enough seen" in result.stderr
     assert [source.name for source in asked["sources"]] == ["owner/name@main (test)"]
@@ -173,7 +175,7 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 def test_a_budget_in_tokens(train):
     train("--tokens", 900, "--layers", 0)
     training = TunedLens.load("lens").provenance["training"]
-    assert (training["warm_start_tokens"], training["num_steps"], training["tokens_per_step"]) == (300, 4, 128)
+    assert (training["warm_start_tokens"], training["num_steps"], training["tokens_per_step"]) == (282, 4, 128)
 
 
 def test_before_it_starts_a_run_says_what_it_takes(train, monkeypatch):

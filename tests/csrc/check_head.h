@@ -12,7 +12,8 @@ struct HeadCase {
   Storage storage;
   bool bias;
   float scale, softcap;
-  float distance;  // distance of the lens's rows from the model's, relative to the model's
+  float distance;       // distance of the lens's rows from the model's, relative to the model's
+  bool offset = false;  // of the logits, after the softcap
 };
 
 inline const Storage kFourBits{Format::affine, 4, 32, Element::f32};
@@ -20,12 +21,16 @@ inline const Storage kNvfp4{Format::nvfp4, 4, 16, Element::f32};
 
 class TestHead {
  public:
-  explicit TestHead(const HeadCase& c) : c_(c), u_(c.vocab + c.padding, c.d, c.storage), bias_(c.bias ? normals(c.vocab, 1) : std::vector<float>()) {
+  explicit TestHead(const HeadCase& c)
+      : c_(c),
+        u_(c.vocab + c.padding, c.d, c.storage),
+        bias_(c.bias ? normals(c.vocab, 1) : std::vector<float>()),
+        offset_(c.offset ? normals(c.vocab, 3) : std::vector<float>()) {
     unit_row_ = float(2 / (c.scale * u_.rms() * std::sqrt(double(c.d))));
   }
 
   Head head() const {
-    return {u_.matrix(), c_.bias ? bias_.data() : nullptr, c_.scale, c_.softcap, c_.vocab};
+    return {u_.matrix(), c_.bias ? bias_.data() : nullptr, c_.scale, c_.softcap, c_.vocab, c_.offset ? offset_.data() : nullptr};
   }
 
   // Rows whose logits have a standard deviation of about 2 * `size`.
@@ -47,7 +52,7 @@ class TestHead {
  private:
   HeadCase c_;
   Frozen u_;
-  std::vector<float> bias_;
+  std::vector<float> bias_, offset_;
   float unit_row_;
 
   friend struct Softmax;
@@ -69,10 +74,11 @@ struct Softmax {
         terms += std::abs(n[i]) * head.u_.size_at(v, i);
       }
       const double raw = c.scale * sum, bent = c.softcap ? std::tanh(raw / c.softcap) : 0;
-      z.push_back(c.softcap ? c.softcap * bent : raw);
+      const double offset = c.offset ? head.offset_[v] : 0;
+      z.push_back((c.softcap ? c.softcap * bent : raw) + offset);
       slope.push_back(1 - bent * bent);
       top = std::max(top, z.back());
-      size = std::max(size, c.scale * terms);
+      size = std::max(size, c.scale * terms + std::abs(offset));
     }
     double sum = 0;
     for (double v : z) sum += std::exp(v - top);

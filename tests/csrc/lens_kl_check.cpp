@@ -34,9 +34,10 @@ void check_target(const TestHead& test, const HeadCase& c, const std::vector<flo
 
 void check_kl(const HeadCase& c, Precision precision, int64_t broken = -1, float broken_value = kNaN, float model_size = 1) {
   begin(
-      "lens_kl layers %ld tokens %ld D %ld vocab %ld + %ld bits %d bias %d scale %g softcap %g distance %g broken %ld by %g size %g precision %d",
+      "lens_kl layers %ld tokens %ld D %ld vocab %ld + %ld bits %d bias %d scale %g softcap %g distance %g offset %d broken %ld by %g size %g "
+      "precision %d",
       long(c.layers), long(c.tokens), long(c.d), long(c.vocab), long(c.padding), c.storage.bits, int(c.bias), c.scale, c.softcap, c.distance,
-      long(broken), broken_value, model_size, int(precision));
+      int(c.offset), long(broken), broken_value, model_size, int(precision));
   const TestHead test(c);
   const Head head = test.head();
   std::vector<float> model = test.rows(c.tokens, model_size), n = test.around(model);
@@ -115,6 +116,9 @@ int main() {
         // The gradient of a single id is 0, so its value is all error; the error is small in float32.
         if (precision == Precision::float32) check_kl({2, 3, 32, 1, 3, kFourBits, true, 0.5f, softcap, distance}, precision);
         check_kl({1, 1, 32, 300, 0, kFourBits, false, 1, softcap, distance}, precision);
+        // An offset of the logits, with and without a bias.
+        check_kl({2, 3, 32, 257, 3, kFourBits, true, 0.5f, softcap, distance, true}, precision);
+        check_kl({1, 2, 17, 300, 0, kDense, false, 1, softcap, distance, true}, precision);
         check_kl({1, 2, 96, 65, 0, {Format::affine, 8, 32, Element::f16}, true, 1, softcap, distance}, precision);
         check_kl({5, 1, 17, 255, 0, kDense, false, 2, softcap, distance}, precision);
       }

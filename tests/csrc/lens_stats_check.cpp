@@ -62,9 +62,10 @@ void check_nan(const Outputs& out, int64_t row, const Options& o) {
 
 void check_stats(const HeadCase& c, const Options& o, Precision precision) {
   begin(
-      "lens_stats layers %ld tokens %ld D %ld vocab %ld + %ld bits %d bias %d scale %g softcap %g model %d labels %d k %ld broken %ld precision %d",
-      long(c.layers), long(c.tokens), long(c.d), long(c.vocab), long(c.padding), c.storage.bits, int(c.bias), c.scale, c.softcap, int(o.model),
-      int(o.labels), long(o.k), long(o.broken), int(precision));
+      "lens_stats layers %ld tokens %ld D %ld vocab %ld + %ld bits %d bias %d scale %g softcap %g offset %d model %d labels %d k %ld broken %ld "
+      "precision %d",
+      long(c.layers), long(c.tokens), long(c.d), long(c.vocab), long(c.padding), c.storage.bits, int(c.bias), c.scale, c.softcap, int(c.offset),
+      int(o.model), int(o.labels), long(o.k), long(o.broken), int(precision));
   const TestHead test(c);
   const Head head = test.head();
   std::vector<float> model = test.rows(c.tokens), n = test.around(model);
@@ -126,6 +127,8 @@ int main() {
     for (const auto& [layers, tokens] : {std::pair<int64_t, int64_t>{1, 1}, {1, 3}, {1, 4}, {5, 3}}) {
       check_stats({layers, tokens, 32, 300, 13, kFourBits, true, 0.25f, 0, 1}, {true, true, 3}, precision);
       check_stats({layers, tokens, 96, 300, 5, {Format::affine, 8, 32, Element::bf16}, true, 0.5f, 5, 1}, {true, true, 3}, precision);
+      check_stats({layers, tokens, 32, 300, 13, kFourBits, true, 0.25f, 0, 1, true}, {true, true, 3}, precision);
+      check_stats({layers, tokens, 32, 300, 0, kFourBits, false, 1, 5, 1, true}, {true, true, 3}, precision);
       check_stats({layers, tokens, 17, 300, 1, kDense, false, 1, 3, 20}, {true, true, 2}, precision);
     }
     check_stats({3, 100, 16, 257, 0, kNvfp4, false, 1, 0, 1}, {true, true, 2}, precision);

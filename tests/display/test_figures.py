@@ -2,7 +2,8 @@
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from metalens.display.figures import transfer_figure
+from metalens.display.figures import readings_figure, transfer_figure
+from metalens.display.tables import transfer_table
 from metalens.evaluation import Transfer
 
 
@@ -28,3 +29,22 @@ def test_layers_are_whole_numbers_and_labels_are_inside_the_picture():
     title = axes.title.get_window_extent()
     assert page.x0 <= title.x0
     assert title.x1 <= page.x1
+
+
+def test_readings_side_by_side(tiny):
+    readings = {"one $lens": tiny.read([1, 2, 3]), "another": tiny.read([1, 2, 3], layers=[0])}
+    figure = readings_figure(readings, "What each layer says")
+    FigureCanvasAgg(figure).draw()
+    assert figure.get_suptitle() == "What each layer says"
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == list(readings)
+    assert [len(axes.texts) for axes in maps] == [3 * (tiny.num_layers + 1), 3 * 2]
+    first, second = (axes.get_window_extent() for axes in maps)
+    assert first.x1 < second.x0
+    assert FigureCanvasAgg(figure).figure.bbox.x1 >= second.x1
+
+
+def test_a_rounding_error_below_zero_has_no_sign_in_the_table():
+    matrix = [[1.0, 2.0], [1.0 - 1e-7, 2.0]]
+    cells = list(transfer_table(Transfer(ce=matrix, kl=matrix, kl_model=matrix)).columns[1].cells)
+    assert cells == ["0.00", "0.00"]

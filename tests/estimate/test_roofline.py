@@ -34,6 +34,9 @@ def test_what_no_bound_may_say(chip, model):
     assert 1 <= large.training / large.training_plain_mlx < 1.6
     assert large.training_and_forward < min(large.training, large.forward)
     assert one.statistics <= large.statistics * 1.001
+    # A sample of 12 sqrt(V) ids: far less work than all ids, but no less than the model's own rows with all of them.
+    assert 4 * large.training < large.sampled_training < chip.matrix_flops / (2 * model.vocab_size * model.hidden_size)
+    assert large.training_and_forward < large.sampled_training_and_forward < min(large.sampled_training, large.forward)
 
 
 def test_few_rows_are_bound_by_reading_the_head():

@@ -2,15 +2,19 @@
 
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from metalens import InterpretableModel, TunedLens, evaluate
 from metalens.cli import main
-from metalens.display.tables import evaluation_table, reading_table
+from metalens.display.figures import transfer_figure
+from metalens.display.tables import evaluation_table, reading_table, transfer_table
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +91,30 @@ def test_the_command_says_them(tmp_path):
     TunedLens(8, 256, layers=(0, 7)).save(tmp_path / "lens")
     result = CliRunner().invoke(main, ["lens", "demo", "Hello", "--lens", str(tmp_path / "lens"), "--layers", "0-2", "--json"])
     assert json.loads(result.stdout)["untranslated"] == [1, 2]
+
+
+def test_its_layer_transfer_shows_the_layers_that_it_translates(evaluation):
+    table = printed(transfer_table(evaluation.transfer, evaluation.translated))
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if line.startswith("│")]
+    penalty = evaluation.transfer.penalty
+    assert rows == [[str(i), *(f"{penalty[i][j]:z.2f}" for j in (1, 3))] for i in (1, 3)]
+    assert "The 2 layers that the lens translates." in " ".join(table.split())
+    figure = transfer_figure(evaluation.transfer, "title", evaluation.translated)
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[penalty[i][j] for j in (1, 3)] for i in (1, 3)])
+    figure.canvas.draw()
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        shown = [label.get_text() for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= place <= high]
+        assert shown == ["1", "3"]
+    assert "2 layers that the lens translates" in axes.get_title().replace("\n", " ")
+    whole = printed(transfer_table(evaluation.transfer))
+    assert "that the lens translates" not in whole
+    assert transfer_figure(evaluation.transfer, "title").axes[0].get_title() == "title"
+
+
+def test_a_data_frame_of_a_reading_tells_them(model, lens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=SimpleNamespace(from_records=list)))
+    records = model.read([1, 2, 3], lens, top_k=2).to_pandas()
+    assert {(record["layer"], record["translated"]) for record in records} == {(0, False), (1, True), (2, False), (3, True)}
+    assert all(record["translated"] for record in model.read([1, 2, 3]).to_pandas())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import mlx.core as mx
 import pytest
@@ -105,6 +106,18 @@ def test_numbers_of_another_type_are_refused(tmp_path, change):
     described = json.loads((tmp_path / "x.json").read_text()) | change
     (tmp_path / "x.json").write_text(json.dumps(described))
     with pytest.raises(InvalidValueError, match=r"does not describe a lens|format_version"):
+        TunedLens.load(tmp_path / "x")
+
+
+def test_an_array_that_is_stored_twice_is_refused(tmp_path):
+    """NumPy would take the last one, and another reader the first. There are no checksums in a lens of mlxterp."""
+    a_lens().save(tmp_path / "x")
+    described = json.loads((tmp_path / "x.json").read_text())
+    (tmp_path / "x.json").write_text(json.dumps({key: value for key, value in described.items() if key != "checksums"}))
+    TunedLens.load(tmp_path / "x")
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("translators_0_bias.npy", archive.read("translators_1_bias.npy"))
+    with pytest.raises(InvalidValueError, match="holds an array twice"):
         TunedLens.load(tmp_path / "x")
 
 

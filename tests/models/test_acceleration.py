@@ -8,11 +8,15 @@ from mlx.utils import tree_flatten
 
 from metalens import InterpretableModel, _ext, _extension, accelerate, use_backend
 from metalens.models.language_model import LanguageModel
+from metalens.ops import use_precision
 from metalens.ops.weight import Weight
 from support import oracle
 
 IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4]])
 KINDS = {"dense": {"bits": None}, "4 bits": {"bits": 4}, "3 bits in groups of 64": {"bits": 3, "group_size": 64}, "8 bits": {"bits": 8}}
+
+# Layers of make_llama() that are switched: 21 projections, embedding and head; attention, rotation, gate and two norms of three blocks; last norm.
+NATIVE = 39
 
 
 @pytest.fixture
@@ -53,14 +57,14 @@ def test_outputs_are_the_model_s_own_within_rounding(make_llama, calls, kind, ti
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "operands"), [(mx.float16, "float32"), (mx.bfloat16, "float32"), (mx.bfloat16, "bfloat16")], ids=str)
 @pytest.mark.parametrize("bits", [None, 4])
-def test_16_bit_models_are_no_further_from_the_truth_than_before(make_llama, tied, dtype, bits):
+def test_16_bit_models_are_no_further_from_the_truth_than_before(make_llama, tied, dtype, bits, operands):
     model, exact = (make_llama(tied=tied, bits=bits, dtype=dtype) for _ in range(2))
     exact.set_dtype(mx.float32)  # the same weights, computed in float32
     truth = oracle.wide(exact(IDS))
     before = model(IDS)
-    with accelerate(model):
+    with accelerate(model), use_precision(operands):
         after = model(IDS)
     assert after.dtype == before.dtype == dtype
     error_before, error_after = (np.sqrt(np.mean((oracle.wide(y) - truth) ** 2)) for y in (before, after))
@@ -83,7 +87,7 @@ def test_it_is_a_context_manager_that_also_ends_with_an_exception(make_llama):
     model = make_llama()
     before = classes(model)
     with accelerate(model) as acceleration:
-        assert len(acceleration) == 29  # 21 projections, embedding and head; attention and gate of three blocks
+        assert len(acceleration) == NATIVE
         assert classes(model) != before
     assert classes(model) == before
     assert len(acceleration) == 0
@@ -217,9 +221,52 @@ def test_a_wrapped_model_is_accelerated_like_its_module(make_llama, kind):
     model = kind(make_llama(), accelerate=False)
     before, logits = classes(model.model), oracle.wide(model(IDS))
     with accelerate(model) as acceleration:
-        assert len(acceleration) == 29
+        assert len(acceleration) == NATIVE
         np.testing.assert_allclose(oracle.wide(model(IDS)), logits, atol=1e-4)
     assert classes(model.model) == before
+
+
+class Shifted(nn.Module):
+    """A norm of its own that calls MLX's function, and an activation of `nn`, like Gemma's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = mx.full((8,), 0.5)
+
+    def __call__(self, x):
+        return nn.gelu_approx(mx.fast.rms_norm(x, 1.0 + self.weight, 1e-5)) + mx.square(x)
+
+
+def test_functions_of_mlx_are_replaced_in_the_layer_alone(rng, monkeypatch, native):
+    used = []
+    for name in ("rms_norm", "gelu_tanh", "layer_norm", "rope"):
+        kept = getattr(_ext, name)
+        monkeypatch.setattr(_ext, name, lambda *args, name=name, kept=kept: (used.append(name), kept(*args))[1])
+    layer, x = Shifted(), oracle.random_array(rng, 3, 8)
+    plain = layer(x)
+    with accelerate(layer) as acceleration:
+        assert len(acceleration) == 1
+        np.testing.assert_allclose(np.array(layer(x)), np.array(plain), atol=1e-5)
+    assert used == ["rms_norm", "gelu_tanh"]
+    assert mx.array_equal(layer(x), plain)
+    assert mx.fast.rms_norm is not _ext.rms_norm
+    for made, name in ((nn.LayerNorm(8), "layer_norm"), (nn.RMSNorm(8), "rms_norm"), (nn.RoPE(8), "rope")):
+        x = oracle.random_array(rng, 1, 2, 3, 8)
+        plain = made(x)
+        with accelerate(made):
+            np.testing.assert_allclose(np.array(made(x)), np.array(plain), atol=1e-5)
+        assert used.pop() == name
+
+
+def test_residual_sums_of_a_capture_run_natively_and_keep_every_bit(make_llama, monkeypatch):
+    model = InterpretableModel(make_llama(dtype=mx.float16), accelerate=False)
+    plain = [np.array(h) for h in model.source.capture(IDS).hidden]
+    seen, kept = [], _ext.run_sums_natively
+    monkeypatch.setattr(_ext, "run_sums_natively", lambda outputs: (seen.append(len(outputs)), kept(outputs))[1])
+    with use_backend("native"):
+        states = model.source.capture(IDS)
+        assert all((np.array(h) == p).all() for h, p in zip(states.hidden, plain, strict=True))
+    assert seen == [4]  # three blocks and the logits
 
 
 # ---------------------------------------------------------------- LanguageModel(accelerate=...)
@@ -234,7 +281,7 @@ def test_a_loaded_model_uses_the_native_kernels_by_itself_and_undo_gives_it_back
     plain, module = make_llama(), make_llama()
     before, logits = classes(module), oracle.wide(plain(IDS))
     model = LanguageModel(module)
-    assert len(model.acceleration) == 29
+    assert len(model.acceleration) == NATIVE
     assert classes(module) != before
     np.testing.assert_allclose(oracle.wide(model(IDS)), logits, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_allclose(oracle.wide(model.unembed(model.source.capture(IDS).hidden[-1])), logits, atol=1e-4)
@@ -245,7 +292,7 @@ def test_a_loaded_model_uses_the_native_kernels_by_itself_and_undo_gives_it_back
 
 def test_auto_means_the_default_backend_on_a_cpu_too(make_llama, monkeypatch):
     monkeypatch.delenv("METALENS_BACKEND", raising=False)
-    assert len(LanguageModel(make_llama()).acceleration) == 29
+    assert len(LanguageModel(make_llama()).acceleration) == NATIVE
 
 
 @pytest.mark.parametrize("wanted", ["auto", False])
@@ -279,15 +326,15 @@ def test_true_switches_a_model_on_a_gpu_which_then_runs_as_before(make_llama, mo
     logits = plain(IDS)
     model = LanguageModel(make_llama(), accelerate=True)
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
-    assert len(model.acceleration) == 29
-    assert repr(model.acceleration) == "0 layers on native kernels (the default device is not a CPU); 29 layers are switched"
+    assert len(model.acceleration) == NATIVE
+    assert repr(model.acceleration) == f"0 layers on native kernels (the default device is not a CPU); {NATIVE} layers are switched"
     assert mx.array_equal(model(IDS), logits)
 
 
 def test_the_repr_says_what_was_done(make_llama, native):
     module = make_llama()
     acceleration = accelerate(module)
-    assert repr(acceleration) == f"29 layers on native kernels ({_ext.isa()})"
+    assert repr(acceleration) == f"{NATIVE} layers on native kernels ({_ext.isa()})"
     assert repr(accelerate(module)) == "0 layers on native kernels (all were switched before)"
     acceleration.undo()
     assert repr(acceleration) == "0 layers on native kernels (undone)"
@@ -301,7 +348,7 @@ def test_a_model_that_is_switched_is_not_switched_again(make_llama, native):
         assert len(second) == 0
     assert len(LanguageModel(model.model).acceleration) == 0
     assert classes(model.model) == switched_once
-    assert len(model.acceleration) == 29
+    assert len(model.acceleration) == NATIVE
 
 
 def test_the_module_loads_no_mlx_lm(run_python):

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+from pathlib import Path
 
 import gguf
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_lm.utils import load, load_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import zoo
-from metalens.models.gguf import convert_gguf, is_gguf
+from metalens.models.gguf import conversion, convert_gguf, is_gguf
 from metalens.models.gguf.formats import AFFINE, affine_of, converted
 from metalens.models.gguf.header import Tensor, read_gguf
 from metalens.utils.errors import InvalidValueError, MetalensError, MissingPackageError
@@ -293,8 +294,8 @@ def test_only_an_empty_folder_is_written(written, tmp_path):
     file, _ = written("llama")
     (tmp_path / "empty").mkdir()
     convert_gguf(file, tmp_path / "empty")
-    for taken in ("empty", "model.gguf"):
-        with pytest.raises(FileExistsError, match="exists. Choose the name of a folder that does not exist"):
+    for taken, fault in (("empty", "exists"), ("model.gguf", "exists and is not a folder")):
+        with pytest.raises(FileExistsError, match=rf"{fault}\. Choose the name of a folder that does not exist"):
             convert_gguf(file, tmp_path / taken)
 
 
@@ -355,3 +356,55 @@ def test_without_the_gguf_package(written, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf.constants", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'gguf>=0\.19'"):
         convert_gguf(file, tmp_path / "folder")
+
+
+def test_force_replaces_a_model_of_an_earlier_conversion_alone(written, tmp_path, monkeypatch):
+    file, _ = written("llama")
+    target = tmp_path / "folder"
+    convert_gguf(file, target)
+    (target / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="or replace it with --force"):
+        convert_gguf(file, target)
+    with monkeypatch.context() as patch:  # a conversion that fails leaves the old model
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(conversion, "_check", full)
+        with pytest.raises(OSError, match="No space"):
+            convert_gguf(file, target, force=True)
+    assert (target / "config.json").read_text() == "{}"
+    convert_gguf(file, target, force=True)
+    assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
+    (target / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="has 'thesis.txt', which a conversion does not write"):
+        convert_gguf(file, target, force=True)
+    assert (target / "thesis.txt").read_text() == "precious"
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        convert_gguf(file, file, force=True)
+    (target / "thesis.txt").unlink()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        convert_gguf(file, tmp_path / "link", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_move_that_fails_puts_the_old_model_back(written, tmp_path, monkeypatch):
+    file, _ = written("llama")
+    target = tmp_path / "folder"
+    convert_gguf(file, target)
+    before = (target / "model.safetensors").read_bytes()
+    moves, replace = [], Path.replace
+
+    def failing(self, to):
+        moves.append(self)
+        if len(moves) == 2:
+            raise OSError(5, "Input/output error")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        convert_gguf(file, target, force=True)
+    assert len(moves) == 3
+    assert (target / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

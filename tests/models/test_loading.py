@@ -64,6 +64,9 @@ def test_the_callers_tokenizer_is_used_instead_of_the_loaded_one(saved_model):
 
 
 def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"Could not load model '.*'\.\n.* has no config\.json, so it is not the folder of a model\."):
+        InterpretableModel(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"Could not load model '.*'\.\nTried the following strategies:\n  1\. mlx-lm failed to load model: .+"):
         InterpretableModel(str(tmp_path))
 

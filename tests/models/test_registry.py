@@ -89,6 +89,12 @@ def test_convert_a_gguf_file(cache, gguf_file, run, tmp_path):
     result = run("convert", gguf_file, tmp_path / "folder")
     assert result.exit_code == 1
     assert "exists. Choose the name of a folder" in result.stderr
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    assert run("convert", gguf_file, tmp_path / "folder", "--force").exit_code == 0
+    metalens.load(tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    metalens.convert(gguf_file, tmp_path / "folder", force=True)
+    metalens.load(tmp_path / "folder")
     assert run("convert", gguf_file, tmp_path / "other", "--to", "metalens").exit_code == 2
 
 
@@ -228,6 +234,15 @@ def test_wrong_names_say_what_is_wrong(cache, tmp_path, gguf_file):
     gguf_file.rename(tmp_path / "models" / "smollm2" / "tiny.gguf")
     with pytest.raises(InvalidValueError, match=r"has no config\.json, but a GGUF file\. Give the path of that file: models/smollm2/tiny\.gguf"):
         metalens.load("models/smollm2")
+
+
+def test_a_folder_that_is_no_model_names_the_one_inside(cache, tmp_path):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    with pytest.raises(InvalidValueError, match=r"models has no config\.json, so it is not the folder of a model\.$"):
+        metalens.load("models")
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+    with pytest.raises(InvalidValueError, match=r"not the folder of a model\. Did you mean models/tiny\?$"):
+        metalens.load("models")
 
 
 def test_a_damaged_gguf_file_is_one_line(cache, gguf_file, run):

@@ -1,133 +1,21 @@
 """Norm and head are found by observing the model, and checked. Every architecture of mlx-lm is in test_zoo.py."""
 
-import warnings
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 import zoo
 from metalens import InterpretableModel
 from metalens.compat.mlxterp.core.module_resolver import ModuleResolver
 from metalens.models.capture import ResidualCapture
+from metalens.models.head_check import logits_difference
 from metalens.models.probe import Overrides, find_head_modules, probe_modules
 from metalens.models.unembed import NO_NORM, LogitTransform, Unembed, UnembedError, norm_of
 from metalens.ops import Norm
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
+from support.endings import IDS, Args, Ending, assert_reproduces, unembedded, with_end
 from support.mocks import DIM, VOCAB, Block, MockModel, WordTokenizer, randomize, tiny_llama
-
-IDS = mx.array([[3, 1, 4, 1, 5, 9, 2]])
-
-
-def unembedded(model, *options):
-    """Return the Unembed, and the model's hidden states and logits. Nothing may warn."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        unembed = Unembed.from_model(model, *options)
-    return unembed, ResidualCapture(model).capture(IDS)
-
-
-def assert_reproduces(model, unembed, states, tolerance=2e-5):
-    own = np.array(states.logits.astype(mx.float32))
-    assert np.abs(own).max() > 1e-3
-    found = unembed(states.hidden[-1])
-    assert found.dtype == mx.float32
-    np.testing.assert_allclose(np.array(found), own, rtol=tolerance, atol=tolerance * np.abs(own).max())
-
-
-# ---------------------------------------------------------------- quantized and 16-bit heads
-
-
-MODES = [("affine", 64, 4), ("affine", 32, 8), ("affine", 64, 3), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("mode", "group_size", "bits"), MODES, ids=[f"{mode}{bits} gs{size}" for mode, size, bits in MODES])
-def test_quantized_heads(tied, mode, group_size, bits):
-    model = tiny_llama(tied=tied)
-    nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
-    unembed, states = unembedded(model)
-    assert unembed.head.weight.mode == mode
-    assert unembed.tied == tied
-    assert (unembed.hidden_dim, unembed.vocab_size) == (64, 96)
-    assert_reproduces(model, unembed, states)
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_16_bit_models(tied, dtype):
-    model = tiny_llama(tied=tied)
-    model.set_dtype(dtype)
-    unembed, states = unembedded(model)
-    assert states.logits.dtype == dtype
-    assert_reproduces(model, unembed, states, tolerance=2e-2)
-
-
-def test_a_head_with_a_bias():
-    model = MockModel()
-    unembed, states = unembedded(model)
-    assert unembed.paths == {"embedding": "embed_tokens", "norm": "norm", "head": "lm_head"}
-    assert_reproduces(model, unembed, states)
-
-
-@pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
-def test_a_head_of_other_bits_than_the_blocks(head_bits):
-    model = tiny_llama()
-    nn.quantize(
-        model,
-        class_predicate=lambda path, m: (
-            {"group_size": 32, "bits": head_bits if path == "lm_head" else 4} if "weight" in m and m["weight"].ndim == 2 else False
-        ),
-    )
-    unembed, states = unembedded(model)
-    assert (unembed.head.weight.bits, model.model.layers[0].mlp.up_proj.bits) == (head_bits, 4)
-    assert_reproduces(model, unembed, states)
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_an_unquantized_head_of_a_quantized_model(tied):
-    model = tiny_llama(tied=tied)
-    nn.quantize(model, class_predicate=lambda path, m: hasattr(m, "to_quantized") and "layers" in path)
-    unembed, states = unembedded(model)
-    assert unembed.head.weight.scales is None
-    assert_reproduces(model, unembed, states)
-
-
-@pytest.mark.parametrize("mode", ["mxfp4", "affine"])
-def test_an_adapter_on_a_head_quantized_in_any_mode(rng, make_llama, mode):
-    """Weights of mxfp4 unpack to bfloat16: a sum that was rounded to it looked like a wrong head."""
-    model = make_llama(bits=4, mode=mode)
-    model.lm_head = LoRALinear.from_base(model.lm_head, r=4, scale=3.0)
-    model.lm_head.lora_b = mx.array(rng.standard_normal(model.lm_head.lora_b.shape).astype(np.float32) * 0.1)
-    found = InterpretableModel(model).logit_lens([3, 1, 4], top_k=131)[2]
-    for position, row in zip(found, np.array(model(mx.array([[3, 1, 4]])))[0], strict=True):
-        np.testing.assert_allclose([z for _, z, _ in position], row[[i for i, _, _ in position]], atol=1e-3)
-
-
-@pytest.mark.parametrize("adapter", [LoRALinear, DoRALinear])
-@pytest.mark.parametrize("bits", [None, 4])
-def test_a_head_with_an_adapter_is_merged(adapter, bits, rng):
-    model = tiny_llama()
-    if bits:
-        nn.quantize(model, bits=bits)
-    model.lm_head = adapter.from_base(model.lm_head, r=4, scale=3.0)
-    model.lm_head.lora_b = mx.array(rng.standard_normal(model.lm_head.lora_b.shape).astype(np.float32) * 0.1)
-    unembed, states = unembedded(model)
-    assert unembed.paths["head"] == "lm_head"
-    assert_reproduces(model, unembed, states)
-
-
-def test_a_tied_head_with_an_adapter_is_merged(rng):
-    model = tiny_llama(tied=True)
-    model.model.embed_tokens = LoRAEmbedding.from_base(model.model.embed_tokens, r=4, scale=3.0)
-    model.model.embed_tokens.lora_b = mx.array(rng.standard_normal(model.model.embed_tokens.lora_b.shape).astype(np.float32) * 0.1)
-    unembed, states = unembedded(model)
-    assert unembed.tied
-    assert unembed.embedding_rows == 96
-    assert_reproduces(model, unembed, states)
-
 
 # ---------------------------------------------------------------- modules that are found
 
@@ -192,19 +80,6 @@ def test_observing_a_model_that_fails_leaves_nothing_behind():
     assert [type(module) for _, module in model.named_modules()] == before
 
 
-class Ending(MockModel):
-    """Has a method for everything after the last block."""
-
-    def __call__(self, ids):
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.end(x)
-
-    def end(self, x):
-        return self.lm_head(self.norm(x))
-
-
 def test_no_final_norm():
     class NoNorm(Ending):
         def end(self, x):
@@ -241,29 +116,12 @@ def test_a_smaller_vocabulary_than_the_heads_rows():
     assert (found[..., 61:] == -np.inf).all()
 
 
-class WithoutBias(Ending):
-    def __init__(self):
-        super().__init__()
-        del self.lm_head["bias"]
-
-
-class Args:
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-
 ENDS = {
     "softcap": (lambda self, x: 2.0 * mx.tanh(self.lm_head(self.norm(x)) / 2.0), {"final_logit_softcapping": 2.0}),
     "logit_scale": (lambda self, x: 0.3 * self.lm_head(self.norm(x)), {"logit_scale": 0.3}),
     "logits_scaling": (lambda self, x: self.lm_head(self.norm(x)) / 7, {"logits_scaling": 7}),
     "both": (lambda self, x: 1.5 * mx.tanh(0.3 * self.lm_head(self.norm(x)) / 1.5), {"logit_scale": 0.3, "final_logit_softcapping": 1.5}),
 }
-
-
-def with_end(end, values, cls=Ending):
-    model = type("Ended", (cls,), {"end": end})()
-    model.args = Args(**values)
-    return model
 
 
 @pytest.mark.parametrize("holder", ["args", "text_config"])
@@ -284,103 +142,6 @@ def test_numbers_of_the_configuration_that_the_model_does_not_use(name):
     unembed, states = unembedded(model)
     assert (unembed.head.scale, unembed.head.softcap) == (1.0, None)
     assert_reproduces(model, unembed, states)
-
-
-# ---------------------------------------------------------------- changes that no module shows
-
-MUTATIONS = {
-    "a softcap": lambda self, x: 30.0 * mx.tanh(self.lm_head(self.norm(x)) / 30.0),
-    "a scale": lambda self, x: 1.01 * self.lm_head(self.norm(x)),
-    "a scale in place": lambda self, x: _in_place(self.lm_head(self.norm(x))),
-    "a scale of the head's input": lambda self, x: self.lm_head(0.5 * self.norm(x)),
-    "a shift of the hidden states": lambda self, x: self.lm_head(self.norm(x + 1.0)),
-    "a bias": lambda self, x: self.lm_head(self.norm(x)) + mx.arange(VOCAB) / VOCAB,
-    "an activation": lambda self, x: self.lm_head(mx.tanh(self.norm(x))),
-    "a mixture of hidden states": lambda self, x: self.lm_head(self.norm(0.5 * x + mx.roll(x, 1, axis=1))),
-    "ids that are forbidden": lambda self, x: mx.where(mx.arange(VOCAB) % 7 == 3, -mx.inf, self.lm_head(self.norm(x))),
-    "the norm's bias": lambda self, x: self.lm_head(self.norm(x) + 0.1),
-}
-
-
-def _in_place(logits):
-    logits *= 1.01
-    return logits
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_changes_that_no_module_shows_are_detected(name, dtype):
-    model = with_end(MUTATIONS[name], {})
-    model.set_dtype(dtype)
-    with pytest.raises(
-        UnembedError, match=r"do not follow from its last block's output with the norm at 'norm' and the head at 'lm_head'.*logit_transform"
-    ):
-        Unembed.from_model(model)
-
-
-@pytest.mark.parametrize("label", ["llama", "gemma2", "cohere", "granite", "phi", "recurrent_gemma", "mamba", "mixtral", "gemma4", "rwkv7"])
-@pytest.mark.parametrize("what", ["a softcap", "a scale", "a bias"])
-def test_changes_of_real_models_are_detected(label, what):
-    model = zoo.build(label)
-    original = type(model)
-    change = {
-        "a softcap": lambda z: 30 * mx.tanh(z / 30),
-        "a scale": lambda z: 1.01 * z,
-        "a bias": lambda z: z + mx.arange(z.shape[-1]) / z.shape[-1],
-    }[what]
-    model.__class__ = type(original.__name__, (original,), {"__call__": lambda self, *a, **k: change(original.__call__(self, *a, **k))})
-    with pytest.raises(UnembedError, match="do not follow"):
-        Unembed.from_model(model)
-
-
-@pytest.mark.parametrize("label", ["llama", "gemma", "phi", "nemotron"])
-def test_a_swapped_norm_is_followed(label):
-    """Another norm in the model's own place is the model's norm."""
-    model = zoo.build(label)
-    inner = model.model
-    name = "final_layernorm" if label == "phi" else "norm"
-    inner[name] = randomize(nn.LayerNorm(getattr(inner, name).weight.size))
-    unembed, states = unembedded(model)
-    assert unembed.norm.kind == "layer"
-    assert_reproduces(model, unembed, states)
-
-
-def test_the_error_says_where_the_difference_begins():
-    for mutation, words in (
-        ("a scale", r"the logits are not the output of 'lm_head', but 1\.01 times that"),
-        ("a scale of the head's input", r"the input of 'lm_head' is not the output of 'norm', but 0\.5 times that"),
-        ("a shift of the hidden states", r"the input of 'norm' is not the last block's output"),
-        ("a softcap", r"the logits are not the output of 'lm_head'\."),
-    ):
-        with pytest.raises(UnembedError, match=words):
-            Unembed.from_model(with_end(MUTATIONS[mutation], {}))
-
-
-def test_the_caller_describes_the_output_layers():
-    model = with_end(MUTATIONS["a scale"], {})
-    unembed, states = unembedded(model, None, LogitTransform(scale=1.01))
-    assert_reproduces(model, unembed, states)
-    bare = with_end(lambda self, x: self.lm_head(0.5 * self.norm(x)), {}, WithoutBias)
-    unembed, states = unembedded(bare, None, LogitTransform(scale=0.5))
-    assert_reproduces(bare, unembed, states)
-    lens = InterpretableModel(with_end(MUTATIONS["a softcap"], {}), logit_transform=LogitTransform(softcap=30.0))
-    assert list(lens.logit_lens([1, 2])) == [0, 1, 2]
-    model = with_end(MUTATIONS["the norm's bias"], {})
-    shifted = InterpretableModel(model, norm=lambda h: model.norm(h) + 0.1)
-    assert shifted.unembed.paths["norm"] == "(given)"
-    assert list(shifted.logit_lens([1, 2])) == [0, 1, 2]
-    given = InterpretableModel(MockModel(), head=MockModel().lm_head)
-    assert given.unembed.paths["head"] == "(given)"
-    wrong = MockModel().lm_head
-    wrong.weight = wrong.weight[::-1]
-    with pytest.raises(UnembedError, match="do not follow"):
-        _ = InterpretableModel(MockModel(), head=wrong).unembed
-
-
-def test_a_wrong_description_is_refused():
-    for transform in (LogitTransform(scale=1.01), LogitTransform(softcap=30.0)):
-        with pytest.raises(UnembedError, match="do not follow"):
-            Unembed.from_model(MockModel(), None, transform)
 
 
 # ---------------------------------------------------------------- norms
@@ -509,6 +270,41 @@ def test_the_number_of_ids_comes_from_the_head_without_an_embedding():
     assert InterpretableModel(model, head=head).embedding_rows == VOCAB
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("norm", "embedding at 'norm' is a RMSNorm, which has no matrix"),
+        ("layers", "embedding at 'layers' is a list, which has no matrix"),
+        ("other", f"embedding at 'other' is a Embedding, with {VOCAB + 9} rows, and the model calls 'embed_tokens', with {VOCAB} rows"),
+    ],
+)
+def test_an_embedding_path_to_something_else(path, message):
+    """The embedding says which ids the model knows: of another matrix, ids beyond the model's own would read other memory."""
+    model = MockModel()
+    model.other = nn.Embedding(VOCAB + 9, DIM)
+    with pytest.raises(UnembedError, match=message):
+        InterpretableModel(model, embedding_path=path).logit_lens([1, 2])
+
+
+@pytest.mark.parametrize("transform", [5, 1.0, "none", lambda z: z])
+def test_a_logit_transform_of_another_type(transform):
+    for use in (lambda: InterpretableModel(MockModel(), logit_transform=transform), lambda: Unembed.from_model(MockModel(), None, transform)):
+        with pytest.raises(InvalidTypeError, match="logit_transform must be a LogitTransform"):
+            use()
+
+
+@pytest.mark.parametrize("options", [{"scale": 0}, {"scale": float("inf")}, {"scale": "2"}, {"scale": True}, {"scale": None}])
+def test_a_scale_that_is_none(options):
+    with pytest.raises(InvalidValueError, match="scale of a LogitTransform must be a finite number other than 0"):
+        LogitTransform(**options)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0, float("inf"), float("nan"), "30"])
+def test_a_softcap_that_is_none(softcap):
+    with pytest.raises(InvalidValueError, match="softcap of a LogitTransform must be a finite number above 0, or None"):
+        LogitTransform(softcap=softcap)
+
+
 # ---------------------------------------------------------------- damaged models
 
 
@@ -523,8 +319,39 @@ def test_damaged_weights(where, value):
     lens = InterpretableModel(model)
     with pytest.raises(ValueError, match="weights are damaged"):
         lens.logit_lens([1, 2])
-    with pytest.raises(ValueError, match="weights are damaged"):
+    with pytest.raises(ValueError, match="weights are damaged") as error:
         lens.train_tuned_lens([[1] * 20], 1, max_seq_len=10, verbose=False)
+    assert "Could not find output projection" not in str(error.value)  # it was found
+
+
+def test_a_bias_that_forbids_all_tokens_is_damage_and_one_that_forbids_some_is_none():
+    model = MockModel()
+    bias = np.array(model.lm_head.bias)
+    bias[::2] = -np.inf
+    model.lm_head.bias = mx.array(bias)
+    lens = InterpretableModel(model)
+    assert_reproduces_where_finite(model, lens.unembed)
+    assert all(best % 2 for layer in lens.logit_lens([1, 2], top_k=3).values() for position in layer for best, _, _ in position)
+    model.lm_head.bias = mx.full(bias.shape, -mx.inf)
+    for use in (lambda: Unembed.from_model(model), lambda: lens.logit_lens([1, 2])):
+        with pytest.raises(UnembedError, match="own logits are infinite on ordinary tokens: its weights are damaged"):
+            use()
+
+
+def assert_reproduces_where_finite(model, unembed):
+    states = ResidualCapture(model).capture(IDS)
+    own, found = np.array(states.logits), np.array(unembed(states.hidden[-1]))
+    np.testing.assert_array_equal(np.isneginf(own), np.isneginf(found))
+    np.testing.assert_allclose(found[np.isfinite(own)], own[np.isfinite(own)], rtol=2e-5, atol=2e-5)
+
+
+def test_a_token_that_one_side_alone_forbids_is_a_difference():
+    own = mx.array([[0.5, -mx.inf, 1.5]])
+    assert logits_difference(own, own, exact=True) == (0.0, 0.5, True)
+    for found in ([0.5, 3.0, 1.5], [0.5, -mx.inf, -mx.inf]):
+        difference, _, is_rounding = logits_difference(mx.array([found]), own, exact=True)
+        assert (difference, is_rounding) == (float("inf"), False)
+    assert not logits_difference(mx.array([[0.5, -mx.inf, 1.6]]), own, exact=True)[2]
 
 
 def test_the_check_accepts_right_models_at_every_size_of_logits():

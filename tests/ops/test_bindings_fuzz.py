@@ -1,5 +1,7 @@
 """Call the extension's functions with arbitrary arguments: they return the promised arrays, or raise a ValueError or TypeError of one sentence."""
 
+from functools import reduce
+
 import mlx.core as mx
 import numpy as np
 from hypothesis import given, settings
@@ -119,7 +121,8 @@ def heads(draw, width):
     numbers = st.sampled_from([1.0, 0.5, 1e30, -2.0, 0.0, float("inf"), float("nan")])
     softcap = draw(optional(numbers, usually=False))
     vocab = draw(st.sampled_from([None, None, None, 1, rows, rows - 1, rows + 1, 0, -1]))
-    head = outcome(_ext.Head, *weight, bias, draw(rarely(st.just(1.0), numbers)), softcap, vocab)
+    offset = draw(optional(arrays((rows,), draw(floats)), usually=draw(st.booleans())))
+    head = outcome(_ext.Head, *weight, bias, draw(rarely(st.just(1.0), numbers)), softcap, vocab, offset)
     return None if head is None else (head, weight[0].shape[0] if vocab is None else vocab, bool(softcap))
 
 
@@ -196,9 +199,64 @@ anything = st.one_of(
 
 @settings(max_examples=EXAMPLES)
 @given(
-    st.sampled_from(["quantized_matmul", "matmul", "Head", "lens_stats", "lens_target", "lens_kl", "translate_norm"]), st.lists(anything, max_size=11)
+    st.sampled_from(["quantized_matmul", "matmul", "Head", "lens_stats", "lens_target", "lens_kl", "translate_norm"]), st.lists(anything, max_size=12)
 )
 def test_arguments_that_are_anything(name, args):
     result = outcome(getattr(_ext, name), *args)
     if name != "Head" and result is not None:
         mx.eval(result)
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.data())
+def test_norms_and_activations(data):
+    lead, width = data.draw(st.lists(st.integers(0, 3), max_size=2)), data.draw(st.sampled_from([1, 3, 33, 64, 0]))
+    x, gate = (data.draw(arrays((*lead, width), data.draw(floats))) for _ in range(2))
+    gain, bias = (data.draw(optional(arrays((width,), data.draw(floats)), data.draw(st.booleans()))) for _ in range(2))
+    eps = data.draw(st.sampled_from([1e-5, 0.0, -1.0, float("nan")]))
+    given_types = [a.dtype for a in (x, gain, bias) if a is not None]
+    for y, types in (
+        (outcome(_ext.rms_norm, x, gain, eps), given_types[: 1 + (gain is not None)]),
+        (outcome(_ext.layer_norm, x, gain, bias, eps), given_types),
+        (outcome(_ext.swiglu, gate, x), [x.dtype]),
+        (outcome(_ext.gelu_tanh, x), [x.dtype]),
+    ):
+        if y is not None:
+            assert_arrays([y], [x.shape], [reduce(lambda a, b: mx.result_type(mx.zeros(1, a), mx.zeros(1, b)), types)])
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.data())
+def test_rope(data):
+    lead, tokens, width = (
+        data.draw(st.lists(st.integers(0, 3), max_size=2)),
+        data.draw(st.integers(0, 5)),
+        data.draw(st.sampled_from([0, 1, 2, 6, 33])),
+    )
+    x = data.draw(arrays((*lead, tokens, width), data.draw(floats)))
+    dims = data.draw(rarely(st.just(width // 2 * 2), sizes))
+    freqs = data.draw(optional(arrays((dims // 2,), data.draw(floats)), data.draw(st.booleans())))
+    base = data.draw(rarely(st.just(None if freqs is not None else 100.0), st.sampled_from([None, 0.0, 1e4])))
+    scale, offset = data.draw(st.sampled_from([1.0, 0.0, float("inf")])), data.draw(st.integers(-3, 2**31 - 10))
+    y = outcome(_ext.rope, x, dims, data.draw(st.booleans()), base, scale, offset, freqs)
+    if y is not None:
+        assert_arrays([y], [x.shape], [x.dtype])
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.data())
+def test_attention(data):
+    batch, groups, shared, queries, keys, d, e = (
+        data.draw(st.sampled_from(s)) for s in ([0, 1, 2], [1, 2, 0], [1, 3], [0, 1, 5, 67], [0, 1, 5, 67, 260], [1, 5], [1, 8])
+    )
+    q, k, v = (
+        data.draw(arrays(shape, data.draw(floats)))
+        for shape in ((batch, groups * shared, queries, d), (batch, groups, keys, d), (batch, groups, keys, e))
+    )
+    shape = [data.draw(st.sampled_from([1, size])) for size in (batch, groups * shared, queries, keys)][data.draw(st.integers(0, 3)) :]
+    mask = data.draw(optional(arrays(shape, data.draw(st.sampled_from([*FLOATS, mx.bool_]))), data.draw(st.booleans())))
+    sinks = data.draw(optional(arrays((groups * shared,), data.draw(floats)), usually=False))
+    causal = data.draw(st.booleans()) if mask is None else data.draw(rarely(st.just(False), st.just(True)))
+    y = outcome(_ext.attention, q, k, v, 0.5, causal, mask, sinks, data.draw(precisions))
+    if y is not None:
+        assert_arrays([y], [(*q.shape[:3], v.shape[3])], [q.dtype])

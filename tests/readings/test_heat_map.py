@@ -1,3 +1,6 @@
+import warnings
+from unittest import mock
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -68,6 +71,19 @@ SHOWN = {
 @pytest.mark.parametrize("token", SHOWN)
 def test_tokens_stay_visible_and_short(token):
     assert readable(token) == SHOWN[token]
+
+
+def test_characters_without_a_glyph_are_spelled_and_cause_no_warning(tmp_path):
+    """A picture of boxes would show different tokens alike."""
+    tokens = ["a", "屿", "屿岛", "\U0001f9ff", "␣⏎…"]  # in DejaVu Sans are the first and the last
+    with warnings.catch_warnings(), mock.patch("metalens.readings.heat_map.FONTS", ("DejaVu Sans",)):
+        warnings.simplefilter("error")
+        figure = lens_figure({0: [[(1, 1.0, token)] for token in tokens]}, tokens, np.zeros((1, 5)), "p")
+        save_figure(figure, tmp_path / "out.png")
+    expected = ["a", "U+5C7F", "U+5C7FU+5C9B", "U+1F9FF", "␣⏎…"]
+    assert cell_texts(figure) == expected
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == expected
+    assert all(len(text) <= MAX_TOKEN for text in expected)
 
 
 def test_dollar_signs_and_underscores_are_drawn_as_they_are(tmp_path):

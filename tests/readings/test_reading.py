@@ -93,7 +93,7 @@ def test_a_table_for_pandas(reading, monkeypatch):
     assert len(records) == 2 * 5 * 3
     best = reading.top(0, 1)[2]
     assert records[3 * 5 + 3 * 1 + 2] == {
-        "layer": 0, "position": 1, "token": "w1", "rank": 3, "id": best.id, "prediction": best.token,
+        "layer": 0, "translated": True, "position": 1, "token": "w1", "rank": 3, "id": best.id, "prediction": best.token,
         "probability": best.probability, "logit": best.logit, "entropy": reading.at_layer(0).entropy[1].item(),
     }  # fmt: skip
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalens.lenses.lens import LogitLens
-from metalens.readings.rows import lens_rows, select_layers, select_position
+from metalens.ops import Head, Weight, lens_stats, use_backend
+from metalens.readings.rows import lens_rows, require_finite, select_layers, select_position
 from metalens.utils.errors import InvalidTypeError
 
 
@@ -94,3 +95,15 @@ def test_a_position_that_is_no_number():
 def test_a_lens_that_returns_another_shape(lens):
     with pytest.raises(ValueError, match=r"turned hidden states \(3, 4\) of layer 1 into"):
         lens_rows([mx.zeros((3, 4))] * 2, [1], lens, lambda h: h)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("bias", "value"), [([-np.inf] * 5, 1.0), ([0.0, np.inf, 0, 0, 0], 1.0), ([0.0] * 5, np.nan), ([0.0] * 5, np.inf)])
+def test_logits_without_a_softmax_are_no_reading(backend, bias, value):
+    head = Head(Weight(mx.ones((5, 3))), mx.array(bias))
+    with use_backend(backend):
+        good = lens_stats(mx.ones((2, 4, 3)), Head(Weight(mx.ones((5, 3))), mx.array([-np.inf, 0, 0, 0, 0])))
+        require_finite(good)
+        stats = lens_stats(mx.ones((2, 4, 3)) * mx.array([[[1.0, 1.0, value]]]), head)
+        with pytest.raises(ValueError, match="NaN or infinite for this input"):
+            require_finite(stats)

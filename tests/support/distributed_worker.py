@@ -23,7 +23,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import llama
 
 from metalens import InterpretableModel
-from metalens.training import CheckpointFolder, Group, MetricsFile, TrainingConfig, TrainingInterruptedError, loop, messages, train_loop
+from metalens.training import CheckpointFolder, Group, MetricsFile, TrainingConfig, TrainingInterruptedError, messages, train_loop, update
 
 LENGTH, LAYERS, HIDDEN, VOCABULARY = 16, 3, 32, 67
 
@@ -85,7 +85,7 @@ def scenario(
         bucket: bytes.
     """
     seen, sums = [], []
-    all_sum, accumulate = mx.distributed.all_sum, loop.accumulate
+    all_sum, accumulate = mx.distributed.all_sum, update.accumulate
 
     def counted(x, **others):
         sums.append(x.nbytes)
@@ -104,7 +104,7 @@ def scenario(
             gradient["bias"] = gradient["bias"] * float("nan")
 
     before = messages.BUCKET_BYTES
-    mx.distributed.all_sum, loop.accumulate, messages.BUCKET_BYTES = counted, wrapped, bucket or before
+    mx.distributed.all_sum, update.accumulate, messages.BUCKET_BYTES = counted, wrapped, bucket or before
     try:
         lens = train_loop(
             interpretable.source,
@@ -121,7 +121,7 @@ def scenario(
     except (ValueError, TrainingInterruptedError) as error:
         return {"error": f"{type(error).__name__}: {error}", "steps": len(seen)}
     finally:
-        mx.distributed.all_sum, loop.accumulate, messages.BUCKET_BYTES = all_sum, accumulate, before
+        mx.distributed.all_sum, update.accumulate, messages.BUCKET_BYTES = all_sum, accumulate, before
     return {
         "weights": [[np.array(t.weight).tolist(), np.array(t.bias).tolist()] for t in lens.translators],
         "losses": [p.losses for p in seen],

@@ -6,7 +6,7 @@ The tests run the matrix in emulation (test_matrix.py), `make mac-check` runs it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -75,6 +75,10 @@ class Errors:
         return self.ours <= self.plain + self.epsilon
 
 
+# The kernels whose cells have an offset of the logits beside those without, in a format of each kind: the offset does not depend on the format.
+WITH_OFFSET = "_offset"
+FORMATS_WITH_OFFSET = (("dense", 0, 0), ("affine", 4, 64), ("nvfp4", 4, 16))
+
 # The results of the tests, for the table at the end of their run.
 RESULTS: dict[Cell, Errors] = {}
 
@@ -97,6 +101,8 @@ def cells() -> list[Cell]:
             found += [Cell("lens_stats_vector", mode, bits, group_size, dtype, shape) for shape in ("one", "few")]
             found += [Cell("linear", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes", "one")]
         found += [Cell("lens_kl", mode, bits, group_size, dtype, shape) for dtype in ("float32", "float16") for shape in ("tiles", "primes", "one")]
+    heads = [c for c in found if c.kernel != "linear" and (c.mode, c.bits, c.group_size) in FORMATS_WITH_OFFSET]
+    found += [replace(cell, kernel=cell.kernel + WITH_OFFSET) for cell in heads]
     found += [Cell(f"translate_norm_{kind}", "dense", 0, 0, dtype, shape) for kind in ("rms", "layer") for dtype in TYPES for shape in SHAPES]
     return found
 
@@ -132,9 +138,20 @@ def _setting(cell: Cell) -> tuple[np.random.Generator, Shape, int]:
     return np.random.default_rng(sum(map(ord, str(cell)))), shape, depth
 
 
+def _head(rng: np.random.Generator, cell: Cell, shape: Shape, depth: int) -> Head:
+    head = Head(_weight(rng, cell, shape.vocab, depth), oracle.random_array(rng, shape.vocab), 0.5)
+    return replace(head, offset=oracle.random_array(rng, shape.vocab, scale=3)) if cell.kernel.endswith(WITH_OFFSET) else head
+
+
+def _plain_logits(rows: mx.array, head: Head) -> mx.array:
+    """Return the logits from plain MLX: the product in the rows' type, the rest in float32."""
+    z = ((_plain_product(rows, head.weight) + head.bias.astype(rows.dtype)) * head.scale).astype(mx.float32)
+    return z if head.offset is None else z + head.offset
+
+
 def _stats(cell: Cell) -> Errors:
     rng, shape, depth = _setting(cell)
-    head = Head(_weight(rng, cell, shape.vocab, depth), oracle.random_array(rng, shape.vocab), 0.5)
+    head = _head(rng, cell, shape, depth)
     dtype, k = TYPES[cell.dtype], min(5, shape.vocab)
     n_model = oracle.random_array(rng, shape.tokens, depth, dtype=dtype)
     n = (n_model[None].astype(mx.float32) + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)).astype(dtype)
@@ -142,9 +159,6 @@ def _stats(cell: Cell) -> Errors:
 
     def values(stats) -> list[mx.array]:
         return [stats.lse, stats.entropy, stats.max_probability, stats.top_logits, stats.kl, stats.nll]
-
-    def plain(rows: mx.array) -> mx.array:
-        return ((_plain_product(rows, head.weight) + head.bias.astype(dtype)) * head.scale).astype(mx.float32)
 
     z, z_model = oracle.head_logits(oracle.wide(n), head), oracle.head_logits(oracle.wide(n_model), head)
     order = np.argsort(-z, axis=-1, kind="stable")[..., :k]
@@ -159,7 +173,7 @@ def _stats(cell: Cell) -> Errors:
         np.testing.assert_array_equal(np.array(ours.top_ids), order)
         np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z > of_label[..., None], axis=-1))
         np.testing.assert_array_equal(np.array(ours.agrees), z.argmax(-1) == z_model.argmax(-1))
-    of_plain = logits_stats(plain(n), k, plain(n_model), labels)
+    of_plain = logits_stats(_plain_logits(n, head), k, _plain_logits(n_model, head), labels)
     return Errors(_worst(values(ours), expected), _worst(values(of_plain), expected), EPSILON[cell.dtype])
 
 
@@ -176,7 +190,7 @@ def _linear(cell: Cell) -> Errors:
 
 def _kl(cell: Cell) -> Errors:
     rng, shape, depth = _setting(cell)
-    head = Head(_weight(rng, cell, shape.vocab, depth), oracle.random_array(rng, shape.vocab), 0.5)
+    head = _head(rng, cell, shape, depth)
     n_model = oracle.random_array(rng, shape.tokens, depth)
     n = n_model[None] + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)
     expected = list(oracle.lens_kl(n, n_model, head))
@@ -186,7 +200,7 @@ def _kl(cell: Cell) -> Errors:
 
     def loss(n: mx.array) -> mx.array:
         def log_probabilities(rows: mx.array) -> mx.array:
-            z = ((_plain_product(rows.astype(dtype), head.weight) + head.bias.astype(dtype)) * head.scale).astype(mx.float32)
+            z = _plain_logits(rows.astype(dtype), head)
             return z - mx.logsumexp(z, axis=-1, keepdims=True)
 
         log_p = log_probabilities(n_model)
@@ -230,4 +244,4 @@ _RUN: dict[str, Callable[[Cell], Errors]] = {"lens_stats": _stats, "lens_stats_v
 
 def run(cell: Cell) -> Errors:
     """Compute the cell on the backend in use and return its errors."""
-    return _RUN.get(cell.kernel, _translate)(cell)
+    return _RUN.get(cell.kernel.removesuffix(WITH_OFFSET), _translate)(cell)

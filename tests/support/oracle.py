@@ -115,15 +115,18 @@ HEADS = {
     "negative scale": {"bias": True, "scale": -0.75},
     "padding": {"bias": True, "padding": 17},
     "padding and softcap": {"scale": 1.5, "softcap": 5.0, "padding": 17},
+    "offset": {"offset": 3.0},
+    "all and offset": {"bias": True, "scale": 2.0, "softcap": 6.0, "padding": 17, "offset": 3.0},
 }
 
 
-def make_head(rng, outputs, inputs, quantized=True, bias=False, padding=0, **transform):
-    """Return a head with `outputs` rows, of which the last `padding` rows are not tokens."""
+def make_head(rng, outputs, inputs, quantized=True, bias=False, padding=0, offset=0.0, **transform):
+    """Return a head with `outputs` rows, of which the last `padding` rows are not tokens. `offset`: standard deviation of the offset; 0 = none."""
     weight = random_weight(rng, outputs, inputs, scale=0.2) if quantized else Weight(random_array(rng, outputs, inputs, scale=0.2))
     if padding:
         transform["used_rows"] = outputs - padding
-    return Head(weight, random_array(rng, outputs) if bias else None, **transform)
+    u0 = random_array(rng, outputs) if bias else None
+    return Head(weight, u0, **transform, offset=random_array(rng, outputs, scale=offset) if offset else None)
 
 
 def random_lens(rng, num_layers=3, hidden_dim=64):
@@ -182,14 +185,22 @@ def kl(z_model, z_lens):
 
 
 def head_logits(n, head):
-    """Return the logits softcap(scale * (U n + u0)) of normed rows n (float64 NumPy), with -inf for padding."""
+    """Return the logits softcap(scale * (U n + u0)) + offset of normed rows n (float64 NumPy), with -inf for padding."""
+    z = capped_logits(n, head)
+    if head.offset is not None:
+        z = z + wide(head.offset)
+    z[..., head.tokens :] = -np.inf
+    return z
+
+
+def capped_logits(n, head):
+    """Return the logits before the offset, of padding too."""
     z = n @ matrix(head.weight).T
     if head.bias is not None:
         z = z + wide(head.bias)
     z = z * head.scale
     if head.softcap is not None:
         z = head.softcap * np.tanh(z / head.softcap)
-    z[..., head.tokens :] = -np.inf
     return z
 
 
@@ -198,7 +209,7 @@ def lens_kl(n, n_model, head):
     z_model, z = (head_logits(wide(a), head) for a in (n_model, n))
     value, difference = kl_and_difference(z_model, z)
     if head.softcap is not None:
-        difference = difference * (1 - (np.where(np.isinf(z), 0, z) / head.softcap) ** 2)
+        difference = difference * (1 - (capped_logits(wide(n), head) / head.softcap) ** 2)
     return value, head.scale * difference @ matrix(head.weight)
 
 

@@ -142,4 +142,4 @@ def test_a_run_whose_steps_were_captured_otherwise_is_not_gone_on_with(tiny, mon
 
 def test_ids_that_the_model_does_not_know(tiny):
     with pytest.raises(ValueError, match="has token ids from 3 to 131; the model knows 0 to 130"):
-        list(BatchedCapture(tiny.source, VOCAB).hidden_states([np.array([3, 131])]))
+        list(BatchedCapture(tiny.source, VOCAB).hidden_states(Step([np.array([3, 131])], 2, {})))

@@ -1,9 +1,13 @@
 """A budget in tokens: what each recipe makes of it."""
 
+import numpy as np
 import pytest
 
+from metalens.training.data import Corpus, Sampler
+from metalens.training.data.sampler import MIN_HELD
 from metalens.training.recipes import RECIPES
-from metalens.training.settings import resolve
+from metalens.training.settings import budget_in_minutes, resolve
+from metalens.training.sufficiency import suffices
 from metalens.utils.errors import InvalidValueError
 
 FIELDS = ("warm_start_tokens", "num_steps", "tokens_per_step", "max_seq_len")
@@ -17,13 +21,13 @@ def budgeted(recipe, tokens, context=512, config=None, **settings):
 @pytest.mark.parametrize(
     ("recipe", "tokens", "expected"),
     [
-        ("fast", 9000, (3000, 46, 128, 128)),
-        ("fast", 43_008, (14_336, 224, 128, 128)),
+        ("fast", 9000, (2829, 44, 128, 128)),
+        ("fast", 43_008, (14_165, 221, 128, 128)),
         ("fast", 1_000_000, (65_536, 456, 2048, 512)),  # a third would be more than the recipe's own warm start
         ("fast", 20_000_000, (65_536, 1216, 16_384, 512)),
         ("fast", 100, (33, 1, 67, 67)),
-        ("paper", 9000, (0, 70, 128, 128)),
-        ("muon", 100_000, (0, 250, 400, 400)),
+        ("paper", 9000, (0, 66, 128, 128)),
+        ("muon", 100_000, (0, 250, 397, 397)),
         ("mlxterp", 9000, (0, 70, 128, 128)),
         ("mlxterp", 10**7, (0, 19_531, 512, 512)),
     ],
@@ -42,10 +46,30 @@ def test_many_small_steps_of_at_least_128_tokens(recipe, tokens, expected):
 )
 def test_no_more_is_taken_than_the_budget_and_most_of_it_is_used(recipe, tokens, settings):
     found = budgeted(recipe, tokens, **settings)
-    assert 0 < found.total_tokens <= tokens
+    held_back = found.held_back_tokens if found.held_back_tokens >= MIN_HELD else 0
+    assert 0 < found.total_tokens <= tokens - held_back
     if "num_steps" not in settings:
         assert found.total_tokens >= 0.7 * tokens or tokens < 1000 or found.num_steps == 0
-        assert found.num_steps == 0 or tokens - found.total_tokens < found.step_tokens + found.num_steps * found.max_seq_len
+        assert found.num_steps == 0 or tokens - found.total_tokens < found.step_tokens + found.num_steps * found.max_seq_len + min(
+            found.guard_tokens, tokens // 17 + 1
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("sequences", [72, 336, 1000])
+def test_a_text_of_the_budget_is_enough(recipe, sequences):
+    """Also for what the guard holds back. The warm start is rounded up to whole sequences."""
+    found = budgeted(recipe, 128 * sequences, max_seq_len=128)
+    text = Corpus.from_ids(np.zeros(128 * (sequences + bool(found.warm_start_tokens)), np.int32))
+    assert suffices(text, found)
+    assert found.guard_tokens == 0 or found.num_steps == 0 or len(Sampler(text, 128, held_back=found.held_back_tokens)) == text.tokens // 128 - 4
+
+
+def test_the_guard_comes_out_of_the_budget():
+    assert budgeted("fast", 9000, guard_tokens=0).total_tokens == 8888
+    assert budgeted("fast", 9000).total_tokens + 512 <= 9000
+    assert budgeted("fast", 2000).total_tokens + budgeted("fast", 2000).held_back_tokens <= 2000
+    assert budgeted("ridge", 9000).total_tokens == 9000
 
 
 def test_what_is_given_stays():
@@ -66,8 +90,40 @@ def test_the_closed_form_takes_all():
 def test_in_a_file_of_settings(tmp_path):
     (tmp_path / "settings.toml").write_text('recipe = "muon"\ntokens = 9000\n')
     name, found = resolve(None, tmp_path / "settings.toml", {})
-    assert (name, found.num_steps, found.tokens_per_step) == ("muon", 70, 128)
-    assert resolve(None, tmp_path / "settings.toml", {"tokens": 1280})[1].num_steps == 10
+    assert (name, found.num_steps, found.tokens_per_step) == ("muon", 66, 128)
+    assert resolve(None, tmp_path / "settings.toml", {"tokens": 1280})[1].num_steps == 9
+
+
+def test_minutes_in_a_file_or_a_dict(tmp_path):
+    """A budget of the caller replaces that of the file, of either kind."""
+    file = tmp_path / "settings.toml"
+    file.write_text('recipe = "muon"\nminutes = 2.5\nnum_steps = 12\n')
+    rest = {"recipe": "muon", "num_steps": 12}
+    assert budget_in_minutes(file, None, None) == (rest, 2.5)
+    assert budget_in_minutes(rest | {"minutes": 2}, None, None) == (rest, 2)
+    assert budget_in_minutes(file, None, 7) == (rest, 7)
+    assert budget_in_minutes(file, 9000, None) == (rest, None)
+    assert budget_in_minutes(rest | {"tokens": 5}, None, 7) == (rest, 7)
+    assert budget_in_minutes(rest | {"tokens": 5}, None, None) == (rest | {"tokens": 5}, None)
+    assert budget_in_minutes(None, None, None) == (None, None)
+    config = resolve("muon", None, {})[1]
+    assert budget_in_minutes(config, None, 3) == (config, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("minutes = 0", "minutes must be a number above 0, got 0"),
+        ("minutes = 2\ntokens = 5", "give one of them"),
+        ("minutes = 'ten'", "minutes can't be 'ten'; it takes a number"),
+        ("minutes = inf", "minutes must be a number above 0, got inf"),
+        ("minutes = true", "minutes can't be True"),
+    ],
+)
+def test_what_are_no_minutes_in_a_file(tmp_path, content, message):
+    (tmp_path / "settings.toml").write_text(content)
+    with pytest.raises(InvalidValueError, match=message):
+        budget_in_minutes(tmp_path / "settings.toml", None, None)
 
 
 @pytest.mark.parametrize("tokens", [0, -5, 1.5, True, "9000"])

@@ -17,6 +17,7 @@ from metalens import InterpretableModel
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, checkpoint, open_corpus, train_loop
 from metalens.training.checkpoint import RECORD, STATE
 from metalens.training.resume import RunFacts
+from metalens.utils.errors import MetalensError
 from support.mocks import WordTokenizer
 
 LENGTH = 16
@@ -286,6 +287,59 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tiny, ids, folder
     assert all(mx.array_equal(a.weight, b.weight) for a, b in zip(lens.translators, straight.translators, strict=True))
     assert folder.steps() == [3, 4]
     assert folder.latest().record["step"] == 4  # whole again
+
+
+def forge(folder, change):
+    """Change the record of the newest checkpoint, and make its hash right."""
+    path = folder.path / f"step-{folder.steps()[-1]:08d}" / RECORD
+    record = json.loads(path.read_text())
+    record.pop("record")
+    change(record)
+    path.write_text(json.dumps({**record, "record": checkpoint._sha256_of(record)}))
+
+
+FORGED = {
+    "no pass": lambda r: r.pop("pass"),
+    "no position": lambda r: r.pop("position"),
+    "no tokens": lambda r: r.pop("tokens"),
+    "a pass that is none": lambda r: r.update({"pass": -1}),
+    "a step that is none": lambda r: r.update({"pass_step": 99}),
+    "a step of text": lambda r: r.update({"pass_step": [1]}),
+    "a position of text": lambda r: r.update({"position": "start"}),
+    "settings of text": lambda r: r.update({"config": "all"}),
+    "no settings": lambda r: r.pop("config"),
+    "a model of text": lambda r: r.update({"model": 3}),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_record_is_an_error_and_no_traceback(tiny, ids, folder, what):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    forge(folder, FORGED[what])
+    with pytest.raises(ValueError, match=r"lacks what a run goes on from|not the state of a sampler|run with other") as error:
+        train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+    assert isinstance(error.value, MetalensError)
+
+
+@pytest.mark.parametrize("change", [lambda r: r.pop("sha256"), lambda r: r.pop("step"), lambda r: r.update(step="3")])
+def test_a_forged_record_that_cannot_be_read_falls_back(tiny, ids, folder, change):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    forge(folder, change)
+    assert checkpoint.numbers_of_newest(folder.path)["step"] == 3
+    with pytest.warns(RuntimeWarning, match=r"step-00000004 can't be used"):
+        assert folder.latest().record["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_the_settings_of_the_newest_run_come_from_a_whole_record(tiny, ids, folder, content):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    expected = checkpoint.config_of_newest(folder.path)
+    assert expected["num_steps"] == CONFIG.num_steps
+    (folder.path / "step-00000004" / RECORD).write_bytes(content)
+    assert checkpoint.config_of_newest(folder.path) == expected
+    (folder.path / "step-00000003" / RECORD).write_bytes(content)
+    assert checkpoint.config_of_newest(folder.path) is None
+    assert checkpoint.numbers_of_newest(folder.path) == {}
 
 
 CHANGES = {

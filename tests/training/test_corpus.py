@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from metalens.models.bundled import MODEL
-from metalens.training.data import Corpus, open_corpus, readers, tokenizing
+from metalens.training.data import Corpus, in_memory, open_corpus, readers, tokenizing
 from metalens.training.data import corpus as corpus_module
 from metalens.training.data.cache import TokenCache, cache_folder
 from metalens.training.data.tokenizing import TextTokenizer
@@ -332,11 +333,47 @@ def test_a_long_document_of_json_is_tokenized_in_parts(tmp_path, cache, monkeypa
     parts = open_corpus(tmp_path / "a.jsonl", demo, cache_dir=tmp_path / "other")
     assert parts.ids.tolist() == whole.ids.tolist()
     assert parts.documents.tolist() == whole.documents.tolist()
-    for source in (readers.JsonLines(tmp_path / "a.jsonl", "text"), readers.TextList([text, "two"])):
+    for source in (readers.JsonLines(tmp_path / "a.jsonl", "text"), in_memory.TextList([text, "two"])):
         pieces = list(source.pieces())
         assert max(len(piece.text) for piece in pieces) <= 100
         assert "".join(piece.text for piece in pieces) == text + "two"
         assert [piece.text for piece in pieces if piece.starts] == [pieces[0].text, "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"), [("a.jsonl", (False, True)), ("a.txt", (False, False)), ("a.jsonl.gz", (True, True)), ("texts", (False, True))]
+)
+def test_tokens_of_documents_that_were_not_cut_before_have_another_key(tmp_path, cache, monkeypatch, name, differs):
+    """Text files always came in parts, and documents within a block still are whole: their tokens in the cache stay good."""
+    record = json.dumps({"text": "some words"}).encode()
+    source = in_memory.TextList(["some words"]) if name == "texts" else tmp_path / name
+    if name != "texts":
+        source.write_bytes(gzip.compress(record) if name.endswith(".gz") else record)
+
+    def key():
+        return open_corpus(source, Bytes(), cache_dir=cache).fingerprint
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_may_be_cut", lambda *_: False)
+        before = key()
+    keys = [key()]
+    monkeypatch.setattr(corpus_module, "BLOCK", 5)
+    keys.append(key())
+    assert tuple(each != before for each in keys) == differs
+
+
+@pytest.mark.parametrize("join", ["eos", "packed"])
+def test_a_special_token_that_a_text_spells_is_this_token(tmp_path, cache, demo, join):
+    """As transformers and tuned-lens read it. Text and JSON Lines, training and prompts, do the same."""
+    text, eos = f"One text.{demo.eos_token}Another one.", demo.eos_token_id
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    expected = [*demo.encode("One text."), eos, *demo.encode("Another one.")]
+    assert demo.encode(text) == expected
+    for name in ("a.txt", "a.jsonl"):
+        found = open_corpus(tmp_path / name, demo, join=join, cache_dir=cache)
+        assert found.ids.tolist() == [eos] * (join == "eos") + expected
+        assert len(found.documents) == 2  # still one document
 
 
 def test_what_a_killed_process_left_is_removed(two, cache):

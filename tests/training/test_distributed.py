@@ -5,17 +5,9 @@ without it, since mlx.launch ends all others when one ends. What only a cluster 
 machines of different kinds; what several machines gain in speed.
 """
 
-import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -23,103 +15,11 @@ from metalens import TunedLens
 from metalens.training import CheckpointFolder, Group
 from metalens.training.messages import EXIT_STATUS
 from support import distributed_worker as worker
+from support import launching
+from support.launching import ended, needs_ring
 
-WORKER = Path(worker.__file__)
 LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
 STEP = 6 * LENGTH
-
-try:
-    from mlx._distributed_utils import launch as _launcher  # noqa: F401
-except ImportError as _error:
-    missing = f"this MLX has no mlx.launch ({_error})"
-else:
-    missing = "" if mx.distributed.is_available("ring") else "this MLX has no ring backend"
-PATIENCE = 180  # seconds for a group of processes: a busy machine is not a failure
-needs_ring = pytest.mark.skipif(bool(missing), reason=missing or "there is one")
-
-
-def free_ports(n):
-    """The first of n ports of the loopback that follow each other."""
-    for _ in range(50):
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-        others = [socket.socket() for _ in range(n)]
-        try:
-            for i, each in enumerate(others):
-                each.bind(("127.0.0.1", port + i))
-        except OSError:
-            continue
-        finally:
-            for each in others:
-                each.close()
-        return port
-    pytest.skip("there are no free ports")
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if not k.startswith(("METALENS_", "MLX_"))} | {"OMP_NUM_THREADS": "1"}
-
-
-def written(out, ranks):
-    """{name: results by rank}."""
-    names = {path.name.split(".")[0] for path in out.glob("*.json")}
-    return {name: [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in range(ranks)] for name in names}
-
-
-def launched(n, folder, scenarios):
-    """The results of scenarios, from n processes started by mlx.launch."""
-    out = folder / f"out-{time.monotonic_ns()}"
-    out.mkdir()
-    (out.parent / f"{out.name}.spec").write_text(json.dumps(scenarios))
-    command = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
-    command += ["-n", str(n), "--backend", "ring", "--hosts", "127.0.0.1", "-p", str(free_ports(n)), "--cwd", str(folder)]
-    command += [sys.executable, str(WORKER), str(out.parent / f"{out.name}.spec"), str(out)]
-    with (out.parent / f"{out.name}.log").open("w+") as log:
-        process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(PATIENCE)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # whoever is left: of a launch that took too long, also what it started
-            process.wait()
-        log.seek(0)
-        said = log.read()
-    assert len(list(out.glob("*.json"))) == n * len(scenarios), said
-    return written(out, n)
-
-
-def started(n, folder, scenarios):
-    """n processes started by hand, and where their results go."""
-    out = folder / f"out-{time.monotonic_ns()}"
-    out.mkdir()
-    port = free_ports(n)
-    spec, hosts = out.parent / f"{out.name}.spec", out.parent / f"{out.name}.hosts"
-    spec.write_text(json.dumps(scenarios))
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(n)]))
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(spec), str(out)],
-            env=environment() | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n)
-    ]
-
-
-def ended(processes, but=()):
-    """[(status, stderr)] of all but some, which are killed."""
-    try:
-        return [(process.wait(PATIENCE), process.stderr.read()) for rank, process in enumerate(processes) if rank not in but]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
 
 SETTINGS = {"num_steps": 3, "max_seq_len": LENGTH, "tokens_per_step": STEP, "seed": 1, "learning_rate": 0.5}
 BY_LOSS = {"optimizer": "muon", "step_size": "loss", "learning_rate": 0.1, "reduction": "sum", "guard_tokens": 64}
@@ -139,6 +39,7 @@ SAME = {
     "layers-by-the-loss": ("layers", SETTINGS | BY_LOSS | {"warm_start_tokens": 20 * LENGTH}, {}),
     "layers-muon": ("layers", SETTINGS | {"optimizer": "muon", "learning_rate": 0.02, "reduction": "sum"}, {}),
     "layers-warm-adam-bfloat16": ("layers", SETTINGS | {"optimizer": "adam", "warm_start_tokens": 20 * LENGTH, "dtype": "bfloat16"}, {}),
+    "layers-sampled": ("layers", SETTINGS | {"vocabulary": 24}, {}),
     "layers-some": ("layers", SETTINGS | {"layers": [2, 0]}, {}),
     "layers-at-once": ("layers", SETTINGS | {"layers_at_once": 1}, {"layers_at_once": "ranks"}),
 }
@@ -161,6 +62,9 @@ def flat(result):
     pairs = zip(result["weights"], start.translators, strict=True)
     return np.concatenate([np.ravel(np.array(a) - np.array(b)) for (w, bias), t in pairs for a, b in ((w, t.weight), (bias, t.bias))])
 
+
+# Processes that divide the text draw a sample of the vocabulary for each part of a step, so that their lens is another one than that of one process.
+SAMPLED = SETTINGS | {"vocabulary": 24}
 
 # Four processes on two cores take 50 ms for a message, since ring's threads wait in a loop: they run what is different for four.
 WITH_FOUR = ["data", "data-one-sequence", "data-warm-one-sequence", "layers", "layers-some", "layers-at-once", "bad-layer", "not-alike"]
@@ -195,6 +99,7 @@ def all_scenarios(n, folder):
     kept = {"settings": SETTINGS, "every": 1}
     scenarios = [{"name": name, "parallel": parallel, "settings": settings} for name, (parallel, settings, _) in SAME.items()]
     scenarios += [
+        {"name": "data-sampled", "parallel": "data", "settings": SAMPLED},
         {"name": "buckets", "parallel": "data", "settings": SETTINGS, "bucket": 5000},
         {"name": "bad-layer", "parallel": "layers", "settings": SETTINGS, "poisoned": [1, 1]},
         {"name": "not-alike", "parallel": "data", "settings": SETTINGS, "other_settings": {"num_steps": 5, "learning_rate": 0.25}},
@@ -208,7 +113,7 @@ def all_scenarios(n, folder):
         {"name": "other-division", "parallel": "data", "folder": "layers", "resume": True, **kept},
         {"name": "nothing-to-resume", "parallel": "data", "folder": "new", "resume": True, **kept},
     ]
-    return n, folder, launched(n, folder, [each for each in scenarios if n == 2 or each["name"] in WITH_FOUR])
+    return n, folder, launching.launched(worker, n, folder, [each for each in scenarios if n == 2 or each["name"] in WITH_FOUR])
 
 
 @needs_ring
@@ -243,6 +148,18 @@ def test_divided_layers_give_the_lens_of_one_process_bit_for_bit(together, alone
                 assert result["weights"][layer] == one["weights"][layer]
             else:  # the identity
                 assert np.array_equal(result["weights"][layer][0], np.eye(worker.HIDDEN))
+
+
+@needs_ring
+@with_two
+def test_divided_data_with_a_sampled_vocabulary_give_all_processes_one_lens(together, alone):
+    _, _, results = together
+    several, one, full = results["data-sampled"], alone(settings=SAMPLED), alone(settings=SETTINGS)
+    assert len({json.dumps([result[what] for what in ("weights", "losses", "norms")]) for result in several}) == 1
+    assert several[0]["losses"] != one["losses"]
+    assert several[0]["tokens"] == one["tokens"]
+    for losses in (several[0]["losses"], one["losses"]):
+        np.testing.assert_allclose(np.mean(losses, axis=1), np.mean(full["losses"], axis=1), rtol=0.2)
 
 
 @needs_ring
@@ -347,11 +264,11 @@ def died(tmp_path_factory):
     ends, resumes = [], []
     for i, (n, parallel, how) in enumerate(DEATHS):
         what = {"parallel": parallel, "settings": SETTINGS, "every": 1, "folder": f"checkpoints-{i}"}
-        ends.append(ended(started(n, folder, [{"name": "died", **what, "ends": [1, 2, how]}])))
+        ends.append(ended(launching.started(worker, n, folder, [{"name": "died", **what, "ends": [1, 2, how]}])))
         resumes.append({"name": f"resumed-{i}", **what, "resume": True})
     worker.scenario(worker.model(), Group(), settings=SETTINGS, every=1, folder=str(folder / "checkpoints-alone"), stops=[0, 0])
     resumes.append(resumes[-1] | {"name": "resumed-alone", "folder": "checkpoints-alone"})
-    return ends, launched(2, folder, resumes)
+    return ends, launching.launched(worker, 2, folder, resumes)
 
 
 @needs_ring
@@ -380,13 +297,13 @@ def test_a_run_of_which_a_process_died_can_be_resumed_also_by_another_number_whe
 @needs_ring
 def test_mlx_launch_ends_the_run_when_a_process_dies(tmp_path):
     with pytest.raises(AssertionError, match="the reason") as caught:
-        launched(2, tmp_path, [{"name": "died", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
+        launching.launched(worker, 2, tmp_path, [{"name": "died", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
     assert "Node with rank 1 exited with code 1" in str(caught.value)
 
 
 @needs_ring
 def test_a_process_that_hangs_ends_the_others_after_the_time_limit(tmp_path):
     what = {"name": "hangs", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "SIGSTOP"], "timeout": 3}
-    ((status, error),) = ended(started(2, tmp_path, [what]), but=[1])
+    ((status, error),) = ended(launching.started(worker, 2, tmp_path, [what]), but=[1])
     assert status == EXIT_STATUS
     assert "Process 0 of 2 has waited for the others for 3 s" in error

@@ -15,7 +15,7 @@ from metalens.training import (
     TrainingConfig,
     TrainingInterruptedError,
     batching,
-    loop,
+    clock,
     recipe,
     step,
     train_loop,
@@ -42,11 +42,12 @@ def ids():
 
 def on_held_back(model, ids, config, lens):
     """The KL of every layer on the text that a run holds back, computed anew."""
-    sequences = Sampler(Corpus.from_ids(ids), LENGTH, held_back=config.held_back_tokens).held_back_sequences()
-    assert sum(s.size for s in sequences) in (LENGTH, 2 * LENGTH)
+    text = Sampler(Corpus.from_ids(ids), LENGTH, held_back=config.held_back_tokens).held_back_step()
+    assert sum(s.size for s in text.sequences) == text.tokens
+    assert text.tokens in (LENGTH, 2 * LENGTH)
     layers = range(len(model.source))
     *kl, tokens = held_back_kl(
-        [parameters_of(lens.translators[i]) for i in layers], layers, sequences, BatchedCapture(model.source, 131), model.unembed
+        [parameters_of(lens.translators[i]) for i in layers], layers, text, BatchedCapture(model.source, 131), model.unembed
     ).tolist()
     return np.array(kl) / tokens
 
@@ -105,7 +106,7 @@ def test_what_does_not_rise_is_left_alone(tiny, ids):
     sampler = Sampler(Corpus.from_ids(ids), LENGTH, seed=1, held_back=32)
     trained = {bytes(s) for s in sampler.take_tokens(38 * LENGTH)}
     assert trained == {bytes(rest[i : i + LENGTH]) for i in range(0, rest.size, LENGTH)}
-    assert not trained & {bytes(s) for s in sampler.held_back_sequences()}
+    assert not trained & {bytes(s) for s in sampler.held_back_step().sequences}
     assert all(not mx.array_equal(t.weight, mx.eye(64)) for t in lens.translators[:2])
 
 
@@ -153,7 +154,7 @@ def test_a_run_in_pieces_is_the_run_in_one(tiny, ids, tmp_path, optimizer, dtype
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def test_stopped_at_any_moment_also_within_a_check(tiny, ids, tmp_path, monkeypatch, cold):
     """Every step and check seems long, and asks at every pause. A check that was interrupted is made again; its checkpoint has the step before it."""
-    monkeypatch.setattr(loop, "QUICK", -1.0)
+    monkeypatch.setattr(clock, "QUICK", -1.0)
     monkeypatch.setattr(batching, "PASS_TOKENS", LENGTH)
     monkeypatch.setattr(step, "PIECE_WORK", 0)
     monkeypatch.setattr(step, "LEAST_PIECE", 6)
@@ -214,21 +215,23 @@ def test_the_first_best_state_is_in_the_checkpoint_of_the_warm_start(tiny, ids, 
         assert saved.arrays[f"optimizer.inputs.{layer}"].min().item() > 0
 
 
-def test_the_cost_is_bounded():
-    """At most a twentieth of a run that is not tiny: a token of a check costs at most half a token of training."""
+@pytest.mark.parametrize(("vocabulary", "cost", "part"), [("full", 0.5, 0.05), ("sampled", 3.0, 0.1)])
+def test_the_cost_is_bounded(vocabulary, cost, part):
+    """At most a twentieth of a run that is not tiny: a token of a check costs at most half a token of training. Beside samples, a tenth."""
     for steps, per_step in ((400, 16384), (240, 128), (60, 512), (3, 128), (1, 16)):
-        config = recipe("fast", num_steps=steps, tokens_per_step=per_step, max_seq_len=min(per_step, 128), warm_start_tokens=4096)
+        settings = {"num_steps": steps, "tokens_per_step": per_step, "max_seq_len": min(per_step, 128), "warm_start_tokens": 4096}
+        config = recipe("fast", **settings, vocabulary=vocabulary)
         held = config.held_back_tokens
         assert held <= min(512, config.total_tokens / 16)
         checks = len([step for step in range(1, steps + 1) if step % check_every(config, held) == 0])
         assert 1 <= checks <= 40
-        assert checks == 1 or checks * held * 0.5 <= 0.05 * steps * per_step
+        assert checks == 1 or checks * held * cost <= part * steps * per_step
 
 
 def test_a_short_text_and_a_run_without_steps_have_no_guard(tiny):
     assert recipe("ridge").held_back_tokens == 0
     few = np.arange(15 * LENGTH, dtype=np.int32) % 131
-    assert Sampler(Corpus.from_ids(few), LENGTH, held_back=64).held_back_sequences() == []
+    assert Sampler(Corpus.from_ids(few), LENGTH, held_back=64).held_back_step().sequences == []
     train_loop(tiny.source, tiny.unembed, mx.array(few), TrainingConfig(**SETTINGS))
 
 
@@ -282,3 +285,21 @@ def test_an_older_checkpoint_goes_on_without_a_guard(tiny, ids, tmp_path):
     config = TrainingConfig(**SETTINGS)
     lens = train_loop(tiny.source, tiny.unembed, mx.array(ids), config, checkpoints=CheckpointFolder(tmp_path), resume=True)
     assert all(mx.array_equal(a.weight, b.weight) for a, b in zip(lens.translators, straight.translators, strict=True))
+
+
+def test_a_lens_remembers_the_settings_of_the_version_that_began(tiny, tmp_path):
+    """It was trained without a guard, and does not say that it has one, though the recipe has one now."""
+    import json
+
+    from metalens.training import checkpoint, train
+
+    ids, options = list(range(100)) * 60, {"recipe": "muon", "num_steps": 4, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH, "repeat": True}
+    with pytest.raises(TrainingInterruptedError):
+        train(tiny, ids, **options, guard_tokens=0, checkpoint_dir=tmp_path, checkpoint_every=1, stop=lambda: True)
+    file = next(tmp_path.glob("step-*")) / "state.json"
+    record = json.loads(file.read_text())
+    del record["config"]["guard_tokens"], record["record"]
+    file.write_text(json.dumps({**record, "record": checkpoint._sha256_of(record)}))
+    lens = train(tiny, ids, **options, checkpoint_dir=tmp_path, checkpoint_every=1, resume=True)
+    assert lens.provenance["training"]["guard_tokens"] == 0
+    assert train(tiny, ids, **options).provenance["training"]["guard_tokens"] == 512

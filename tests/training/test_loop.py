@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metalens import TunedLens
-from metalens.training import TrainingConfig, loop, loss_and_gradient, train_loop
+from metalens.training import TrainingConfig, loss_and_gradient, train_loop, update
 from metalens.training.optimizer import gradient_norm
 from metalens.training.step import accumulate
 from support import oracle
@@ -27,7 +27,7 @@ def constant_gradient(monkeypatch):
     def use(*factors, losses=()):
         calls = []
 
-        def step(sums, parameters, stream, unembed, done):
+        def step(sums, parameters, stream, unembed, done, heads):
             i = len(calls)
             calls.append([np.array(p["weight"]) for p in parameters])
             factor, loss = factors[min(i, len(factors) - 1)], losses[min(i, len(losses) - 1)] if losses else 1.0
@@ -36,7 +36,7 @@ def constant_gradient(monkeypatch):
             sums.gradients = [{name: whole * mx.ones_like(value) for name, value in p.items()} for p in parameters]
             sums.losses = mx.full((len(parameters),), loss * tokens)
 
-        monkeypatch.setattr(loop, "accumulate", step)
+        monkeypatch.setattr(update, "accumulate", step)
         return calls
 
     return use
@@ -173,7 +173,7 @@ def test_training_goes_on_after_a_bad_step(tiny, ids, monkeypatch):
         if len(calls) == 1:
             sums.gradients[1]["bias"] = sums.gradients[1]["bias"] * NAN
 
-    monkeypatch.setattr(loop, "accumulate", once_nan)
+    monkeypatch.setattr(update, "accumulate", once_nan)
     seen = []
     with pytest.warns(RuntimeWarning, match="Step 0"):
         lens = run(tiny, ids, seen.append, num_steps=20, learning_rate=0.5)

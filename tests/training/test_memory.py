@@ -17,6 +17,8 @@ WIDTH, VOCAB, LENGTH = 256, 500, 16
 class Source:
     """Streams of any depth, from no model."""
 
+    sharding = None
+
     def __init__(self, layers):
         self.layers = layers
 

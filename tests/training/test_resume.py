@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ from metalens.training import (
     TrainingConfig,
     TrainingInterruptedError,
     batching,
-    loop,
+    clock,
+    pass_start,
     recipe,
     train_loop,
 )
@@ -49,6 +51,7 @@ RUNS = {
     "biases": recipe("adam", **SETTINGS, bias_only=True),
     "rates by distance": recipe("fast", **SETTINGS, **BEFORE, warm_start_tokens=5 * LENGTH, layers_at_once=2),
     "steps by the loss": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2),
+    "sampled vocabulary": recipe("fast", **SETTINGS, warm_start_tokens=5 * LENGTH, layers_at_once=2, vocabulary=40),
     "steps by the loss, cold": recipe("muon", **SETTINGS, **BY_LOSS),
     "steps by the loss, low rank, bfloat16": recipe("muon", **SETTINGS, **BY_LOSS, rank=3, seed=5, dtype="bfloat16"),
     "bfloat16": TrainingConfig(**SETTINGS, dtype="bfloat16", learning_rate=0.3, weight_decay=1e-2),
@@ -123,6 +126,18 @@ def test_resuming_a_finished_run_gives_its_lens(tiny, ids, tmp_path):
     assert len(seen) == 18  # all of the first
 
 
+def test_what_a_kill_after_the_last_checkpoint_left_is_removed(tiny, ids, tmp_path):
+    """A run that was killed between writing its last checkpoint and deleting an old one takes no step any more when it goes on."""
+    folder = CheckpointFolder(tmp_path)
+    config = RUNS["warm start"]
+    train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, checkpoint_every=1)
+    kept = folder.steps()
+    shutil.copytree(tmp_path / f"step-{kept[-1]:08d}", tmp_path / "step-00000001")
+    train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, checkpoint_every=1, resume=True)
+    assert len(kept) == 2
+    assert folder.steps() == kept
+
+
 def test_what_was_skipped_and_seen_is_carried_on(tiny, ids, tmp_path):
     folder, seen = tmp_path, []
     config = RUNS["warm start"]
@@ -186,14 +201,14 @@ class Stop:
 @pytest.fixture
 def slow(monkeypatch):
     """Let every step seem long, in passes of one sequence and pieces of six tokens."""
-    monkeypatch.setattr(loop, "QUICK", -1.0)
+    monkeypatch.setattr(clock, "QUICK", -1.0)
     monkeypatch.setattr(batching, "PASS_TOKENS", LENGTH)
     monkeypatch.setattr(training_step, "PIECE_WORK", 0)
     monkeypatch.setattr(training_step, "LEAST_PIECE", 6)
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("name", ["shuffled", "rates by distance", "bfloat16, muon, warm"])
+@pytest.mark.parametrize("name", ["shuffled", "rates by distance", "sampled vocabulary", "bfloat16, muon, warm"])
 def test_stopped_at_any_moment_and_resumed(tiny, ids, tmp_path, name):
     """Every run goes on a little further than the one before: at some moment each pause of the whole run has been the last one."""
     config, interruptions = RUNS[name], []
@@ -250,7 +265,7 @@ def test_a_solved_warm_start_is_not_repeated(tiny, ids, tmp_path, monkeypatch, n
     with pytest.raises(RuntimeError, match="killed"):
         train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, callbacks=[Killed()])
     assert seen == folder.steps() == [0]
-    monkeypatch.setattr(loop, "regressions", None)
+    monkeypatch.setattr(pass_start, "regressions", None)
     assert bits(train_loop(tiny.source, tiny.unembed, ids, config, checkpoints=folder, resume=True)) == bits(straight)
 
 

@@ -159,10 +159,16 @@ def test_texts_are_identified_by_what_they_say(model):
 # ------------------------------------------------------------------ enough text
 
 
+def test_too_little_text_for_the_closed_form():
+    with pytest.raises(NotEnoughDataError, match=r"Not enough text: the closed form needs 65536 tokens, the text has 600\. .* tokens=600; repeat"):
+        train("demo", [1, 2, 3] * 200, recipe="ridge")
+
+
 def test_too_little_text_names_settings_that_fit(model, file):
     settings = {"recipe": "muon", "num_steps": 24, "tokens_per_step": 64, "max_seq_len": 32}
     with pytest.raises(
-        NotEnoughDataError, match=r"need 1536 tokens, the text has \d+\. Give more text, or one of: tokens=\d+; .*; repeat=True\."
+        NotEnoughDataError,
+        match=r"need 1536 tokens, the text has \d+ beside the 64 that are held back for the guard\. Give .* one of: tokens=\d+; .*; repeat=True\.",
     ) as error:
         train(model, file, **settings)
     assert [list(change) for change in error.value.changes] == [["tokens"], ["tokens_per_step"], ["repeat"]]

@@ -47,7 +47,7 @@ def test_files_change_the_recipe_and_arguments_change_files(tmp_path, suffix, co
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"steps": 3}', "unknown setting steps. Known settings: recipe, tokens, bias_only"),
+        ('{"steps": 3}', "unknown setting steps. Known settings: recipe, tokens, minutes, bias_only"),
         ('{"num_steps": "many"}', "num_steps can't be 'many'; it takes a whole number."),
         ('{"num_steps": 2.5}', "num_steps can't be 2.5"),
         ('{"repeat": 1}', "it takes true or false"),

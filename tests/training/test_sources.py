@@ -1,6 +1,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 import types
 
 import pytest
@@ -96,6 +97,29 @@ def test_the_line_of_an_error_is_counted_over_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 7)
     with pytest.raises(ValueError, match="line 21: not UTF-8"):
         texts(write(tmp_path / "a.txt", b"\xc3\xa4bc\n" * 20 + b"\xff"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_line_beyond_the_limit_is_named_and_not_read(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 2 << 20)
+    longest = {"text": "x" * ((2 << 20) - len('{"text": ""}') - 1)}
+    content = lines({"text": "short"}, longest).encode()
+    assert len(content.splitlines(keepends=True)[1]) == 2 << 20
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    assert len("".join(texts(path))) == len("short") + len(longest["text"])
+    content += lines({"text": "short"}).encode() + b'{"text": "' + b"x" * (20 << 20)
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    taken = []
+    with monkeypatch.context() as patch:
+        patch.setattr(readers.json, "loads", lambda line: taken.append(len(line)) or {"text": ""})
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"a\.jsonl(\.gz)?, line 4: longer than 2 MiB, the limit of a line\. Divide that document"):
+            texts(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(taken) == 3
+    assert peak < 12 << 20  # the line has 20 MiB
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])

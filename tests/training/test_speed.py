@@ -1,15 +1,18 @@
 """The time of a run: counted work at a measured speed. No test measures a time."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from metalens import InterpretableModel
+from metalens import InterpretableModel, plan
 from metalens.models.bundled import MODEL
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of, facts_of_model
+from metalens.ops import head_logits, lens_kl
 from metalens.training import TrainingConfig, TrainingInterruptedError, speed, train
 from metalens.training.settings import resolve
-from metalens.training.speed import FORWARD_OVERHEAD, SOLVE_FLOPS, Duration, Speed, budget_in, measured_speed, seconds_of
+from metalens.training.speed import FORWARD_OVERHEAD, SOLVE_FLOPS, SUMS_OVERHEAD, Duration, Speed, budget_in, measured_speed, seconds_of
 from metalens.training.work import update_flops
 from metalens.utils.errors import InvalidValueError
 
@@ -23,12 +26,21 @@ def test_time_by_hand():
     forward = FORWARD_OVERHEAD * 2e6 / 1e9
     token = forward + 1000 * 2e-6 + 2 * (1000 * 2e-6 + 6 * 100**2 / 1e8)
     assert found.start == pytest.approx(3 + 1 + 1)
-    assert found.warm_start == pytest.approx(300 * (forward + 2 * 2 * 101 * 201 / 1e8) + 2 * SOLVE_FLOPS * 100**3 / 1e8)
+    assert found.warm_start == pytest.approx(300 * (forward + SUMS_OVERHEAD * 2 * (3 * 100**2 + 7 * 100) / 1e8) + 2 * SOLVE_FLOPS * 100**3 / 1e8)
     assert found.steps == pytest.approx(10 * (50 * token + 2 * update_flops(100, config) / 1e8))
     assert found.total == found.start + found.warm_start + found.steps
     two = seconds_of(FACTS, config, GIVEN, passes=2)
     assert two.steps == pytest.approx(found.steps + 500 * (forward + 1000 * 2e-6))
     assert seconds_of(FACTS, config, GIVEN, processes=2).steps < found.steps
+
+
+def test_time_with_a_sampled_vocabulary_by_hand():
+    """The lens's rows meet 200 of 1,000 ids; the model's own meet all of them once, and those 200 twice."""
+    config = TrainingConfig(num_steps=10, max_seq_len=10, tokens_per_step=50, optimizer="muon", layers=(0, 1), vocabulary=200)
+    token = FORWARD_OVERHEAD * 2e6 / 1e9 + 1000 * 1e-6 + 200 * 2e-6 + 2 * (200 * 2e-6 + 6 * 100**2 / 1e8)
+    assert seconds_of(FACTS, config, GIVEN).steps == pytest.approx(10 * (50 * token + 2 * update_flops(100, config) / 1e8))
+    as_large, full = (seconds_of(FACTS, replace(config, vocabulary=v), GIVEN) for v in (1000, "full"))
+    assert as_large == full
 
 
 @pytest.mark.parametrize("seconds", [1, 20, 600, 10**5])
@@ -50,7 +62,7 @@ def test_a_budget_in_time_holds_a_sequence_of_the_length_that_is_asked_for():
     def settings(budget):
         return resolve("fast", None, {"tokens": budget, "max_seq_len": 300}, None)[1]
 
-    found = budget_in(60.0, settings, lambda config: Duration(0.0, 0.0, config.total_tokens / 100))
+    found = budget_in(60.0, settings, lambda config: Duration(0.0, 0.0, (config.total_tokens + config.held_back_tokens) / 100))
     assert 0.9 * 6000 < found < 6000 + 300  # whole sequences
     assert settings(found).max_seq_len == 300
     with pytest.raises(ValueError, match="momentum"):
@@ -84,7 +96,7 @@ def test_facts_of_a_model_without_a_folder(make_llama):
 @pytest.fixture
 def known(monkeypatch):
     """A machine of a known speed."""
-    for module in ("metalens.training.run", "metalens.estimate.memory"):
+    for module in ("metalens.training.settle", "metalens.estimate.memory"):
         monkeypatch.setattr(f"{module}.measured_speed", lambda _: GIVEN)
 
 
@@ -97,11 +109,22 @@ def test_minutes_become_tokens_and_a_resumed_run_keeps_them(tmp_path, monkeypatc
         train(model, ids, **options, callbacks=[seen.append], stop=lambda: len(seen) == 1)
     record = json.loads((max((tmp_path / "lens.checkpoints").glob("step-*")) / "state.json").read_text())["config"]
     assert 100 < record["warm_start_tokens"] + 4 * record["tokens_per_step"] < 3000
-    monkeypatch.setattr("metalens.training.run.measured_speed", lambda _: Speed(1e-7, 2e-7, 1e10, 1e9))
+    monkeypatch.setattr("metalens.training.settle.measured_speed", lambda _: Speed(1e-7, 2e-7, 1e10, 1e9))
     lens = train(model, ids, **options, resume=True)
     assert {name: lens.provenance["training"][name] for name in ("num_steps", "tokens_per_step")} == {
         name: record[name] for name in ("num_steps", "tokens_per_step")
     }
+
+
+@pytest.mark.usefixtures("known")
+def test_minutes_in_a_file_are_those_of_the_caller(tmp_path):
+    model, ids = InterpretableModel(str(MODEL)), list(range(100)) * 30
+    (tmp_path / "settings.toml").write_text('recipe = "fast"\nminutes = 0.35\nlayers = [0]\n')
+    options = {"recipe": "fast", "minutes": 0.35, "layers": (0,)}
+    by_file, by_argument = train(model, ids, config=tmp_path / "settings.toml"), train(model, ids, **options)
+    assert by_file.provenance["training"] == by_argument.provenance["training"]
+    facts = facts_of_model(model)
+    assert plan(facts, config=tmp_path / "settings.toml").config == plan(facts, **options).config
 
 
 @pytest.mark.usefixtures("known")
@@ -123,3 +146,21 @@ def test_tokens_and_minutes_exclude_each_other():
 
 def test_a_duration_adds_up():
     assert Duration(1, 2, 3).total == 6
+
+
+@pytest.mark.parametrize(("hidden_size", "bits"), [(100, 0), (640, 4)])
+def test_the_probe_s_logits_are_spread_as_a_model_s_are(monkeypatch, hidden_size, bits):
+    """A spread of sqrt(D) left nearly all probabilities subnormal: the probe was half as fast as the training."""
+    seen = []
+
+    def recording(rows, target, head):
+        seen.append((rows, head))
+        return lens_kl(rows, target, head)
+
+    monkeypatch.setattr(speed, "lens_kl", recording)
+    monkeypatch.setattr(speed, "PROBE_SECONDS", 0.0)
+    dimensions = ModelDimensions(4, hidden_size, 1000, bits or 32, 32 if bits else 0, 10**6)
+    facts = replace(FACTS, dimensions=dimensions, block_bits=bits or 32, block_group_size=32 if bits else 0)
+    assert speed.measured_speed(facts).kl > 0
+    rows, head = seen[0]
+    assert 1.0 < np.std(np.array(head_logits(rows[0], head))) < 4.0

@@ -62,6 +62,16 @@ def test_it_is_ridge_regression(rng, ridge):
         np.testing.assert_allclose(oracle.wide(solved["bias"]), bias, atol=5e-4)
 
 
+@pytest.mark.usefixtures("cpu_backend")
+def test_a_mean_far_from_0_costs_few_digits(rng):
+    """Sums about 0 are 10 times as far off."""
+    given = streams(rng, (4, 100), (4, 100), offset=100.0)
+    for layer, solved in warm_start(given, [0, 1], WIDTH, 1e-3, alone).items():
+        weight, bias = expected(given, layer, 1e-3)
+        np.testing.assert_allclose(oracle.wide(solved["weight"]), weight, atol=1e-5)
+        np.testing.assert_allclose(oracle.wide(solved["bias"]), bias, atol=5e-3)
+
+
 def test_fewer_tokens_than_dimensions_need_the_ridge(rng):
     given = streams(rng, (1, WIDTH - 4))
     solved = warm_start(given, [0], WIDTH, 1e-3, alone)[0]

@@ -25,9 +25,16 @@ def module_of(label: str) -> str:
     return max((name for name in modules() if label == name or label.startswith(f"{name}-")), key=len)
 
 
-def build(label: str, seed: int = 0) -> nn.Module:
-    """Build the model of a label. Its random parameters make every norm, bias and scale matter."""
+def configuration(label: str, **settings: Any) -> dict[str, Any]:
+    """Return the configuration of a label, with other settings, which belong to the text model inside it if it has one."""
     config = copy.deepcopy(CONFIGS[label])
+    config.get("text_config", config).update(settings)
+    return config
+
+
+def build(label: str, seed: int = 0, config: dict[str, Any] | None = None) -> nn.Module:
+    """Build the model of a label, or of another configuration. Its random parameters make every norm, bias and scale matter."""
+    config = configuration(label) if config is None else config
     model_class, args_class = _get_classes(config)
     rng = np.random.default_rng(seed)
 

@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #define METALENS_ISA avx512
 #define METALENS_VECTOR 16
 #define METALENS_ROWS 12

@@ -33,11 +33,6 @@ inline void store_words(uint32_t* p, uvec v) {
   *reinterpret_cast<uvec*>(p) = v;
 }
 
-// The numbers 0 ... n - 1 as template arguments, which give the constants of a shuffle.
-template <int... lane>
-struct Lanes {};
-using SixteenLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-
 // ---- Rounding. The CPU's own conversion flushes subnormal numbers to zero; the products do so whichever conversion made the operands.
 
 // bfloat16 in the upper half of each word; the lower half is not cleared. NaN stays NaN.
@@ -70,7 +65,7 @@ inline uvec in_order(vec first, vec second, Lanes<lane...>) {
 
 template <int part>
 inline uvec narrow_step(const float* values) {
-  return in_order(part_of<part>(load_vec(values)), part_of<part>(load_vec(values + 16)), SixteenLanes{});
+  return in_order(part_of<part>(load_vec(values)), part_of<part>(load_vec(values + 16)), lanes_below<16>());
 }
 
 // Words whose i-th holds even[i] and odd[i].
@@ -96,31 +91,6 @@ inline void narrow_row(const float* values, int64_t depth, uint32_t* words, int6
   }
 }
 
-// ---- Transposition of 16 x 16 words
-
-// Rows i and i + size run through squares of 2 x 2 blocks, each block `size` lanes wide. Swap the two blocks off the diagonal of each square.
-template <int size, int... lane>
-inline void swap_blocks(uvec& upper, uvec& lower, Lanes<lane...>) {
-  const uvec swapped = __builtin_shufflevector(upper, lower, (lane & size ? 16 + lane - size : lane)...);
-  lower = __builtin_shufflevector(upper, lower, (lane & size ? 16 + lane : lane + size)...);
-  upper = swapped;
-}
-
-template <int size>
-inline void swap_all_blocks(uvec* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (!(i & size)) swap_blocks<size>(rows[i], rows[i + size], SixteenLanes{});
-  }
-}
-
-inline void transpose(uvec* rows) {
-  swap_all_blocks<1>(rows);
-  swap_all_blocks<2>(rows);
-  swap_all_blocks<4>(rows);
-  swap_all_blocks<8>(rows);
-}
-
 // ---- Panels
 
 // The words that hold values k and k + 1 along the depth, for one half of the columns; k is even.
@@ -140,8 +110,8 @@ inline void fill_step(uint32_t* panel, int64_t k, int half) {
   for (k += k % 2; k % kStep; k += 2) store_pairs<parts>(panel_row(panel, k, half), vec{}, vec{});
 }
 
-inline bool is_four_bit(const Matrix& w) {
-  return w.format == Format::affine && w.bits == 4;
+inline bool is_affine(const Matrix& w, int bits) {
+  return w.format == Format::affine && w.bits == bits;
 }
 
 // The scales or biases of one group in sixteen rows: element first[lane] + group in each lane.
@@ -169,49 +139,55 @@ inline vec of_sixteen_rows(Element e, const void* values, const int64_t* first, 
   return load_vec(wide);
 }
 
-// Load up to sixteen words of eight 4-bit codes each; the other words are zero.
-inline uvec load_codes(const uint8_t* codes, int64_t words) {
+// Load up to sixteen words from any address; the others are zero.
+inline uvec load_some_words(const void* from, int64_t words) {
   uvec v{};
-  if (words == 16) {
-    __builtin_memcpy(&v, codes, 64);
-  } else {
-    for (int64_t i = 0; i < words; ++i) __builtin_memcpy(reinterpret_cast<char*>(&v) + 4 * i, codes + 4 * i, 4);
+  if (words >= 16) {
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
   }
+#ifdef __AVX512F__
+  return (uvec)_mm512_maskz_loadu_epi32(__mmask16((1 << words) - 1), from);
+#else
+  for (int64_t i = 0; i < words; ++i) __builtin_memcpy(reinterpret_cast<char*>(&v) + 4 * i, offset(from, 4 * i), 4);
   return v;
+#endif
 }
 
-// Pack the affine 4-bit codes of sixteen rows, a row in each lane. Transposing the codes, eight to a word, is a quarter of the work of transposing
-// the values.
-template <int parts>
-inline void pack_four_bit_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
+// Pack the affine codes of sixteen rows, a row in each lane. Transposing the codes, four or eight to a word, is less work than transposing the
+// values.
+template <int parts, int bits>
+inline void pack_code_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
+  constexpr int64_t kCodes = 32 / bits;  // in a word
+  constexpr int kMask = (1 << bits) - 1;
   const int64_t groups = w.cols / w.group_size;
   const uint8_t* codes[16];
   int64_t first_group[16];
   for (int lane = 0; lane < 16; ++lane) {
     const int64_t row = column + smaller(lane, rows - 1);
-    codes[lane] = static_cast<const uint8_t*>(w.values) + (row * w.cols + start) / 2;
+    codes[lane] = static_cast<const uint8_t*>(w.values) + (row * w.cols + start) / kCodes * 4;
     first_group[lane] = row * groups;
   }
   vec scale{}, bias{};
   int64_t group_end = 0;
   for (int64_t k = 0; k < depth;) {
     uvec words[16];
-    const int64_t count = smaller(16, (depth - k) / 8);
-    for (int lane = 0; lane < 16; ++lane) words[lane] = load_codes(codes[lane] + k / 2, count);
+    const int64_t count = smaller(16, (depth - k) / kCodes);
+    for (int lane = 0; lane < 16; ++lane) words[lane] = load_some_words(codes[lane] + k / kCodes * 4, count);
     transpose(words);
-    for (int64_t i = 0; i < count; ++i, k += 8) {
+    for (int64_t i = 0; i < count; ++i, k += kCodes) {
       if (k >= group_end) {
         const int64_t group = (start + k) / w.group_size;
         scale = of_sixteen_rows(w.element, w.scales, first_group, group);
         bias = of_sixteen_rows(w.element, w.biases, first_group, group);
         group_end = (group + 1) * w.group_size - start;
       }
-      const ivec eight = reinterpret_cast<ivec>(words[i]);
+      const ivec together = reinterpret_cast<ivec>(words[i]);
       uint32_t* out = panel_row(panel, k, half);
 #pragma GCC unroll 4
-      for (int pair = 0; pair < 4; ++pair) {
-        const vec even = __builtin_convertvector((eight >> (8 * pair)) & 15, vec);
-        const vec odd = __builtin_convertvector((eight >> (8 * pair + 4)) & 15, vec);
+      for (int pair = 0; pair < kCodes / 2; ++pair) {
+        const vec even = __builtin_convertvector((together >> (2 * bits * pair)) & kMask, vec);
+        const vec odd = __builtin_convertvector((together >> (2 * bits * pair + bits)) & kMask, vec);
         store_pairs<parts>(out + 16 * pair, even * scale + bias, odd * scale + bias);
       }
     }
@@ -219,14 +195,37 @@ inline void pack_four_bit_rows(const Matrix& w, int64_t column, int64_t rows, in
   fill_step<parts>(panel, depth, half);
 }
 
+// Pack sixteen rows of dense bfloat16, whose neighbors along the depth are words as they lie in memory.
+inline void pack_bf16_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
+  const uint16_t* values[16];
+  for (int lane = 0; lane < 16; ++lane) values[lane] = static_cast<const uint16_t*>(w.values) + (column + smaller(lane, rows - 1)) * w.cols + start;
+  for (int64_t k = 0; k < depth; k += kStep) {
+    const int64_t count = smaller(kStep, depth - k);
+    uvec tile[16];
+    for (int lane = 0; lane < 16; ++lane) {
+      tile[lane] = load_some_words(values[lane] + k, count / 2);
+      if (count % 2) tile[lane][count / 2] = values[lane][k + count - 1];
+    }
+    transpose(tile);
+    uint32_t* out = panel_row(panel, k, half);
+    for (int i = 0; i < 16; ++i) store_words(out + i * 16, tile[i]);
+  }
+}
+
 // Pack sixteen rows of any matrix: words along the depth, then transposed.
 template <int parts>
 inline void pack_any_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
   constexpr int64_t kWords = kReductionBlock / 2;
   uint32_t words[parts][16][kWords];
-  float values[kReductionBlock] = {};  // lanes beyond the last row repeat it
+  float unpacked[kReductionBlock] = {};  // lanes beyond the last row repeat it
+  const bool in_place = w.format == Format::dense && w.element == Element::f32;
   for (int64_t lane = 0; lane < 16; ++lane) {
-    if (lane < rows) unpack(w, column + lane, start, depth, values);
+    const float* values = unpacked;
+    if (in_place) {
+      values = static_cast<const float*>(w.values) + (column + smaller(lane, rows - 1)) * w.cols + start;
+    } else if (lane < rows) {
+      unpack(w, column + lane, start, depth, unpacked);
+    }
     narrow_row<0>(values, depth, words[0][lane], 16);
     if constexpr (parts == 2) narrow_row<1>(values, depth, words[1][lane], 16);
   }
@@ -242,10 +241,18 @@ inline void pack_any_rows(const Matrix& w, int64_t column, int64_t rows, int64_t
 }
 
 template <int parts>
+inline auto row_packer(const Matrix& w) {
+  if (is_affine(w, 4)) return pack_code_rows<parts, 4>;
+  if (is_affine(w, 8)) return pack_code_rows<parts, 8>;
+  if (parts == 1 && w.format == Format::dense && w.element == Element::bf16) return pack_bf16_rows;
+  return pack_any_rows<parts>;
+}
+
+template <int parts>
 void pack_word_rows(const Matrix& w, int64_t column, int64_t width, int64_t start, int64_t depth, void* out) {
   uint32_t* panel = static_cast<uint32_t*>(out);
+  const auto pack = row_packer<parts>(w);
   for (int half = 0; half * 16 < width; ++half) {
-    const auto pack = is_four_bit(w) ? pack_four_bit_rows<parts> : pack_any_rows<parts>;
     pack(w, column + half * 16, smaller(16, width - half * 16), start, depth, half, panel);
   }
 }
@@ -263,7 +270,7 @@ inline vec four_bit_codes(const uint8_t* p) {
 // Unpack columns [column, column + width) of one row into two vectors. Lanes beyond them are zero or, for a quantized matrix, hold the rest of a unit
 // of eight columns.
 inline void unpack_columns(const Matrix& w, int64_t row, int64_t column, int64_t width, vec* out) {
-  if (is_four_bit(w) && width == kPanelColumns && column % 32 == 0 && w.group_size % 32 == 0) {
+  if (is_affine(w, 4) && width == kPanelColumns && column % 32 == 0 && w.group_size % 32 == 0) {
     const int64_t at = row * w.cols + column;
     const Group g = group_at<Format::affine>(w, at / w.group_size);
     const uint8_t* codes = static_cast<const uint8_t*>(w.values) + at / 2;

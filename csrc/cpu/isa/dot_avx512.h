@@ -75,6 +75,16 @@ inline void dot_tile(const uint32_t* a, const uint32_t* panel, int64_t steps, fl
   }
 }
 
+// The rows that are left over at the end, at most `most`, in one tile.
+template <int most>
+inline void last_dot_tile(
+    int64_t rows, const uint32_t* a, const uint32_t* panel, int64_t steps, float* c, int64_t ldc, int64_t width, bool accumulate) {
+  if constexpr (most > 0) {
+    if (rows == most) return dot_tile<most>(a, panel, steps, c, ldc, width, accumulate);
+    last_dot_tile<most - 1>(rows, a, panel, steps, c, ldc, width, accumulate);
+  }
+}
+
 void multiply_dots(const void* left, int64_t rows, const void* packed, int64_t depth, float* c, int64_t ldc, int64_t width, bool accumulate) {
   const uint32_t* a = static_cast<const uint32_t*>(left);
   const uint32_t* panel = static_cast<const uint32_t*>(packed);
@@ -83,8 +93,7 @@ void multiply_dots(const void* left, int64_t rows, const void* packed, int64_t d
   for (; m + METALENS_ROWS <= rows; m += METALENS_ROWS) {
     dot_tile<METALENS_ROWS>(a + m * stride, panel, steps, c + m * ldc, ldc, width, accumulate);
   }
-  for (; m + 4 <= rows; m += 4) dot_tile<4>(a + m * stride, panel, steps, c + m * ldc, ldc, width, accumulate);
-  for (; m < rows; ++m) dot_tile<1>(a + m * stride, panel, steps, c + m * ldc, ldc, width, accumulate);
+  last_dot_tile<METALENS_ROWS - 1>(rows - m, a + m * stride, panel, steps, c + m * ldc, ldc, width, accumulate);
 }
 
 constexpr Multiplier kDotMultiplier{

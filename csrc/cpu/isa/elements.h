@@ -43,9 +43,16 @@ inline float widen(Element e, const void* p, int64_t i) {
 
 void load(Element e, const void* from, float* to, int64_t n) {
   switch (e) {
-    case Element::f16:
-      for (int64_t i = 0; i < n; ++i) to[i] = float(static_cast<const half*>(from)[i]);
+    case Element::f16: {
+      int64_t i = 0;
+#ifdef __F16C__
+      for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const half*>(from) + i))));
+      }
+#endif
+      for (; i < n; ++i) to[i] = float(static_cast<const half*>(from)[i]);
       break;
+    }
     case Element::bf16:
       for (int64_t i = 0; i < n; ++i) to[i] = widen_bf16(static_cast<const uint16_t*>(from)[i]);
       break;
@@ -56,15 +63,26 @@ void load(Element e, const void* from, float* to, int64_t n) {
 
 void store(Element e, const float* from, void* to, int64_t n) {
   switch (e) {
-    case Element::f16:
-      for (int64_t i = 0; i < n; ++i) static_cast<half*>(to)[i] = half(from[i]);
+    case Element::f16: {
+      int64_t i = 0;
+#ifdef __F16C__
+      for (; i + 8 <= n; i += 8) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<half*>(to) + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+      }
+#endif
+      for (; i < n; ++i) static_cast<half*>(to)[i] = half(from[i]);
       break;
+    }
     case Element::bf16:
       for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = narrow_bf16(from[i]);
       break;
     default:
       __builtin_memcpy(to, from, n * sizeof(float));
   }
+}
+
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
 }
 
 inline const void* offset(const void* p, int64_t bytes) {

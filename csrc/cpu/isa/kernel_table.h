@@ -11,6 +11,7 @@
 // pick a function with wide instructions for a narrower machine.
 #pragma once
 
+#include "cpu/isa/forward.h"
 #include "cpu/isa/matvec.h"
 #include "cpu/isa/multiply.h"
 #include "cpu/isa/rows.h"
@@ -53,6 +54,10 @@ const KernelTable table{
     .delta_transform = delta_transform,
     .delta_add = delta_add,
     .swiglu = swiglu,
+    .add = add,
+    .multiply_elements = multiply_elements,
+    .gelu_tanh = gelu_tanh,
+    .rotate = rotate,
     .normalize = normalize,
     .normalize_backward = normalize_backward,
 };

@@ -3,9 +3,13 @@
 #pragma once
 
 #include "cpu/isa/panels.h"
+#ifdef __AVX512F__
+#include "cpu/isa/matvec_avx512.h"
+#endif
 
 namespace metalens::cpu::METALENS_ISA {
 
+#ifndef __AVX512F__
 // out[r] = sum over k of x[r, k] w[row, k]. A group of columns adds scale * (x . codes) + bias * (sum of x); `group_sums` holds the sums of x.
 template <Format format, int bits, int rows>
 inline void dot_row(const Matrix& w, int64_t row, const float* x, int64_t ldx, const float* group_sums, float* out) {
@@ -38,6 +42,8 @@ inline void dot_row(const Matrix& w, int64_t row, const float* x, int64_t ldx, c
   for (int r = 0; r < rows; ++r) out[r] = sum_of(total[r]) + biased[r];
 }
 
+#endif
+
 template <Format format, int bits, int rows>
 inline void matvec_quantized_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldo) {
   const int64_t groups = w.cols / w.group_size;
@@ -52,14 +58,19 @@ inline void matvec_quantized_rows(const Matrix& w, int64_t first, int64_t count,
       sums[r * groups + g] = sum_of(sum);
     }
   }
+#ifdef __AVX512F__
+  matvec_codes<format, bits, rows>(w, first, count, x, ldx, sums, out, ldo);
+#else
   for (int64_t j = 0; j < count; ++j) {
     float dots[rows];
     dot_row<format, bits, rows>(w, first + j, x, ldx, sums, dots);
     for (int r = 0; r < rows; ++r) out[r * ldo + j] = dots[r];
   }
+#endif
   if (sums != local) delete[] sums;
 }
 
+#ifndef __AVX512F__
 inline void matvec_dense_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
   float values[kReductionBlock];
   for (int64_t j = 0; j < count; ++j) {
@@ -79,19 +90,33 @@ inline void matvec_dense_rows(const Matrix& w, int64_t first, int64_t count, con
   }
 }
 
+#endif
+
+// Call f with the number of rows as its template argument.
+template <typename F>
+inline void with_rows(int64_t rows, F f) {
+  switch (rows) {
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    default:
+      return f.template operator()<4>();
+  }
+}
+
 void matvec_rows(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo) {
-  if (w.format == Format::dense) return matvec_dense_rows(w, first, count, x, ldx, rows, out, ldo);
+  if (w.format == Format::dense) {
+#ifdef __AVX512F__
+    return with_rows(rows, [&]<int r>() { matvec_dense<r>(w, first, count, x, ldx, out, ldo); });
+#else
+    return matvec_dense_rows(w, first, count, x, ldx, rows, out, ldo);
+#endif
+  }
   with_format(w, [&]<Format format, int bits>() {
-    switch (rows) {
-      case 1:
-        return matvec_quantized_rows<format, bits, 1>(w, first, count, x, ldx, out, ldo);
-      case 2:
-        return matvec_quantized_rows<format, bits, 2>(w, first, count, x, ldx, out, ldo);
-      case 3:
-        return matvec_quantized_rows<format, bits, 3>(w, first, count, x, ldx, out, ldo);
-      default:
-        return matvec_quantized_rows<format, bits, 4>(w, first, count, x, ldx, out, ldo);
-    }
+    with_rows(rows, [&]<int r>() { matvec_quantized_rows<format, bits, r>(w, first, count, x, ldx, out, ldo); });
   });
 }
 

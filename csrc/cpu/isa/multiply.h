@@ -33,13 +33,21 @@ inline void tile(const float* a, const float* panel, int64_t depth, float* c, in
   }
 }
 
+// The rows that are left over at the end, at most `most`, in one tile.
+template <int most>
+inline void last_tile(int64_t rows, const float* a, const float* panel, int64_t depth, float* c, int64_t ldc, int64_t width, bool accumulate) {
+  if constexpr (most > 0) {
+    if (rows == most) return tile<most>(a, panel, depth, c, ldc, width, accumulate);
+    last_tile<most - 1>(rows, a, panel, depth, c, ldc, width, accumulate);
+  }
+}
+
 void multiply(const void* left, int64_t rows, const void* packed, int64_t depth, float* c, int64_t ldc, int64_t width, bool accumulate) {
   const float* a = static_cast<const float*>(left);
   const float* panel = static_cast<const float*>(packed);
   int64_t m = 0;
   for (; m + METALENS_ROWS <= rows; m += METALENS_ROWS) tile<METALENS_ROWS>(a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
-  for (; m + 4 <= rows; m += 4) tile<4>(a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
-  for (; m < rows; ++m) tile<1>(a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
+  last_tile<METALENS_ROWS - 1>(rows - m, a + m * depth, panel, depth, c + m * ldc, ldc, width, accumulate);
 }
 
 }  // namespace metalens::cpu::METALENS_ISA

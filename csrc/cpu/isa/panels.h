@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/elements.h"
+#include "cpu/isa/transpose.h"
 
 namespace metalens::cpu::METALENS_ISA {
 
@@ -14,10 +15,6 @@ int64_t left_bytes(int64_t rows, int64_t depth) {
 void pack_left(const float* a, int64_t lda, int64_t rows, int64_t depth, void* left) {
   float* out = static_cast<float*>(left);
   for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(out + m * depth, a + m * lda, depth * sizeof(float));
-}
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
 }
 
 // Pack the affine codes of kVector rows side by side. A lane is a row, so that shifts alone unpack eight codes of each row, without a transposition.
@@ -60,15 +57,37 @@ inline void pack_affine_rows(const Matrix& w, int64_t column, int64_t width, int
   }
 }
 
+// Pack kVector rows of any matrix side by side, by squares that are transposed in registers. Dense float32 is read in place.
+inline void pack_values(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, float* panel) {
+  float unpacked[kVector][kReductionBlock];
+  const float* values[kVector];
+  const bool in_place = w.format == Format::dense && w.element == Element::f32;
+  for (int lane = 0; lane < kVector; ++lane) {
+    const int64_t row = smaller(lane, rows - 1);  // lanes beyond the last row repeat it
+    values[lane] = in_place ? static_cast<const float*>(w.values) + (column + row) * w.cols + start : unpacked[row];
+    if (!in_place && lane < rows) unpack(w, column + lane, start, depth, unpacked[lane]);
+  }
+  int64_t k = 0;
+  for (; k + kVector <= depth; k += kVector) {
+    vec square[kVector];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kVector; ++lane) square[lane] = load_vec(values[lane] + k);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVector; ++i) store_vec(panel + (k + i) * kWidth, square[i]);
+  }
+  for (; k < depth; ++k) {
+    for (int lane = 0; lane < kVector; ++lane) panel[k * kWidth + lane] = values[lane][k];
+  }
+}
+
 void pack_rows(const Matrix& w, int64_t column, int64_t width, int64_t start, int64_t depth, void* out) {
   float* panel = static_cast<float*>(out);
   if (w.format == Format::affine) {
     return with_format(w, [&]<Format, int bits>() { pack_affine_rows<bits>(w, column, width, start, depth, panel); });
   }
-  float row[kReductionBlock];
-  for (int64_t j = 0; j < width; ++j) {
-    unpack(w, column + j, start, depth, row);
-    for (int64_t k = 0; k < depth; ++k) panel[k * kWidth + j] = row[k];
+  for (int half = 0; half * kVector < width; ++half) {
+    pack_values(w, column + half * kVector, smaller(kVector, width - half * kVector), start, depth, panel + half * kVector);
   }
 }
 

@@ -12,16 +12,18 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from metalens.utils.errors import InvalidValueError, MetalensError
 
 if TYPE_CHECKING:
+    from metalens.lenses.lens import TunedLens
     from metalens.model import InterpretableModel
+    from metalens.training import Group
 else:
-    InterpretableModel = Any  # takes a while to import
+    InterpretableModel = Group = TunedLens = Any  # take a while to import
 
 DEFAULT_LENGTH = "[default: 512, or the model's context if that is shorter]"
 
@@ -233,15 +235,19 @@ def force_option(command: F) -> F:
 
 
 def parallel_option(command: F) -> F:
-    """Add --parallel."""
+    """Add --parallel and --shard-model."""
+    command = shard_option("divide among them, as many times smaller in each. --parallel is layers then")(command)
     return renamed_option(
         "--parallel",
         old=["--share"],
         type=click.Choice(["data", "layers"]),
-        default="data",
-        show_default=True,
-        help="Work that the processes of mlx.launch divide among them: the sequences of every step, or the layers.",
+        help="Work that the processes of mlx.launch divide among them: the sequences of every step, or the layers.  [default: data]",
     )(command)
+
+
+def shard_option(how: str = "divide among them") -> Callable[[F], F]:
+    """Add --shard-model."""
+    return click.option("--shard-model", is_flag=True, help=f"Model that the processes of mlx.launch {how}.")
 
 
 def json_option(command: F) -> F:
@@ -282,8 +288,32 @@ def sources_of(names: tuple[str, ...]) -> list[str | Path]:
     return [name if name.startswith("hf:") else Path(name) for name in names]
 
 
-def load_model(name: str) -> InterpretableModel:
-    """Load a model. On a CPU its layers run on the native kernels."""
+def parallel_of(parallel: Literal["data", "layers"] | None, shard_model: bool) -> Literal["data", "layers"]:
+    """Return what processes divide. Those that divide the model all read the same text (InvalidValueError)."""
+    if shard_model and parallel == "data":
+        raise InvalidValueError("--shard-model and --parallel data exclude each other: processes that divide the model all read the same text.")
+    return parallel or ("layers" if shard_model else "data")
+
+
+def sharding_group(shard_model: bool) -> Group:
+    """Return the processes that divide the model: those of mlx.launch, or with shard_model=False this one alone."""
+    from metalens.training import Group  # slow to import
+
+    group = Group.from_environment("layers") if shard_model else Group()
+    if shard_model and group.size == 1:
+        note("There is one process, which loads the whole model. Start several with mlx.launch to divide it.")
+    return group
+
+
+def shared_lens(path: Path | None, group: Group, *, whole: bool) -> TunedLens | None:
+    """Return the lens of --lens in every process. With whole=False others than the first have only the layers that they compute."""
+    from metalens.training.lens_exchange import shared_lens as read  # slow to import
+
+    return None if path is None else read(path, group, whole)
+
+
+def load_model(name: str, group: Group | None = None) -> InterpretableModel:
+    """Load a model, or this process's part of it. On a CPU its layers run on the native kernels."""
     from metalens import load  # slow to import
 
-    return load(name)
+    return load(name, tensor_group=group)

@@ -37,14 +37,15 @@ def convert_command(
     When converting to metalens, all translators are written as full matrices, so that mlxterp can load the result.
 
     If SOURCE is a model in a GGUF file, write it as a folder TARGET that mlx-lm opens. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q4_K keep their codes; other
-    quantized formats are quantized again, to 8 bits. The lines on stderr say what became of each format.
+    quantized formats are quantized again, to 8 bits. The lines on stderr say what became of each format. With --force, a model of
+    an earlier conversion in TARGET is replaced; a folder with other files never is.
     """
     from metalens.models.gguf import convert_gguf, is_gguf
 
     if is_gguf(source):
         if to or model or hub:
             raise click.UsageError("--to, --model and --hub are for lenses, and SOURCE is a model in a GGUF file.")
-        report = convert_gguf(source, target, dtype)
+        report = convert_gguf(source, target, dtype, force=force)
         for line in (*report.lines(), f"Model written to {report.folder}."):
             note(line)
         return

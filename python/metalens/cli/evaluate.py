@@ -25,6 +25,9 @@ from metalens.cli.common import (
     print_table,
     renamed_option,
     save_option,
+    shard_option,
+    sharding_group,
+    shared_lens,
     sources_of,
 )
 from metalens.evaluation.results import RESULTS
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
     from metalens import Evaluation
     from metalens.evaluation import EvaluationText
     from metalens.model import InterpretableModel
+    from metalens.training.data.corpus import Join, LossOn
 
-READ_WHOLE = 1 << 28  # bytes of files that are tokenized whole, which takes a minute at most
+READ_WHOLE = 1 << 28  # bytes of files whose tokens are all counted, which takes a minute at most
 WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 
 
@@ -49,11 +53,19 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @renamed_option("--max-tokens", old=["--tokens"], type=click.IntRange(min=2), help="Number of tokens to read.  [default: all]")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help=f"Tokens per sequence.  {DEFAULT_LENGTH}")
 @bos_option
+@click.option(
+    "--loss-on",
+    type=click.Choice(["all", "answers"]),
+    default="all",
+    show_default=True,
+    help="Tokens whose prediction counts: all, or those of the answers in conversations (--field messages).",
+)
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
 @save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
 @click.option("--out", type=FilePath(file_okay=False), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats).")
+@shard_option()
 @force_option
 @json_option
 @one_clear_error
@@ -66,11 +78,13 @@ def eval_command(
     max_tokens: int | None,
     max_seq_len: int | None,
     no_bos: bool,
+    loss_on: LossOn,
     entropy: bool,
     logit_stats: bool,
     layer_transfer: bool,
     picture: Path | None,
     out: Path | None,
+    shard_model: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -78,16 +92,19 @@ def eval_command(
 
     Scores are in nats per token. Layer i is the output of block i.
     """
-    from metalens import TunedLens, evaluate
+    from metalens import evaluate
     from metalens.evaluation import write_results
 
     layer_transfer = layer_transfer or picture is not None
     if layer_transfer and lens_path is None:
         raise InvalidValueError("Layer transfer (--layer-transfer, --save) needs a tuned lens: give --lens.")
-    _require_writable(picture, out, force, [*data, *([] if lens_path is None else lens_files(lens_path))])
-    lens = None if lens_path is None else TunedLens.load(lens_path)
-    read = _text(data, field, split, max_tokens)
-    loaded = load_model(model)
+    group = sharding_group(shard_model)
+    with group.together():
+        if group.writes:
+            _require_writable(picture, out, force, [*data, *([] if lens_path is None else lens_files(lens_path))])
+        read = _text(data, field, split, max_tokens, loss_on)
+    lens = shared_lens(lens_path, group, whole=layer_transfer)
+    loaded = load_model(model, group)
     evaluation = evaluate(
         loaded,
         read(loaded),
@@ -97,8 +114,10 @@ def eval_command(
         bos=not no_bos,
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
-        show_progress=True,
+        show_progress=group.writes,
     )
+    if not group.writes:
+        return
     if out is not None:
         note(f"Written to {out}/: {', '.join(path.name for path in write_results(evaluation, out, force=force))}.")
     if picture is not None:
@@ -125,23 +144,22 @@ def _require_writable(picture: Path | None, out: Path | None, force: bool, input
             require_writable(out / name)
 
 
-def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None) -> Callable[[InterpretableModel], EvaluationText]:
+def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None, loss_on: LossOn) -> Callable[[InterpretableModel], EvaluationText]:
     """Find the sources of a text, and return a function that reads them for a model.
 
-    One plain text is read as it is. Other sources are joined as `train` joins them. Files of a moderate size are read
-    whole also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens.
+    One plain text has nothing before it. Other sources are joined as `train` joins them. Files of a moderate size are
+    tokenized to their ends also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens. No file is in memory as a
+    whole: it is tokenized in parts, and the tokens are a memory map.
     """
-    from metalens.training.data import documents, find_sources, open_corpus
+    from metalens.training.data import find_sources, open_corpus
     from metalens.training.data.readers import FileSource, TextFile
 
     sources = sources_of(data)
     found = find_sources(sources, field=field, split=split)
-    if len(found) == 1 and isinstance(found[0], TextFile):
-        text = next(documents(found))
-        return lambda _: text
+    join: Join = "packed" if len(found) == 1 and isinstance(found[0], TextFile) else "eos"
     if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in found) <= READ_WHOLE:
         max_tokens = None
-    return lambda model: open_corpus(sources, model.tokenizer, field=field, split=split, max_tokens=max_tokens)
+    return lambda model: open_corpus(sources, model.tokenizer, field=field, join=join, split=split, max_tokens=max_tokens, loss_on=loss_on)
 
 
 def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: bool) -> None:
@@ -149,7 +167,7 @@ def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: boo
     from metalens.readings.heat_map import save_figure
 
     if evaluation.transfer is not None:
-        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}"), picture, force=force)
+        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}", evaluation.translated), picture, force=force)
         note(f"Picture written to {picture}.")
 
 
@@ -159,7 +177,7 @@ def _print_tables(evaluation: Evaluation, entropy: bool) -> None:
     print_table(evaluation_table(evaluation, entropy))
     if evaluation.transfer is None:
         return
-    if len(evaluation.transfer.penalty) <= WIDEST_TRANSFER:
-        print_table(transfer_table(evaluation.transfer))
+    if len(evaluation.translated) <= WIDEST_TRANSFER:
+        print_table(transfer_table(evaluation.transfer, evaluation.translated))
     else:
         note("The matrices of layer transfer are too wide for a table. Use --json, --out or --save.")

@@ -20,6 +20,9 @@ from metalens.cli.common import (
     print_table,
     renamed_option,
     save_option,
+    shard_option,
+    sharding_group,
+    shared_lens,
 )
 from metalens.lenses.lens_file import lens_files
 from metalens.utils.errors import InvalidValueError
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Statistic that the color of the picture shows.",
 )
+@shard_option()
 @force_option
 @one_clear_error
 def lens_command(
@@ -63,26 +67,29 @@ def lens_command(
     as_json: bool,
     picture: Path | None,
     color: Literal["probability", "entropy"],
+    shard_model: bool,
     force: bool,
 ) -> None:
     """Show what every block of MODEL would predict after each token of PROMPT.
 
     Layer i is the output of block i. Without --lens, the model's own norm and head read every block (the logit lens).
     """
-    from metalens import TunedLens
-
     if ids + chat + no_bos > 1:
         raise InvalidValueError("--ids, --chat and --no-bos exclude each other: ids and chat templates have their own special tokens.")
     given = _token_ids(prompt) if ids else None
-    lens = None if lens_path is None else TunedLens.load(lens_path)
-    if picture is not None:
-        from metalens.readings.heat_map import picture_format
+    group = sharding_group(shard_model)
+    lens = shared_lens(lens_path, group, whole=False)
+    with group.together():
+        if picture is not None and group.writes:
+            from metalens.readings.heat_map import picture_format
 
-        picture_format(picture)
-        require_writable(picture)
-        require_replaceable([picture_output(picture)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
-    loaded = load_model(model)
+            picture_format(picture)
+            require_writable(picture)
+            require_replaceable([picture_output(picture)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
+    loaded = load_model(model, group)
     reading = loaded.read(given if given is not None else _encoded(loaded, prompt, chat, no_bos), lens, top_k, layers)
+    if not group.writes:
+        return
     title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
     if as_json:
         predictions = {str(layer): rows for layer, rows in reading.predictions.items()}

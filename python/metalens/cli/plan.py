@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import SeveralFiles, data_options, json_option, note, one_clear_error, parallel_option, print_json, print_table, sources_of
+from metalens.cli.common import (
+    SeveralFiles,
+    data_options,
+    json_option,
+    note,
+    one_clear_error,
+    parallel_of,
+    parallel_option,
+    print_json,
+    print_table,
+    sources_of,
+)
 from metalens.cli.settings import given_settings, training_options
 
 
@@ -44,7 +55,8 @@ def plan_command(
     split: str,
     recipe: str | None,
     config_file: Path | None,
-    parallel: Literal["data", "layers"],
+    parallel: Literal["data", "layers"] | None,
+    shard_model: bool,
     processes: int,
     memory: int | None,
     as_json: bool,
@@ -64,7 +76,8 @@ def plan_command(
         config=config_file,
         memory=memory,
         processes=processes,
-        parallel=parallel,
+        parallel=parallel_of(parallel, shard_model),
+        shard_model=shard_model,
         data=sources_of(data) if data else None,
         field=field,
         split=split,

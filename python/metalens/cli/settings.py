@@ -27,12 +27,23 @@ def parse_seed(_: click.Context, __: click.Parameter, value: str | None) -> int 
         raise click.BadParameter(f"{value!r} is neither a number nor 'none'.") from None
 
 
+def parse_vocabulary(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
+    """Return a number, or 'full' or 'sampled'. TrainingConfig checks the range."""
+    if value is None or value in choices_of(setting_types()["vocabulary"]):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor 'full' or 'sampled'.") from None
+
+
 # {setting: option}, where the option has another name than the setting.
 SPELLINGS = {"num_steps": "--steps", "learning_rate": "--lr"}
 
 # {setting: arguments of click.option}, where they do not follow from the type of the setting.
 SPECIAL: dict[str, dict[str, Any]] = {
     "seed": {"type": str, "callback": parse_seed, "metavar": "N|none"},
+    "vocabulary": {"type": str, "callback": parse_vocabulary, "metavar": "full|sampled|N"},
     "layers": {"type": str, "callback": parse_layers, "metavar": "0,4-7,..."},
 }
 
@@ -85,12 +96,12 @@ def training_options(command: F) -> F:
             "--config",
             "config_file",
             type=FilePath(exists=True, dir_okay=False),
-            help="JSON or TOML file of settings, and 'recipe', as in examples/train.toml. They override the recipe; options override them.",
+            help="JSON or TOML file of settings, 'recipe' and a budget, as in examples/train.toml. They override the recipe; options override them.",
         ),
         click.option(
             "--tokens",
             type=click.IntRange(min=1),
-            help="Budget: tokens of the text in all, which the recipe divides between warm start, steps and tokens per step.",
+            help="Budget: tokens of the text in all, which the recipe divides between guard, warm start, steps and tokens per step.",
         ),
         click.option(
             "--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget in minutes on this machine, by a probe of about a second."

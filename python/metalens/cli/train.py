@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 import click
 
-from metalens.cli.common import FilePath, SeveralFiles, bos_option, data_options, force_option, note, one_clear_error, parallel_option, sources_of
+from metalens.cli.common import (
+    FilePath,
+    SeveralFiles,
+    bos_option,
+    data_options,
+    force_option,
+    note,
+    one_clear_error,
+    parallel_of,
+    parallel_option,
+    sources_of,
+)
 from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
 from metalens.training import (
@@ -33,13 +44,13 @@ from metalens.utils.files import require_writable
 from metalens.utils.outputs import require_replaceable
 
 
-def what_it_takes(model: str, recipe: str | None, config: TrainingConfig) -> str:
+def what_it_takes(model: str, recipe: str | None, config: TrainingConfig, group: Group, shard_model: bool) -> str:
     """Say in a line what a run takes, and if that is more than an hour, which budget takes ten minutes. "" = the model's shape is not known."""
     from metalens.display.format import duration, gigabytes
     from metalens.estimate.memory import plan
 
     try:
-        found = plan(model, recipe, config=config, measure=True)
+        found = plan(model, recipe, config=config, measure=True, processes=group.size, parallel=group.parallel, shard_model=shard_model)
     except (MetalensError, OSError):
         return ""
     assert found.duration is not None
@@ -52,15 +63,16 @@ class Notes(Callback):
     """Says on stderr what a run takes, or where a resumed run goes on, and whether a step was left to do.
 
     Args:
-        model, recipe: arguments of the command.
+        model, recipe, shard_model: arguments of the command.
+        group: processes of the run.
 
     Attributes:
         steps: number of steps of this process.
         first_step: number of the first step that was left to do.
     """
 
-    def __init__(self, model: str, recipe: str | None) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(self, model: str, recipe: str | None, group: Group, shard_model: bool) -> None:
+        self.model, self.recipe, self.group, self.shard_model = model, recipe, group, shard_model
         self.steps = self.first_step = 0
 
     def on_start(self, config: TrainingConfig, first_step: int) -> None:
@@ -68,7 +80,7 @@ class Notes(Callback):
         self.first_step = first_step
         if first_step:
             note(f"Going on after step {first_step}.")
-        elif line := what_it_takes(self.model, self.recipe, config):
+        elif line := what_it_takes(self.model, self.recipe, config, self.group, self.shard_model):
             note(line)
 
     def on_step(self, progress: Progress) -> None:
@@ -122,7 +134,8 @@ def train_command(
     metrics: Path | None,
     wandb: str | None,
     tensorboard: Path | None,
-    parallel: Literal["data", "layers"],
+    parallel: Literal["data", "layers"] | None,
+    shard_model: bool,
     force: bool,
     **options: Any,
 ) -> None:
@@ -132,8 +145,8 @@ def train_command(
     """
     files = lens_files(out)
     folder = checkpoint_dir or default_folder(files[0])
-    group = Group.from_environment(parallel)
-    notes, callbacks = Notes(model, recipe), []
+    group = Group.from_environment(parallel_of(parallel, shard_model))
+    notes, callbacks = Notes(model, recipe, group, shard_model), []
     with group.together():
         if group.writes:
             if metrics is not None:
@@ -150,6 +163,7 @@ def train_command(
                 checkpoint_dir=folder,
                 callbacks=callbacks,
                 group=group,
+                shard_model=shard_model,
                 config=config_file,
                 field=field,
                 split=split,

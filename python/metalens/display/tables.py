@@ -103,14 +103,22 @@ def _cells(formats: Sequence[Callable[[float], str]], values: Iterable[float]) -
     return [shown(value) for shown, value in zip(formats, values, strict=True)]
 
 
-def transfer_table(transfer: Transfer) -> Table:
-    """Make a table of the transfer penalty: a row for each translator, a column for each block's output."""
+def transfer_table(transfer: Transfer, layers: Sequence[int] | None = None) -> Table:
+    """Make a table of the transfer penalty: a row for each translator, a column for each block's output.
+
+    Args:
+        transfer: the matrices.
+        layers: layers to show: those that the lens translates. None = all.
+    """
+    shown = range(len(transfer.penalty)) if layers is None else layers
     table = Table(title="transfer penalty: what a translator (row) costs on another block's output (column), nats per token")
     table.add_column("", justify="right")
-    for layer in range(len(transfer.penalty)):
+    for layer in shown:
         table.add_column(str(layer), justify="right")
-    for layer, row in enumerate(transfer.penalty):
-        table.add_row(str(layer), *(f"{value:z.2f}" for value in row))
+    for layer in shown:
+        table.add_row(str(layer), *(f"{transfer.penalty[layer][column]:z.2f}" for column in shown))
+    if len(shown) < len(transfer.penalty):
+        table.caption = f"The {len(shown)} layers that the lens translates."
     return table
 
 
@@ -226,6 +234,8 @@ ROOFLINE_LABELS = {
     "training_plain_mlx": "training, plain MLX",
     "forward": "the model's forward pass",
     "training_and_forward": "training and forward, metalens",
+    "sampled_training": "training with a sampled vocabulary",
+    "sampled_training_and_forward": "the same and forward",
 }
 
 

@@ -10,9 +10,10 @@ peak to be 0.6 to 1.05 of its estimate; on the machine of its last run the peaks
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import mlx.core as mx
 from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
 from metalens.models.registry import path_of
+from metalens.models.tensor_parallel import require_tensor_parallelism
 from metalens.ops import Head, Weight
 from metalens.ops.backends import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
@@ -30,14 +32,17 @@ from metalens.ops.metal.kl import chunk_shape
 from metalens.training.batching import PASS_TOKENS, steps_together
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, TrainingData, read_inputs
-from metalens.training.data.readers import Source, TextFile, TextList
-from metalens.training.settings import resolve
-from metalens.training.speed import Duration, budget_in, measured_speed, require_minutes, seconds_of
+from metalens.training.data.in_memory import TextList
+from metalens.training.data.readers import Source, TextFile
+from metalens.training.settings import budget_in_minutes, resolve
+from metalens.training.speed import Duration, budget_in, measured_speed, seconds_of
+from metalens.training.vocabulary import PIECE, sample_size
 from metalens.training.work import regression_flops, translator_flops, translator_params, update_flops
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_arguments
 
 PROGRAM = 230_000_000  # bytes of Python, MLX and metalens
+TORCH = 290_000_000  # bytes of PyTorch, which transformers imports with a tokenizer if it is installed
 TOKENIZER = 12  # times the bytes of tokenizer.json: 385 MB of memory for Gemma 3's 33 MB with 262,144 entries
 
 # Arrays of the optimizer's state for each parameter.
@@ -49,7 +54,7 @@ UPDATE = {
     "bfloat16": {"sgd": 10.0, "adam": 13.0, "muon": 15.0},
 }
 # Float32 arrays [tokens, D] and [tokens, intermediate size] that a forward pass holds at once, beside the hidden states that are captured.
-FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS = 12, 3
+FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS = 7, 2
 # Float32 arrays [tokens, D] of each trained layer: the translated states, the normed ones, their gradient.
 LOSS_ARRAYS = 3
 
@@ -65,10 +70,11 @@ def plan(
     model: str | Path | ModelFacts,
     recipe: str | None = None,
     *,
-    config: TrainingConfig | str | Path | None = None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None = None,
     memory: int | None = None,
     processes: int = 1,
     parallel: Parallel = "data",
+    shard_model: bool = False,
     data: TrainingData | None = None,
     field: str = "text",
     split: str = "train",
@@ -86,6 +92,7 @@ def plan(
         memory: bytes that each process may use. None = the memory of this machine.
         processes: number of processes that run the training together.
         parallel: what the processes divide among them: the sequences of every step ('data') or the layers ('layers').
+        shard_model: whether the processes also divide the model (tensor parallelism), which goes with 'layers'.
         data: the text, in the forms that `train` takes: names of files, folders or hub data sets, texts, or token ids. None = not known yet.
         field: field or column that holds the text.
         split: split of hub data sets.
@@ -97,11 +104,15 @@ def plan(
         InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.
     """
     facts = model if isinstance(model, ModelFacts) else facts_of(path_of(str(model)))
+    if shard_model:
+        if not isinstance(model, ModelFacts):
+            require_tensor_parallelism(path_of(str(model)))
+        facts = facts.of_process(_require_layers(processes, parallel))
     if isinstance(recipe, TrainingConfig):
         warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
         recipe, config = None, recipe
+    config, minutes = budget_in_minutes(config, settings.get("tokens"), minutes)
     if minutes is not None:
-        require_minutes(minutes, settings.get("tokens"))
         settings["tokens"] = _budget_in(facts, minutes, recipe, config, settings, processes if parallel == "data" else 1)
     name, settled = resolve(recipe, config, settings, facts.context_length)
     _check(facts.dimensions, settled, memory, processes, parallel)
@@ -121,7 +132,20 @@ def plan(
     )
     if measure:
         found = replace(found, **_time(facts, settled, layers, processes if parallel == "data" else 1, lambda n: _budgeted(facts, name, settled, n)))
-    return found if found.fits else replace(found, advice=_advice(facts, settled, available, processes, parallel))
+    if found.fits:
+        return found
+    advice = _advice(facts, settled, available, processes, parallel)
+    if processes > 1 and not shard_model:
+        divided = memory_of(facts.of_process(processes), settled, processes, "layers").total
+        advice = (Advice("--shard-model", divided, divided <= available, "if mlx-lm can divide the model"), *advice)
+    return replace(found, advice=advice)
+
+
+def _require_layers(processes: int, parallel: Parallel) -> int:
+    """Return the number of processes, which divide the layers (InvalidValueError)."""
+    if parallel != "layers":
+        raise InvalidValueError("shard_model=True needs parallel='layers': processes that divide the model all read the same text.")
+    return processes
 
 
 def _time(facts: ModelFacts, config: TrainingConfig, layers: _Layers, processes: int, budgeted: Callable[[int], TrainingConfig]) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def _budget_in(
     facts: ModelFacts,
     minutes: float,
     recipe: str | None,
-    config: TrainingConfig | str | Path | None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None,
     settings: dict[str, Any],
     processes: int,
 ) -> int:
@@ -222,15 +246,16 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
     state = layers.at_once * _arrays_per_parameter(config) * params * number
     gradients = layers.at_once * one_gradient
     hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens)
-    logits = logit_bytes(facts.dimensions, layers.at_once, loss_tokens) if loss_tokens else 0
+    logits = _loss_bytes(facts.dimensions, config, layers.at_once, loss_tokens) if loss_tokens else 0
     update = max(0, round(bool(loss_tokens) * 4 * params * UPDATE[config.dtype][config.optimizer]) - hidden_states - logits - one_gradient)
     # At the end, when the optimizer's state and the gradients are gone.
-    widened = 4 * layers.trained * params if number < 4 else 0
+    gathered = 4 * (layers.trained - layers.of_process) * params  # in the first process, from the others
+    widened = 4 * layers.trained * params if number < 4 else gathered
     float32_lens = max(0, widened - state - gradients - hidden_states)
     gradients += one_gradient  # the layer that is computed next to the sum so far
     in_a_step = state + gradients + hidden_states + logits + update + float32_lens
     return Memory(
-        program=PROGRAM + TOKENIZER * facts.tokenizer_bytes,
+        program=PROGRAM + TORCH * (importlib.util.find_spec("torch") is not None) + TOKENIZER * facts.tokenizer_bytes,
         model=facts.weight_bytes,
         translators=layers.of_process * params * number,
         optimizer_state=state,
@@ -269,6 +294,15 @@ def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
     return of_process(of_step * steps_together(config)), of_process(of_step)
 
 
+def _loss_bytes(d: ModelDimensions, config: TrainingConfig, layers: int, tokens: int) -> int:
+    """Return the bytes of logits and gradients at once: of all ids, or of a sample beside its rows of the head; and of the model's own logits."""
+    sample = sample_size(config.vocabulary, d.vocab_size)
+    if sample is None:
+        return logit_bytes(d, layers, tokens)
+    of_sample = replace(d, vocab_size=sample)
+    return max(of_sample.head_bytes + logit_bytes(of_sample, layers, min(tokens, PIECE)), logit_bytes(d, 1, tokens))
+
+
 def logit_bytes(d: ModelDimensions, layers: int, tokens: int) -> int:
     """Return the bytes of all logits and their gradients that exist at once, on the backend that would be used here."""
     if metal():
@@ -296,10 +330,12 @@ def machine_memory() -> int:
 def _work(d: ModelDimensions, config: TrainingConfig, layers: _Layers, groups: int) -> Work:
     """Count the work for each token of the steps, and of the warm start. `groups` of processes read the whole text."""
     passes, trained, hidden_size = layers.passes * groups, layers.trained, d.hidden_size
+    sample = sample_size(config.vocabulary, d.vocab_size)
+    ids = sample or d.vocab_size
     return Work(
         forward=passes * 2.0 * d.block_params,
-        model_head=passes * 4.0 * d.vocab_size * hidden_size,
-        lens_head=trained * 4.0 * d.vocab_size * hidden_size,
+        model_head=passes * (4.0 * ids + 2.0 * (0 if sample is None else d.vocab_size)) * hidden_size,
+        lens_head=trained * 4.0 * ids * hidden_size,
         translators=float(trained * translator_flops(hidden_size, config)),
         optimizer=trained * update_flops(hidden_size, config) / config.step_tokens,
         warm_start=passes * 2.0 * d.block_params + trained * regression_flops(hidden_size) if config.warm_start_tokens else 0.0,
@@ -309,7 +345,7 @@ def _work(d: ModelDimensions, config: TrainingConfig, layers: _Layers, groups: i
 def _given_tokens(data: Corpus | Sequence[Source]) -> int | None:
     """Return the tokens of a corpus, or estimate those of texts and plain text files. None = there are other sources."""
     if isinstance(data, Corpus):
-        return data.tokens
+        return data.counted_tokens
     sizes = [_text_bytes(source) for source in data]
     return None if None in sizes else sum(filter(None, sizes)) // BYTES_PER_TOKEN
 

@@ -56,7 +56,8 @@ class Work:
 
     Attributes:
         forward: forward passes of the model.
-        model_head: the head on the model's own hidden states. It is computed twice in each pass: for the target, and beside the lens's logits.
+        model_head: the head on the model's own hidden states. It is computed twice in each pass: for the target, and beside the lens's logits;
+            with a sampled vocabulary also once for all ids, which says what the model expects.
         lens_head: the head on the lens's hidden states, and its gradient.
         translators: translators and their gradients.
         optimizer: updates.
@@ -113,7 +114,7 @@ class Plan:
     """What a run takes.
 
     Attributes:
-        facts: facts of the model.
+        facts: facts of the model, or of the part that one process has of it.
         recipe: name of the recipe. None = the settings come from no recipe.
         config: settings of the run.
         processes: processes that run it.

@@ -7,12 +7,13 @@ memory. Kernels follow each other, so their times add up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from metalens.models.facts import ModelDimensions
 from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
 from metalens.ops.metal.tuning import GENERATIONS, GpuGeneration
+from metalens.training.vocabulary import PIECE, sample_size
 
 WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
 
@@ -73,6 +74,8 @@ class Bounds:
         training_plain_mlx: loss and gradient of the lens in plain MLX.
         forward: forward pass of the model.
         training_and_forward: training on metalens's kernels together with the forward pass.
+        sampled_training: training with a sampled vocabulary (`vocabulary="sampled"`).
+        sampled_training_and_forward: the same together with the forward pass.
     """
 
     statistics: float
@@ -81,6 +84,8 @@ class Bounds:
     training_plain_mlx: float
     forward: float
     training_and_forward: float
+    sampled_training: float
+    sampled_training_and_forward: float
 
 
 # Bytes per logit that plain MLX moves when it is written well: float32 logits of a batch of all layers, with reductions and element-wise kernels that
@@ -102,7 +107,9 @@ def bounds(model: ModelDimensions, chip: Chip, tokens: int) -> Bounds:
     head_bytes, layers, hidden_size = model.head_bytes, model.num_layers, model.hidden_size
     stats = cost.lens_stats(layers, tokens, model.vocab_size, hidden_size, head_bytes, True, chip.family)
     forward = chip.seconds(Cost(0, 2 * tokens * model.block_params, model.block_params * model.bits // 8))
-    training = _in_chunks(tokens, lambda n: _loss_seconds(model, chip, n)) + _translator_seconds(model, chip, tokens)
+    translators = _translator_seconds(model, chip, tokens)
+    training = _in_chunks(tokens, lambda n: _loss_seconds(model, chip, n)) + translators
+    sampled = _sampled_loss_seconds(model, chip, tokens) + translators
     plain_stats = _in_chunks(tokens, lambda n: _plain_seconds(model, chip, n, 1, PLAIN_STATS))
     plain_training = _in_chunks(tokens, lambda n: _plain_seconds(model, chip, n, 2, PLAIN_TRAINING))
     return Bounds(
@@ -112,6 +119,8 @@ def bounds(model: ModelDimensions, chip: Chip, tokens: int) -> Bounds:
         training_plain_mlx=tokens / (plain_training + _plain_translator_seconds(model, chip, tokens)),
         forward=tokens / forward,
         training_and_forward=tokens / (training + forward),
+        sampled_training=tokens / sampled,
+        sampled_training_and_forward=tokens / (sampled + forward),
     )
 
 
@@ -119,15 +128,27 @@ def _in_chunks(tokens: int, seconds_of: Callable[[int], float]) -> float:
     return -(-tokens // CHUNK) * seconds_of(min(CHUNK, tokens))
 
 
-def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
+def _sampled_loss_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:
+    """Return the seconds of the loss on samples: the ids that the model expects, and for every piece the gathered rows and the loss on them."""
+    size = sample_size("sampled", model.vocab_size)
+    if size is None:
+        return _in_chunks(tokens, lambda n: _loss_seconds(model, chip, n))
+    sample = replace(model, vocab_size=size)
+    expected = cost.lens_stats(1, tokens, model.vocab_size, model.hidden_size, model.head_bytes, False, chip.family)
+    gathered = Cost(0, 0, 2 * sample.head_bytes)  # read and written
+    loss = _in_chunks(tokens, lambda n: _loss_seconds(sample, chip, n, with_offset=True))
+    return chip.seconds(expected) + -(-tokens // PIECE) * chip.seconds(gathered) + loss
+
+
+def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int, with_offset: bool = False) -> float:
     """Return the seconds of the kernels of one chunk of the loss, one after the other."""
     rows, vocab, depth = model.num_layers * tokens, model.vocab_size, model.hidden_size  # D is what the head's product sums over
     head, family = model.head_bytes, chip.family
     kernels = [
-        cost.lens_stats(1, tokens, vocab, depth, head, False, family),  # the target
+        cost.lens_stats(1, tokens, vocab, depth, head, False, family, with_offset),  # the target
         cost.linear(tokens, vocab, depth, head, family),
         cost.linear(rows, vocab, depth, head, family),
-        cost.softmax_grad(rows, tokens, vocab, 4),
+        cost.softmax_grad(rows, tokens, vocab, 4, with_offset),
         cost.lens_backward(rows, vocab, depth, head, 4, family),
     ]
     return sum(chip.seconds(kernel) for kernel in kernels)

@@ -8,9 +8,12 @@ length. (Upstream drops the tail of a text. Without tails the means are equal.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from metalens.evaluation.marginals import LogitSums
 from metalens.evaluation.results import Evaluation
@@ -20,6 +23,7 @@ from metalens.evaluation.transfer import TransferSums
 from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
+from metalens.models.sharding import Sharding
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
 from metalens.readings.rows import lens_rows
@@ -48,13 +52,16 @@ def evaluate(
     of a sequence has no prediction. One sequence is in memory at a time. KL and entropy are means over all positions,
     cross-entropy over the positions with a next token.
 
+    The processes of a divided model divide the layers of the lens, and each returns the whole result.
+
     Cost: each token takes 2 L + 1 rows through the head. layer_transfer adds 2 L^2 rows; logit_stats adds 2 L + 1 rows
     without a fused operation.
 
     Args:
         model: the model.
         text: a string, token ids, or an array of ids [T], which may be memory-mapped; a corpus
-            (`metalens.training.data.open_corpus`), whose prefix goes before every sequence and counts as read; or
+            (`metalens.training.data.open_corpus`), whose prefix goes before every sequence and counts as read, and which may have
+            some tokens count (loss_on='answers'): means are over these, and so are bits per byte; or
             documents: any iterable of strings or arrays of ids [T]. An endless iterable needs max_tokens.
         lens: a TunedLens of this model, the path of one, or any function (hidden [..., D], layer) -> [..., D]. None =
             the logit lens alone.
@@ -86,12 +93,13 @@ def evaluate(
     totals = _Totals(model, tuned, layer_transfer, logit_stats)
     sequences = Sequences(model, text, max_seq_len, max_tokens, bos)
     with token_bar(sequences.size, "evaluating", show_progress) as bar:
-        for ids in sequences:
-            totals.add(ids)
-            bar.update(ids.size - len(sequences.prefix))
+        for ids, counted in sequences.masked():
+            totals.add(ids, counted)
+            bar.update(sequences.tokens - bar.n)
     totals.require_labels()
+    totals.gather()
     if bytes_per_token is None:
-        bytes_per_token = sequences.bytes_per_token * sequences.tokens / totals.positions
+        bytes_per_token = sequences.bytes_per_token * sequences.counted_tokens / totals.positions
     return totals.evaluation(bytes_per_token)
 
 
@@ -108,8 +116,9 @@ class _Totals:
     """Everything that one evaluation adds up: the model's own scores, those of each lens, and layer transfer."""
 
     def __init__(self, model: LanguageModel, tuned: Lens | None, layer_transfer: bool, logit_stats: bool) -> None:
-        self.source, self.unembed = model.source, model.unembed
+        self.source, self.unembed, self.sharding = model.source, model.unembed, model.sharding
         num_layers = len(model.source)
+        self.layers = list(range(num_layers)) if self.sharding is None else self.sharding.layers_of(range(num_layers))
         self.model = _LensTotals(1, self.unembed, logit_stats)
         self.lenses: dict[str, Lens] = {"logit": LogitLens()} | ({} if tuned is None else {"tuned": tuned})
         self.totals = {name: _LensTotals(num_layers, self.unembed, logit_stats) for name in self.lenses}
@@ -120,22 +129,37 @@ class _Totals:
         """Return the number of positions read."""
         return self.model.scores.positions
 
-    def add(self, ids: mx.array) -> None:
-        """Add a sequence of ids [T]."""
-        hidden = [h[0] for h in self.source.capture(ids[None]).hidden]
+    def add(self, ids: mx.array, counted: np.ndarray | None) -> None:
+        """Add a sequence of ids [T]. `counted` says at which the prediction counts, bool [T]; None = at every one."""
+        captured = self.source.capture(ids[None])
+        labels, unlabeled = mx.concatenate([ids[1:], ids[:1]]), 1  # the last label is a placeholder; the sums leave it out
+        if counted is not None:
+            captured = replace(captured, mask=mx.array(counted[None]))
+            labels, unlabeled = labels[mx.array(np.flatnonzero(counted))], int(counted[-1])
+        hidden = [captured.rows(layer) for layer in range(len(captured.hidden))]
         n_model = self.unembed.norm(hidden[-1])
-        labels = mx.concatenate([ids[1:], ids[:1]])  # the last label is a placeholder; the sums leave it out
-        self.model.add(n_model[None], n_model, labels)
+        self.model.add(n_model[None], n_model, labels, unlabeled)
         for name, lens in self.lenses.items():
-            self.totals[name].add(lens_rows(hidden, range(len(hidden)), lens, self.unembed.norm), n_model, labels)
+            if self.layers:  # with more processes than layers, some have none
+                rows = lens_rows(hidden, self.layers, lens, self.unembed.norm)
+                self.totals[name].add(rows, n_model, labels, unlabeled, self.layers)
         if self.transfer is not None:
-            self.transfer.add(hidden, self.lenses["tuned"], self.unembed, n_model, labels)
+            self.transfer.add(hidden, self.lenses["tuned"], self.unembed, n_model, labels, unlabeled, self.layers)
 
     def require_labels(self) -> None:
         """Check that some position had a next token."""
         if self.model.scores.labels == 0:
             found = "documents of a single token only" if self.positions else "no tokens"
             raise InvalidValueError(f"The text has {found}; an evaluation needs a token with a next one.")
+
+    def gather(self) -> None:
+        """Take over what other processes have computed, if the model is divided."""
+        if self.sharding is None:
+            return
+        for each in self.totals.values():
+            each.gather(self.sharding, self.model)
+        if self.transfer is not None:
+            self.transfer.gather(self.sharding)
 
     def evaluation(self, bytes_per_token: float) -> Evaluation:
         """Return the means over the text."""
@@ -162,8 +186,24 @@ class _LensTotals:
         self.scores = Sums(num_layers)
         self.marginals = LogitSums(num_layers, unembed.head) if logit_stats else None
 
-    def add(self, rows: mx.array, n_model: mx.array, labels: mx.array) -> None:
-        """Add rows [L, T, D] of a sequence, beside the model's own rows [T, D] and the next tokens [T]."""
-        self.scores.add(lens_stats(rows, self.head, 1, n_model, labels))
+    def add(self, rows: mx.array, n_model: mx.array, labels: mx.array, unlabeled: int, layers: Sequence[int] | None = None) -> None:
+        """Add rows of a sequence, the last `unlabeled` of them without a next token.
+
+        Args:
+            rows: rows [L, T, D] of some layers.
+            n_model: the model's own rows [T, D].
+            labels: next tokens [T].
+            unlabeled: number of placeholders at the end of the labels.
+            layers: the layers. None = all.
+        """
+        self.scores.add(lens_stats(rows, self.head, 1, n_model, labels), unlabeled, layers)
         if self.marginals is not None:
-            self.marginals.add(rows)
+            self.marginals.add(rows, layers)
+
+    def gather(self, sharding: Sharding, model: _LensTotals) -> None:
+        """Take over the sums of other processes. The counts are those of the model, which every process reads."""
+        self.scores.gather(sharding)
+        self.scores.positions, self.scores.labels = model.scores.positions, model.scores.labels
+        if self.marginals is not None:
+            self.marginals.gather(sharding)
+            self.marginals.n = model.scores.positions

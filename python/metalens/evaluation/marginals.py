@@ -7,12 +7,14 @@ probabilities of a bounded chunk of rows are in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from metalens.evaluation.dirichlet import dirichlet_mle
+from metalens.models.sharding import Sharding
 from metalens.ops import Head, head_logits
 from metalens.ops.chunks import tokens_per_chunk
 
@@ -54,19 +56,26 @@ class LogitSums:
         self.n = 0
         self.probs, self.logs = np.zeros((2, num_layers, head.tokens))
 
-    def add(self, rows: mx.array) -> None:
-        """Add rows [L, N, D] that are ready for the head. All rows go through it once; the probabilities of one chunk are in memory at a time."""
+    def add(self, rows: mx.array, layers: Sequence[int] | None = None) -> None:
+        """Add rows [len(layers), N, D] of some layers (None = all) that are ready for the head.
+
+        All rows go through it once; the probabilities of one chunk are in memory at a time.
+        """
         step = min(ROWS, tokens_per_chunk(1, self.head.vocab_size))
-        for layer in range(rows.shape[0]):
+        for i, layer in enumerate(range(rows.shape[0]) if layers is None else layers):
             for start in range(0, rows.shape[1], step):
                 # NumPy: MLX's exponential takes 25 times as long on Linux CPUs, and a GPU's arrays are in the same memory.
-                z = np.array(head_logits(rows[layer, start : start + step], self.head))[:, : self.head.tokens]
+                z = np.array(head_logits(rows[i, start : start + step], self.head))[:, : self.head.tokens]
                 top = z.max(axis=1, keepdims=True)
                 e = np.exp(z - top)
                 total = e.sum(axis=1, keepdims=True, dtype=np.float64)
                 self.probs[layer] += (e / total).sum(axis=0)
                 self.logs[layer] += z.sum(axis=0, dtype=np.float64) - (top + np.log(total)).sum()
         self.n += rows.shape[1]
+
+    def gather(self, sharding: Sharding) -> None:
+        """Take over the sums of the layers that other processes have read."""
+        self.probs, self.logs = sharding.gathered(self.probs), sharding.gathered(self.logs)
 
     def means(self) -> LogitStats:
         """Return the means over the rows so far."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.sharding import Sharding
 from metalens.ops import LensStats
 from metalens.readings.rows import require_finite
 from metalens.utils.errors import InvalidValueError
@@ -51,19 +53,31 @@ class Sums:
         self.positions = 0
         self.labels = 0
 
-    def add(self, stats: LensStats) -> None:
-        """Add the statistics [L, T] of a sequence, with kl, agrees and nll. The last position has no next token; its nll is left out.
+    def add(self, stats: LensStats, unlabeled: int = 1, layers: Sequence[int] | None = None) -> None:
+        """Add the statistics of positions of a sequence, with kl, agrees and nll.
+
+        Args:
+            stats: statistics [len(layers), T].
+            unlabeled: number of positions at the end without a next token, whose nll is left out.
+            layers: the layers that they are of. None = all.
 
         Raises:
             InvalidValueError: if a row of logits is NaN.
         """
         require_finite(stats)
-        self.kl += total(stats.kl)
-        self.nll += total(stats.nll, slice(-1))
-        self.entropy += total(stats.entropy)
-        self.agreements += total(stats.agrees)
+        rows = list(range(len(self.kl)) if layers is None else layers)
+        labels = stats.lse.shape[1] - unlabeled
+        self.kl[rows] += total(stats.kl)
+        self.nll[rows] += total(stats.nll, slice(labels))
+        self.entropy[rows] += total(stats.entropy)
+        self.agreements[rows] += total(stats.agrees)
         self.positions += stats.lse.shape[1]
-        self.labels += stats.lse.shape[1] - 1
+        self.labels += labels
+
+    def gather(self, sharding: Sharding) -> None:
+        """Take over the sums of the layers that other processes have read."""
+        table = sharding.gathered(np.stack([self.kl, self.nll, self.entropy, self.agreements], axis=1))
+        self.kl, self.nll, self.entropy, self.agreements = table.T
 
     def scores(self, nats_to_bpb: float) -> list[Scores]:
         """Return the means of each layer.

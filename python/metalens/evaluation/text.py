@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
@@ -23,6 +23,8 @@ class CorpusLike(Protocol):
         join: "eos" = cut sequences across documents; "packed" = no sequence crosses the end of a document.
         prefix: ids that go before every sequence.
         joined_bytes: UTF-8 bytes of the tokenized text, or None.
+
+    An object that also has `counted`, whether the prediction at each token counts, bool [tokens], is read at these tokens alone.
     """
 
     @property
@@ -76,13 +78,21 @@ def documents(model: LanguageModel, text: EvaluationText) -> Iterator[np.ndarray
         raise InvalidTypeError(f"Expected text, token ids, or an iterable of them, got {type(text).__name__}.")
 
 
+def _masked_documents(corpus: CorpusLike, counted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the documents of a corpus, each with its part of the mask."""
+    bounds = [0, len(corpus.ids)] if corpus.join == "eos" else corpus.documents
+    yield from ((corpus.ids[int(start) : int(end)], np.asarray(counted[int(start) : int(end)])) for start, end in pairwise(bounds))
+
+
 def _rows(model: LanguageModel, text: Any) -> Iterator[np.ndarray]:
     array = as_token_ids(model.encode(text, bos=False) if isinstance(text, str) else text)
     yield from (array[None] if array.ndim == 1 else array)
 
 
 def _bytes_per_token(given: EvaluationText, text: EvaluationText, corpus: CorpusLike | None) -> float | None:
-    """Return the mean over the whole text, if it is known before the text is read."""
+    """Return the mean over the whole text, if it is known before the text is read. Of some of its tokens it is not known."""
+    if getattr(corpus, "counted", None) is not None:
+        return None
     if corpus is not None:
         return None if corpus.joined_bytes is None else corpus.joined_bytes / len(corpus.ids)
     return len(given.encode()) / text.size if isinstance(given, str) and isinstance(text, np.ndarray) and text.size else None
@@ -100,6 +110,7 @@ class Sequences:
     Attributes:
         prefix: ids before every sequence.
         tokens: number of tokens of the text that were read so far, without prefixes.
+        counted_tokens: number of those whose prediction counts.
     """
 
     def __init__(self, model: LanguageModel, text: EvaluationText, length: int, max_tokens: int | None = None, bos: bool = True) -> None:
@@ -118,8 +129,9 @@ class Sequences:
         self.model = model
         self.text: EvaluationText = np.asarray(model.encode(text, bos=False)) if isinstance(text, str) else text
         self.max_tokens = max_tokens
-        self.tokens = 0
+        self.tokens = self.counted_tokens = 0
         corpus = _corpus(text)
+        self._counted = getattr(corpus, "counted", None)
         self.prefix = [int(i) for i in (model.prefix if corpus is None else corpus.prefix)] if bos else []
         self.room = length - len(self.prefix)
         if self.room < 1:
@@ -130,26 +142,47 @@ class Sequences:
 
     def __iter__(self) -> Iterator[mx.array]:
         """Yield the sequences, [T] each."""
-        found = documents(self.model, self.text)
-        while self.tokens != self.max_tokens and (document := next(found, None)) is not None:
+        yield from (ids for ids, _ in self.masked())
+
+    def masked(self) -> Iterator[tuple[mx.array, np.ndarray | None]]:
+        """Yield the sequences, [T] each, with the tokens at which the prediction counts, bool [T]; None = at every token.
+
+        Sequences without such a token are read over.
+        """
+        found: Iterator[tuple[np.ndarray, np.ndarray | None]] = zip(documents(self.model, self.text), repeat(None))
+        corpus = _corpus(self.text)
+        if corpus is not None and self._counted is not None:
+            found = iter(_masked_documents(corpus, self._counted))
+        while self.tokens != self.max_tokens and (following := next(found, None)) is not None:
+            document, counted = following
             if self.prefix and document[: len(self.prefix)].tolist() == self.prefix:
-                document = document[len(self.prefix) :]
+                document, counted = document[len(self.prefix) :], None if counted is None else counted[len(self.prefix) :]
             size = len(document) if self.max_tokens is None else min(len(document), self.max_tokens - self.tokens)
             start = 0
             while start < size:
                 end = start + self.room
                 if size - end + len(self.prefix) <= 1:
                     end = end - 1 if size > end and not self._may_grow else size
-                piece = np.asarray(document[start:end])
-                if self._bytes is not None:
-                    self._bytes.add(piece.tolist())
+                piece, mask = np.asarray(document[start:end]), None if counted is None else counted[start:end]
+                if mask is not None:
+                    self._count(np.asarray(document[start + 1 : end + 1])[mask[: len(document) - start - 1]])
+                else:
+                    self._count(piece)
                 self.tokens += end - start
-                yield self.model.check_ids(np.concatenate([np.asarray(self.prefix, piece.dtype), piece]) if self.prefix else piece)
+                if mask is None or mask.any():
+                    ids = self.model.check_ids(np.concatenate([np.asarray(self.prefix, piece.dtype), piece]) if self.prefix else piece)
+                    yield ids, None if mask is None else np.concatenate([np.zeros(len(self.prefix), bool), mask])
                 start = end
+
+    def _count(self, ids: np.ndarray) -> None:
+        """Count tokens whose prediction counts, and their bytes."""
+        self.counted_tokens += ids.size
+        if self._bytes is not None:
+            self._bytes.add(ids.tolist())
 
     @property
     def bytes_per_token(self) -> float:
-        """Return the UTF-8 bytes per token, without prefixes.
+        """Return the UTF-8 bytes per token, without prefixes, of the tokens whose prediction counts.
 
         It is a mean over a whole corpus that knows its bytes, or a whole string, as in upstream; else over the tokens read
         so far.
@@ -157,7 +190,7 @@ class Sequences:
         Raises:
             InvalidValueError: if the text has no bytes.
         """
-        found = self._bytes.total / self.tokens if self._bytes is not None else self._ratio or 0.0
+        found = self._bytes.total / max(self.counted_tokens, 1) if self._bytes is not None else self._ratio or 0.0
         if not found > 0:
             raise InvalidValueError("The tokens read decode to no text at all, which has no bits per byte. Pass bytes_per_token.")
         return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from metalens.evaluation.scores import total
 from metalens.lenses.lens import Lens
+from metalens.models.sharding import Sharding
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
 from metalens.readings.rows import lens_rows, require_finite
@@ -51,29 +52,44 @@ class TransferSums:
         self.positions = 0
         self.labels = 0
 
-    def add(self, hidden: Sequence[mx.array], lens: Lens, unembed: Unembed, n_model: mx.array, labels: mx.array) -> None:
-        """Add a sequence.
+    def add(
+        self,
+        hidden: Sequence[mx.array],
+        lens: Lens,
+        unembed: Unembed,
+        n_model: mx.array,
+        labels: mx.array,
+        unlabeled: int = 1,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        """Add positions of a sequence.
 
         Args:
             hidden: output of block j at index j, [T, D] each.
             lens: a lens of L layers.
             unembed: norm and head of the model.
             n_model: [T, D] rows of the model after the final norm.
-            labels: [T] next tokens. The last one is a placeholder and is left out.
+            labels: [T] next tokens.
+            unlabeled: number of labels at the end that are placeholders and are left out.
+            blocks: blocks whose output is read. None = all.
 
         Raises:
             InvalidValueError: if a row of logits is NaN.
         """
         layers = range(len(hidden))
-        for j in layers:
+        for j in layers if blocks is None else blocks:
             rows = lens_rows([hidden[j]] * len(hidden), layers, lens, unembed.norm)
             against_own = lens_stats(rows, unembed.head, 1, rows[j], labels)
             require_finite(against_own)
-            self.nll[:, j] += total(against_own.nll, slice(-1))
+            self.nll[:, j] += total(against_own.nll, slice(len(labels) - unlabeled))
             self.kl[:, j] += total(against_own.kl)
             self.kl_model[:, j] += total(lens_stats(rows, unembed.head, 1, n_model).kl)
         self.positions += len(labels)
-        self.labels += len(labels) - 1
+        self.labels += len(labels) - unlabeled
+
+    def gather(self, sharding: Sharding) -> None:
+        """Take over the sums of the blocks that other processes have read."""
+        self.nll, self.kl, self.kl_model = (sharding.gathered(np.ascontiguousarray(sums.T)).T for sums in (self.nll, self.kl, self.kl_model))
 
     def means(self) -> Transfer:
         """Return the means per token."""

@@ -1,4 +1,4 @@
-"""Run a model's linear layers, tied heads, attention and gated activations on the native CPU kernels.
+"""Run a model's linear layers, tied heads, attention, norms, rotary positions and activations on the native CPU kernels.
 
 MLX's CPU matmul on Linux uses a reference BLAS and reaches about 1 GFLOP/s, hundreds of times less than the processor can do. A lens would
 spend nearly all its time there. A layer is switched by replacing its class with a subclass that has another `__call__`: parameters, names,
@@ -14,11 +14,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import sum_gradients
 
 from metalens import _extension
-from metalens.ops.activation import swiglu
+from metalens.ops.activation import gelu_approx, swiglu
 from metalens.ops.backends import backend, native_by_default
 from metalens.ops.matmul import linear
+from metalens.ops.rotary import rope
+from metalens.ops.row_norms import layer_norm, rms_norm
 from metalens.ops.sdpa import attention
 from metalens.ops.weight import Weight
 from metalens.utils.errors import InvalidTypeError
@@ -67,23 +70,82 @@ class _QuantizedEmbedding(_NativeHead, nn.QuantizedEmbedding):
     pass
 
 
-# Exact types only: a subclass (LoRA, a sharded layer) has a `__call__` of its own, which must keep running.
+class _AllToSharded(nn.Module):
+    """Tensor parallelism, first half: each process has some rows of the weight, and nothing is sent."""
+
+    _metalens_native = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = linear(sum_gradients(self.group)(x), Weight.from_layer(self))
+        return y + self["bias"] if "bias" in self else y
+
+
+class _ShardedToAll(nn.Module):
+    """Tensor parallelism, second half: each process has some columns of the weight, and the products are summed over the group."""
+
+    _metalens_native = True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = mx.distributed.all_sum(linear(x, Weight.from_layer(self)), group=self.group)
+        return y + self["bias"] if "bias" in self else y
+
+
+class _AllToShardedLinear(_AllToSharded, nn.AllToShardedLinear):
+    pass
+
+
+class _QuantizedAllToShardedLinear(_AllToSharded, nn.QuantizedAllToShardedLinear):
+    pass
+
+
+class _ShardedToAllLinear(_ShardedToAll, nn.ShardedToAllLinear):
+    pass
+
+
+class _QuantizedShardedToAllLinear(_ShardedToAll, nn.QuantizedShardedToAllLinear):
+    pass
+
+
+# Exact types only: a subclass (LoRA) has a `__call__` of its own, which must keep running.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: _Linear,
     nn.QuantizedLinear: _QuantizedLinear,
     nn.Embedding: _Embedding,
     nn.QuantizedEmbedding: _QuantizedEmbedding,
+    nn.AllToShardedLinear: _AllToShardedLinear,
+    nn.QuantizedAllToShardedLinear: _QuantizedAllToShardedLinear,
+    nn.ShardedToAllLinear: _ShardedToAllLinear,
+    nn.QuantizedShardedToAllLinear: _QuantizedShardedToAllLinear,
 }
+
+
+class _Namespace:
+    """A module of functions, some of which are others here. Everything else is looked up in the module."""
+
+    def __init__(self, module: Any, **others: Any) -> None:
+        self.__dict__.update(others)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _sdpa(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | mx.array | None = None, sinks: mx.array | None = None, **options: Any
+) -> mx.array:
+    # A single query takes the time of reading the keys once, which plain MLX does as fast.
+    if options or q.shape[2] == 1:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
 def _attention_like(plain: Function) -> Function:
     """Return our attention with the signature of mlx-lm's."""
 
     def ours(queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None) -> Any:
-        # A quantized cache holds packed keys. A single query takes the time of reading the keys once, which plain MLX does as fast.
-        if hasattr(cache, "bits") or queries.shape[2] == 1:
+        if hasattr(cache, "bits"):  # a quantized cache holds packed keys
             return plain(queries, keys, values, cache, scale, mask, sinks)
-        return attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return _sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     return ours
 
@@ -93,6 +155,13 @@ FUNCTIONS: tuple[tuple[str, str, Callable[[Function], Function]], ...] = (
     ("mlx_lm.models.base", "scaled_dot_product_attention", _attention_like),
     ("mlx_lm.models.activations", "swiglu", lambda _: swiglu),
 )
+
+# Functions of mlx.core.fast and mlx.nn that layers call as `mx.fast.<name>` and `nn.<name>`, and ours for them.
+_FAST: dict[str, Function] = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "scaled_dot_product_attention": _sdpa}
+_NN: dict[str, Function] = {"gelu_approx": gelu_approx}
+_OUR_FAST = _Namespace(mx.fast, **_FAST)
+_OUR_MX = _Namespace(mx, fast=_OUR_FAST)
+_OUR_NN = _Namespace(nn, **_NN)
 
 
 def _replacements() -> dict[str, tuple[Function, Function]]:
@@ -106,19 +175,29 @@ def _replacements() -> dict[str, tuple[Function, Function]]:
 
 
 def _with_functions(original: type[nn.Module], functions: dict[str, tuple[Function, Function]]) -> type[nn.Module] | None:
-    """Return a subclass whose `__call__` is the original's own code with our functions in place of mlx-lm's.
+    """Return a subclass whose `__call__` is the original's own code with our functions in place of mlx-lm's and MLX's.
 
     Nothing global is changed, so other models and threads go on as before. None = the code calls none of the functions.
     """
     call = original.__call__
     if not isinstance(call, FunctionType):
         return None
-    names = {name: ours for name, (plain, ours) in functions.items() if name in call.__code__.co_names and call.__globals__.get(name) is plain}
+    used, known = set(call.__code__.co_names), call.__globals__
+    names: dict[str, Any] = {name: ours for name, (plain, ours) in functions.items() if name in used and known.get(name) is plain}
+    if "fast" in used and used & _FAST.keys() and known.get("mx") is mx:
+        names["mx"] = _OUR_MX
+    if used & _NN.keys() and known.get("nn") is nn:
+        names["nn"] = _OUR_NN
     if not names:
         return None
-    ours = FunctionType(call.__code__, {**call.__globals__, **names}, call.__name__, call.__defaults__, call.__closure__)
+    ours = FunctionType(call.__code__, {**known, **names}, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__
     return type(original.__name__, (original,), {"__call__": ours, "__module__": original.__module__, _MARK: True})
+
+
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """Return the class that a layer has without acceleration."""
+    return next(base for base in type(layer).__mro__ if not getattr(base, _MARK, False))
 
 
 class Acceleration:
@@ -179,7 +258,7 @@ def reason_for_plain_mlx() -> str:
 
 
 def accelerate(model: nn.Module | HasModule) -> Acceleration:
-    """Switch a model's linear layers, tied heads, attention and gated activations to metalens's operations, in place.
+    """Switch a model's linear layers, tied heads, attention, norms, rotary positions and activations to metalens's operations, in place.
 
     On a CPU these run the native kernels. They run in plain MLX, as before, on a GPU, with METALENS_BACKEND=reference, or without the
     extension; this is decided at each call of a layer. Outputs equal the model's within rounding (the native kernels accumulate in float32).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 
 from metalens.models.context import context_of, learned_positions
 from metalens.models.observing import replaced_methods, snapshot
+from metalens.models.sharding import Sharding
+from metalens.ops.sums import run_sums_natively
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.forked import require_own_threads
@@ -89,18 +92,28 @@ class HiddenStates:
     Attributes:
         hidden: the output of each block, [B, T, D]; block i is at index i.
         logits: the model's own logits, [B, T, V]. They are lazy, so they cost nothing unless they are used.
-        mask: [B, T], false for padding. None = no padding.
+        mask: [B, T], true for the tokens that count: false for padding, and for those that take no part in a loss. None = all count.
     """
 
     hidden: list[mx.array]
     logits: mx.array
     mask: mx.array | None = None
 
+    @cached_property
+    def _indices(self) -> mx.array | None:
+        """Return the numbers of the tokens that count, [N], None if all do."""
+        return None if self.mask is None else mx.array(np.flatnonzero(np.array(self.mask)))
+
+    @property
+    def num_rows(self) -> int:
+        """Return N, the number of tokens that count."""
+        return int(self._indices.size if self._indices is not None else math.prod(self.hidden[-1].shape[:-1]))
+
     def rows(self, layer: int) -> mx.array:
-        """Return the output of a block at all tokens, [N, D], without padding."""
+        """Return the output of a block at the tokens that count, [N, D]."""
         h = self.hidden[layer]
         h = h.reshape(-1, h.shape[-1])
-        return h if self.mask is None else h[mx.array(np.flatnonzero(np.array(self.mask)))]
+        return h if self._indices is None else h[self._indices]
 
     def of_sequences(self, which: slice) -> HiddenStates:
         """Return the part that belongs to some of the B sequences."""
@@ -116,18 +129,19 @@ class ResidualCapture:
     Args:
         model: the language model, called as `model(ids)`.
         layer_attr: the name or dotted path of the list of blocks.
+        sharding: how the model is divided among processes. None = this process has all of it.
 
     Attributes:
-        model: the language model.
-        layers: its blocks.
+        model, sharding: as given.
+        layers: blocks of the model.
         path: the dotted path of the list of blocks.
 
     Raises:
         LayersNotFoundError: if no list of blocks is found.
     """
 
-    def __init__(self, model: nn.Module, layer_attr: str = LAYER_NAMES[0]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, layer_attr: str = LAYER_NAMES[0], sharding: Sharding | None = None) -> None:
+        self.model, self.sharding = model, sharding
         self.path, self.layers = find_layers(model, layer_attr)
         self._told_of_length = False
 
@@ -175,9 +189,11 @@ class ResidualCapture:
                 model then computes the tokens as if there were no padding, so the model does not need the mask.
 
         Raises:
-            InvalidValueError: if the mask has another shape than the ids, or a token follows padding.
+            InvalidValueError: if the mask has another shape than the ids, a token follows padding, or the model is divided and its processes read
+                different ids.
             ResidualStreamError: if a block did not run exactly once, because then its output is not defined.
             ContextError: if the model has no positions for as many tokens.
+            UnavailableError: if the model is divided and another process has ended.
         """
         self.require_length(ids.shape[-1])
         if mask is not None:
@@ -210,10 +226,17 @@ class ResidualCapture:
 
     def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **options: Any) -> HiddenStates:
         require_own_threads()
+        if self.sharding is not None:
+            self.sharding.require_same_ids(ids)
         recorder = _Recorder(self.layers, edits)
         with recorder.attached():
             logits = self.model(ids, **options)
-        return HiddenStates(recorder.hidden(), logits[0] if isinstance(logits, (tuple, list)) else logits, mask)
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        hidden = recorder.hidden()
+        run_sums_natively([*hidden, logits])
+        if self.sharding is not None:
+            self.sharding.wait(hidden)
+        return HiddenStates(hidden, logits, mask)
 
 
 def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:

@@ -21,6 +21,10 @@ OUTSIDE_BLOCKS = (
     *("lm_head", "embed_out", "output", "head"),
 )
 
+# Last part of the name of a matrix of a block that every process has whole in mlx-lm's tensor parallelism: routers, and the first, narrow half of
+# low-rank queries, keys and values.
+UNDIVIDED = ("gate", "router", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
+
 HEAD_NAMES = 4  # the number of names of heads, which stand at the end
 
 # Bytes of a tokenizer's file for each entry of the vocabulary: 71 in SmolLM2's tokenizer.json, 127 in Gemma 3's.
@@ -74,6 +78,7 @@ class ModelFacts:
         context_length: tokens that the model was made for. None = the configuration does not say.
         tokenizer_bytes: bytes of the tokenizer's file, or an estimate from the vocabulary.
         block_bits, block_group_size: bits and group size of most matrices of the blocks. 0 = as the head.
+        undivided_bytes: bytes of the weights that every process has whole if the model is divided: embedding, head, norms, routers.
     """
 
     dimensions: ModelDimensions
@@ -85,10 +90,20 @@ class ModelFacts:
     tokenizer_bytes: int = 0
     block_bits: int = 0
     block_group_size: int = 0
+    undivided_bytes: int = 0
 
     weights = renamed_attribute("weights", "weight_bytes")
     intermediate = renamed_attribute("intermediate", "intermediate_size")
     context = renamed_attribute("context", "context_length")
+
+    def of_process(self, processes: int) -> ModelFacts:
+        """Return the facts of the part that one of several processes has of a divided model. Its blocks are as wide, and have a part of the work."""
+        return replace(
+            self,
+            dimensions=replace(self.dimensions, block_params=-(-self.dimensions.block_params // processes)),
+            weight_bytes=self.undivided_bytes + -(-(self.weight_bytes - self.undivided_bytes) // processes),
+            intermediate_size=-(-self.intermediate_size // processes),
+        )
 
 
 def block_parameters(layers: int, hidden_size: int, intermediate_size: int, key_value_size: int) -> int:
@@ -119,7 +134,9 @@ def facts_of(model: str) -> ModelFacts:
     """
     if model in KNOWN_MODELS:
         d = KNOWN_MODELS[model]
-        return ModelFacts(d, estimated_weight_bytes(d, tied=False), False, 4 * d.hidden_size, 2, None, ENTRY_BYTES * d.vocab_size)
+        undivided = estimated_undivided_bytes(d, tied=False)
+        tokenizer = ENTRY_BYTES * d.vocab_size
+        return ModelFacts(d, estimated_weight_bytes(d, tied=False), False, 4 * d.hidden_size, 2, None, tokenizer, undivided_bytes=undivided)
     folder = Path(model)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         folder = _downloaded(model)
@@ -156,7 +173,12 @@ def dimensions_of(model: str) -> ModelDimensions:
 def estimated_weight_bytes(d: ModelDimensions, tied: bool) -> int:
     """Estimate the bytes of a model whose every matrix has the head's format; `tied`: the head is the embedding too."""
     block_bytes = d.block_params * d.bits // 8 + (d.block_params // d.group_size * GROUP_BYTES if d.group_size else 0)
-    return block_bytes + d.head_bytes * (1 if tied else 2)
+    return block_bytes + estimated_undivided_bytes(d, tied)
+
+
+def estimated_undivided_bytes(d: ModelDimensions, tied: bool) -> int:
+    """Estimate the bytes of the head and the embedding: see `estimated_weight_bytes`."""
+    return d.head_bytes * (1 if tied else 2)
 
 
 # ------------------------------------------------------------------ the configuration
@@ -220,6 +242,7 @@ def _facts(folder: Path, config: Config, tensors: Tensors) -> ModelFacts:
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else ENTRY_BYTES * d.vocab_size,
         block_bits=bits,
         block_group_size=group_size,
+        undivided_bytes=_undivided_bytes(tensors) if tensors else estimated_undivided_bytes(d, bool(config.get("tie_word_embeddings"))),
     )
 
 
@@ -302,6 +325,16 @@ def _indexed_bytes(folder: Path) -> int | None:
     metadata = _read_json(path).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return total if isinstance(total, int) and total > 0 else None
+
+
+def _undivided_bytes(tensors: Tensors) -> int:
+    """Return the bytes of the tensors that every process has whole if the model is divided. A bias, which is divided, counts as whole."""
+    total = 0
+    for name, (_, shape, (start, end)) in tensors.items():
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        if len(shape) < 2 or module in OUTSIDE_BLOCKS or module in UNDIVIDED:
+            total += end - start
+    return total
 
 
 def _multiplied_params(tensors: Tensors, group_size: int, active: float) -> int:

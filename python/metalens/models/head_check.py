@@ -109,8 +109,10 @@ def logits_difference(found: mx.array, own: mx.array, exact: bool) -> tuple[floa
     Returns:
         (largest difference, spread: the largest distance of an own logit from the mean of its token's, whether the difference is only rounding)
     """
-    difference = _largest(found - own)
-    spread = _largest(own - mx.mean(own, axis=-1, keepdims=True))
+    difference = _largest(mx.where(found == own, 0.0, found - own))  # a head may forbid tokens: -inf on both sides is no difference
+    allowed = mx.isfinite(own)
+    mean = mx.sum(mx.where(allowed, own, 0.0), axis=-1, keepdims=True) / mx.sum(allowed, axis=-1, keepdims=True)
+    spread = _largest(mx.where(allowed, own - mean, 0.0))
     tolerance = (FLOAT32_TOLERANCE if exact else HALF_TOLERANCE) * spread + ABSOLUTE_TOLERANCE
     return difference, spread, difference <= tolerance
 

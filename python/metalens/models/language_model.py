@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,14 @@ import mlx.nn as nn
 
 from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
 from metalens.models.capture import Edit, HiddenStates, ResidualCapture, follow
-from metalens.models.loading import load
+from metalens.models.loading import load, load_part
 from metalens.models.probe import GIVEN, Overrides
 from metalens.models.registry import path_of
+from metalens.models.sharding import Processes, Sharding, require_processes
 from metalens.models.tokenization import TokenBatch, TokenInput, Tokenization
-from metalens.models.unembed import LogitTransform, NormFunction, Unembed
+from metalens.models.unembed import LogitTransform, NormFunction, Unembed, checked_transform
 from metalens.models.weights import Snapshot, arrays_of, weights_hash
-from metalens.utils.errors import InvalidTypeError
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 DEFAULT_SEQUENCE = 512  # tokens
 
@@ -32,6 +34,8 @@ class LanguageModel(Tokenization):
         embedding_path, norm_path, lm_head_path: dotted paths of modules to use instead of those that the model is observed to call.
         norm, head: a final norm and an output head to use instead of them.
         logit_transform: what the model does to its logits. None = find out.
+        tensor_group: a `metalens.training.Group` whose processes hold a part of the model each (tensor parallelism); all must make the same calls.
+            None = this process loads the whole model.
         accelerate: run the model's layers on the native CPU kernels, in place. 'auto' = if the default device is a CPU and the kernels are available.
 
     Attributes:
@@ -43,8 +47,8 @@ class LanguageModel(Tokenization):
         acceleration: the layers that were switched to the native kernels; `acceleration.undo()` switches them back.
 
     Raises:
-        InvalidValueError: if `model` is a name and mlx-lm cannot load it.
-        InvalidTypeError: if `model` is neither a module nor a name.
+        InvalidValueError: if `model` is a name and mlx-lm cannot load it, or cannot divide it among the processes.
+        InvalidTypeError: if `model` is neither a module nor a name, `tensor_group` is no group, or `logit_transform` is no LogitTransform.
         LayersNotFoundError: if no list of blocks is found.
     """
 
@@ -60,22 +64,40 @@ class LanguageModel(Tokenization):
         norm: NormFunction | None = None,
         head: nn.Module | None = None,
         logit_transform: LogitTransform | None = None,
+        tensor_group: Processes | None = None,
         accelerate: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.name = path_of(str(model), make=True) if isinstance(model, (str, Path)) else None
+        self.name, sharding = None, None
+        if tensor_group is not None:
+            require_processes(tensor_group)
+        if isinstance(model, (str, Path)):
+            with nullcontext() if tensor_group is None else tensor_group.together():
+                self.name = path_of(str(model), make=True)
+        elif tensor_group is not None:
+            raise InvalidValueError("tensor_group divides a model while it is loaded: give the model's folder or hub id, not a module.")
         if self.name is not None:
-            model, loaded = load(self.name)
+            if tensor_group is None or tensor_group.size == 1:
+                model, loaded = load(self.name)
+            else:
+                model, loaded, sharding = load_part(self.name, tensor_group)
             tokenizer = tokenizer if tokenizer is not None else loaded
         if not isinstance(model, nn.Module):
             raise InvalidTypeError(f"A model must be an mlx.nn.Module, a path or a hub id, not {type(model).__name__}.")
         self.model = model
         self.tokenizer = tokenizer
-        self.source = ResidualCapture(model, layer_attr)
+        self.source = ResidualCapture(model, layer_attr, sharding)
         self.overrides = Overrides(embedding_path, norm_path if norm is None else norm, lm_head_path if head is None else head)
-        self._logit_transform = logit_transform
+        self._logit_transform = checked_transform(logit_transform)
         self.acceleration = _accelerated(model, accelerate)
         self._found: tuple[Unembed, Snapshot] | None = None
         self._hashed: tuple[str, Snapshot] | None = None
+        if sharding is not None:
+            _ = self.unembed  # its check is a forward pass, which all processes must make at the same time
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """Return how the model is divided among processes. None = this process has all of it."""
+        return self.source.sharding
 
     @property
     def unembed(self) -> Unembed:
@@ -110,7 +132,9 @@ class LanguageModel(Tokenization):
 
     @property
     def weights_hash(self) -> str:
-        """Return the hash of all weights of the model: see `metalens.models.weights.weights_hash`."""
+        """Return the hash of all weights of the model: see `metalens.models.weights.weights_hash`. A divided model has that of its files."""
+        if self.sharding is not None:
+            return self.sharding.weights_hash
         arrays = arrays_of(self.model)
         if self._hashed is None or not self._hashed[1].matches(arrays):
             self._hashed = (weights_hash(self.model), Snapshot(arrays))

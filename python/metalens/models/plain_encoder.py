@@ -79,6 +79,13 @@ class PlainEncoder:
             return [list(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         return [list(self.tokenizer.encode(text))[len(self.prefix) :] for text in texts]
 
+    def offsets(self, text: str) -> list[tuple[int, int]] | None:
+        """Return the first character of each token of `encode` and the one after its last. None = the tokenizer, not a fast one, does not tell."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            return None
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        return [(int(start), int(end)) for start, end in found]
+
     @property
     def chat_template(self) -> str:
         """Return the chat template; "" if the tokenizer has none."""

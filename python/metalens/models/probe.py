@@ -154,6 +154,7 @@ class HeadModules:
 
     Attributes:
         embedding, norm, head: the override, or else the module that the model calls. None = there is none.
+        embedding_call: the call of the model's own embedding, even if the embedding is overridden.
         norm_call: the call of the model's own norm, even if the norm is overridden.
         head_call: the call of `head`. None = the model did not call it.
         after: all calls after the last block.
@@ -163,6 +164,7 @@ class HeadModules:
     embedding: FoundModule | None
     norm: FoundModule | None
     head: FoundModule | None
+    embedding_call: ModuleCall | None
     norm_call: ModuleCall | None
     head_call: ModuleCall | None
     after: list[ModuleCall]
@@ -186,11 +188,12 @@ def find_head_modules(source: ResidualCapture, overrides: Overrides) -> HeadModu
     calls = probe_modules(source, (mx.arange(tokens) * vocabulary // tokens)[None])
     head_call = _head_call(calls.after, vocabulary)
     norm_call = _norm_call(calls.after, head_call, calls.states.hidden[-1].shape)
-    embedding = _choose(source.model, overrides.embedding, _embedding_call(calls.before), "embedding")
+    embedding_call = _embedding_call(calls.before)
+    embedding = _choose(source.model, overrides.embedding, embedding_call, "embedding")
     norm = _choose(source.model, overrides.norm, norm_call, "final norm")
     head = _choose(source.model, overrides.head, head_call, "output head")
     uses_head_call = head is not None and head_call is not None and head.module is head_call.module
-    return HeadModules(embedding, norm, head, norm_call, head_call if uses_head_call else None, calls.after, calls.states)
+    return HeadModules(embedding, norm, head, embedding_call, norm_call, head_call if uses_head_call else None, calls.after, calls.states)
 
 
 def is_matrix(module: Any) -> bool:

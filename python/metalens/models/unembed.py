@@ -7,6 +7,7 @@ that `Unembed.from_model` returns has passed this check.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.models import architectures
+from metalens.models.acceleration import class_of
 from metalens.models.capture import ResidualCapture, ResidualStreamError
 from metalens.models.head_check import HeadTransform, Step, first_difference, infer_transform, logits_difference
 from metalens.models.probe import FoundModule, HeadModules, Overrides, find_head_modules, is_matrix
 from metalens.ops import Head, Norm, head_logits
 from metalens.ops.weight import Weight
 from metalens.utils.arrays import to_float
-from metalens.utils.errors import InvalidValueError
+from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 NormFunction = Callable[[mx.array], mx.array]
 
@@ -41,10 +43,31 @@ class LogitTransform:
     Attributes:
         scale: the product of the factors of the head's input and output. If the head has a bias, only its output may have a factor.
         softcap: c of c * tanh(z / c). None = no softcap.
+
+    Raises:
+        InvalidValueError: if `scale` is 0 or not finite, or `softcap` is not a positive number.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not _is_number(self.scale) or self.scale == 0:
+            raise InvalidValueError(f"The scale of a LogitTransform must be a finite number other than 0, got {self.scale!r:.100}.")
+        if self.softcap is not None and not (_is_number(self.softcap) and self.softcap > 0):
+            raise InvalidValueError(f"The softcap of a LogitTransform must be a finite number above 0, or None for none, got {self.softcap!r:.100}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def checked_transform(given: Any) -> LogitTransform | None:
+    """Return a caller's `logit_transform` (InvalidTypeError if it is none)."""
+    if given is not None and not isinstance(given, LogitTransform):
+        raise InvalidTypeError(f"logit_transform must be a LogitTransform(scale=..., softcap=...) or None, got {given!r:.100}.")
+    return given
 
 
 class Unembed:
@@ -78,13 +101,14 @@ class Unembed:
 
         Raises:
             UnembedError: if there is no head, or the model's own logits do not follow from the output of its last block. The error names what
-                was found, where the first difference is, and what to do.
+                was found, where the first difference is, and what to do. Also if the given embedding is none.
+            InvalidTypeError: if `logit_transform` is of another type.
         """
         source = source if isinstance(source, ResidualCapture) else ResidualCapture(source)
         overrides = overrides or Overrides()
         try:
             modules = find_head_modules(source, overrides)
-            candidate = _assemble(source.model, modules, overrides, logit_transform)
+            candidate = _assemble(source.model, modules, overrides, checked_transform(logit_transform))
             if failure := _failure(candidate):
                 raise UnembedError(failure)
         except (UnembedError, ResidualStreamError) as error:
@@ -141,7 +165,7 @@ def _assemble(model: nn.Module, modules: HeadModules, overrides: Overrides, logi
     vocabulary = states.logits.shape[-1]
     used_rows = vocabulary if modules.head_call is not None and vocabulary < weight.shape[0] else None
     embedding = modules.embedding
-    rows = Weight.from_layer(merged(embedding.module)).shape[0] if embedding and is_matrix(embedding.module) else weight.shape[0]
+    rows = _embedding_rows(modules, given=overrides.embedding is not None) or weight.shape[0]
     tied = _is_tied(modules, head)
     paths = {"embedding": embedding.path if embedding else "", "norm": norm_path, "head": "" if tied and overrides.head is None else head.path}
     arrays = Head(weight, matrix.get("bias"), transform.input_scale * transform.output_scale, transform.softcap, used_rows)
@@ -151,6 +175,24 @@ def _assemble(model: nn.Module, modules: HeadModules, overrides: Overrides, logi
         _steps(modules, None if logit_transform is not None else transform),
         f"{f'the norm at {norm_path!r}' if norm_path else 'no norm'} and the head at {head.path!r}",
     )
+
+
+def _embedding_rows(modules: HeadModules, given: bool) -> int:
+    """Return the number of token ids that the embedding knows; 0 if none was found.
+
+    Raises:
+        UnembedError: if a given embedding is none, or has other rows than the one that the model calls: ids that are too large would read other
+            memory.
+    """
+    embedding, own = modules.embedding, modules.embedding_call
+    if embedding is None or not is_matrix(embedding.module):
+        if given and embedding is not None:
+            raise UnembedError(_no_embedding(embedding, "which has no matrix with a row for each token id"))
+        return 0
+    rows = int(Weight.from_layer(merged(embedding.module)).shape[0])
+    if given and own is not None and (called := int(Weight.from_layer(merged(own.module)).shape[0])) != rows:
+        raise UnembedError(_no_embedding(embedding, f"with {rows} rows, and the model calls {own.path!r}, with {called} rows"))
+    return rows
 
 
 def _find_head(model: nn.Module, modules: HeadModules) -> tuple[FoundModule, float]:
@@ -225,7 +267,9 @@ def _failure(candidate: _Candidate) -> str:
     if last.shape[-1] != unembed.hidden_dim:
         return _wrong_width(candidate, last)
     if to_float(mx.any(mx.isnan(own))):
-        return _DAMAGED
+        return _damaged("NaN")
+    if not to_float(mx.all(mx.isfinite(mx.max(own, axis=-1)))):  # some tokens may be -inf, but not all
+        return _damaged("infinite")
     found = unembed(last)
     if own.shape[-1] != unembed.head.tokens:
         return _wrong_vocabulary(candidate, found, own)
@@ -240,9 +284,10 @@ def _failure(candidate: _Candidate) -> str:
 
 def norm_of(module: Any) -> Norm:
     """Return a norm of the model in the form that the operations take. Only exact types count: a subclass computes something else."""
-    if type(module) is nn.RMSNorm:
+    kind = class_of(module) if isinstance(module, nn.Module) else None
+    if kind is nn.RMSNorm:
         return Norm(module, "rms", module["weight"], None, module.eps)
-    if type(module) is nn.LayerNorm:
+    if kind is nn.LayerNorm:
         return Norm(module, "layer", module.get("weight"), module.get("bias"), module.eps)
     return _recognized(module)
 
@@ -256,10 +301,11 @@ def _recognized(module: Any) -> Norm:
     if eps is None:
         return Norm(module)
     rows = mx.random.normal((4, weight.size), key=mx.random.key(0)) * mx.array([[0.01], [0.1], [1.0], [10.0]])
+    plain = class_of(module).__call__(module, rows)  # the native kernels round otherwise
     for gain in (1.0 + weight, weight):
-        if mx.array_equal(module(rows), mx.fast.rms_norm(rows, gain, eps)):
+        if mx.array_equal(plain, mx.fast.rms_norm(rows, gain, eps)):
             return Norm(module, "rms", gain, None, eps)
-        if mx.array_equal(module(rows), mx.fast.layer_norm(rows, gain, bias, eps)):
+        if mx.array_equal(plain, mx.fast.layer_norm(rows, gain, bias, eps)):
             return Norm(module, "layer", gain, bias, eps)
     return Norm(module)
 
@@ -281,10 +327,13 @@ def merged(module: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------- messages
 
 _ADVICE = " Pass norm=, head= or logit_transform= to describe the model's output layers."
-_DAMAGED = (
-    "The model's own logits are NaN on ordinary tokens: its weights are damaged, or the model is float16 and its activations overflow. "
-    "Convert it to bfloat16 (mlx_lm.convert --dtype bfloat16), or load it again."
-)
+
+
+def _damaged(numbers: str) -> str:
+    return (
+        f"The model's own logits are {numbers} on ordinary tokens: its weights are damaged, or the model is float16 and its activations overflow. "
+        "Convert it to bfloat16 (mlx_lm.convert --dtype bfloat16), or load it again."
+    )
 
 
 def _no_single_stream(last: mx.array) -> str:
@@ -296,6 +345,13 @@ def _no_head(modules: HeadModules) -> str:
         "Cannot find output projection layer: after its last block the model calls no linear layer or embedding that gives its "
         f"{modules.states.logits.shape[-1]} logits, and it calls no embedding before its first block. "
         f"It calls {modules.called()}. Pass head= to name the layer."
+    )
+
+
+def _no_embedding(given: FoundModule, fault: str) -> str:
+    return (
+        f"The embedding at {given.path!r} is a {type(given.module).__name__.lstrip('_')}, {fault}. "
+        "Give the path of the embedding, or leave embedding_path out: the one that the model calls is taken then."
     )
 
 

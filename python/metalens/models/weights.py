@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 SAMPLE = 64
 
 
-def _named(module: nn.Module) -> list[tuple[str, mx.array]]:
+def named_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return the arrays of a module with their dotted names."""
     found: list[tuple[str, Any]] = tree_flatten(module.parameters())  # type: ignore[assignment]
     return [(name, array) for name, array in found if isinstance(array, mx.array)]
 
@@ -26,7 +27,7 @@ def _named(module: nn.Module) -> list[tuple[str, mx.array]]:
 def arrays_of(part: Any) -> list[mx.array]:
     """Return the arrays of a module, or an array as a list; [] for anything else, such as a function."""
     if isinstance(part, nn.Module):
-        return [array for _, array in _named(part)]
+        return [array for _, array in named_arrays(part)]
     return [part] if isinstance(part, mx.array) else []
 
 
@@ -54,14 +55,53 @@ def weights_hash(model: nn.Module) -> str:
 
     Cost: a few milliseconds; SAMPLE numbers of each array are read.
     """
-    named = sorted(_named(model), key=itemgetter(0))
-    samples = []
-    for _, array in named:
-        flat = array.reshape(-1)
-        samples.append(mx.contiguous(flat[:: max(1, flat.size // SAMPLE)]))
+    named = sorted(named_arrays(model), key=itemgetter(0))
+    samples = [_sample(array) for _, array in named]
     mx.eval(samples)
+    return _digest([_description(name, array) for name, array in named], [_bytes(sample) for sample in samples])
+
+
+def hash_in_parts(arrays: list[tuple[str, mx.array]], rank: int, size: int, gather: Callable[[list[str]], list[list[str]]]) -> str:
+    """Return the `weights_hash` of a model that is too large for one machine.
+
+    Each process reads a part of the arrays, one at a time, so all processes together read the files once.
+
+    Args:
+        arrays: names and arrays of the whole model, which MLX has not loaded. The list is emptied, and each array goes after its turn.
+        rank, size: number of this process, from 0, and number of processes.
+        gather: function that returns what every process gave it, by rank.
+    """
+    arrays.sort(key=itemgetter(0), reverse=True)
+    descriptions: list[bytes] = []
+    mine: list[str] = []
+    while arrays:
+        name, array = arrays.pop()
+        if len(descriptions) % size == rank:
+            sample = _sample(array)
+            mx.eval(sample)
+            mine.append(_bytes(sample).hex())
+        descriptions.append(_description(name, array))
+        del array
+    parts = gather(mine)
+    return _digest(descriptions, [bytes.fromhex(parts[i % size][i // size]) for i in range(len(descriptions))])
+
+
+def _sample(array: mx.array) -> mx.array:
+    flat = array.reshape(-1)
+    return mx.contiguous(flat[:: max(1, flat.size // SAMPLE)])
+
+
+def _bytes(sample: mx.array) -> bytes:
+    return np.array(sample.view(mx.uint8)).tobytes() if sample.size else b""
+
+
+def _description(name: str, array: mx.array) -> bytes:
+    return json.dumps([name, list(array.shape), str(array.dtype)]).encode()
+
+
+def _digest(descriptions: Sequence[bytes], samples: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
-    for (name, array), sample in zip(named, samples, strict=True):
-        digest.update(json.dumps([name, list(array.shape), str(array.dtype)]).encode())
-        digest.update(np.array(sample.view(mx.uint8)).tobytes() if sample.size else b"")
+    for description, sample in zip(descriptions, samples, strict=True):
+        digest.update(description)
+        digest.update(sample)
     return f"sha256:{digest.hexdigest()}"

@@ -4,13 +4,15 @@ Each file holds one operation: its contract, its plain-MLX reference and its ker
 one of them, `backends` the settings that it reads.
 """
 
-from metalens.ops.activation import swiglu
+from metalens.ops.activation import gelu_approx, swiglu
 from metalens.ops.backends import backend, precision, use_backend, use_precision
 from metalens.ops.head import Head
 from metalens.ops.kl import LensTarget, lens_kl, lens_target
 from metalens.ops.logits import head_logits
-from metalens.ops.matmul import linear, quantized_matmul
+from metalens.ops.matmul import gram, linear, quantized_matmul, symmetric_product
 from metalens.ops.norm import Norm
+from metalens.ops.rotary import rope
+from metalens.ops.row_norms import layer_norm, rms_norm
 from metalens.ops.sdpa import attention
 from metalens.ops.stats import LensStats, lens_stats
 from metalens.ops.translate import normed, translate_norm
@@ -24,7 +26,10 @@ __all__ = [
     "Weight",
     "attention",
     "backend",
+    "gelu_approx",
+    "gram",
     "head_logits",
+    "layer_norm",
     "lens_kl",
     "lens_stats",
     "lens_target",
@@ -32,7 +37,10 @@ __all__ = [
     "normed",
     "precision",
     "quantized_matmul",
+    "rms_norm",
+    "rope",
     "swiglu",
+    "symmetric_product",
     "translate_norm",
     "use_backend",
     "use_precision",

@@ -18,7 +18,7 @@ from metalens.ops.backends import extension, extension_precision, rounds_operand
 from metalens.ops.chunks import in_chunks
 from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
-from metalens.ops.logits import head_logits, head_vjp, native_head
+from metalens.ops.logits import capped_logits, head_logits, head_vjp, native_head, with_offset
 from metalens.ops.metal import kl as on_metal
 from metalens.ops.softmax import entropy, kl_divergence, log_softmax_and_lse
 from metalens.ops.weight import unreadable
@@ -126,8 +126,8 @@ _LENS_TARGET = Operation(
 
 def _kl_reference(n: mx.array, target: LensTarget, head: Head) -> Sequence[mx.array]:
     def chunk(n: mx.array, n_model: mx.array) -> Sequence[mx.array]:
-        z = head_logits(n, head)
-        log_q, q, _ = log_softmax_and_lse(z)
+        z = capped_logits(n, head)
+        log_q, q, _ = log_softmax_and_lse(with_offset(z, head))
         log_p, p, _ = log_softmax_and_lse(head_logits(n_model, head))
         return kl_divergence(p, log_p, log_q), head_vjp(q - p, z, head)
 

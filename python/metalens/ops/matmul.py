@@ -1,9 +1,10 @@
-"""linear(x, W): the product with a frozen or trainable matrix, dense or quantized."""
+"""Products: linear(x, W) with a frozen or trainable matrix, dense or quantized, and those whose result is known to be symmetric."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from metalens.ops.autograd import with_gradient_of
 from metalens.ops.backends import extension, extension_precision
 from metalens.ops.dispatch import Operation
 from metalens.ops.weight import FLOATS, Weight, unreadable
@@ -54,6 +55,33 @@ def quantized_matmul(
     return _LINEAR(x, Weight(w, scales, biases, group_size, bits, mode), transpose, dtype)
 
 
+def gram(x: mx.array) -> mx.array:
+    """Return x x^T for each matrix of x, at half the work of a product. Lazy and differentiable.
+
+    Args:
+        x: [..., N, K]; float32, float16 or bfloat16.
+
+    Returns:
+        [..., N, N] in the type of x, exactly symmetric. The native kernels accumulate in float32 and round once.
+    """
+    return _SYMMETRIC_PRODUCT(x, x)
+
+
+def symmetric_product(a: mx.array, b: mx.array) -> mx.array:
+    """Return the products a b of symmetric matrices that commute, at half the work. Lazy and differentiable.
+
+    Such a product is symmetric. Only its triangle on and below the diagonal is computed, and mirrored. If a and b do not
+    commute, that is not their product. Polynomials of one symmetric matrix commute.
+
+    Args:
+        a, b: symmetric matrices [..., N, N] of one shape and type: float32, float16 or bfloat16.
+
+    Returns:
+        [..., N, N] in the type of a, exactly symmetric. The native kernels accumulate in float32 and round once.
+    """
+    return _SYMMETRIC_PRODUCT(a, b)
+
+
 def _reference(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | None) -> mx.array:
     if w.scales is None:
         y = x @ (w.values.T if transpose else w.values)
@@ -84,3 +112,22 @@ def _why_not_native(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | N
 
 
 _LINEAR = Operation("linear", _reference, native=(_why_not_native, _native))
+
+
+def _symmetric_reference(a: mx.array, b: mx.array) -> mx.array:
+    lower = mx.tril(a @ b.swapaxes(-1, -2))
+    return lower + mx.tril(lower, -1).swapaxes(-1, -2)
+
+
+def _symmetric_native(a: mx.array, b: mx.array) -> mx.array:
+    precision = extension_precision()
+    return with_gradient_of(_symmetric_reference, lambda a, b: extension().symmetric_product(a, b, precision))(a, b)
+
+
+def _why_not_symmetric_native(a: mx.array, b: mx.array) -> str:
+    if a.shape != b.shape or a.ndim < 2:
+        return "a and b are not matrices of one shape"
+    return "" if a.dtype == b.dtype and a.dtype in FLOATS else "a and b are not of one float type"
+
+
+_SYMMETRIC_PRODUCT = Operation("symmetric_product", _symmetric_reference, native=(_why_not_symmetric_native, _symmetric_native))

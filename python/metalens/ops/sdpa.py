@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.ops.autograd import with_gradient_of
 from metalens.ops.backends import extension, extension_precision
 from metalens.ops.dispatch import Operation
 from metalens.ops.weight import FLOATS
@@ -20,7 +19,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str 
         scale: factor of the products of queries and keys.
         mask: None; "causal" (query i sees the keys up to i + S - T); or an array that broadcasts to [B, H, T, S], of booleans
             (True = visible) or of numbers to add.
-        sinks: [H] or None. Only plain MLX supports them.
+        sinks: [H] logits of one more key whose value is zero, or None.
 
     Returns:
         [B, H, T, E] in the type of q. The native kernels compute in float32.
@@ -33,37 +32,19 @@ def _reference(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: str | 
 
 
 def _native(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: str | mx.array | None, sinks: mx.array | None) -> mx.array:
-    ours = extension().attention
-    added = _as_numbers(mask, q.shape[2], k.shape[2]) if isinstance(mask, mx.array) else None
-    operands = extension_precision()
-
-    def fast(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        y: mx.array = ours(q, k, v, scale, isinstance(mask, str), added, operands)
-        return y
-
-    def plain(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return _reference(q, k, v, scale, mask, sinks)
-
-    return with_gradient_of(plain, fast)(q, k, v)
+    causal = isinstance(mask, str)
+    y: mx.array = extension().attention(q, k, v, scale, causal, None if causal else mask, sinks, extension_precision())
+    return y
 
 
 def _why_not_native(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: str | mx.array | None, sinks: mx.array | None) -> str:
-    if sinks is not None:
-        return "the kernels have no sinks"
     if not {q.dtype, k.dtype, v.dtype} <= set(FLOATS):
         return f"the kernels read no q, k, v of {q.dtype}, {k.dtype}, {v.dtype}"
+    if sinks is not None and sinks.dtype not in FLOATS:
+        return f"the kernels read no sinks of {sinks.dtype}"
     if isinstance(mask, mx.array):
-        same_for_all = mask.ndim >= 2 and all(size == 1 for size in mask.shape[:-2])
-        return "" if same_for_all else "the kernels take one mask for all heads and sequences"
+        return "" if mask.dtype == mx.bool_ or mask.dtype in FLOATS else f"the kernels read no mask of {mask.dtype}"
     return "" if mask in (None, "causal") else f"the kernels have no mask {mask!r}"
-
-
-def _as_numbers(mask: mx.array, queries: int, keys: int) -> mx.array:
-    """Return the mask as numbers [T, S] to add."""
-    last_two = mask.reshape(mask.shape[-2:])
-    if last_two.dtype == mx.bool_:
-        last_two = mx.where(last_two, 0.0, -mx.inf)
-    return mx.broadcast_to(last_two.astype(mx.float32), (queries, keys))
 
 
 _ATTENTION = Operation("attention", _reference, native=(_why_not_native, _native))

@@ -42,6 +42,10 @@ def readable(token: str) -> str:
     start = len(token) - len(token.lstrip(" "))
     spaced = f"{SPACE * start}{body}{SPACE * (len(token) - start - len(body))}" if body else SPACE * len(token)
     shown = "".join(map(_visible, spaced)).replace("><0x", "")  # <0xE6><0x97> is <0xE697>
+    return _cut(shown)
+
+
+def _cut(shown: str) -> str:
     return shown if len(shown) <= MAX_TOKEN else shown[: MAX_TOKEN - 1] + "…"
 
 
@@ -112,13 +116,14 @@ def lens_figure(
     grid, texts, columns = grid[:, shown], [row[shown] for row in texts], list(tokens)[shown]
 
     fonts = [*([font_family] if font_family else []), *_installed(FONTS)]
+    drawable = _drawable(fonts)
     with mpl.rc_context({"font.family": fonts}):
         size = figsize or (max(6.0, 1.05 * len(columns) + 2.2), max(3.0, 0.42 * len(names) + 1.6))
         figure = (new_figure or NewFigure)(figsize=size, layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(grid, cmap=cmap, aspect="auto", origin="lower", vmin=limits and limits[0], vmax=limits and limits[1])
         axes.set_xticks(
-            range(len(columns)), [readable(token) for token in columns], rotation=35, ha="right", rotation_mode="anchor", parse_math=False
+            range(len(columns)), [drawable(readable(token)) for token in columns], rotation=35, ha="right", rotation_mode="anchor", parse_math=False
         )
         axes.set_yticks(range(len(names)), names)
         left_out = len(tokens) - len(columns)
@@ -131,7 +136,7 @@ def lens_figure(
             for x, text in enumerate(row):
                 ink = _ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
                 # parse_math: a "$" in a token starts no formula.
-                axes.text(x, y, readable(text), ha="center", va="center", fontsize=9, color=ink, parse_math=False)
+                axes.text(x, y, drawable(readable(text)), ha="center", va="center", fontsize=9, color=ink, parse_math=False)
         figure.colorbar(image, ax=axes, label=value_name, shrink=0.9)
     return figure
 
@@ -146,6 +151,25 @@ def _installed(names: Sequence[str]) -> list[str]:
 
     present = {font.name for font in fontManager.ttflist}
     return [name for name in names if name in present] or ["sans-serif"]
+
+
+def _drawable(families: Sequence[str]) -> Callable[[str], str]:
+    """Return a function that spells the characters that no font of these families has, as U+5C7F, and cuts the text again.
+
+    matplotlib would draw boxes, which all look alike, and warn of each.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known: set[int] = set()
+    for family in families:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a family that the user named and that is not installed: matplotlib's default is taken
+            known |= set(get_font(findfont(FontProperties(family=[family]))).get_charmap())
+
+    def drawable(text: str) -> str:
+        return _cut("".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in text))
+
+    return drawable
 
 
 def picture_format(path: Path) -> str:

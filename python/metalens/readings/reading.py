@@ -138,8 +138,8 @@ class Reading:
     def to_pandas(self) -> Any:
         """Return a pandas DataFrame with one row per layer, position and rank.
 
-        The columns are layer, position, token (the token that was read), rank (1 = most likely), id, prediction,
-        probability, logit, and entropy (nats).
+        The columns are layer, translated (whether the lens translates the layer), position, token (the token that was
+        read), rank (1 = most likely), id, prediction, probability, logit, and entropy (nats).
 
         Raises:
             MissingPackageError: if pandas is not installed.
@@ -151,6 +151,7 @@ class Reading:
         records = [
             {
                 "layer": entry["layer"],
+                "translated": entry["translated"],
                 "position": position,
                 "token": self.tokens[position],
                 "rank": rank,

@@ -44,14 +44,15 @@ def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, nor
 
 
 def require_finite(stats: LensStats) -> None:
-    """Check that no row's logits are NaN. A damaged weight of the model or the lens, which this input reached, makes them NaN.
+    """Check that every row of logits has a softmax. A damaged weight of the model or the lens, which this input reached, leaves it without one.
 
     Raises:
-        InvalidValueError: if a row is NaN.
+        InvalidValueError: if the logits of a row are NaN or infinite, or -inf for every token.
     """
-    if to_float(mx.any(mx.isnan(stats.lse))):
+    if not to_float(mx.all(mx.isfinite(stats.lse))):
         raise InvalidValueError(
-            "The logits of some layer are NaN for this input: the model or the lens holds damaged weights, or the model is float16 and overflows. "
+            "The logits of some layer are NaN or infinite for this input: "
+            "the model or the lens holds damaged weights, or the model is float16 and overflows. "
             "Convert the model to bfloat16 (mlx_lm.convert --dtype bfloat16); else load or train it again."
         )
 

@@ -7,7 +7,7 @@ steps: 0 to n - 1, n to 2 n - 1, and so on. A run that was stopped between them 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -76,17 +76,23 @@ class BatchedCapture:
     def __init__(self, source: ResidualCapture, embedding_rows: int) -> None:
         self.source, self.embedding_rows = source, embedding_rows
 
-    def hidden_states(self, sequences: Sequence[np.ndarray], pause: Callable[[], None] | None = None) -> Iterator[HiddenStates]:
-        """Yield the hidden states of sequences [t], up to PASS_TOKENS tokens in a forward pass. A pass is computed when it is asked for.
+    def runs_for(self, layers: Sequence[int]) -> bool:
+        """Tell whether this process runs forward passes: for layers that it trains, or for other processes, with which it shares the model."""
+        return bool(layers) or self.source.sharding is not None
+
+    def hidden_states(self, step: Step, pause: Callable[[], None] | None = None) -> Iterator[HiddenStates]:
+        """Yield the hidden states of the sequences of a step, up to PASS_TOKENS tokens in a forward pass. A pass is computed when it is asked for.
+
+        Their rows are those of the tokens that count in the loss.
 
         Args:
-            sequences: the sequences.
+            step: the step.
             pause: function that a CPU calls after each block of a forward pass, where a pass may take many seconds. None = none.
 
         Raises:
             InvalidValueError: if the text has ids that the model does not know.
         """
-        for _, captured in self._passes(sequences, pause):
+        for _, captured in self._passes([step], pause):
             yield captured
 
     def by_step(self, steps: Sequence[Step], pause: Callable[[], None] | None = None) -> Iterator[Iterable[HiddenStates]]:
@@ -98,18 +104,20 @@ class BatchedCapture:
             InvalidValueError: if the text has ids that the model does not know.
         """
         if len(steps) == 1:
-            yield self.hidden_states(steps[0].sequences, pause)
+            yield self.hidden_states(steps[0], pause)
             return
         owners = [i for i, step in enumerate(steps) for _ in step.sequences]
         found: list[list[HiddenStates]] = [[] for _ in steps]
-        for members, captured in self._passes([sequence for step in steps for sequence in step.sequences], pause):
+        for members, captured in self._passes(steps, pause):
             for owner in dict.fromkeys(owners[i] for i in members):
                 rows = [row for row, i in enumerate(members) if owners[i] == owner]  # side by side: members ascend
                 found[owner].append(captured.of_sequences(slice(rows[0], rows[-1] + 1)))
         yield from found
 
-    def _passes(self, sequences: Sequence[np.ndarray], pause: Callable[[], None] | None) -> Iterator[tuple[list[int], HiddenStates]]:
-        """Yield batches of sequence numbers with their hidden states."""
+    def _passes(self, steps: Sequence[Step], pause: Callable[[], None] | None) -> Iterator[tuple[list[int], HiddenStates]]:
+        """Yield batches of numbers of sequences, counted through all steps, with their hidden states."""
+        sequences = [sequence for step in steps for sequence in step.sequences]
+        counted = [mask for step in steps for mask in step.counted or ()]
         for members in batches([sequence.size for sequence in sequences], PASS_TOKENS):
             batch = np.stack([sequences[i] for i in members])
             if batch.size and not 0 <= batch.min() <= batch.max() < self.embedding_rows:  # MLX would read other memory
@@ -118,6 +126,8 @@ class BatchedCapture:
                     "Tokenize it with the model's own tokenizer."
                 )
             captured = self.source.capture(mx.array(batch))
+            if counted:
+                captured = replace(captured, mask=mx.array(np.stack([counted[i] for i in members])))
             if pause is not None and mx.default_device() == mx.Device(mx.cpu):
                 for hidden in captured.hidden:
                     mx.eval(hidden)

@@ -19,6 +19,9 @@ from metalens.utils.outputs import Output, require_replaceable
 class Progress:
     """The record of one step. Its losses are from before the update, in nats per token.
 
+    With a sampled vocabulary (`TrainingConfig.vocabulary`) losses and gradient are the estimates of the step's samples, about 1 % below the full ones
+    on the mean.
+
     Attributes:
         step: number of the step, counted from 0 over all passes.
         loss: mean loss over layers.

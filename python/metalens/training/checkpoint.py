@@ -7,6 +7,7 @@ all the same, the checkpoint before it is used, with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,10 +110,15 @@ class CheckpointFolder:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        steps = self.steps()
-        for old in [*[other for other in steps if other > step], *[other for other in steps if other <= step][: -self.keep]]:
-            _remove(self.path / f"step-{old:08d}")
+        for later in [other for other in self.steps() if other > step]:
+            _remove(self.path / f"step-{later:08d}")
+        self.remove_oldest(step)
         return final
+
+    def remove_oldest(self, step: int) -> None:
+        """Delete the checkpoints up to a step, but for the newest ones of these."""
+        for old in [other for other in self.steps() if other <= step][: -self.keep]:
+            _remove(self.path / f"step-{old:08d}")
 
     def _remove_leftovers(self) -> None:
         """Delete partial checkpoints left by killed processes, to free space before writing."""
@@ -157,13 +163,7 @@ def _remove(folder: Path) -> None:
 
 
 def _read(folder: Path) -> Checkpoint:
-    record: Any = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise InvalidValueError(f"{RECORD} is damaged")
-    if record.get("format") != FORMAT:
-        raise InvalidValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
-    if record.pop("record", None) != _sha256_of(record):
-        raise InvalidValueError(f"{RECORD} is damaged")
+    record = _read_record(folder)
     if sha256_of(folder / STATE) != record["sha256"]:
         raise InvalidValueError(f"{STATE} is damaged")
     with (folder / STATE).open("rb") as file:  # as in `save`
@@ -171,6 +171,18 @@ def _read(folder: Path) -> Checkpoint:
         assert isinstance(arrays, dict)
         mx.eval(arrays)
     return Checkpoint(arrays, record)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint (InvalidValueError, ValueError, OSError)."""
+    record: Any = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise InvalidValueError(f"{RECORD} is damaged")
+    if record.get("format") != FORMAT:
+        raise InvalidValueError(f"it has format {record.get('format')!r}, this version reads {FORMAT}")
+    if record.pop("record", None) != _sha256_of(record) or type(record.get("step")) is not int or "sha256" not in record:
+        raise InvalidValueError(f"{RECORD} is damaged")
+    return record
 
 
 def _sha256_of(record: dict[str, Any]) -> str:
@@ -243,14 +255,14 @@ def numbers_of_newest(folder: Path) -> dict[str, int]:
 
 def config_of_newest(folder: Path) -> dict[str, Any] | None:
     """Return the settings of the run of the newest checkpoint of a folder, None if there is none."""
-    record = _record_of_newest(folder)
-    return None if record is None else dict(record["config"])
+    config = (_record_of_newest(folder) or {}).get("config")
+    return dict(config) if isinstance(config, dict) else None
 
 
 def _record_of_newest(folder: Path) -> dict[str, Any] | None:
-    whole = CheckpointFolder(folder)
-    newest = [(part.steps()[-1], part.path) for part in [whole, *parts_of(folder)] if part.steps()]
-    if not newest:
-        return None
-    step, path = max(newest)
-    return dict(json.loads((path / f"step-{step:08d}" / RECORD).read_text(encoding="utf-8")))
+    """Return the record of the newest checkpoint whose record is whole."""
+    found = [(step, part.path) for part in [CheckpointFolder(folder), *parts_of(folder)] for step in part.steps()]
+    for step, path in sorted(found, reverse=True):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            return _read_record(path / f"step-{step:08d}")
+    return None

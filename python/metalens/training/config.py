@@ -18,6 +18,7 @@ import numpy as np
 
 from metalens.utils.errors import InvalidValueError
 
+Vocabulary = Literal["full", "sampled"] | int
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
 HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most a sixteenth
 
@@ -78,6 +79,11 @@ class TrainingConfig:
     warm_start_tokens: int = _setting(0, "Tokens of the closed-form solution that training begins with; 0 = begin with the identity.", at_least=0)
     ridge: float = _setting(1e-3, "Ridge strength of the closed-form warm start, relative to the mean square of the hidden states.", at_least=0)
     repeat: bool = _setting(True, "Reuse the text when it runs out, instead of stopping with an error that says how much text the run needs.")
+    loss_on: Literal["all", "answers"] = _setting(
+        "all",
+        "Tokens whose prediction counts in the loss and in all numbers of tokens of a run: all, or those of the answers in conversations "
+        "(the assistant's messages, or the completion). The model reads whole sequences all the same.",
+    )
     layers: tuple[int, ...] | None = _setting(None, "Layers to train; the other layers stay the identity.", unset="all layers", example=[0, 4, 5])
     layers_at_once: int | None = _setting(
         None, "Layers to train in one pass over the text, to save memory; the next layers follow in another pass.", at_least=1, unset="all", example=8
@@ -98,10 +104,16 @@ class TrainingConfig:
     step_size: Literal["rate", "loss"] = _setting(
         "rate",
         "Length of Muon's steps: rate = the learning rate, in W; loss = so long that, by the gradient, a step takes the learning rate (0.1: a tenth) "
-        "off the layer's loss, in coordinates divided by the rms of each dimension.",
+        "off the layer's loss, in coordinates that have the scale of the hidden states.",
     )
     dtype: Literal["float32", "bfloat16"] = _setting(
         "float32", "Type of parameters and optimizer state; bfloat16 is rounded stochastically and takes half the memory."
+    )
+    vocabulary: Literal["full", "sampled"] | int = _setting(
+        "full",
+        "Ids of the vocabulary that a step compares: full = all; sampled = 12 sqrt(V) of V, at least 2048, drawn anew for every 128 tokens, likely "
+        "ones more often; a number = a sample of so many. A sample that is not smaller than the vocabulary is the full one.",
+        at_least=16,
     )
     ns_steps: int | None = _setting(None, "Iterations of Muon's orthogonalization.", at_least=1, unset="chosen by the size of the matrix", example=4)
 
@@ -146,9 +158,10 @@ class TrainingConfig:
             value, choices, smallest = getattr(self, each.name), choices_of(setting_types()[each.name]), each.metadata["at_least"]
             if isinstance(value, float) and not math.isfinite(value) and (each.name != "gradient_clip" or math.isnan(value)):
                 raise InvalidValueError(f"{each.name} must be a finite number, got {value}.")
-            if choices and value not in choices:
-                raise InvalidValueError(f"{each.name} must be one of {', '.join(choices)}, got {value!r}.")
-            if smallest is not None and value is not None and not value >= smallest:
+            if choices and isinstance(value, str) and value not in choices:
+                or_number = "" if get_origin(setting_types()[each.name]) is Literal else ", or a whole number"
+                raise InvalidValueError(f"{each.name} must be one of {', '.join(choices)}{or_number}, got {value!r}.")
+            if smallest is not None and value is not None and not isinstance(value, str) and not value >= smallest:
                 or_none = ", or None" if each.metadata["unset"] else ""
                 raise InvalidValueError(f"{each.name} must be at least {smallest}{or_none}, got {value}.")
 
@@ -229,7 +242,9 @@ def setting_types() -> dict[str, Any]:
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """Return the choices of a Literal type, () for another type."""
+    """Return the choices of a Literal type, or of the one in a union; () for another type."""
+    if get_origin(kind) in (Union, UnionType):
+        return sum(map(choices_of, get_args(kind)), ())
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 

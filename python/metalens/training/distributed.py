@@ -11,13 +11,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.capture import ResidualCapture
 from metalens.training.messages import TIMEOUT, Messenger
 from metalens.training.optimizer import Parameters
 from metalens.utils.arrays import to_float, to_list
@@ -191,6 +192,22 @@ class Group:
         rows = to_list(total)
         return [row[0] for row in rows], math.sqrt(math.fsum(square for row in rows for square in row[1:]))
 
+    def all_gather(self, array: mx.array) -> mx.array:
+        """Return the rows of all processes, by rank, evaluated. The arrays must have the same shape and dtype."""
+        return array if self.size == 1 else self._messenger.gather(array)
+
+    def wait(self, arrays: Sequence[mx.array]) -> None:
+        """Compute arrays that need messages of the other processes, such as the hidden states of a model that is divided among them.
+
+        Raises:
+            GroupLostError: if another process has ended.
+        """
+        self._messenger.wait(arrays)
+
+    def reporting_loss(self) -> AbstractContextManager[None]:
+        """Return a context manager that turns an error of MLX's messages, also those of other packages, into a GroupLostError."""
+        return self._messenger.reporting_loss()
+
     # ------------------------------------------------------------------ agreement
 
     def any(self, wish: bool) -> bool:
@@ -202,7 +219,7 @@ class Group:
         if self.size == 1:
             return [value]
         mine = np.frombuffer(json.dumps(value, default=_plain_number).encode(), np.uint8)
-        sizes = self._messenger.gather(mx.array([mine.size], mx.int32))
+        sizes = to_list(self._messenger.gather(mx.array([mine.size], mx.int32)))
         padded = np.zeros(max(sizes), np.uint8)
         padded[: mine.size] = mine
         everything = np.array(self._messenger.gather(mx.array(padded)), np.uint8).reshape(self.size, -1)
@@ -272,6 +289,37 @@ class Group:
             found[name] = data.view(getattr(mx, dtype)).reshape(shape)
             mx.eval(found[name])
         return found
+
+
+def group_of(source: ResidualCapture | None, group: Group | None) -> Group:
+    """Return the processes of a run: the given ones, else those that hold the model, else this process alone.
+
+    Args:
+        source: captures the model's hidden states. None = the model is not loaded yet.
+        group: the processes that the caller gives.
+
+    Raises:
+        InvalidValueError: if the model is divided, and the processes are others than those that hold it or divide the text.
+    """
+    holders = None if source is None or source.sharding is None else source.sharding.processes
+    if holders is None:
+        return group or Group()
+    found = group or holders
+    if not isinstance(found, Group) or (found.rank, found.size) != (holders.rank, holders.size):
+        raise InvalidValueError(f"The model is divided among {holders.size} processes. Give train the same group, or none.")
+    if found.parallel != "layers":
+        raise InvalidValueError(
+            "Processes that divide the model all read the same text: give Group('layers', ...), or Group.from_environment('layers')."
+        )
+    return found
+
+
+def require_divisible(model: Any, group: Group | None) -> None:
+    """Check the arguments of a run that divides its model (InvalidValueError)."""
+    if not isinstance(model, (str, Path)):
+        raise InvalidValueError("shard_model=True needs the name of a model: mlx-lm divides it while it is loaded.")
+    if group is None or group.parallel != "layers":
+        raise InvalidValueError("shard_model=True needs a group whose processes divide the layers: group=Group.from_environment('layers').")
 
 
 def _entries(variable: str) -> int:

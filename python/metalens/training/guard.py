@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,13 +18,15 @@ from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats, normed
 from metalens.training.batching import BatchedCapture
 from metalens.training.config import TrainingConfig
+from metalens.training.data import Step
 from metalens.training.distributed import Group
 from metalens.training.optimizer import Parameters
 from metalens.training.step import piece_tokens
 from metalens.utils.arrays import to_list
 
-# A check of a token costs at most half of a training token: at most 1/20 of the run goes into checks, beside the first and the last one.
-TOKENS_PER_CHECKED = 10
+# A check reads the full vocabulary. Beside steps that do so too, a checked token costs at most half of a training token, and at most 1/20 of the run
+# goes into checks, beside the first and the last one. Steps on a sample are faster: a checked token costs 3 of them on SmolLM2-135M.
+TOKENS_PER_CHECKED, TOKENS_PER_CHECKED_OF_SAMPLED = 10, 30
 MOST_CHECKS = 40
 WORSE = 1.1  # a layer is set back when its KL is more than this times its best, ...
 WORSE_BY = 0.001  # ... and more than this many nats, which a layer of no loss may be off by rounding
@@ -37,32 +39,33 @@ class GuardWarning(RuntimeWarning):
 
 def check_every(config: TrainingConfig, tokens: int) -> int:
     """Return the number of steps between two checks, for a number of held-back tokens."""
-    checks = min(max(config.num_steps * config.step_tokens // (TOKENS_PER_CHECKED * max(tokens, 1)), 1), MOST_CHECKS)
+    tokens_per_checked = TOKENS_PER_CHECKED if config.vocabulary == "full" else TOKENS_PER_CHECKED_OF_SAMPLED
+    checks = min(max(config.num_steps * config.step_tokens // (tokens_per_checked * max(tokens, 1)), 1), MOST_CHECKS)
     return -(-config.num_steps // checks)
 
 
 def held_back_kl(
     parameters: Sequence[Parameters],
     layers: Sequence[int],
-    sequences: Sequence[np.ndarray],
+    text: Step,
     capture: BatchedCapture,
     unembed: Unembed,
     pause: Callable[[], None] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> mx.array:
-    """Return the sum of KL(model || lens) over the tokens of sequences, in nats, and the number of tokens: [len(layers) + 1]. Evaluated.
+    """Return the sum of KL(model || lens) over the tokens of a text that count, in nats, and the number of tokens: [len(layers) + 1]. Evaluated.
 
     Args:
         parameters: parameters of each layer.
         layers: numbers of the layers.
-        sequences: the sequences, [t] each.
+        text: the text.
         capture: captures the model's hidden states.
         unembed: the model's norm and head.
         pause: function that is called after each part of the work, see `BatchedCapture.hidden_states`. None = none.
         done: function of a number of tokens that is called when they have gone through the head.
     """
     total = mx.zeros((len(layers) + 1,))
-    for batch in capture.hidden_states(sequences, pause):
+    for batch in capture.hidden_states(text, pause):
         last = normed(batch.rows(-1).astype(mx.float32), unembed.norm)
         rows = mx.stack([translated(p, batch.rows(layer).astype(mx.float32), unembed.norm) for p, layer in zip(parameters, layers, strict=True)])
         tokens = last.shape[0]
@@ -130,20 +133,21 @@ class Guard:
     """Checks the layers of a run on held-back text.
 
     Args:
-        sequences: sequences that are held back, of all processes, [t] each.
+        held_back: the text that is held back, of all processes.
         config: the settings.
         capture: captures the model's hidden states.
         unembed: the model's norm and head.
         group: processes of the run.
 
     Attributes:
-        tokens: number of held-back tokens. 0 = there is no guard.
+        tokens: number of held-back tokens, of those that count. 0 = there is no guard.
     """
 
-    def __init__(self, sequences: Sequence[np.ndarray], config: TrainingConfig, capture: BatchedCapture, unembed: Unembed, group: Group) -> None:
+    def __init__(self, held_back: Step, config: TrainingConfig, capture: BatchedCapture, unembed: Unembed, group: Group) -> None:
         rank, world = group.data_rank
-        self.tokens = sum(sequence.size for sequence in sequences)
-        self._sequences = list(sequences)[rank::world]
+        self.tokens = held_back.tokens
+        counted = None if held_back.counted is None else held_back.counted[rank::world]
+        self._text = replace(held_back, sequences=held_back.sequences[rank::world], counted=counted)
         self._config, self._capture, self._unembed, self._group = config, capture, unembed, group
         self._every = check_every(config, self.tokens)
 
@@ -163,8 +167,11 @@ class Guard:
         `pause` and `done` are as in `held_back_kl`.
         """
         if not layers:
+            if self._capture.runs_for(layers):
+                for _ in self._capture.hidden_states(self._text, pause):
+                    pass
             return {}
-        mine = held_back_kl([parameters[layer] for layer in layers], layers, self._sequences, self._capture, self._unembed, pause, done)
+        mine = held_back_kl([parameters[layer] for layer in layers], layers, self._text, self._capture, self._unembed, pause, done)
         (total,) = self._group.sum_over_data(mine)
         *sums, tokens = to_list(total)
         return {layer: kl / tokens for layer, kl in zip(layers, sums, strict=True)}

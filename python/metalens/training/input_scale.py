@@ -1,4 +1,4 @@
-"""The scale of hidden states: the root mean square of each dimension of a layer, and that of the last layer as a whole.
+"""The scale of hidden states: the root mean square of each dimension of a layer, and of each dimension of the last one.
 
 Residual streams of pretrained models are anisotropic: in one layer of Gemma 3 270M the rms of a dimension is between 0.46 and 1045.
 """
@@ -21,7 +21,7 @@ class InputScale:
 
     Attributes:
         inputs: rms of each dimension of the layer, [D].
-        outputs: rms over all dimensions of the last hidden states, a scalar.
+        outputs: rms of each dimension of the last hidden states, [D]; over all dimensions, a scalar, in checkpoints of older versions.
     """
 
     inputs: mx.array
@@ -30,7 +30,7 @@ class InputScale:
 
 def unknown_scale() -> InputScale:
     """Return a scale that is replaced before it is used."""
-    return InputScale(mx.zeros((1,)), mx.zeros(()))
+    return InputScale(mx.zeros((1,)), mx.zeros((1,)))
 
 
 def input_scale(squares: mx.array, of_last: mx.array, rows: mx.array) -> InputScale:
@@ -38,15 +38,17 @@ def input_scale(squares: mx.array, of_last: mx.array, rows: mx.array) -> InputSc
 
     Args:
         squares: sums over rows for each dimension, [D].
-        of_last: sum over rows and dimensions of the last hidden states.
+        of_last: the same sums of the last hidden states, [D].
         rows: number of rows.
     """
-    size = squares.shape[0]
-    inputs = mx.sqrt(mx.maximum(squares, LEAST**2 * mx.mean(squares)) / rows)
-    inputs = mx.where(inputs > 0, inputs, 1.0)
-    outputs = mx.sqrt(of_last / (rows * size))
-    mx.eval(inputs, outputs)
-    return InputScale(inputs, outputs)
+
+    def rms(sums: mx.array) -> mx.array:
+        found = mx.sqrt(mx.maximum(sums, LEAST**2 * mx.mean(sums)) / rows)
+        return mx.where(found > 0, found, 1.0)
+
+    found = InputScale(rms(squares), rms(of_last))
+    mx.eval(found.inputs, found.outputs)
+    return found
 
 
 def measured_scales(
@@ -60,11 +62,13 @@ def measured_scales(
         size: D.
         total: function that sums arrays over the processes that divide the text.
     """
-    squares, of_last, rows = mx.zeros((len(layers), size)), mx.zeros(()), mx.zeros(())
+    squares, of_last, rows = mx.zeros((len(layers), size)), mx.zeros((size,)), mx.zeros(())
     for batch in hidden_states:
+        if not layers:  # the pass was for the other processes of a divided model
+            continue
         last = batch.rows(-1)
         squares = squares + mx.stack([mx.sum(mx.square(batch.rows(layer).astype(mx.float32)), axis=0) for layer in layers])
-        of_last = of_last + mx.sum(mx.square(last.astype(mx.float32)))
+        of_last = of_last + mx.sum(mx.square(last.astype(mx.float32)), axis=0)
         rows = rows + last.shape[0]
         mx.eval(squares, of_last, rows)
     squares, of_last, rows = total(squares, of_last, rows)

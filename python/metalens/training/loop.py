@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -26,23 +26,21 @@ from metalens.models.unembed import Unembed
 from metalens.training.batching import BatchedCapture, step_groups
 from metalens.training.callbacks import Callback, Progress, callbacks_of_process
 from metalens.training.checkpoint import CheckpointFolder
+from metalens.training.clock import Clock, StopNow
 from metalens.training.config import TrainingConfig
-from metalens.training.data import Corpus, Producer, Sampler, Step
-from metalens.training.distributed import Group, LayerPass
+from metalens.training.data import Corpus, Producer, Sampler
+from metalens.training.distributed import Group, LayerPass, group_of
 from metalens.training.guard import Guard, GuardWarning, message
-from metalens.training.input_scale import InputScale, measured_scales
-from metalens.training.optimizer import gradient_norm
+from metalens.training.pass_start import started
 from metalens.training.resume import RunCheckpoints, RunFacts, with_older_defaults
+from metalens.training.run_context import RunContext
 from metalens.training.state import TrainingState, in_training_dtype
-from metalens.training.step import Sums, accumulate, no_sums
-from metalens.training.warm_start import regressions
-from metalens.utils.arrays import to_list
+from metalens.training.update import Update, sums_over_tokens, update_layers
+from metalens.training.vocabulary import sampler_of
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.progress_bar import PhaseBar
 
 log = logging.getLogger(__name__)
-
-QUICK = 1.0  # seconds: a step that will be done within this time is finished when the run is asked to stop, a longer one is dropped
 
 
 class TrainingInterruptedError(MetalensError):
@@ -59,10 +57,6 @@ class TrainingInterruptedError(MetalensError):
     def __init__(self, message: str, learned: bool = True) -> None:
         self.learned = learned
         super().__init__(message)
-
-
-class _StopNow(Exception):  # noqa: N818 - no error: it leaves the sums of a step or of a warm start
-    """The run was asked to stop, and the work at hand would take too long to finish."""
 
 
 def train_loop(
@@ -86,13 +80,13 @@ def train_loop(
     Args:
         source: captures the model's hidden states.
         unembed: the model's norm and head.
-        data: the training text, as a Corpus or as token ids [tokens].
+        data: the training text, as a Corpus or as token ids [tokens]. The mask of a Corpus decides which tokens count in the loss.
         config: the settings.
         callbacks: receivers of the run's events: a Callback is called in rank 0 alone, a function of a Progress after every step in every process.
         checkpoints: folder for checkpoints, one for each run. None = write none.
         checkpoint_every: steps between checkpoints, at least 1. None = only at the end of each pass and when the run is stopped.
         resume: go on from the newest checkpoint, if there is one.
-        group: the processes of the run, each of which must make the same call. None = this process alone.
+        group: the processes of the run, each of which must make the same call. None = those that hold the model, or this process alone.
         stop: function that is called after every step. True, in any process, writes a checkpoint and ends the run in all. A run of one process
             also calls it within steps and within the warm start, and drops what it has of them unless they end within a second: resuming repeats
             them.
@@ -116,12 +110,14 @@ def train_loop(
         raise InvalidValueError(
             f"Dataset too small: {tokens} tokens, need at least {config.max_seq_len}. Provide more text data, or lower max_seq_len."
         )
-    group = group or Group()
-    config = with_older_defaults(config, checkpoints, group) if resume else config
+    group = group_of(source, group)
+    config = with_older_defaults(config, None if checkpoints is None else checkpoints.path, group) if resume else config
     told = callbacks_of_process(callbacks, group.rank)
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
     of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed))
-    run = _Run(source, unembed, corpus, config, group, of_run, checkpoint_every, told, stop)
+    vocabulary = sampler_of(config, unembed.head, corpus.ids, group.data_rank[0])
+    context = RunContext(config, BatchedCapture(source, unembed.embedding_rows), unembed, group, Clock(stop, group), vocabulary)
+    run = _Run(context, corpus, of_run, checkpoint_every, told, stop)
     try:
         return run.train(resume, show_progress)
     finally:
@@ -134,34 +130,21 @@ class _Run:
 
     def __init__(
         self,
-        source: ResidualCapture,
-        unembed: Unembed,
+        context: RunContext,
         corpus: Corpus,
-        config: TrainingConfig,
-        group: Group,
         checkpoints: RunCheckpoints,
         checkpoint_every: int | None,
         callbacks: Sequence[Callback],
         stop: Callable[[], bool],
     ) -> None:
-        self.unembed, self.corpus, self.config, self.group = unembed, corpus, config, group
+        self.context, self.corpus, self.config, self.group, self.clock = context, corpus, context.config, context.group, context.clock
         self.checkpoints, self.checkpoint_every, self.callbacks, self.stop = checkpoints, checkpoint_every, callbacks, stop
-        self.capture = BatchedCapture(source, unembed.embedding_rows)
-        self.bar = PhaseBar(False)
         self.saved: tuple[int, int] | None = None  # pass and step of the newest checkpoint
-        self.work: tuple[float, int, int] | None = None  # start, tokens, and tokens that are done of the step or warm start at hand
-        start = self._identity()  # checks that rank and layers fit the model
-        self.layers = start.layers
-        self.parameters_per_layer = len(parameters_of(start.translators[self.layers[0]]))
-        self.passes = group.passes(self.layers, config.layers_at_once)
-        mine = group.layers_of(self.layers)
-        self.guard = Guard(self._new_sampler().held_back_sequences(), config, self.capture, unembed, group)
-        self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), config) for layer in mine})
-
-    def _identity(self) -> TunedLens:
-        """Return the lens that training starts from. Its arrays take no memory before they are used."""
-        config, layers = self.config, len(self.capture.source)
-        return TunedLens(layers, self.unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
+        start = context.identity()  # checks that rank and layers fit the model
+        self.passes = self.group.passes(context.layers, self.config.layers_at_once)
+        mine = self.group.layers_of(context.layers)
+        self.guard = Guard(self._new_sampler().held_back_step(), self.config, context.capture, context.unembed, self.group)
+        self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), self.config) for layer in mine})
 
     def train(self, resume: bool, show_progress: bool) -> TunedLens:
         """Make all passes, from the newest checkpoint on if asked."""
@@ -170,7 +153,7 @@ class _Run:
         first = self._steps_done
         for callback in self.callbacks:
             callback.on_start(config, first)
-        with PhaseBar(show_progress and self.group.writes) as self.bar:
+        with PhaseBar(show_progress and self.group.writes) as self.clock.bar:
             while state.pass_index < len(self.passes):
                 self._train_pass(self.passes[state.pass_index], sampler)
                 if state.pass_index < len(self.passes) - 1:
@@ -192,9 +175,15 @@ class _Run:
         checkpoints.require_place(resume)
         saved = checkpoints.newest() if resume else None
         if saved is not None:
-            facts.require_record(saved.record)
-            sampler.restore(saved.record["position"])
-            self.state.restore(saved.arrays, saved.record, self.config, [each.layers for each in self.passes])
+            try:
+                facts.require_record(saved.record)
+                sampler.restore(saved.record["position"])
+                self.state.restore(saved.arrays, saved.record, self.config, [each.layers for each in self.passes])
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise InvalidValueError(
+                    f"The checkpoint of step {saved.record['step']} is whole, and lacks what a run goes on from ({error!r}): metalens did not write "
+                    "it. Start anew in another folder."
+                ) from error
             self.saved = self.state.pass_index, self.state.step
         return sampler
 
@@ -216,25 +205,26 @@ class _Run:
 
     def _train_pass(self, layers: LayerPass, sampler: Sampler) -> None:
         """Make the remaining steps of a pass."""
-        config, state = self.config, self.state
+        config, state, clock = self.config, self.state, self.clock
         if state.optimizer is None:
             self._start_pass(layers.layers, sampler)
         else:
             self._check(layers.layers, sampler.state())  # the run may have been stopped in the check after its newest step
         if config.num_steps:
-            self.bar.start("training the lens", len(self.passes) * config.num_steps * config.step_tokens, self._steps_done * config.step_tokens)
+            clock.bar.start("training the lens", len(self.passes) * config.num_steps * config.step_tokens, self._steps_done * config.step_tokens)
         with Producer(step_groups(sampler, config, state.step, *self.group.data_rank)) as groups:
             for group in groups:
-                # With more processes than layers, some have no layer and need no hidden states.
-                captured = self.capture.by_step(group.steps, self._pause) if layers.layers else iter([()] * len(group.steps))
+                # With more processes than layers, some have no layer.
+                runs = self.context.capture.runs_for(layers.layers)
+                captured = self.context.capture.by_step(group.steps, clock.pause) if runs else iter([()] * len(group.steps))
                 for i, data in enumerate(group.steps):
-                    self.work = time.monotonic(), data.tokens, 0
                     try:
-                        hidden_states = next(captured)
-                        if group.first + i < state.step:  # done before the checkpoint from which the run goes on
-                            continue
-                        self._step(data, hidden_states, layers)
-                    except _StopNow:
+                        with clock.work(data.tokens):
+                            hidden_states = next(captured)
+                            if group.first + i < state.step:  # done before the checkpoint from which the run goes on
+                                continue
+                            self._step(data.tokens, hidden_states, layers)
+                    except StopNow:
                         self._stopped_within_a_step(group.position)
                     self._check(layers.layers, group.resumable(i))
                     self._save_or_stop(group.resumable(i))
@@ -242,16 +232,12 @@ class _Run:
     def _start_pass(self, layers: Sequence[int], sampler: Sampler) -> None:
         """Make the closed-form solution of the layers, if the settings ask for it, and the optimizer. Keep the solution in a checkpoint."""
         config, state = self.config, self.state
-        start = sampler.state()
         try:
-            scales = self._warm_start(layers, sampler) if config.warm_start_tokens else self._scales(layers, sampler)
-        except _StopNow:
+            scales = started(self.context, state, layers, sampler)
+        except StopNow:
             learned = self._steps_done > 0  # the steps of the passes before, whose end has a checkpoint
             at = "the warm start" if config.warm_start_tokens else "the first step"
             raise TrainingInterruptedError(f"Stopped within {at}, which begins anew.", learned) from None
-        finally:
-            if not config.warm_start_tokens:
-                sampler.restore(start)  # the tokens of the scales are those of the first step
         state.start_pass(config, layers, scales)
         self._check(layers, sampler.state())
         if not config.warm_start_tokens or (state.pass_index and self.group.divides_layers):
@@ -266,79 +252,17 @@ class _Run:
         state, ended = self.state, self.state.step == self.config.num_steps
         if state.checked == state.step or not self.guard.due(state.step):
             return
-        self.work = time.monotonic(), self.guard.tokens, 0
         try:
-            found = self.guard.kl(layers, state.parameters, self._pause, self._worked)
-        except _StopNow:
+            with self.clock.work(self.guard.tokens):
+                found = self.guard.kl(layers, state.parameters, self.clock.pause, self.clock.count)
+        except StopNow:
             self._stopped_within_a_step(position)
-        self.work, state.checked = None, state.step
+        state.checked = state.step
         risen = state.best.worse(found, state.parameters)
         for layer in layers if ended else risen:
             state.set_back(layer)
         if risen and (self.group.writes or self.group.divides_layers):
             warnings.warn(message(risen, found, state.best.kl, state.step, ended), GuardWarning, stacklevel=2)
-
-    def _scales(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
-        """Return the scale of the hidden states of the next step, if the optimizer needs it."""
-        if self.config.step_size != "loss" or not self.config.num_steps:
-            return {}
-        data = sampler.take_step(self.config.step_tokens, *self.group.data_rank)
-        self.work = time.monotonic(), data.tokens, 0
-        hidden_states = self._counted(self.capture.hidden_states(data.sequences, self._pause)) if layers else ()
-        found = measured_scales(hidden_states, layers, self.unembed.hidden_dim, self.group.sum_over_data)
-        self.work = None
-        return found
-
-    def _warm_start(self, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
-        """Replace the parameters of layers by the closed-form solution on the next tokens. Return the scale of their hidden states."""
-        config, group = self.config, self.group
-        data = sampler.take_step(config.warm_start_tokens, *group.data_rank)
-        self.bar.start("warm start", data.tokens)
-        self.work = time.monotonic(), data.tokens, 0
-        hidden_states = self._counted(self.capture.hidden_states(data.sequences, self._pause))
-        found = regressions(hidden_states, layers, self.unembed.hidden_dim, group.sum_over_data)
-        self.work = None
-        self.bar.reach(data.tokens)
-        for layer, regression in found.items():
-            parameters = dict(zip(("weight", "bias"), regression.solution(config.ridge), strict=True))
-            # Rank 0 sends its solution: other processes may round theirs otherwise.
-            self.state.parameters[layer] = in_training_dtype(parameters if group.divides_layers else group.broadcast(parameters), config)
-        self.state.tokens += data.tokens
-        return {layer: regression.scale() for layer, regression in found.items()}
-
-    def _counted(self, passes: Iterable[HiddenStates]) -> Iterator[HiddenStates]:
-        """Yield forward passes, and count their tokens when they are used up."""
-        for batch in passes:
-            yield batch
-            self._done(batch.hidden[-1].shape[0] * batch.hidden[-1].shape[1])
-            self._pause()
-
-    def _done(self, tokens: int) -> None:
-        """Count tokens of the step or warm start at hand as done."""
-        tokens *= self.group.data_rank[1]  # the other processes are about as far
-        self._worked(tokens)
-        self.bar.advance(tokens)
-
-    def _worked(self, tokens: int) -> None:
-        """Count tokens of the work at hand as done, whose time decides whether it is finished when the run is to stop."""
-        if self.work is not None:
-            start, total, done = self.work
-            self.work = start, total, done + tokens
-
-    def _pause(self) -> None:
-        """Move the progress bar, and leave the step or warm start at hand (_StopNow) if the run is to stop and it would take long to finish.
-
-        In a group the processes ask each other after steps only: they do not pause equally often.
-        """
-        self.bar.tick()
-        if self.work is None or self.group.size > 1:
-            return
-        start, total, done = self.work
-        elapsed, fraction = time.monotonic() - start, min(done / total, 1.0)
-        left = elapsed * (1 - fraction) / fraction if fraction else elapsed
-        if left > QUICK and self.stop():
-            self.work = None
-            raise _StopNow
 
     def _stopped_within_a_step(self, position: dict[str, Any]) -> NoReturn:
         """End the run. The sums of the step, or of a check, are dropped; `position` is where the run goes on."""
@@ -353,67 +277,23 @@ class _Run:
             f"Stopped {'after the warm start' if warm else 'within the first step, which begins anew'}.", learned
         ) from None
 
-    def _step(self, data: Step, hidden_states: Iterable[HiddenStates], layers: LayerPass) -> None:
-        """Sum over the tokens of a step, update every layer, and tell the callbacks."""
-        start, config, state = time.perf_counter(), self.config, self.state
-        sums = self._sum_over_tokens(hidden_states, layers.layers)
-        self.work = None
-        summed, norm = self._losses_and_norm(sums, layers)
-        losses = [loss / data.tokens for loss in summed]
-        scale = 1 / (data.tokens * (len(self.layers) if config.reduction == "mean" else 1))
-        norm *= scale
-        if math.isfinite(norm) and all(map(math.isfinite, losses)):
-            self._update(sums, scale, norm)
-        else:
-            state.skipped += 1
-            warnings.warn(
-                f"Step {state.step} has a loss or gradient that is not finite; it is skipped and the lens left as it was. "
-                "If this happens often, lower the learning rate; if the model is float16, which may overflow, convert it to bfloat16.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        state.tokens += data.tokens
-        loss = math.fsum(losses) / max(len(losses), 1)
-        number, rate, speed = self._steps_done, config.learning_rate_at(state.step), data.tokens / (time.perf_counter() - start)
+    def _step(self, tokens: int, hidden_states: Iterable[HiddenStates], layers: LayerPass) -> None:
+        """Update every layer on the tokens of a step, count it, and tell the progress bar, the log and the callbacks about it."""
+        start = time.perf_counter()
+        sums = sums_over_tokens(self.context, self.state, hidden_states, layers.layers)
+        self._count(update_layers(self.context, self.state, sums, tokens, layers), tokens, layers, start)
+
+    def _count(self, found: Update, tokens: int, layers: LayerPass, start: float) -> None:
+        """Count a step that began at a time of `time.perf_counter`."""
+        config, state = self.config, self.state
+        state.tokens += tokens
+        loss = math.fsum(found.losses) / max(len(found.losses), 1)
+        number, rate, speed = self._steps_done, config.learning_rate_at(state.step), tokens / (time.perf_counter() - start)
         state.step += 1
-        self._tell(Progress(number, loss, losses, state.tokens, layers.of_all, norm, rate, speed, state.skipped))
-
-    def _sum_over_tokens(self, hidden_states: Iterable[HiddenStates], layers: Sequence[int]) -> Sums:
-        """Return the sums over all tokens of a step, of all processes."""
-        parameters = [self.state.parameters[layer] for layer in layers]
-        sums = no_sums(layers)
-        for batch in hidden_states:
-            accumulate(sums, parameters, batch, self.unembed, self._piece_done)
-        if not sums.gradients:  # a small step has no sequence for some processes
-            sums.gradients = [{name: mx.zeros(p.shape) for name, p in of_layer.items()} for of_layer in parameters]
-        sums.losses = self.group.sum_step(sums.losses, sums.gradients)
-        return sums
-
-    def _piece_done(self, tokens: int) -> None:
-        """Count tokens whose gradient is known, and pause."""
-        self._done(tokens)
-        self._pause()
-
-    def _losses_and_norm(self, sums: Sums, layers: LayerPass) -> tuple[list[float], float]:
-        """Return the summed loss of every layer, and the norm of the summed gradient, over the layers of all processes."""
-        losses = to_list(sums.losses)
-        if not self.group.divides_layers:
-            return losses, gradient_norm(sums.gradients)
-        return self.group.gather_layers(layers.layers, layers.of_all, losses, sums.gradients, self.parameters_per_layer)
-
-    def _update(self, sums: Sums, scale: float, norm: float) -> None:
-        """Update every layer of this process. The norm decides about the clip."""
-        state = self.state
-        assert state.optimizer is not None
-        clipped = scale * state.optimizer.clip(norm)
-        for layer, gradient, loss in zip(sums.layers, sums.gradients, to_list(sums.losses), strict=True):
-            state.parameters[layer] = state.optimizer.update(layer, state.parameters[layer], gradient, state.step, clipped, loss)
-
-    def _tell(self, progress: Progress) -> None:
-        """Tell the progress bar, the log and the callbacks about a step."""
-        total = len(self.passes) * self.config.num_steps
-        self.bar.reach(self._steps_done * self.config.step_tokens, step=f"{progress.step + 1}/{total}", KL=f"{progress.loss:.3f}")
-        log.debug("step %d loss %.4f gradient norm %.4f", progress.step, progress.loss, progress.gradient_norm)
+        progress = Progress(number, loss, found.losses, state.tokens, layers.of_all, found.norm, rate, speed, state.skipped)
+        total = len(self.passes) * config.num_steps
+        self.clock.bar.reach(self._steps_done * config.step_tokens, step=f"{number + 1}/{total}", KL=f"{loss:.3f}")
+        log.debug("step %d loss %.4f gradient norm %.4f", number, loss, found.norm)
         for callback in self.callbacks:
             callback.on_step(progress)
 
@@ -437,8 +317,8 @@ class _Run:
 
     def _trained_lens(self) -> TunedLens:
         """Return the lens in float32. Divided layers are gathered in rank 0, one at a time; other processes keep their own."""
-        lens, group = self._identity(), self.group
-        for i, layer in enumerate(self.layers):
+        lens, group = self.context.identity(), self.group
+        for i, layer in enumerate(self.context.layers):
             parameters = self.state.parameters.get(layer, {})
             if group.divides_layers:
                 everywhere = group.broadcast(parameters, root=i % group.size)

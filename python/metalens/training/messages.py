@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidValueError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 32 * 2**20  # of one message: large enough for the bandwidth of the network, small beside a gradient
 TIMEOUT = 1800.0  # seconds that a message may take, as in PyTorch's groups: the time by which one process may be behind another
+BACKENDS = re.compile(r"\[(ring|mpi|jaccl|nccl)\]", re.IGNORECASE)  # how the errors of MLX's backends for messages begin
 EXIT_STATUS = 75  # of a process whose message took longer: sysexits.h's EX_TEMPFAIL, "try again later"
 
 
@@ -108,12 +109,12 @@ class Messenger:
         while incoming:
             yield incoming.popleft().whole()
 
-    def gather(self, values: mx.array) -> list[Any]:
-        """Return the elements of all processes, by rank."""
+    def gather(self, values: mx.array) -> mx.array:
+        """Return the rows of all processes, by rank, evaluated."""
         mx.eval(values)
         found = mx.distributed.all_gather(values, group=self.group)
         self._wait(found)
-        return to_list(found)
+        return found
 
     def _send(self, bucket: list[tuple[_Incoming, mx.array]]) -> None:
         """Send a bucket, wait for its sum, and hand the parts to their arrays."""
@@ -138,10 +139,28 @@ class Messenger:
             try:
                 mx.eval(message)
             except RuntimeError as error:
-                raise GroupLostError(
-                    f"Process {self.rank} of {self.size} can't reach the others ({error}): one of them has ended, and says why where it ran. "
-                    "Start all of them again with resume, to go on from the newest checkpoint."
-                ) from error
+                raise self._lost(error) from error
+
+    def wait(self, arrays: Sequence[mx.array]) -> None:
+        """Compute arrays of a model that is divided among the processes, whose forward pass sends messages."""
+        with self._time_limit(), self.reporting_loss():
+            mx.eval(arrays)
+
+    @contextmanager
+    def reporting_loss(self) -> Iterator[None]:
+        """Turn an error of MLX's backends for messages into a GroupLostError. Other errors, such as a lack of memory, pass unchanged."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not BACKENDS.match(str(error)):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> GroupLostError:
+        return GroupLostError(
+            f"Process {self.rank} of {self.size} can't reach the others ({error}): one of them has ended, and says why where it ran. "
+            "Start all of them again with resume, to go on from the newest checkpoint."
+        )
 
     @contextmanager
     def _time_limit(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ class LensMuon(optim.Muon):
     """MLX's Muon with an orthogonal factor that takes fewer products (see polar.py) and with vectors scaled to unit length.
 
     Products have operands of 16 bits where the CPU multiplies those faster, as the author of Muon runs it: singular values come only to within a
-    third of 1, which rounding by 2^-9 does not change.
+    half of 1, which rounding by 2^-9 does not change.
 
     Attributes:
         precision: precision of the operands of products.
@@ -57,11 +57,14 @@ class LensMuon(optim.Muon):
 class LossMuon(LensMuon):
     """Muon with steps as long as the loss asks for: by the gradient, each would take `learning_rate` (0.1: a tenth) off the layer's loss.
 
-    Directions are orthogonal in coordinates in which all dimensions of the hidden states have rms 1: with V = W S, S = diag(rms of each dimension),
-    the direction is P = polar(momentum of G S^-1) S^-1. Its length is learning_rate * loss / <G, P>: Polyak's step with 0 as the least loss. So no
-    constant belongs to a model, and a layer whose loss is 0 stays where it is.
+    Directions are orthogonal in coordinates that have the scale of the hidden states: with V = R^-1 W S, R the diagonal matrix of the rms of the last
+    hidden states' dimensions, S that of the square roots of the layer's, the direction is P = R polar(momentum of R G S^-1) S^-1. The unit of a
+    dimension of the output changes nothing. Square roots, because a few tokens with huge states (attention sinks) may make up the rms of the input.
 
-    Beside a matrix a bias moves by BIAS * learning_rate * rms of the last hidden states along its unit-norm momentum. A bias alone takes the step of
+    The length is learning_rate * loss / <G, P>: Polyak's step with 0 as the least loss. So no constant belongs to a model, and a layer whose loss is
+    0 stays where it is.
+
+    Beside a matrix a bias moves by BIAS * learning_rate * R u, u the unit vector of its momentum in these coordinates. A bias alone takes the step of
     the loss.
 
     Attributes:
@@ -69,7 +72,7 @@ class LossMuon(LensMuon):
         scale: rms of the hidden states.
     """
 
-    BIAS = 0.1
+    BIAS = 0.4
     # The least <G, P>, relative to the same product with the momentum in place of G: on a noisy batch the gradient may be orthogonal to the momentum.
     LEAST = 0.5
 
@@ -85,24 +88,28 @@ class LossMuon(LensMuon):
         slopes: list[mx.array] = []
         for name, gradient in gradients.items():
             update = self.with_momentum(gradient, self.state[name])
+            outputs = self.scale.outputs if name in TO_LAST else mx.ones(())
             if name in matrices:
-                scale = self.scale.inputs if name in ON_HIDDEN_STATES else mx.ones(update.shape[1:])
-                directions[name] = orthogonalized(update / scale, self.iterations, self.precision) / scale
+                inputs = mx.sqrt(self.scale.inputs) if name in ON_HIDDEN_STATES else mx.ones(())
+                rows = outputs[..., None]
+                directions[name] = rows * orthogonalized(rows * update / inputs, self.iterations, self.precision) / inputs
             else:
-                directions[name] = _unit(update)
+                directions[name] = outputs * _unit(outputs * update)
             if name in matrices or not matrices:
                 slopes.append(mx.stack([mx.sum(gradient * directions[name]), mx.sum(update * directions[name]) / known]))
         slope, of_momentum = (to_float(s) for s in mx.sum(mx.stack(slopes), axis=0))
         slope = max(slope, self.LEAST * of_momentum)
         rate = to_float(self.learning_rate)
         length = rate * self.loss / slope if slope > 0 else 0.0
-        bias_length = self.BIAS * rate * to_float(self.scale.outputs) if self.loss > 0 else 0.0
+        bias_length = self.BIAS * rate if self.loss > 0 else 0.0
         lengths = {name: length if name in matrices or not matrices else bias_length for name in parameters}
         return {name: p - lengths[name] * directions[name] for name, p in parameters.items()}
 
 
 # Matrices that are multiplied with hidden states, not with what another matrix has made of them.
 ON_HIDDEN_STATES = ("weight", "down")
+# Parameters whose rows are dimensions of the last hidden states.
+TO_LAST = ("weight", "up", "bias")
 
 
 def mlx_optimizer(config: TrainingConfig) -> Any:

@@ -45,7 +45,7 @@ class RunFacts:
     @cached_property
     def weights(self) -> str:
         """Return the hash of all weights of the model. A run does not change them."""
-        return weights_hash(self.source.model)
+        return weights_hash(self.source.model) if self.source.sharding is None else self.source.sharding.weights_hash
 
     def model(self) -> dict[str, Any]:
         """Return the sizes of the model, the hash of its head and the hash of all weights."""
@@ -92,16 +92,16 @@ class RunFacts:
         group.require_same({**self.config.to_dict(), "parallel": group.parallel, **arguments, **facts})
 
 
-def with_older_defaults(config: TrainingConfig, checkpoints: CheckpointFolder | None, group: Group) -> TrainingConfig:
-    """Return the settings for going on from the newest checkpoint: settings that its version did not have are as they were without them."""
-    known = group.gather_json(_settings_of_newest(checkpoints))[0]
+def with_older_defaults(config: TrainingConfig, folder: Path | None, group: Group) -> TrainingConfig:
+    """Return the settings for going on from the newest checkpoint in a folder: those that its version did not have are as they were without them."""
+    known = group.gather_json(_settings_of_newest(folder))[0]
     added: dict[str, Any] = {each.name: each.default for each in fields(config) if known and each.name not in known}
     return replace(config, **added)
 
 
-def _settings_of_newest(checkpoints: CheckpointFolder | None) -> list[str]:
+def _settings_of_newest(folder: Path | None) -> list[str]:
     """Return the names of the settings in the newest record that can be read; [] if there is none."""
-    records = [] if checkpoints is None else sorted(checkpoints.path.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
+    records = [] if folder is None else sorted(folder.glob(f"**/step-*/{RECORD}"), key=lambda path: path.parent.name)
     for path in reversed(records):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return list(json.loads(path.read_text())["config"])
@@ -163,6 +163,8 @@ class RunCheckpoints:
         group = self.group
         with group.together():
             saved = self.folder.latest() if group.writes or group.divides_layers else None
+            if saved is not None and not group.divides_layers:  # a run that was killed after its last step may have left one more
+                self.folder.remove_oldest(int(saved.record["step"]))
         steps = group.gather_json(-1 if saved is None else int(saved.record["step"]))
         if not group.divides_layers:
             record = group.gather_json(None if saved is None else saved.record)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 import tomllib
@@ -22,6 +23,8 @@ DEFAULT_RECIPE = "fast"
 
 # Recipes leave these open. A run never repeats its text unless the caller asks for it.
 DEFAULTS = {"repeat": False, "seed": 0}
+
+BUDGETS = {"tokens": int, "minutes": float}  # settings of the caller that settle others
 
 MAX_SEQ_LEN_DEFAULT = f"{DEFAULT_SEQUENCE}, or the model's context if that is shorter"
 
@@ -68,6 +71,40 @@ def resolve(
     return name, TrainingConfig.from_dict(merged)
 
 
+def budget_in_minutes(
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None, tokens: int | None, minutes: float | None
+) -> tuple[TrainingConfig | Mapping[str, Any] | str | Path | None, float | None]:
+    """Return a configuration without a budget in minutes, and this budget, None if there is none.
+
+    Args:
+        config: the configuration. Its budget, in tokens or minutes, is replaced by that of the caller.
+        tokens, minutes: budgets of the caller, or None.
+
+    Raises:
+        InvalidValueError: if there are budgets of both kinds in one place, for minutes that are none, and as for `resolve`.
+        OSError: if a file can't be read.
+    """
+    given: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    if isinstance(config, (str, Path)):
+        given = read_settings(Path(config))
+    if minutes is not None:
+        require_minutes(minutes, tokens)
+    elif given.get("minutes") is not None:
+        require_minutes(given["minutes"], given.get("tokens"))
+        minutes = given["minutes"] if tokens is None else None
+    if (minutes is None and "minutes" not in given) or isinstance(config, TrainingConfig) or config is None:
+        return config, minutes
+    return {key: value for key, value in given.items() if key not in BUDGETS}, minutes
+
+
+def require_minutes(minutes: Any, tokens: int | None) -> None:
+    """Check a budget in minutes (InvalidValueError)."""
+    if isinstance(minutes, bool) or not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
+        raise InvalidValueError(f"minutes must be a number above 0, got {minutes!r}.")
+    if tokens is not None:
+        raise InvalidValueError("A budget is in tokens or in minutes: give one of them.")
+
+
 def require_tokens(tokens: Any) -> int:
     """Check a budget of tokens (InvalidValueError)."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -76,7 +113,7 @@ def require_tokens(tokens: Any) -> int:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' and 'tokens' (a budget) may be among them.
+    """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' and a budget, 'tokens' or 'minutes', may be among them.
 
     Raises:
         InvalidValueError: if the file is damaged, or has an unknown setting or one of another type; names the setting and the file.
@@ -90,10 +127,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise InvalidValueError(f"{file} can't be read as {'TOML' if is_toml else 'JSON'}: {error}.") from error
     if not isinstance(found, dict):
         raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
-    kinds = setting_types() | {"recipe": str, "tokens": int}
+    kinds = setting_types() | {"recipe": str} | BUDGETS
     if unknown := sorted(set(found) - set(kinds)):
         raise InvalidValueError(
-            f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, tokens, {', '.join(sorted(setting_types()))}."
+            f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, {', '.join(BUDGETS)}, {', '.join(sorted(setting_types()))}."
         )
     for name, value in found.items():
         if not is_of_type(value, kinds[name]):
@@ -129,6 +166,10 @@ def example_file() -> str:
         "",
         f"# Named settings to start from: {', '.join(RECIPES)}. The settings below replace the recipe's.",
         f"recipe = {json.dumps(DEFAULT_RECIPE)}",
+        "",
+        "# A budget, which the recipe divides: tokens of the text in all, or minutes on this machine. Without these lines: the recipe's own numbers.",
+        "# tokens = 9000",
+        "# minutes = 10",
     ]
     for each in fields(TrainingConfig):
         value, unset = getattr(config, each.name), each.metadata["unset"]

@@ -20,20 +20,27 @@ from metalens.ops import Head, Weight, lens_kl, lens_target, linear
 from metalens.ops.backends import native, precision
 from metalens.training.config import TrainingConfig
 from metalens.training.guard import check_every
+from metalens.training.vocabulary import sample_size
 from metalens.training.work import regression_flops, translator_flops, update_flops
 from metalens.utils.errors import InvalidValueError
 
 PROBE_SECONDS = 0.2  # of each of the four operations, after a first call
 PROBE_LAYERS, PROBE_TOKENS = 8, 32  # rows of the head's probe
 PROBE_HEAD = 1 << 23  # elements of the head's probe: a part of a large vocabulary is enough, since the time is proportional to it
+# Standard deviation of the probe's logits. With much larger ones nearly all probabilities are subnormal numbers, which take a CPU twice as long.
+PROBE_SPREAD = 2.0
 PASS_ROWS = 512  # tokens of a forward pass
 
-# A forward pass beside its products: attention, norms, activations. On SmolLM2-135M they take 0.4 of the products' time (AVX2).
-FORWARD_OVERHEAD = 1.4
+# A forward pass beside its products: attention, norms, activations. Products take 0.86 of a pass of SmolLM2-135M (one sequence of 128 tokens, one
+# thread, AVX-512).
+FORWARD_OVERHEAD = 1.2
+# The sums of the warm start beside their products: 1.3 and 1.25 times as long there.
+SUMS_OVERHEAD = 1.3
 # Start of Python and MLX, reading the model and its tokenizer, and the check of the head: 4 s for SmolLM2 (98 MB, tokenizer of 3.5 MB) and 10 s for
 # Gemma 3 270M (266 MB, 33 MB).
 START_SECONDS, TOKENIZER_BYTES_PER_SECOND, WEIGHT_BYTES_PER_SECOND = 3.0, 6e6, 2e8
-# Times D^3: the solution of a layer, in NumPy's float64, as work at the speed of `product`. 0.4 s for D = 577 beside 40 GFLOP/s.
+# Times D^3: the solution of a layer, in NumPy's float64, as work at the speed of `product`. 0.04 to 0.1 s for D = 577 beside 86 GFLOP/s; more where
+# other work disturbs NumPy's threads.
 SOLVE_FLOPS = 80
 
 
@@ -83,7 +90,14 @@ def measured_speed(facts: ModelFacts) -> Speed:
 
 
 def seconds_of(
-    facts: ModelFacts, config: TrainingConfig, speed: Speed, *, layers: int | None = None, passes: int = 1, processes: int = 1
+    facts: ModelFacts,
+    config: TrainingConfig,
+    speed: Speed,
+    *,
+    layers: int | None = None,
+    passes: int = 1,
+    processes: int = 1,
+    share: float = 1.0,
 ) -> Duration:
     """Estimate the duration of a run.
 
@@ -94,15 +108,20 @@ def seconds_of(
         layers: layers that a process trains. None = those of the settings.
         passes: how often a process reads the text.
         processes: processes that divide the tokens of a step.
+        share: part of the tokens that count in the loss. The model reads the others too.
     """
     d, hidden_size = facts.dimensions, facts.dimensions.hidden_size
     if layers is None:
         layers = d.num_layers if config.layers is None else len(config.layers)
-    forward = FORWARD_OVERHEAD * 2 * d.block_params / speed.forward
-    warm_token = passes * forward + layers * regression_flops(hidden_size) / speed.product
+    forward = FORWARD_OVERHEAD * 2 * d.block_params / speed.forward / share
+    warm_token = passes * forward + SUMS_OVERHEAD * layers * regression_flops(hidden_size) / speed.product
     solution = layers * SOLVE_FLOPS * hidden_size**3 / speed.product if config.warm_start_tokens else 0.0
-    model_rows = d.vocab_size * (speed.target + speed.kl / 2)  # the second time, without a gradient, beside the lens's rows
-    token = passes * (forward + model_rows) + layers * (d.vocab_size * speed.kl + translator_flops(hidden_size, config) / speed.product)
+    sample = sample_size(config.vocabulary, d.vocab_size)
+    ids = sample or d.vocab_size
+    model_rows = ids * (speed.target + speed.kl / 2)  # the second time, without a gradient, beside the lens's rows
+    if sample is not None:
+        model_rows += d.vocab_size * speed.target  # the ids that the model expects
+    token = passes * (forward + model_rows) + layers * (ids * speed.kl + translator_flops(hidden_size, config) / speed.product)
     update = layers * update_flops(hidden_size, config) / speed.product
     held_back = config.held_back_tokens
     checked = held_back * (1 + config.num_steps // check_every(config, held_back)) if held_back else 0
@@ -112,14 +131,6 @@ def seconds_of(
         warm_start=config.warm_start_tokens * warm_token / processes + solution,
         steps=config.num_steps * (config.step_tokens * token / processes + update) + checked * check_token / processes,
     )
-
-
-def require_minutes(minutes: float, tokens: int | None) -> None:
-    """Check a budget in minutes (InvalidValueError)."""
-    if not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
-        raise InvalidValueError(f"minutes must be a number above 0, got {minutes!r}.")
-    if tokens is not None:
-        raise InvalidValueError("A budget is in tokens or in minutes: give one of them.")
 
 
 def budget_in(seconds: float, settings: Callable[[int], TrainingConfig], duration: Callable[[TrainingConfig], Duration]) -> int:
@@ -177,7 +188,7 @@ def _measured(
     random = mx.random.key(0)  # MLX's global state stays as it is
     vocabulary = min(vocab_size, max(1024, PROBE_HEAD // hidden_size))
     head = Head(_weight(vocabulary, hidden_size, bits, group_size, activation_bytes))
-    rows = mx.random.normal((PROBE_LAYERS, PROBE_TOKENS, hidden_size), key=random)
+    rows = mx.random.normal((PROBE_LAYERS, PROBE_TOKENS, hidden_size), key=random) * (PROBE_SPREAD / math.sqrt(hidden_size))
     target = lens_target(rows[0], head)
     wide = min(intermediate_size, max(256, PROBE_HEAD // hidden_size))
     block = _weight(wide, hidden_size, block_bits, block_group_size, activation_bytes)

@@ -78,8 +78,13 @@ class TrainingState:
             arrays, numbers: of the checkpoint.
             config: the settings.
             passes: layers that this process trains in each pass.
+
+        Raises:
+            KeyError, IndexError, TypeError: if a number or an array is missing or out of range.
         """
         self.pass_index, self.step = int(numbers["pass"]), int(numbers["pass_step"])
+        if not (0 <= self.pass_index < len(passes) and 0 <= self.step <= config.num_steps):
+            raise IndexError(f"pass {self.pass_index}, step {self.step}")
         self.tokens, self.skipped = int(numbers["tokens"]), int(numbers["skipped"])
         self.checked = int(numbers.get("checked", -1))  # a version without a guard has none
         for layer, parameters in self.parameters.items():

@@ -27,10 +27,15 @@ def require_enough(corpus: Corpus, config: TrainingConfig, with_budget: Callable
     """
     if config.repeat or corpus.tokens < config.max_seq_len or suffices(corpus, config):
         return
-    start = f"{config.warm_start_tokens} tokens of the warm start and " if config.warm_start_tokens else ""
+    sampler = Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens)
+    need = "the closed form needs"
+    if config.num_steps:
+        start = f"{config.warm_start_tokens} tokens of the warm start and " if config.warm_start_tokens else ""
+        need = f"{start}{config.num_steps} steps of {config.step_tokens} tokens need"
+    held_back = sampler.held_back_step().tokens
+    beside = f" beside the {held_back} that are held back for the guard" if held_back else ""
     raise NotEnoughDataError(
-        f"Not enough text: {start}{config.num_steps} steps of {config.step_tokens} tokens need {config.total_tokens} tokens, "
-        f"the text has {Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens).total_tokens}.",
+        f"Not enough text: {need} {config.total_tokens} tokens, the text has {sampler.total_tokens}{beside}.",
         [*settings_that_fit(corpus, config, with_budget), {"repeat": True}],
     )
 

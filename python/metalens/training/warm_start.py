@@ -1,8 +1,8 @@
 """A closed-form start: for every layer the affine map that comes nearest to the output of the last block, by ridge regression.
 
-The last hidden state h* of the model is regressed on the hidden state h of a layer in one pass over the text. Only the sums of x x^T and
-x (h* - h)^T, x = (h, 1), are kept, and a Cholesky solve gives W - I and b. The regularization pulls toward the identity. A token costs a forward pass
-of the model and no head: a small part of its cost in a training step.
+The last hidden state h* of the model is regressed on the hidden state h of a layer in one pass over the text. Only the sums of h h^T, h (h* - h)^T, h
+and h* - h are kept, and a Cholesky solve gives W - I and b. The regularization pulls toward the identity. A token costs a forward pass of the model
+and no head: a small part of its cost in a training step.
 """
 
 from __future__ import annotations
@@ -13,58 +13,98 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.models.capture import HiddenStates
-from metalens.ops import Weight, linear
+from metalens.ops import Weight, gram, linear
 from metalens.training.input_scale import InputScale, input_scale
 from metalens.utils.arrays import to_float
+from metalens.utils.cholesky import solve_positive_definite
 from metalens.utils.errors import InvalidValueError
 
 
 class Regression:
     """The sums of the regression of one layer.
 
+    Rows are added about the mean of the first ones: sums about a far origin would lose the digits in which rows differ. The sum of h h^T is
+    symmetric: only half of it is computed.
+
     Args:
         hidden_size: D.
+
+    Attributes:
+        origin: what is taken off h in the sums, [D].
+        gram: sum of h h^T, [D, D].
+        cross: sum of h (h* - h)^T, [D, D].
+        inputs: sum of h, [D].
+        outputs: sum of h* - h, [D].
+        last_squares: sum of the squares of each dimension of h*, [D].
+        rows: number of rows, a scalar.
     """
 
     def __init__(self, hidden_size: int) -> None:
-        self.gram = mx.zeros((hidden_size + 1, hidden_size + 1))
-        self.cross = mx.zeros((hidden_size + 1, hidden_size))
-        self.last_squares = mx.zeros(())
+        self.origin = mx.zeros((hidden_size,))
+        self.gram, self.cross = mx.zeros((hidden_size, hidden_size)), mx.zeros((hidden_size, hidden_size))
+        self.inputs, self.outputs = mx.zeros((hidden_size,)), mx.zeros((hidden_size,))
+        self.last_squares, self.rows = mx.zeros((hidden_size,)), mx.zeros(())
 
     def add(self, h: mx.array, last: mx.array) -> None:
         """Add rows [T, D] of the layer and of the last block, float32."""
-        x = mx.concatenate([h, mx.ones((h.shape[0], 1))], axis=1).T
-        self.gram = self.gram + linear(x, Weight(x))
-        self.cross = self.cross + linear(x, Weight((last - h).T))
-        self.last_squares = self.last_squares + mx.sum(mx.square(last))
-        mx.eval(self.gram, self.cross, self.last_squares)
+        if to_float(self.rows) == 0:
+            self.origin = mx.mean(h, axis=0)
+        difference, columns = last - h, mx.contiguous((h - self.origin).T)
+        self.gram = self.gram + gram(columns)
+        self.cross = self.cross + linear(columns, Weight(difference), transpose=False)
+        self.inputs = self.inputs + mx.sum(columns, axis=1)
+        self.outputs = self.outputs + mx.sum(difference, axis=0)
+        self.last_squares = self.last_squares + mx.sum(mx.square(last), axis=0)
+        self.rows = self.rows + h.shape[0]
+        mx.eval(self._sums())
+
+    def sum_over(self, total: Callable[..., list[mx.array]]) -> None:
+        """Replace the sums, about 0, by their `total` over the processes that divide the text."""
+        origin = self.origin
+        self.gram = self.gram + _outer(self.inputs, origin) + _outer(origin, self.inputs + self.rows * origin)
+        self.cross = self.cross + _outer(origin, self.outputs)
+        self.inputs, self.origin = self.inputs + self.rows * origin, mx.zeros(origin.shape)
+        self.gram, self.cross, self.inputs, self.outputs, self.last_squares, self.rows = total(*self._sums())
+
+    def is_finite(self) -> bool:
+        """Tell whether all sums are finite."""
+        return all(to_float(mx.all(mx.isfinite(each))) for each in self._sums())
 
     def scale(self) -> InputScale:
-        """Return the scale of the hidden states."""
-        squares = mx.diagonal(self.gram)
-        return input_scale(squares[:-1], self.last_squares, squares[-1])
+        """Return the scale of the hidden states. Needs sums about 0, see `sum_over`."""
+        return input_scale(mx.diagonal(self.gram), self.last_squares, self.rows)
 
     def solution(self, ridge: float) -> tuple[mx.array, mx.array]:
         """Solve for W [D, D] and b [D]. `ridge` is relative to the mean square of the states. The bias is not regularized.
 
+        Needs sums about 0, see `sum_over`.
+
         Raises:
             InvalidValueError: if there are too few tokens for so little regularization.
         """
-        gram, cross = (np.array(a).astype(np.float64) for a in (self.gram, self.cross))
-        gram, cross = gram / gram[-1, -1], cross / gram[-1, -1]  # the last entry is the number of rows
-        size = len(gram) - 1
-        scale = float(np.trace(gram[:size, :size])) / size
-        regularized = gram + np.diag([*[ridge * scale + 1e-12 * scale] * size, 1e-12])
+        rows = to_float(self.rows)
+        squares, cross, inputs, outputs = (np.array(a).astype(np.float64) / rows for a in (self.gram, self.cross, self.inputs, self.outputs))
+        size = len(squares)
+        regularization = (ridge + 1e-12) * float(np.trace(squares)) / size
+        # About the means the regression has no bias.
+        squares, cross = squares - np.outer(inputs, inputs), cross - np.outer(inputs, outputs)
+        squares[np.diag_indices(size)] += regularization
         try:
-            factor = np.linalg.cholesky(regularized)
+            found = solve_positive_definite(squares, cross)
         except np.linalg.LinAlgError as error:
             raise InvalidValueError(
                 f"The warm start has no solution with ridge={ridge}: the hidden states of its tokens do not span the {size} dimensions of the "
                 "residual stream. Raise warm_start_tokens or ridge (1e-3 is the default)."
             ) from error
-        found = np.linalg.solve(factor.T, np.linalg.solve(factor, cross))
-        weight = np.eye(size) + found[:size].T
-        return mx.array(weight.astype(np.float32)), mx.array(found[size].astype(np.float32))
+        weight, bias = np.eye(size) + found.T, outputs - inputs @ found
+        return mx.array(weight.astype(np.float32)), mx.array(bias.astype(np.float32))
+
+    def _sums(self) -> tuple[mx.array, ...]:
+        return self.gram, self.cross, self.inputs, self.outputs, self.last_squares, self.rows
+
+
+def _outer(a: mx.array, b: mx.array) -> mx.array:
+    return a[:, None] * b[None]
 
 
 def warm_start(
@@ -102,9 +142,8 @@ def regressions(
         for layer, regression in found.items():
             regression.add(batch.rows(layer).astype(mx.float32), last)
     for regression in found.values():
-        sums = regression.gram, regression.cross, regression.last_squares
-        regression.gram, regression.cross, regression.last_squares = total(*sums)
-        if not to_float(regression.gram[-1, -1]) > 0 or not all(to_float(mx.all(mx.isfinite(sums))) for sums in (regression.gram, regression.cross)):
+        regression.sum_over(total)
+        if not to_float(regression.rows) > 0 or not regression.is_finite():
             raise InvalidValueError(
                 "The warm start saw no text, or hidden states that are not finite. Look for damaged weights or token ids outside the vocabulary. "
                 "If the model is float16, its activations may overflow: convert it to bfloat16 (mlx_lm.convert --dtype bfloat16)."

@@ -31,15 +31,15 @@ def update_flops(hidden_size: int, config: TrainingConfig) -> int:
 
 
 def regression_flops(hidden_size: int) -> int:
-    """Count the work of a layer's sums in the warm start, for one token."""
-    return 2 * (hidden_size + 1) * (2 * hidden_size + 1)
+    """Count the work of a layer's sums in the warm start, for one token. Half of the symmetric sum is computed."""
+    return 3 * hidden_size**2 + 7 * hidden_size
 
 
 def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
-    """Count the work of Muon's iterations for one layer: three products each."""
+    """Count the work of Muon's iterations for one layer: one product each, and half of two that are symmetric."""
     if config.optimizer != "muon" or config.bias_only:
         return 0
     rows = hidden_size if config.rank is None else config.rank
     matrices = 1 if config.rank is None else 2
     iterations = len(quintics(rows, config.ns_steps)[0])
-    return iterations * matrices * (4 * rows**2 * hidden_size + 2 * rows**3)
+    return iterations * matrices * (3 * rows**2 * hidden_size + rows**3)

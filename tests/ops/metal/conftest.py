@@ -15,8 +15,8 @@ def pytest_terminal_summary(terminalreporter):
     for cell, errors in table.items():
         form = cell.mode if cell.mode != "affine" else f"{cell.bits}-bit g{cell.group_size}"
         rows[cell.kernel, form, cell.dtype][cell.shape] = errors
-    terminalreporter.write_line(f"{'kernel':21}{'weight':11}{'type':10}" + "".join(f"{shape:>22}" for shape in shapes))
+    terminalreporter.write_line(f"{'kernel':26}{'weight':11}{'type':10}" + "".join(f"{shape:>22}" for shape in shapes))
     for (kernel, form, dtype), by_shape in rows.items():
         texts = [f"{by_shape[s].ours:.1e} ({by_shape[s].plain:.1e}){'' if by_shape[s].good else ' !'}" if s in by_shape else "" for s in shapes]
-        terminalreporter.write_line(f"{kernel:21}{form:11}{dtype:10}" + "".join(f"{text:>22}" for text in texts))
+        terminalreporter.write_line(f"{kernel:26}{form:11}{dtype:10}" + "".join(f"{text:>22}" for text in texts))
     terminalreporter.write_line(f"{len(table)} cells, {sum(e.good for e in table.values())} good")

@@ -19,16 +19,18 @@ for (uint v = simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup; v
 """
 
 
+@pytest.mark.parametrize("with_offset", [0, 1])
 @pytest.mark.parametrize("vocab", [131, 700])
 @pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
-def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
+def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule, with_offset):
     rows, tokens, width = 6, 3, vocab + 5
     z_model = oracle.random_array(rng, tokens, width)
     difference = oracle.random_array(rng, rows, width, scale=0.3)
-    lse = mx.logsumexp(z_model[:, :vocab], axis=-1)
+    offset = with_offset * oracle.random_array(rng, width, scale=3)
+    lse = mx.logsumexp((z_model + offset)[:, :vocab], axis=-1)
     kernel = descriptors.lens_softmax_grad(mx.float32)
-    values = {"rows": rows, "tokens": tokens, "width": width, "vocab": vocab, "is_delta": 1, "softcap": 0.0, "grad_scale": 1.0}
-    problem = mx.array(source.pack(kernel.header, "SoftmaxGradProblem", values))
+    values = {"rows": rows, "tokens": tokens, "width": width, "vocab": vocab, "is_delta": 1, "with_offset": with_offset}
+    problem = mx.array(source.pack(kernel.header, "SoftmaxGradProblem", values | {"softcap": 0.0, "grad_scale": 1.0}))
     padded_lse = mx.concatenate([lse, mx.zeros(8)])
 
     def run(body):
@@ -40,7 +42,7 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
             header=source.inlined(kernel.header),
         )
         return launch(
-            inputs=[difference, z_model, padded_lse, problem],
+            inputs=[difference, z_model, padded_lse, offset, problem],
             grid=(rows * 256, 1, 1),
             threadgroup=(256, 1, 1),
             output_shapes=[(rows, width), (rows, map_columns_of(width)), *[(rows,)] * 4],
@@ -52,7 +54,7 @@ def test_the_gradient_in_the_place_of_the_chunk(rng, vocab, schedule):
         together = run(COPY.format(width=width) + kernel.body.replace("(chunk, ", "(gradient, "))
     for ours, expected in zip(together, apart, strict=True):
         assert np.array_equal(np.array(ours), np.array(expected))
-    p_model, z = oracle.wide(z_model)[:, :vocab], oracle.wide(difference)[:, :vocab]
+    p_model, z = oracle.wide(z_model + offset)[:, :vocab], oracle.wide(difference)[:, :vocab]
     expected_kl, expected_gradient = oracle.kl_and_difference(np.tile(p_model, (2, 1)), np.tile(p_model, (2, 1)) + z)
     np.testing.assert_allclose(oracle.wide(together[0])[:, :vocab], expected_gradient, atol=1e-7)
     np.testing.assert_allclose(oracle.wide(together[3]), expected_kl, rtol=1e-5)

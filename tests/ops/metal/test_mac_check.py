@@ -19,7 +19,7 @@ def test_it_goes_through_all_steps(tmp_path):
     report = out.read_text()
     assert "nothing was measured on Apple hardware" in report
     assert [line for line in report.splitlines() if line.startswith("## ")] == ["## Facts", "## Compile", "## Compare", "## Measure"]
-    assert "10 of 10 cells good" in report
+    assert "17 of 17 cells good" in report
     assert "lens_kl" in report
 
 

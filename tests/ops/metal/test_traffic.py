@@ -100,6 +100,42 @@ def test_training_multiplies_twice_and_holds_one_chunk(rng, device):
     assert expected.bytes <= counted <= 1.1 * expected.bytes + back.buffers["dn"].written
 
 
+@pytest.mark.parametrize(("layers", "tokens"), [(3, 2), (7, 11)], ids=["few rows", "tiles"])
+def test_statistics_read_the_offset_once_per_block(rng, layers, tokens):
+    head, n = oracle.make_head(rng, V, D, offset=3.0), oracle.random_array(rng, layers, tokens, D)
+    with emulated(), mslcpu.recording() as reports:
+        mx.eval(lens_stats(n, head, 5, n[0]).lse)
+    offset = only(reports, "lens_stats_vector" if tokens == 2 else "lens_stats_float").buffers["head_offset"]
+    bytes_read = [cost.lens_stats(layers, tokens, V, D, head_bytes(head), True, M1.generation, with_offset).bytes for with_offset in (False, True)]
+    assert offset.unique_read == bytes_read[1] - bytes_read[0] == 4 * V
+
+
+def test_training_reads_the_offset_once(rng):
+    head, n_model = oracle.make_head(rng, V, D, offset=3.0), oracle.random_array(rng, 9, D)
+    n = n_model[None] + oracle.random_array(rng, 5, 9, D, scale=0.3)
+    with emulated():
+        target = lens_target(n_model, head)
+        mx.eval(target.lse)
+        with mslcpu.recording() as reports:
+            mx.eval(*lens_kl(n, target, head))
+    assert len(reports) == 4
+    with_offset = cost.lens_kl(5, 9, V, D, head_bytes(head), M1.generation, with_offset=True)
+    without = cost.lens_kl(5, 9, V, D, head_bytes(head), M1.generation)
+    assert sum(r.buffers["offset"].unique_read for r in reports if "offset" in r.buffers) == with_offset.bytes - without.bytes == 4 * V
+    assert sum(r.matrix_ops for r in reports) == with_offset.matrix_ops == without.matrix_ops
+    # Each of a row's three passes over its logits reads the offset, all but the first time from a cache.
+    assert only(reports, "lens_softmax_grad").buffers["offset"].read == 3 * 5 * 9 * V * 4
+
+
+def test_a_head_without_an_offset_reads_none(rng):
+    head, n = oracle.make_head(rng, V, D), oracle.random_array(rng, 3, 5, D)
+    with emulated(), mslcpu.recording() as reports:
+        mx.eval(*lens_kl(n, lens_target(n[0], head), head), lens_stats(n, head).lse)
+    offsets = [t for r in reports for name, t in r.buffers.items() if name in ("offset", "head_offset")]
+    assert len(offsets) == 3
+    assert all(t.read == 0 for t in offsets)
+
+
 def test_tiles_that_would_not_matter_are_not_multiplied(rng):
     # With this bias only the first 64 ids have any probability: the gradient of the others is negligible.
     head = oracle.make_head(rng, V, D, bias=True)

@@ -54,20 +54,21 @@ def convert(
             Face hub.
         dtype: number format of the tensors in tuned-lens's file (None = float32), or of a model (see
             `metalens.models.gguf.convert_gguf`, which also returns a report).
-        force: replace files of the target's names that are not a lens. The folder of a model must not exist.
+        force: replace files of the target's names that are not a lens, or the folder of a model that an earlier conversion
+            wrote.
 
     Returns:
         the two files written; of a model, config.json and model.safetensors.
 
     Raises:
         FileNotFoundError: if there is no lens at the source.
-        FileExistsError: if the folder of a model exists.
+        FileExistsError: if the folder of a model exists; with `force`, if it has other files.
         MissingPackageError: if the `gguf` package is needed and not installed.
         InvalidValueError: if the lens or the model is damaged, if tuned-lens's file needs the name of the model and it is not known,
             if the target is the source, or if a file of the target's name is not a lens.
     """
     if is_gguf(source):
-        folder = convert_gguf(source, target, dtype).folder
+        folder = convert_gguf(source, target, dtype, force=force).folder
         return folder / "config.json", folder / "model.safetensors"
     theirs = _is_theirs(source, hub)
     lens = load_lens(source, hub=hub)

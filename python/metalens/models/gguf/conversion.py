@@ -23,6 +23,9 @@ from metalens.utils.files import sync_folder
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
+# What a conversion writes.
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
 
 @dataclass(frozen=True)
 class FormatReport:
@@ -75,7 +78,7 @@ class Conversion:
         return [f"{self.architecture}, {self.dtype}", *map(str, self.formats), *self.remarks]
 
 
-def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = None) -> Conversion:
+def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = None, *, force: bool = False) -> Conversion:
     """Write the model of a GGUF file as a folder in mlx-lm's format: config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q4_K keep their codes. Other quantized formats are quantized again, to 8 bits in groups of 32. The folder
@@ -86,6 +89,7 @@ def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = N
         target: the folder to write. It must not exist, or be empty.
         dtype: type of dense numbers, scales and biases. float32 is exact. None = the file's own type if its matrices are not quantized, else
             float16, or bfloat16 for architectures whose hidden states are too large for float16.
+        force: replace a folder that has these four files and nothing else.
 
     Returns:
         a report.
@@ -97,8 +101,7 @@ def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = N
     """
     block_sizes()  # says first if the package is missing
     source, target = Path(source), Path(target).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists. Choose the name of a folder that does not exist, or delete it first.")
+    _require_replaceable(target, force)
     file = read_gguf(source)
     architecture = architecture_of(file)
     name = dtype or _default_dtype(file, architecture)
@@ -108,21 +111,54 @@ def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = N
         formats, remarks = _write(file, architecture, folder, name)
         _check(source, folder)
         folder.chmod(0o755)  # folders of mkdtemp are private
-        publish(folder, target)
+        publish(folder, target, replace=force)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Conversion(target, file.metadata.architecture, name, tuple(formats), tuple(remarks))
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Move a complete folder to its name. After a power failure too, the name has either all of its files or none."""
+def _require_replaceable(target: Path, force: bool) -> None:
+    """Check that there is nothing at the place of a folder, or with `force` only a folder of the same files (FileExistsError)."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise FileExistsError(f"{target} exists and is not a folder. Choose the name of a folder that does not exist.")
+    others = sorted({entry.name for entry in target.iterdir()} - set(FILES))
+    if others:
+        raise FileExistsError(
+            f"{target} exists and has {others[0]!r}, which a conversion does not write, so it is not replaced. Choose the name of a folder that does "
+            "not exist, or delete it first."
+        )
+    if not force:
+        raise FileExistsError(f"{target} exists. Choose the name of a folder that does not exist, or replace it with --force (force=True in Python).")
+
+
+def publish(folder: Path, target: Path, *, replace: bool = False) -> None:
+    """Move a complete folder to its name. After a power failure too, the name has either all of its files or none.
+
+    Args:
+        folder: the complete folder, beside `target`.
+        target: its name.
+        replace: replace a folder of this name. Between two moves there is none, and the old one has a name that begins with a dot.
+    """
     for path in folder.iterdir():
         with path.open("rb+") as written:
             os.fsync(written.fileno())
     sync_folder(folder)
-    folder.replace(target)
+    old = None
+    if replace and target.exists():
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        target.replace(old)
+    try:
+        folder.replace(target)
+    except OSError:
+        if old is not None:
+            old.replace(target)
+        raise
     sync_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _default_dtype(file: GGUFFile, architecture: Architecture) -> Dtype:

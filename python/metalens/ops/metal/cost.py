@@ -48,22 +48,29 @@ def weight_bytes(rows: int, columns: int, bits: int, group_size: int, group_byte
     return rows * (columns * bits // 8 + (columns // group_size * group_bytes if group_size else 0))
 
 
+def offset_bytes(vocab: int, with_offset: bool) -> int:
+    """Return the bytes of the float32 offset of a head's logits."""
+    return 4 * vocab if with_offset else 0
+
+
 def tile_product(rows: int, ids: int, depth: int) -> int:
     """Return the matrix operations of tiles with whole rows: ids and depth are padded to the tile's size."""
     return rows // 8 * (up(ids, constants.TILE_IDS) // 8) * (up(depth, constants.TILE_DEPTH) // 8)
 
 
-def lens_stats(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, with_model: bool, generation: GpuGeneration) -> Cost:
+def lens_stats(
+    layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, with_model: bool, generation: GpuGeneration, with_offset: bool = False
+) -> Cost:
     """Return the cost of the statistics of L x N rows in one dispatch, without labels.
 
-    No logits are written. The cost counts U once, which holds if the blocks walk it together; otherwise each block reads it once.
+    No logits are written. The cost counts U and the offset once, which holds if the blocks walk them together; otherwise each block reads them once.
     """
     problem = (layers, tokens) if with_model else (1, layers * tokens)
     blocks = tuning.blocks(*problem, with_model, generation)
-    rows = 4 * depth * tokens * (layers + int(with_model))
+    read = 4 * depth * tokens * (layers + int(with_model)) + head_bytes + offset_bytes(vocab, with_offset)
     if blocks.is_vector:
-        return Cost(0, 2 * blocks.rows * vocab * depth, rows + head_bytes)
-    return Cost(blocks.count * tile_product(blocks.rows, vocab, depth), 0, rows + head_bytes)
+        return Cost(0, 2 * blocks.rows * vocab * depth, read)
+    return Cost(blocks.count * tile_product(blocks.rows, vocab, depth), 0, read)
 
 
 def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGeneration) -> Cost:
@@ -72,10 +79,10 @@ def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGene
     return Cost(tile_product(up(rows, block), columns, depth), 0, 4 * rows * (depth + columns) + weight)
 
 
-def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int) -> Cost:
+def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int, with_offset: bool = False) -> Cost:
     """Return the cost of lens_softmax_grad for a chunk: read once from memory (two more passes hit the cache), written once, with its map."""
     per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // constants.MAP_WIDTH)
-    return Cost(0, 0, rows * per_row + tokens * vocab * 4)
+    return Cost(0, 0, rows * per_row + tokens * vocab * 4 + offset_bytes(vocab, with_offset))
 
 
 def lens_backward(rows: int, vocab: int, depth: int, weight: int, gradient_bytes: int, generation: GpuGeneration) -> Cost:
@@ -85,13 +92,22 @@ def lens_backward(rows: int, vocab: int, depth: int, weight: int, gradient_bytes
     return Cost(products, 0, rows * (vocab * gradient_bytes + 4 * depth) + weight)
 
 
-def lens_kl(layers: int, tokens: int, vocab: int, depth: int, head_bytes: int, generation: GpuGeneration, gradient_bytes: int = 4) -> Cost:
+def lens_kl(
+    layers: int,
+    tokens: int,
+    vocab: int,
+    depth: int,
+    head_bytes: int,
+    generation: GpuGeneration,
+    gradient_bytes: int = 4,
+    with_offset: bool = False,
+) -> Cost:
     """Return the cost of the loss and its gradient for one chunk of L x N rows."""
     rows = layers * tokens
     return (
         linear(tokens, vocab, depth, head_bytes, generation)
         + linear(rows, vocab, depth, head_bytes, generation)
-        + softmax_grad(rows, tokens, vocab, gradient_bytes)
+        + softmax_grad(rows, tokens, vocab, gradient_bytes, with_offset)
         + lens_backward(rows, vocab, depth, head_bytes, gradient_bytes, generation)
     )
 

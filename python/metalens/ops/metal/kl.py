@@ -17,7 +17,7 @@ from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.matmul import linear
 from metalens.ops.metal.source import pack
-from metalens.ops.metal.stats import lens_stats
+from metalens.ops.metal.stats import lens_stats, row_of_head
 
 # The fraction of a row's sum |q - p| that the tiles which the second product skips may hold together: half a unit in the last place of the operands.
 NEGLIGIBLE = {mx.float32: 2.0**-24, mx.float16: 2.0**-11}
@@ -103,12 +103,19 @@ def _softmax_grad(chunk: mx.array, z_model: mx.array, lse_model: mx.array, head:
         "width": width,
         "vocab": head.tokens,
         "is_delta": int(head.softcap is None),
+        "with_offset": int(head.offset is not None),
         "softcap": head.softcap or 0.0,
         "grad_scale": descriptors.GRAD_SCALE[dtype],
     }
     values, tile_absmax, row_l1, kl, _, _ = launch(
         descriptors.lens_softmax_grad(dtype),
-        [chunk, z_model, lse_model.astype(mx.float32), mx.array(pack("lens_softmax_grad.h", "SoftmaxGradProblem", problem))],
+        [
+            chunk,
+            z_model,
+            lse_model.astype(mx.float32),
+            row_of_head(head.offset),
+            mx.array(pack("lens_softmax_grad.h", "SoftmaxGradProblem", problem)),
+        ],
         (rows, 1, 1),
         [(rows, width), (rows, -(-width // constants.MAP_WIDTH)), *[(rows,)] * 4],
         [dtype, *[mx.float32] * 5],

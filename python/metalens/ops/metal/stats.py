@@ -105,6 +105,7 @@ def _problem(plan: _Plan, head: Head, k: int, with_model: bool, label_tokens: in
         "with_model": int(with_model),
         "label_tokens": label_tokens,
         "with_bias": int(head.bias is not None),
+        "with_offset": int(head.offset is not None),
         "block_rows": plan.blocks.rows,
         "blocks": plan.blocks.count,
         "splits": plan.splits,
@@ -127,14 +128,18 @@ def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, lab
 def _states(plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.array, problem: mx.array, k: int) -> list[mx.array]:
     """Return what each split found about each row: states, counts above the label, top logits, top ids."""
     slots = (plan.splits, plan.blocks.count, plan.blocks.rows)
-    bias = mx.zeros(8) if head.bias is None else head.bias.astype(mx.float32)
     return launch(
         plan.kernel,
-        [n, n_model, *arrays(head.weight), bias, labels, problem],
+        [n, n_model, *arrays(head.weight), row_of_head(head.bias), row_of_head(head.offset), labels, problem],
         (plan.blocks.count, plan.groups, 1),
         [(*slots, constants.FIELDS), slots, (*slots, k), (*slots, k)],
         [mx.float32, mx.int32, mx.float32, mx.int32],
     )
+
+
+def row_of_head(values: mx.array | None) -> mx.array:
+    """Return a head's bias or offset [V] as a kernel takes it. If the head has none, the problem says so, and nothing reads what stands for it."""
+    return mx.zeros(8) if values is None else values.astype(mx.float32)
 
 
 ALWAYS = ("lse", "entropy", "max_probability", "top_ids", "top_logits")

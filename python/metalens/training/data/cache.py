@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write, require_writable, sha256_of
 
 DOCUMENTS = np.dtype("<u8")
+COUNTED = np.dtype(np.bool_)
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
@@ -33,17 +34,20 @@ class StoredTokens:
         ids: token ids [tokens], uint16 or uint32, read-only and memory-mapped.
         documents: first token of each document, and the number of tokens, [documents + 1].
         counts: further numbers about the text.
+        counted: whether the prediction at each token counts in the loss, bool [tokens]. None = at every token.
     """
 
     ids: np.ndarray
     documents: np.ndarray
     counts: dict[str, int]
+    counted: np.ndarray | None = None
 
 
 class TokenCache:
     """A folder with three files per corpus: KEY.ids (little-endian), KEY.documents (uint64), and KEY.json, which exists when the others are whole.
 
-    KEY.json has the SHA-256 of the other two; files of older versions have none, and are not checked.
+    A corpus of which some tokens count has KEY.counted too (a byte for each token, 0 or 1). KEY.json has the SHA-256 of the others; files of older
+    versions have none, and are not checked.
 
     Args:
         folder: the folder, see `cache_folder`. It is made when the first file is written.
@@ -65,7 +69,8 @@ class TokenCache:
             dtype = np.dtype(str(record["dtype"]))
             counts = {str(name): int(value) for name, value in record["counts"].items()}
             maps, hashes = [], record.get("sha256", {})
-            for suffix, kind, items in (("ids", dtype, record["tokens"]), ("documents", DOCUMENTS, record["documents"] + 1)):
+            files = [("ids", dtype, record["tokens"]), ("documents", DOCUMENTS, record["documents"] + 1)]
+            for suffix, kind, items in [*files, *([("counted", COUNTED, record["tokens"])] if "counted" in hashes else [])]:
                 path = self._path(key, suffix)
                 if path.stat().st_size != items * kind.itemsize:
                     return None
@@ -74,15 +79,18 @@ class TokenCache:
                 maps.append(np.memmap(path, kind, "r"))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        return StoredTokens(maps[0], maps[1], counts)
+        return StoredTokens(maps[0], maps[1], counts, maps[2] if len(maps) > 2 else None)
 
-    def write(self, key: str, dtype: np.dtype[Any], documents: Iterable[tuple[np.ndarray, bool]], counts: dict[str, int]) -> StoredTokens:
+    def write(
+        self, key: str, dtype: np.dtype[Any], documents: Iterable[tuple[np.ndarray, bool, np.ndarray | None]], counts: dict[str, int]
+    ) -> StoredTokens:
         """Store tokens as they come. A write that fails or is interrupted stores nothing.
 
         Args:
             key: name of the corpus.
             dtype: type of the stored ids.
-            documents: ids [n], and whether they start a document, in order.
+            documents: in order: ids [n], whether they start a document, and whether the prediction of each of them counts in the loss, bool [n].
+                None = the prediction of every id, in all documents.
             counts: numbers that are stored beside the tokens; read after the last document.
 
         Raises:
@@ -90,18 +98,28 @@ class TokenCache:
             InvalidValueError: if there are no tokens.
         """
         require_writable(self._path(key, "json"))
-        starts, tokens = [], 0
-        with atomic_write(self._path(key, "ids")) as ids_path, atomic_write(self._path(key, "documents")) as documents_path:
+        starts, tokens, hashes = [], 0, {}
+        with contextlib.ExitStack() as files:
+            ids_path, documents_path = (files.enter_context(atomic_write(self._path(key, suffix))) for suffix in ("ids", "documents"))
+            counted: IO[bytes] | None = None
             with ids_path.open("wb") as file:
-                for ids, begins in documents:
+                for ids, begins, predicted in documents:
                     if begins:
                         starts.append(tokens)
                     file.write(ids.astype(dtype, copy=False).tobytes())
+                    if predicted is not None:
+                        counted = counted or files.enter_context(files.enter_context(atomic_write(self._path(key, "counted"))).open("wb"))
+                        # At the token before, so the first of all is left out, and nothing follows the last.
+                        counted.write(predicted[0 if tokens else 1 :].astype(COUNTED).tobytes())
                     tokens += ids.size
             if not tokens:
                 raise InvalidValueError("There are no tokens in the text. Give text that is not empty.")
             documents_path.write_bytes(np.asarray([*starts, tokens], DOCUMENTS).tobytes())
-            hashes = {"ids": sha256_of(ids_path), "documents": sha256_of(documents_path)}
+            if counted is not None:
+                counted.write(b"\0")
+                counted.flush()
+                hashes["counted"] = sha256_of(Path(counted.name))
+            hashes |= {"ids": sha256_of(ids_path), "documents": sha256_of(documents_path)}
         record = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts), "counts": counts, "sha256": hashes}
         with atomic_write(self._path(key, "json")) as path:
             path.write_text(json.dumps(record), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from metalens.models.tokenization import as_token_ids
 from metalens.training.data.corpus import Corpus
-from metalens.training.data.readers import Source, TextList
+from metalens.training.data.in_memory import ChatList, TextList
+from metalens.training.data.readers import Source
 from metalens.training.data.sources import SUFFIXES, find_sources
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
@@ -30,7 +31,9 @@ def read_inputs(data: TrainingData, *, field: str = "text", split: str = "train"
     mistyped name is an error, not a text.
 
     Args:
-        data: a Corpus; a name; a list of names; a list of texts, each a document; token ids: a list, an array, or a list of these, which are joined.
+        data: a Corpus; a name; a list of names; a list of texts, each a document; a list of messages, which is a conversation; a list of
+            conversations, each such a list or a record with "messages" or with "prompt" and "completion"; token ids: a list, an array, or a list of
+            these, which are joined.
         field: field or column with the text, in files that have several.
         split: split of hub data sets.
 
@@ -48,9 +51,16 @@ def read_inputs(data: TrainingData, *, field: str = "text", split: str = "train"
         raise InvalidTypeError(f"Training data are names, texts, token ids or a Corpus, not {type(data).__name__}.")
     if not data:
         raise InvalidValueError("There are no training data. Name a file, a folder or a data set of the hub, or give texts or token ids.")
+    if all(map(_is_conversation, data)):
+        return [ChatList([data] if all("role" in entry for entry in data) else data)]
     textual = [isinstance(entry, (str, Path, Source)) for entry in data]
     if not any(textual):
         return Corpus.from_ids(joined_ids(data))
+    return _names_or_texts(data, textual, field, split)
+
+
+def _names_or_texts(data: Sequence[Any], textual: Sequence[bool], field: str, split: str) -> list[Source]:
+    """Return the sources of a list of names, or of texts; `textual` tells which entries are one of both."""
     if not all(textual):
         raise InvalidTypeError("Training data mix text and token ids. Give either names and texts, or token ids.")
     kinds = [_kind_of(entry) for entry in data]
@@ -62,6 +72,11 @@ def read_inputs(data: TrainingData, *, field: str = "text", split: str = "train"
             f"{_shortened(data[kinds.index('text')])} is a text. Give one or the other."
         )
     return [TextList(data)]
+
+
+def _is_conversation(entry: Any) -> bool:
+    """Tell whether an entry of a list is a conversation: a record, or a list of messages."""
+    return isinstance(entry, Mapping) or (isinstance(entry, Sequence) and bool(entry) and isinstance(entry[0], Mapping))
 
 
 def _kind_of(entry: str | Path | Source) -> Literal["name", "text", "word"]:

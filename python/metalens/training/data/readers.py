@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import importlib
 import json
 import os
@@ -12,24 +11,25 @@ import re
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
+from metalens.training.data.conversations import CHAT_FIELDS, PAIR, Conversation, conversation_of, plain_text
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import sha256_of
 
 # Characters of a long text that are read and tokenized at once.
 BLOCK = 1 << 20
 
+# Bytes of a line of JSON Lines. A line is parsed as a whole, which takes several times its size.
+LONGEST_LINE = 1 << 26
+
 # Places to cut a text. A single line break between two words comes first: usual pre-tokenizers see the same on both sides. Else the ends of words.
 CUTS = [re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"\n"), re.compile(r"(?<=\S)(?= )")]
 
 # A file that changed less than this many ns ago may change again within the clock tick of its time stamp: its hash is not remembered.
 SETTLED = 2_000_000_000
-
-# Fields that may hold conversations. The fingerprint of their text includes the chat template.
-CHAT_FIELDS = ("messages", "conversation")
 
 Identity = dict[str, Any]
 
@@ -40,12 +40,16 @@ class Piece(NamedTuple):
     Attributes:
         text: the text, which can be encoded as UTF-8.
         starts: whether a new document starts here.
-        chat: messages of a conversation, [{"role", "content"}, ...]; `text` is empty until the tokenizer's template makes it. None = plain text.
+        chat: a conversation; `text` is empty until the tokenizer's template makes it. None = plain text.
+        where: place of the document, for errors.
+        answers: characters of `text` that are of the model's answers, [(start, end), ...], ascending. None = nobody asked for them.
     """
 
     text: str
     starts: bool
-    chat: list[dict[str, str]] | None = None
+    chat: Conversation | None = None
+    where: str = ""
+    answers: list[tuple[int, int]] | None = None
 
 
 class Memory(Protocol):
@@ -79,15 +83,6 @@ class Source(ABC):
         """Check that the text is still the one that `identity` described (InvalidValueError)."""
 
 
-def plain_text(text: str, where: str) -> str:
-    r"""Return the text if it can be encoded as UTF-8 (InvalidValueError): JSON can hold halves of surrogate pairs ("\ud800")."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValueError(f"{where}: not Unicode text ({error.reason} at character {error.start}). Fix or remove that document.") from error
-    return text
-
-
 def parts(text: str) -> Iterator[Piece]:
     """Yield a document, a long one in parts of about BLOCK characters: tokenizers take hundreds of bytes for every character of a part.
 
@@ -109,20 +104,12 @@ def pieces_of(record: Any, field: str, where: str) -> Iterator[Piece]:
     Raises:
         InvalidValueError: if there is neither; names the fields that the record has.
     """
-    if field in CHAT_FIELDS and isinstance(record, dict):
-        value = record.get(field)
-        if value is None and {"prompt", "completion"} <= set(record):
-            value = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
-        if isinstance(value, list):
-            yield Piece("", starts=True, chat=[_message(each, where) for each in value])
-            return
-    yield from parts(text_of(record, field, where))
-
-
-def _message(value: Any, where: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
-        raise InvalidValueError(f'{where}: a message must be like {{"role": "user", "content": "..."}}. Fix or remove that conversation.')
-    return {"role": value["role"], "content": plain_text(value["content"], where)}
+    chat = conversation_of(record, field, where)
+    if chat is not None:
+        yield Piece("", starts=True, chat=chat, where=where)
+        return
+    for part in parts(text_of(record, field, where)):
+        yield part._replace(where=where)
 
 
 def text_of(record: Any, field: str, where: str) -> str:
@@ -138,34 +125,6 @@ def text_of(record: Any, field: str, where: str) -> str:
             f"{where}: field {field!r} must be text, got {type(record[field]).__name__}. Name another field, or remove that document."
         )
     return plain_text(record[field], where)
-
-
-class TextList(Source):
-    """Texts in memory, each a document.
-
-    Args:
-        texts: the texts.
-    """
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = list(texts)
-        self.name = f"{len(self.texts)} texts"
-
-    def identity(self, memory: Memory | None = None) -> Identity:
-        """Return the number, size and SHA-256 of the texts."""
-        sha256, size = hashlib.sha256(), 0
-        for text in self.texts:
-            encoded = text.encode("utf-8", "surrogatepass")
-            sha256.update(len(encoded).to_bytes(8, "little") + encoded)
-            size += len(encoded)
-        return {"kind": "texts", "documents": len(self.texts), "bytes": size, "sha256": sha256.hexdigest()}
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield one document per text."""
-        if not any(text.strip() for text in self.texts):
-            raise InvalidValueError("The texts are empty or blank. Give texts with content.")
-        for number, text in enumerate(self.texts):
-            yield from parts(plain_text(text, f"text {number}"))
 
 
 class FileSource(Source):
@@ -242,7 +201,7 @@ class TextFile(FileSource):
                     )
                 if end:
                     blank = blank and not rest[:end].strip()
-                    yield Piece(rest[:end], starts)
+                    yield Piece(rest[:end], starts, where=self.name)
                     rest, starts = rest[end:], False
         if blank:
             raise self._empty()
@@ -286,20 +245,17 @@ class JsonLines(FileSource):
         return super().identity(memory) | {"field": self.field}
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield one document per line."""
+        """Yield one document per line, long ones in parts."""
         empty = True
         with self._open() as file:
-            lines = enumerate(file, 1)
-            while True:
-                try:
-                    number, line = next(lines, (0, b""))
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise InvalidValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
-                if not number:
-                    break
+            for number, line in enumerate(self._lines(file), 1):
                 if not line.strip():
                     continue
                 where, empty = f"{self.path}, line {number}", False
+                if len(line) > LONGEST_LINE:
+                    raise InvalidValueError(
+                        f"{where}: longer than {LONGEST_LINE >> 20} MiB, the limit of a line. Divide that document, or give it as a text file."
+                    )
                 try:
                     record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
@@ -311,6 +267,17 @@ class JsonLines(FileSource):
                 yield from pieces_of(record, self.field, where)
         if empty:
             raise self._empty()
+
+    def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
+        """Yield the lines; of one that is too long, only the start."""
+        while True:
+            try:
+                line = file.readline(LONGEST_LINE + 1)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise InvalidValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
+            if not line:
+                return
+            yield line
 
 
 class ParquetFile(FileSource):
@@ -342,14 +309,17 @@ class ParquetFile(FileSource):
         try:
             with parquet.ParquetFile(self.path) as file:
                 columns = file.schema_arrow.names
-                if self.field not in columns:
+                read = [self.field]
+                if self.field in CHAT_FIELDS and self.field not in columns and set(PAIR) <= set(columns):
+                    read = list(PAIR)
+                elif self.field not in columns:
                     raise InvalidValueError(
                         f"{self.path}: there is no column {self.field!r}; there are {', '.join(map(repr, columns))}. Name the one with the text."
                     )
-                for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                    for value in batch.column(0).to_pylist():
+                for batch in file.iter_batches(batch_size=256, columns=read):
+                    for record in batch.to_pylist():
                         row += 1
-                        yield from pieces_of({self.field: value}, self.field, f"{self.path}, row {row}")
+                        yield from pieces_of(record, self.field, f"{self.path}, row {row}")
         except InvalidValueError:
             raise
         except (arrow.ArrowException, OSError, ValueError) as error:  # damaged pages, and strings that are not UTF-8

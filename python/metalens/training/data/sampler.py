@@ -46,13 +46,15 @@ class Step:
 
     Attributes:
         sequences: the sequences of this rank, int32 [t] each.
-        tokens: number of tokens of all ranks together.
+        tokens: number of tokens of all ranks together, of those that count in the loss.
         state: state of the sampler after this step, for a checkpoint that is written then.
+        counted: whether the prediction at each token of each sequence counts, bool [t]. None = at every token.
     """
 
     sequences: list[np.ndarray]
     tokens: int
     state: dict[str, Any]
+    counted: list[np.ndarray] | None = None
 
 
 class Sampler:
@@ -60,6 +62,9 @@ class Sampler:
 
     Sequences hold at most `length` tokens, begin with the prefix of the corpus and do not overlap. Together they hold every token of the corpus
     once. The last sequence (of each document, if the corpus is packed) may be shorter, down to one token: KL has a value at every position.
+
+    If only some tokens of the corpus count in the loss, numbers of tokens are numbers of these, and sequences without one are left out. The prefix
+    does not count then.
 
     A position is (epoch, index) and nothing else. The order of an epoch follows from the seed and the epoch, through the raw numbers of PCG64,
     which NumPy promises never to change.
@@ -69,7 +74,7 @@ class Sampler:
         length: tokens per sequence, the prefix included.
         seed: seed that shuffles the sequences, anew in every epoch. None = the order of the text.
         repeat: begin another epoch when one ends.
-        held_back: tokens to leave out of every epoch, see `held_back_sequences`: a few whole sequences, at most one in HELD_BACK. They follow from
+        held_back: tokens to leave out of every epoch, see `held_back_step`: a few whole sequences, at most one in HELD_BACK. They follow from
             the corpus alone.
 
     Raises:
@@ -96,7 +101,11 @@ class Sampler:
         first = np.repeat(np.cumsum(pieces) - pieces, pieces)
         self._starts = np.repeat(bounds[:-1], pieces) + room * (np.arange(pieces.sum()) - first)
         self._ends = np.minimum(self._starts + room, np.repeat(bounds[1:], pieces))
-        self._sizes = self._ends - self._starts + len(corpus.prefix)
+        self._sizes = self._ends - self._starts + len(corpus.prefix)  # tokens that count
+        if corpus.counted is not None:
+            self._sizes = np.add.reduceat(corpus.counted, self._starts, dtype=np.int64)
+            some = self._sizes > 0
+            self._starts, self._ends, self._sizes = self._starts[some], self._ends[some], self._sizes[some]
         self._shuffled: tuple[int, np.ndarray] | None = None
         self.held_back = held_back
         self._held = self._chosen(held_back)
@@ -107,9 +116,17 @@ class Sampler:
         count = min(MOST_HELD, tokens // MIN_HELD, n // HELD_BACK)
         return np.sort(np.argsort(np.random.PCG64(np.random.SeedSequence([n])).random_raw(n), kind="stable")[:count])
 
-    def held_back_sequences(self) -> list[np.ndarray]:
-        """Return the sequences that no epoch has, cut so that they hold at most `held_back` tokens together; [] where the text is too short."""
-        return [self._sequence(int(i))[: self.held_back // len(self._held)] for i in self._held]
+    def held_back_step(self) -> Step:
+        """Return the sequences that no epoch has, cut so that they hold at most `held_back` tokens together; none where the text is too short."""
+        share = self.held_back // max(len(self._held), 1)
+        sequences, counted = [self._sequence(int(i)) for i in self._held], self._counted(self._held)
+        if counted is None:
+            sequences = [sequence[:share] for sequence in sequences]
+            return Step(sequences, sum(sequence.size for sequence in sequences), self.state())
+        ends = [int(np.searchsorted(np.cumsum(mask), min(share, int(mask.sum())))) + 1 for mask in counted]
+        counted = [mask[:end] for mask, end in zip(counted, ends, strict=True)]
+        sequences = [sequence[:end] for sequence, end in zip(sequences, ends, strict=True)]
+        return Step(sequences, int(sum(mask.sum() for mask in counted)), self.state(), counted)
 
     def __len__(self) -> int:
         """Return the number of sequences in an epoch."""
@@ -117,7 +134,7 @@ class Sampler:
 
     @property
     def total_tokens(self) -> int:
-        """Return the number of tokens in an epoch, prefixes included: the lens trains on each of them."""
+        """Return the number of tokens in an epoch, prefixes included, that the lens trains on: of those that count."""
         return int(self._sizes.sum() - self._sizes[self._held].sum())
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -132,6 +149,11 @@ class Sampler:
 
     def _sequence(self, i: int) -> np.ndarray:
         return np.concatenate([self._prefix, self.corpus.ids[self._starts[i] : self._ends[i]]], dtype=np.int32, casting="unsafe")
+
+    def _counted(self, numbers: Iterable[int]) -> list[np.ndarray] | None:
+        """Return whether the prediction at each token of some sequences counts, None if at every token."""
+        mask, before = self.corpus.counted, np.zeros(self._prefix.size, bool)
+        return None if mask is None else [np.concatenate([before, mask[self._starts[i] : self._ends[i]]]) for i in numbers]
 
     def take_step(self, tokens: int, rank: int = 0, world: int = 1) -> Step:
         """Return the next whole sequences that together hold at least `tokens` tokens.
@@ -161,7 +183,8 @@ class Sampler:
             count += int(self._sizes[i])
             index += 1
         self.epoch, self.index = epoch, index
-        return Step([self._sequence(i) for i in taken[rank::world]], count, self.state())
+        mine = taken[rank::world]
+        return Step([self._sequence(i) for i in mine], count, self.state(), self._counted(mine))
 
     def take_tokens(self, n: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
         """Return the sequences of `take_step`."""

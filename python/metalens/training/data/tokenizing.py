@@ -9,11 +9,13 @@ import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metalens.models.plain_encoder import PlainEncoder
+from metalens.training.data.answers import rendered_answers
 from metalens.training.data.readers import BLOCK, Piece, parts
 from metalens.utils.errors import InvalidValueError
 
@@ -26,6 +28,18 @@ BATCH = 1024  # pieces that are tokenized together; fewer if they are long
 def digest(value: Any) -> str:
     """Return a short hash of a JSON value: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+class Tokens(NamedTuple):
+    """The tokens of a piece.
+
+    Attributes:
+        ids: token ids [tokens].
+        answers: whether each belongs to an answer, bool [tokens]. None = nobody asked.
+    """
+
+    ids: np.ndarray
+    answers: np.ndarray | None
 
 
 class TextTokenizer:
@@ -75,13 +89,83 @@ class TextTokenizer:
         """Return the chat template; "" if the tokenizer has none."""
         return self._plain.chat_template
 
-    def rendered(self, piece: Piece) -> Iterator[Piece]:
-        """Yield a piece as text: a conversation in the chat template, long ones in parts (InvalidValueError)."""
+    def rendered(self, piece: Piece, with_answers: bool = False) -> Iterator[Piece]:
+        """Yield a piece as text: a conversation in the chat template, long ones in parts.
+
+        Args:
+            piece: the piece.
+            with_answers: also find the characters of the answers.
+
+        Raises:
+            InvalidValueError: if the template refuses the conversation, or if answers are asked for and cannot be found; names the place.
+        """
         if piece.chat is None:
+            if with_answers:
+                raise InvalidValueError(
+                    f"{piece.where}: this is plain text, and the loss is to count the answers of conversations alone. Name the field with the "
+                    "messages (field='messages'), or count all tokens (loss_on='all')."
+                )
             yield piece
             return
-        for part in parts(self._plain.chat_text(piece.chat)):
-            yield part._replace(chat=piece.chat)
+        try:
+            text, answers = rendered_answers(self._plain, piece.chat) if with_answers else (self._plain.chat_text(piece.chat.messages), [])
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{piece.where}: {error}") from error
+        start = 0
+        for part in parts(text):
+            size = len(part.text)
+            inside = [(max(first - start, 0), min(end - start, size)) for first, end in answers if first < start + size and end > start]
+            yield piece._replace(text=part.text, starts=part.starts, answers=inside if with_answers else None)
+            start += size
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[Tokens]:
+        """Return the ids of each piece as `encode` does, and which of them belong to answers.
+
+        A token belongs to an answer if it has a character of it.
+        """
+        rows = self.encode([piece.text for piece in pieces])
+        return [Tokens(ids, None if piece.answers is None else self._in_answers(piece, ids)) for piece, ids in zip(pieces, rows, strict=True)]
+
+    def _in_answers(self, piece: Piece, ids: np.ndarray) -> np.ndarray:
+        """Return whether each of the ids [tokens] of a piece belongs to an answer."""
+        cuts = sorted({0, len(piece.text), *(cut for span in piece.answers or () for cut in span)})
+        rows = self.encode([piece.text[start:end] for start, end in pairwise(cuts)])
+        if np.array_equal(np.concatenate([ids[:0], *rows]), ids):  # as a rule: special tokens stand around an answer
+            first = last = dict(zip(cuts, [0, *np.cumsum([row.size for row in rows])], strict=True))
+        else:
+            first, last = self._plain_cuts(piece.text, cuts, ids)
+        found = np.zeros(ids.size, bool)
+        for start, end in piece.answers or ():
+            if start < end:
+                found[first[start] : last[end]] = True
+        return found
+
+    def _plain_cuts(self, text: str, cuts: Sequence[int], ids: np.ndarray) -> tuple[dict[int, int], dict[int, int]]:
+        """Return for each cut of a text the tokens that end at or before it, and those that begin before it, where tokens go over the cuts.
+
+        Without the offsets of a fast tokenizer, a token or two more than these may be taken for tokens over a cut.
+        """
+        offsets = self._plain.offsets(text)
+        if offsets is not None and len(offsets) == ids.size:
+            starts, ends = np.asarray(offsets).reshape(-1, 2).T
+            return {cut: int(np.searchsorted(ends, cut, "right")) for cut in cuts}, {cut: int(np.searchsorted(starts, cut)) for cut in cuts}
+        first, last = {}, {}
+        for cut in cuts:
+            common, size = self._in_common(text[:cut], ids)
+            first[cut] = common
+            end = cut
+            while common < size:
+                end += 1
+                common, size = self._in_common(text[:end], ids)
+            last[cut] = common
+        return first, last
+
+    def _in_common(self, start: str, ids: np.ndarray) -> tuple[int, int]:
+        """Return how many of the first tokens of a text are those of the start of it, and the number of these."""
+        (row,) = self.encode([start])
+        size = min(row.size, ids.size)
+        differ = np.flatnonzero(row[:size] != ids[:size])
+        return int(differ[0]) if differ.size else size, row.size
 
     def without_prefix(self, ids: np.ndarray) -> np.ndarray:
         """Return the ids [tokens] of a document without the prefix, if the document spells it itself."""
@@ -122,7 +206,7 @@ class TextTokenizer:
         return digest([type(self.tokenizer).__name__, self.eos, self.eos_text, list(self.prefix), probe, content])
 
 
-Encoded = tuple[list[Piece], list[np.ndarray]]
+Encoded = tuple[list[Piece], list[Tokens]]
 
 
 def batches_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -150,15 +234,16 @@ def encoded(tokenizer: TextTokenizer, pieces: Iterable[Piece], workers: int | No
     """
     if workers is None or workers <= 1:
         for batch in batches_of(pieces):
-            yield batch, tokenizer.encode([piece.text for piece in batch])
+            yield batch, tokenizer.encode_pieces(batch)
         return
     # Spawned: a fork would lack the threads of MLX and of fast tokenizers.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (pickle.dumps(tokenizer),))
     with pool:
-        waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
+        waiting: deque[tuple[list[Piece], Future[list[Tokens]]]] = deque()
         try:
             for batch in batches_of(pieces):
-                waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece in batch])))
+                # The messages stay here.
+                waiting.append((batch, pool.submit(_encode_in_worker, [piece._replace(chat=None) for piece in batch])))
                 if len(waiting) > 2 * workers:
                     first, ids = waiting.popleft()
                     yield first, ids.result()
@@ -178,6 +263,6 @@ def _start_worker(tokenizer: bytes) -> None:
     _worker_tokenizer = pickle.loads(tokenizer)
 
 
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
+def _encode_in_worker(pieces: list[Piece]) -> list[Tokens]:
     assert _worker_tokenizer is not None
-    return _worker_tokenizer.encode(texts)
+    return _worker_tokenizer.encode_pieces(pieces)

@@ -1,0 +1,1 @@
+"""Compare the recipes on two bundled models and two pretrained ones."""

@@ -1,0 +1,130 @@
+"""What is compared: models, texts, seeds and recipes. A case is one training run."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from metalens.models import bundled
+
+LENGTH = 128  # tokens of a sequence
+TRAINING_CHARACTERS, HELD_OUT_CHARACTERS = 1_000_000, 100_000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the comparison.
+
+    Attributes:
+        name: its name on the pages.
+        source: its folder, or a name that `metalens.load` knows.
+        tokens: training tokens of every run, a warm start's included.
+        held_out: tokens that the lens is read on.
+        trained: number of layers to train, evenly spaced; None = all.
+        long: lines that also run with LONG_TOKENS.
+    """
+
+    name: str
+    source: str
+    tokens: int
+    held_out: int
+    trained: int | None = None
+    long: tuple[str, ...] = ()
+
+    def layers(self, count: int) -> tuple[int, ...] | None:
+        """Return the layers to train, of a model with `count`: from the first to the last but one. The last layer is exact. None = all."""
+        if self.trained is None:
+            return None
+        return tuple(round(i * (count - 2) / (self.trained - 1)) for i in range(self.trained))
+
+
+# The budget of `paper`, scaled to models of this size (250 steps of 2^18 for models with billions of parameters).
+LONG_TOKENS = 409_600
+MODELS = {
+    model.name: model
+    for model in (
+        Model("demo", str(bundled.MODEL), tokens=43_008, held_out=8192, long=("fast", "paper")),
+        Model("small", str(Path(__file__).parents[2] / "tools" / "demo_models" / "small"), tokens=43_008, held_out=8192, long=("fast", "paper")),
+        Model("smollm2", "smollm2", tokens=12_288, held_out=1024, trained=6, long=("paper",)),
+        Model("gemma3-270m", "gemma3-270m", tokens=6_144, held_out=512, trained=6),
+    )
+}
+SEEDS = (0, 1)
+# {name: what it is, for the pages}
+TEXTS = {"help": "the bundled text, pages of a desktop's help", "code": "modules of Python's standard library, as they are on the machine"}
+
+# The recipe `fast` of version 0.1.0: steps of a fixed length in W's own coordinates, proportional to the distance of the warm start.
+FORMER = {"step_size": "rate", "learning_rate": 0.025, "weight_decay": 0.15, "momentum": 0.8, "layer_rates": "distance", "guard_tokens": 0}
+# {line of the tables: (recipe, its settings)}
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ridge": ("ridge", {}),
+    "fast": ("fast", {}),
+    "fast 0.1.0": ("fast", FORMER),
+    "muon": ("muon", {}),
+    "adam": ("adam", {}),
+    "mlxterp": ("mlxterp", {}),
+    "paper": ("paper", {}),
+}
+FULL, LONG = "full", "long"  # a run with the full vocabulary, or with the tokens of long runs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run.
+
+    Attributes:
+        model: name of the model.
+        text: name of the text.
+        seed: seed of the order of the text.
+        line: line of the tables, a key of RECIPES, or "logit lens", which trains nothing.
+        variant: "", FULL or LONG.
+        tokens: training tokens.
+        settings: settings beside those of the recipe.
+    """
+
+    model: str
+    text: str
+    seed: int
+    line: str
+    variant: str = ""
+    tokens: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the case as JSON holds it: two equal dictionaries are the same run."""
+        return asdict(self)
+
+
+def cases(model: Model) -> Iterator[Case]:
+    """Yield the cases of a model, the most telling first."""
+    for seed in SEEDS:
+        for text in TEXTS:
+            if seed == 0:
+                yield Case(model.name, text, 0, "logit lens")
+            for line, (_, settings) in RECIPES.items():
+                yield Case(model.name, text, seed, line, "", model.tokens, {**settings, "vocabulary": "sampled"})
+    # The full vocabulary costs a multiple, so one text and seed show what sampling changes.
+    yield Case(model.name, "help", 0, "fast", FULL, model.tokens, {"vocabulary": "full"})
+    for line in model.long:
+        yield Case(model.name, "help", 0, line, LONG, LONG_TOKENS, {**RECIPES[line][1], "vocabulary": "sampled", "repeat": True})
+
+
+@cache
+def texts(name: str) -> tuple[str, str]:
+    """Return the training text and the held-out text of a name in TEXTS."""
+    if name == "help":
+        return bundled.TRAINING_TEXT.read_text(encoding="utf-8"), bundled.HELD_OUT_TEXT.read_text(encoding="utf-8")
+    # An order that no directory decides. Whole files are in one of the two texts.
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    parts: list[str] = []
+    for wanted in (HELD_OUT_CHARACTERS, TRAINING_CHARACTERS):
+        taken = ""
+        while modules and len(taken) < wanted:
+            taken += modules.pop(0).read_text(encoding="utf-8", errors="replace") + "\n"
+        parts.append(taken)
+    return parts[1], parts[0]
