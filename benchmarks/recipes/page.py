@@ -41,12 +41,13 @@ def recipes(found: Sequence[Entry]) -> str:
     parts = [
         "# Recipes compared\n",
         "The tables show KL(model || lens) on held-out text, in nats per token, as the mean over the trained layers. All runs of a model have",
-        f"the same number of training tokens (`tokens=`), a warm start's included, in sequences of {LENGTH}. All but those of the logit lens",
-        "train with a sampled vocabulary and are read with the full one. Where two numbers stand with ± between them, they are the mean of two",
-        "runs that shuffle the text otherwise, and half their difference.\n",
+        f"the same number of training tokens (`tokens=`), a warm start's included, in sequences of {LENGTH}. Steps compare a sampled vocabulary,",
+        "unless a line says otherwise; lenses are read with the full one. Two numbers with ± between them are the mean of two runs, which shuffle",
+        "the text in two ways, and half their difference.\n",
         *(f"- Text `{name}`: {what}." for name, what in TEXTS.items()),
         "\n`fast 0.1.0` is `fast` with its settings of version 0.1.0: steps of fixed length, no guard. `mlxterp` reads the text in its order.",
-        "`python -m benchmarks.recipes` measures all of it and writes this page.",
+        "`python -m benchmarks.recipes` measures all of it and writes this page. Lines that are missing have not been run.",
+        "Core seconds are those of the whole training, on a machine that did other work beside it.",
         "[Recipes on pretrained models](real-models.md) has the layers.\n",
         "![KL of every layer](recipes.png)\n",
     ]
