@@ -1,0 +1,57 @@
+"""The time of a training step beside that of the model's forward pass with its own logits, for each token.
+
+    python -m benchmarks.step_cost [smollm2] [--tokens 128 512] [--steps 8]
+
+Trains all layers with the recipe `fast` on the bundled text, and prints the mean of the steps, the median of forward passes around them, and their
+ratio. Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import mlx.core as mx
+import numpy as np
+
+import metalens
+from metalens.models.bundled import TRAINING_TEXT
+from metalens.ops import lens_stats, normed
+
+LENGTH = 128
+PASSES = 4
+TOP_K = 8  # of the model's own logits, as a step takes them
+
+
+def main() -> None:
+    """Measure a model with steps of several sizes, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512], help="tokens of a step [default: 128 512]")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each size, at least 3 [default: %(default)s]")
+    arguments = parser.parse_args()
+    model = metalens.load(arguments.model)
+    ids = np.array(model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")]))
+    batch = mx.array(ids[: 4 * LENGTH].reshape(4, LENGTH))
+
+    def forward() -> float:
+        start = time.perf_counter()
+        states = model.source.capture(batch)
+        rows = normed(states.rows(-1).astype(mx.float32), model.unembed.norm)
+        mx.eval(states.hidden, lens_stats(rows[None], model.unembed.head, TOP_K).top_ids)
+        return (time.perf_counter() - start) / batch.size
+
+    forward()
+    for tokens in arguments.tokens:
+        passes = [forward() for _ in range(PASSES)]
+        ends: list[float] = []
+        settings = {"num_steps": arguments.steps, "max_seq_len": LENGTH, "tokens_per_step": tokens, "warm_start_tokens": 1024, "guard_tokens": 0}
+        metalens.train(model, [ids.tolist()], recipe="fast", callbacks=[lambda _, ends=ends: ends.append(time.perf_counter())], **settings)
+        passes += [forward() for _ in range(PASSES)]
+        # Short steps are captured together, so their times are uneven: the mean of all but the first.
+        step, whole = (ends[-1] - ends[0]) / (len(ends) - 1) / tokens, float(np.median(passes))
+        print(f"{arguments.model}, steps of {tokens}: forward {whole * 1e3:.2f} ms/token, step {step * 1e3:.2f} ms/token, ratio {step / whole:.2f}")
+
+
+if __name__ == "__main__":
+    main()
