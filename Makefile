@@ -25,13 +25,14 @@ $(VENV)/.installed: $(SOURCES) | $(VENV)/.requirements
 demo: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/metalens demo --out demo_output$(if $(MODEL),_$(MODEL) --model $(MODEL)) $(if $(MINUTES),--minutes $(MINUTES))
 
-# README's picture: a lens for SmolLM2, trained on so many tokens, shows the same on every machine.
+# The picture in docs/concepts.md: a lens for SmolLM2, trained on so many tokens, shows the same on every machine.
 picture: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/metalens demo --out build/picture --model smollm2 --tokens 3072
 	cp build/picture/lenses.png docs/lenses.png
 
 test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
+	tools/install_browser.sh
 	$(BIN)/python -m pytest
 
 # The site, in build/site, without the network. `python -m http.server -d build/site` serves it, with its search.
@@ -73,6 +74,7 @@ lint: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tools/roofline_page.py --check
 	$(BIN)/python tools/models_page.py --check
+	tools/check_page.sh
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.requirements

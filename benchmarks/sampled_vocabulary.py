@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from benchmarks.recipes.cases import LENGTH, texts
 from benchmarks.recipes.measure import scores
+from benchmarks.targets import Target
 
 from metalens import InterpretableModel
 from metalens.models.bundled import TRAINING_TEXT
@@ -29,6 +30,7 @@ from metalens.training.vocabulary import sample_size
 RESULTS = Path(__file__).parent / "results" / "sampled_vocabulary.json"
 WARM_START = 8192
 HELD_OUT = 2048
+WITHIN = 0.01  # what a sample may cost
 
 Entry = dict[str, Any]
 
@@ -72,32 +74,75 @@ def ids_of(entry: Entry) -> int:
     return sample_size(entry["config"]["vocabulary"], entry["tokens"]) or entry["tokens"]
 
 
+def groups_of(found: list[Entry]) -> list[list[Entry]]:
+    """Return the runs in groups that differ in the vocabulary only: those of a model, its layers and steps, the largest sample first."""
+    groups: dict[Any, list[Entry]] = {}
+    for entry in found:
+        groups.setdefault((entry["model"], tuple(entry["layers"]), entry["config"]["num_steps"]), []).append(entry)
+    ordered = [sorted(entries, key=ids_of, reverse=True) for entries in groups.values()]
+    return sorted(ordered, key=lambda entries: entries[0]["tokens"])
+
+
+def beside_full(entry: Entry, group: list[Entry]) -> float | None:
+    """Return the mean KL of a run beside that of the full vocabulary, minus 1; None if the full one has not been run."""
+    full = next((np.mean(other["kl"]) for other in group if ids_of(other) == other["tokens"]), None)
+    return None if full is None else float(np.mean(entry["kl"]) / full - 1)
+
+
+def targets(groups: list[list[Entry]]) -> list[Target]:
+    """Return the verdict on the sample of "sampled" for every group that has it and the full vocabulary."""
+    found = []
+    for group in groups:
+        for entry in group:
+            beside = beside_full(entry, group)
+            if ids_of(entry) == sample_size("sampled", entry["tokens"]) and beside is not None:
+                wanted = (
+                    f'{entry["model"]}: with equal tokens the sample of `vocabulary="sampled"` ends within {WITHIN:.0%} of the full vocabulary\'s KL'
+                )
+                found.append(Target(wanted, f"{beside:+.2%} with {ids_of(entry):,} of {entry['tokens']:,} ids", beside <= WITHIN))
+    return found
+
+
 def page(found: list[Entry]) -> str:
     """Return docs/sampled-vocabulary.md."""
+    groups = groups_of(found)
     parts = [
         "# Sampled vocabulary: what it costs in KL\n",
         f"KL(model || lens) in nats per token on {HELD_OUT:,} held-out tokens, always over the full vocabulary, after equal training but for",
         "`vocabulary`: the recipe `fast`, one sequence of 128 tokens a step. `python -m benchmarks.sampled_vocabulary` made this page from one run",
-        'per line. In bold: the sample of `vocabulary="sampled"`. CPU time is the whole training\'s, warm start and guard included, in seconds of',
-        "one core, on a machine that did other work beside it. [How it works](developer/how-it-works.md#a-sampled-vocabulary) has the estimator.\n",
+        'per line. In bold: the sample of `vocabulary="sampled"`. [How it works](developer/how-it-works.md#a-sampled-vocabulary) has the estimator,',
+        "[Time to quality](time-to-quality.md) what the sample saves.\n",
+        *map(str, targets(groups)),
+        "",
+        "| model | ids | ids per step: KL beside the full vocabulary |",
+        "|---|---:|---|",
     ]
-    groups = dict.fromkeys((entry["model"], tuple(entry["layers"]), entry["config"]["num_steps"]) for entry in found)
-    for name, layers, steps in groups:
-        of_group = [e for e in found if (e["model"], tuple(e["layers"]), e["config"]["num_steps"]) == (name, layers, steps)]
-        entries = sorted(of_group, key=ids_of, reverse=True)
-        full = next((float(np.mean(e["kl"])) for e in entries if ids_of(e) == e["tokens"]), None)
-        tokens = f"{entries[0]['config']['warm_start_tokens']:,} + {steps * LENGTH:,} tokens"
-        parts += [f"## {name}, {entries[0]['tokens']:,} ids: {tokens}\n", "| ids per step | mean KL | beside full | CPU time, s | "]
-        parts[-1] += " | ".join(f"layer {layer}" for layer in layers) + " |"
-        parts.append("|---:|---:|---:|---:|" + "---:|" * len(layers))
-        for entry in entries:
-            ids, mean = ids_of(entry), float(np.mean(entry["kl"]))
-            shown = f"**{ids:,}**" if ids == sample_size("sampled", entry["tokens"]) else f"{ids:,}"
-            beside = "" if full is None else f"{100 * (mean / full - 1):+.2f} %"
-            cells = [shown, f"{mean:.4f}", beside, f"{entry['seconds']:.0f}", *(f"{kl:.4f}" for kl in entry["kl"])]
+    for group in groups:
+        cells = [
+            f"{_ids(entry)}: {beside:+.2%}"
+            for entry in group
+            if (beside := beside_full(entry, group)) is not None and ids_of(entry) < entry["tokens"]
+        ]
+        parts.append(f"| {group[0]['model']} | {group[0]['tokens']:,} | {' · '.join(cells)} |")
+    parts.append("")
+    for group in groups:
+        first, config = group[0], group[0]["config"]
+        tokens = f"{config['warm_start_tokens']:,} + {config['num_steps'] * LENGTH:,} tokens"
+        parts.append(f"## {first['model']}, {first['tokens']:,} ids: {tokens}\n")
+        parts.append("| ids per step | mean KL | beside full | " + " | ".join(f"layer {layer}" for layer in first["layers"]) + " |")
+        parts.append("|---:|---:|---:|" + "---:|" * len(first["layers"]))
+        for entry in group:
+            beside = beside_full(entry, group)
+            cells = [_ids(entry), f"{np.mean(entry['kl']):.4f}", "" if beside is None else f"{beside:+.2%}", *(f"{kl:.4f}" for kl in entry["kl"])]
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _ids(entry: Entry) -> str:
+    """Return the number of ids that a step compares, in bold for that of "sampled"."""
+    ids = ids_of(entry)
+    return f"**{ids:,}**" if ids == sample_size("sampled", entry["tokens"]) else f"{ids:,}"
 
 
 def main() -> None:

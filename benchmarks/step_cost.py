@@ -23,6 +23,42 @@ PASSES = 4
 TOP_K = 8  # of the model's own logits, as a step takes them
 
 
+def now() -> np.ndarray:
+    """Return the time of the wall clock and the time of all cores, in seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def step_and_forward(model: metalens.InterpretableModel, tokens: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the time of a token in steps of `fast` on all layers, and in forward passes with the model's own logits before and after them.
+
+    Args:
+        model: the model.
+        tokens: tokens of a step.
+        steps: number of steps, at least 3.
+
+    Returns:
+        Two arrays as of `now`, for each token.
+    """
+    ids = np.array(model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")]))
+    batch = mx.array(ids[: 4 * LENGTH].reshape(4, LENGTH))
+
+    def forward() -> np.ndarray:
+        start = now()
+        states = model.source.capture(batch)
+        rows = normed(states.rows(-1).astype(mx.float32), model.unembed.norm)
+        mx.eval(states.hidden, lens_stats(rows[None], model.unembed.head, TOP_K).top_ids)
+        return (now() - start) / batch.size
+
+    forward()
+    passes = [forward() for _ in range(PASSES)]
+    ends: list[np.ndarray] = []
+    settings = {"num_steps": steps, "max_seq_len": LENGTH, "tokens_per_step": tokens, "warm_start_tokens": 1024, "guard_tokens": 0}
+    metalens.train(model, [ids.tolist()], recipe="fast", callbacks=[lambda _, ends=ends: ends.append(now())], **settings)
+    passes += [forward() for _ in range(PASSES)]
+    # Short steps are captured together, so their times are uneven: the mean of all but the first.
+    return (ends[-1] - ends[0]) / (len(ends) - 1) / tokens, np.median(passes, axis=0)
+
+
 def main() -> None:
     """Measure a model with steps of several sizes, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,26 +67,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of each size, at least 3 [default: %(default)s]")
     arguments = parser.parse_args()
     model = metalens.load(arguments.model)
-    ids = np.array(model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")]))
-    batch = mx.array(ids[: 4 * LENGTH].reshape(4, LENGTH))
-
-    def forward() -> float:
-        start = time.perf_counter()
-        states = model.source.capture(batch)
-        rows = normed(states.rows(-1).astype(mx.float32), model.unembed.norm)
-        mx.eval(states.hidden, lens_stats(rows[None], model.unembed.head, TOP_K).top_ids)
-        return (time.perf_counter() - start) / batch.size
-
-    forward()
     for tokens in arguments.tokens:
-        passes = [forward() for _ in range(PASSES)]
-        ends: list[float] = []
-        settings = {"num_steps": arguments.steps, "max_seq_len": LENGTH, "tokens_per_step": tokens, "warm_start_tokens": 1024, "guard_tokens": 0}
-        metalens.train(model, [ids.tolist()], recipe="fast", callbacks=[lambda _, ends=ends: ends.append(time.perf_counter())], **settings)
-        passes += [forward() for _ in range(PASSES)]
-        # Short steps are captured together, so their times are uneven: the mean of all but the first.
-        step, whole = (ends[-1] - ends[0]) / (len(ends) - 1) / tokens, float(np.median(passes))
-        print(f"{arguments.model}, steps of {tokens}: forward {whole * 1e3:.2f} ms/token, step {step * 1e3:.2f} ms/token, ratio {step / whole:.2f}")
+        found = step_and_forward(model, tokens, arguments.steps)
+        for clock, step, forward in zip(("wall time", "time of all cores"), *found, strict=True):
+            times = f"forward {forward * 1e3:.2f} ms/token, step {step * 1e3:.2f} ms/token, ratio {step / forward:.2f}"
+            print(f"{arguments.model}, steps of {tokens}, {clock}: {times}")
 
 
 if __name__ == "__main__":

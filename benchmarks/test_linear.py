@@ -9,6 +9,7 @@ from benchmarks.suite import Case, Effort, Suite, Work
 from metalens import _extension
 
 MANY, ONE, ONE_BACKWARD = (f"quantized_matmul, 4-bit: {rest}" for rest in ("x W^T, many rows", "x W^T, one row", "x W, one row"))
+ONE_OF_EVERY_FORMAT = "linear, one row: every format beside reading W"
 ISAS = "quantized_matmul, 4-bit: instruction sets"
 SMALL = [(128, 256, 704), (1, 256, 6000)]  # rows, inputs, outputs
 LARGE = [(512, 320, 1280), (128, 1024, 1024), (512, 1024, 3072), (128, 2048, 2048), (1, 1024, 3072), (1, 2048, 2048)]
@@ -42,6 +43,15 @@ def test_small(suite, shape):
 def test_large(full_only, suite, shape):
     plain = [PLAIN] if shape[0] == 1 else []  # MLX's products of many rows are slow on Linux CPUs
     measure(suite, shape, [OURS, *PEERS, *plain], memory_of=[OURS, TORCH] if shape[0] == 512 else [])
+
+
+@pytest.mark.parametrize("stored", linear.ROW_FORMATS)
+def test_one_row_of_every_format(full_only, suite, stored):
+    """Compare one row through a head that no cache holds with reading it once."""
+    rows, inputs, outputs = (1, 1024, 65_536)
+    work = Work(linear.stored_bytes(stored, outputs, inputs), "B/s", READ)
+    arguments = {"rows": rows, "inputs": inputs, "outputs": outputs, "stored": stored}
+    suite.measure(Case(linear, arguments, [OURS], ONE_OF_EVERY_FORMAT, f"{stored}, W [{outputs}, {inputs}]", work), Effort(budget=3))
 
 
 @pytest.mark.parametrize("shape", [(1, 256, 6000), (1, 1024, 3072), (1, 2048, 2048)], ids=label)

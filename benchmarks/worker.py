@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,23 @@ def _status(field: str) -> float:
     return 1024.0 * int(match[1])
 
 
-def _growth(competitor: Competitor) -> float:
-    """Run one call and return the bytes by which it raised the peak."""
-    competitor.run(1)  # a library's threads and tables, which only the first call allocates, do not count as the operation's
+def peak_growth(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Run a call, and return its result and the bytes by which it raised the process's peak (0 where the system does not report them)."""
     gc.collect()
     mx.clear_cache()
+    if not Path("/proc/self/clear_refs").exists():
+        return call(), 0.0
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
-    competitor.run(None)
-    return max(0.0, _status("VmHWM") - before)
+    result = call()
+    return result, max(0.0, _status("VmHWM") - before)
+
+
+def _growth(competitor: Competitor) -> float:
+    """Run one call and return the bytes by which it raised the peak."""
+    competitor.run(1)  # a library's threads and tables, which only the first call allocates, do not count as the operation's
+    return peak_growth(lambda: competitor.run(None))[1]
 
 
 def main() -> None:

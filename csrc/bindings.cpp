@@ -13,6 +13,7 @@
 #include "metal/launcher.h"
 #include "ops/activation.h"
 #include "ops/attention.h"
+#include "ops/compare.h"
 #include "ops/head.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
@@ -65,10 +66,17 @@ NB_MODULE(_ext, m) {
 
   m.def(
       "lens_stats", &metalens::lens_stats, "n"_a, "head"_a, "k"_a = 1, "n_model"_a = nb::none(), "labels"_a = nb::none(), "precision"_a = "float32",
-      nb::kw_only(), "stream"_a = nb::none(),
+      "reverse"_a = false, nb::kw_only(), "stream"_a = nb::none(),
       "Return [lse, entropy, max_probability [L, N], top_ids int32, top_logits [L, N, k]] of rows n [L, N, D], then [kl, agrees] with n_model\n"
-      "[N, D], then [nll, rank] with labels [N]. Never holds the logits. A label outside the vocabulary has nll NaN and rank -1; a row with NaN\n"
-      "is NaN.");
+      "[N, D], then [nll, rank] with labels [N] or [N, C], then [KL(row || model)] with `reverse`. Never holds the logits. A label outside the\n"
+      "vocabulary has nll NaN and rank -1; a row with NaN is NaN.");
+
+  m.def(
+      "lens_compare", &metalens::lens_compare, "a"_a, "head"_a, "lse_a"_a, "b"_a, "lse_b"_a, "head_b"_a.none() = nb::none(),
+      "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
+      "Return [KL(a || b), KL(b || a), Jensen-Shannon divergence, total variation], each [L, N], of rows a [L, N, D] and b [L or 1, N, D]. lse_a "
+      "and\n"
+      "lse_b are the log-sum-exp of the rows, results of lens_target. Without head_b both go through `head`. Not differentiable.");
 
   m.def(
       "lens_target", &metalens::lens_target, "n_model"_a, "head"_a, "with_mean"_a = true, "precision"_a = "float32", nb::kw_only(),
@@ -116,6 +124,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "run_sums_natively", &metalens::run_sums_natively, "outputs"_a,
       "Let the sums and products of two float arrays, in the graph that `outputs` wait for, run on the kernels. Values stay the same.");
+
+  m.def("gpu_core_count", &metalens::gpu_core_count, "Return the number of the GPU's cores as macOS counts them; 0 if it is not known.");
 
   m.def(
       "metal_library", &metalens::metal_library,

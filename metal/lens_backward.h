@@ -79,29 +79,30 @@ METAL_FUNC void lens_backward(
       continue;  // every simdgroup skips this tile
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last operands have been read
-    for (int u = me; u < Tiles::BM * Tiles::BK / UNIT; u += THREADS) {
-      const int i = u / (Tiles::BK / UNIT);
-      const int k = u % (Tiles::BK / UNIT) * UNIT;
-      const device G* from = first_row + i < problem.rows ? g + long(first_row + i) * problem.width : nullptr;
-      load_row_unit(from, base + k, end, unit);
-      store_unit(unit, gs + i * Tiles::PITCH + k);
+    for (int u = me; u < Tiles::BM * Tiles::BK / 4; u += THREADS) {
+      const Place p = place<Tiles::BK / 4>(u);
+      const int row = first_row + p.row;
+      const float4 four = load_four(g + long(row) * problem.width, base + p.part * 4, row < problem.rows ? end : 0);
+      store_four(four, gs + p.row * Tiles::PITCH + p.part * 4);
     }
     for (int u = me; u < Tiles::BK * Tiles::BN / UNIT; u += THREADS) {
-      const int k = u / (Tiles::BN / UNIT);
-      const int column = first_column + u % (Tiles::BN / UNIT) * UNIT;
-      load_weight_unit<Format>(values, scales, biases, base + k < end ? base + k : -1, column, problem.columns, unit);
-      store_unit(unit, us + k * pitch_u + u % (Tiles::BN / UNIT) * UNIT);
+      const Place p = place<Tiles::BN / UNIT>(u);
+      const int id = base + p.row < end ? base + p.row : -1;
+      load_weight_unit<Format>(values, scales, biases, id, first_column + p.part * UNIT, problem.columns, unit);
+      store_unit(unit, us + p.row * pitch_u + p.part * UNIT);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply<Tiles, false, pitch_u>(acc, gs, us, simd);
   }
 
   put_tile(acc, shared, simd);
-  for (int at = me; at < Tiles::BM * Tiles::BN; at += THREADS) {
-    const int i = at / Tiles::BN;
-    const int column = first_column + at % Tiles::BN;
-    if (first_row + i < problem.rows && column < problem.columns) {
-      dn[(long(group.z) * problem.rows + first_row + i) * problem.columns + column] = shared[i * Tiles::PITCH_Z + at % Tiles::BN] * problem.scale;
+  for (int at = me; at < Tiles::BM * Tiles::BN / 4; at += THREADS) {
+    const int row = first_row + at / (Tiles::BN / 4);
+    const int part = at % (Tiles::BN / 4) * 4;
+    if (row < problem.rows) {
+      const float4 sums = load_four(shared + at / (Tiles::BN / 4) * PITCH_Z + part);
+      device float* to = dn + (long(group.z) * problem.rows + row) * problem.columns;
+      store_four(sums * problem.scale, to, first_column + part, problem.columns);
     }
   }
 }

@@ -9,16 +9,18 @@
 //
 // An offset of the logits is in both z and z*, so d and the slope of a softcap do not see it: it enters lp alone.
 //
-// Each row has a threadgroup of 256 threads and takes three passes: the mean of d and the largest lp + d; S and the entropy; q - p. The gradient may
-// overwrite the chunk, because each thread reads an element before it writes it. The kernel also writes a map with the largest |q - p| of every 32
-// ids, and the sum of |q - p| of every row. With them lens_backward skips tiles that would not change the gradient.
+// Each row has a threadgroup of 512 threads and takes three passes: the mean of d and the largest lp + d; S and the entropy; q - p. With more threads
+// for a row fewer rows are in flight; by the model of estimate/kernel_model.py a large GPU's cache then still has the row in the second and third
+// pass, unless the vocabulary is large. The gradient may overwrite the chunk, because each thread reads an element before it writes it. The kernel
+// also writes a map with the largest |q - p| of every 32 ids, and the sum of |q - p| of every row. With them lens_backward skips tiles that would not
+// change the gradient.
 #pragma once
 
 #include "head.h"
 
 namespace metalens {
 
-constexpr constant int GRAD_SIMDS = 8;
+constexpr constant int GRAD_SIMDS = 16;
 constexpr constant int GRAD_THREADS = GRAD_SIMDS * LANES;
 
 struct SoftmaxGradProblem {

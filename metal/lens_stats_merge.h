@@ -17,9 +17,8 @@ merged_top(const device StatsProblem& problem, const device float* top_logits, c
       const long entry = (split * pitch + row_of_split) * problem.k + index;
       const float logit = open ? top_logits[entry] : -INFINITY;
       const int id = open ? top_ids[entry] : NO_ID;
-      const float last = simd_shuffle(list.logit, ushort(k - 1));
-      const int last_id = simd_shuffle(list.id, ushort(k - 1));
-      open = open && id != NO_ID && precedes(logit, id, last, last_id);
+      const TopList last = last_entry(list, k);
+      open = open && id != NO_ID && precedes(logit, id, last.logit, last.id);
       if (!simd_any(open)) {
         break;
       }
@@ -79,7 +78,7 @@ METAL_FUNC void lens_stats_merge(
     out_top_logits[long(out) * problem.k + lane] = isnan(total) ? NAN : top.logit;
   }
   const int best_of_model =
-      problem.with_model != 0 ? simd_shuffle(merged_top(problem, top_logits, top_ids, slot_of(problem, token, 0), 1, lane).id, 0) : NO_ID;
+      problem.with_model != 0 ? simd_broadcast(merged_top(problem, top_logits, top_ids, slot_of(problem, token, 0), 1, lane).id, 0) : NO_ID;
   if (lane == 0) {
     out_lse[out] = total;
     out_entropy[out] = entropy(state.lens);

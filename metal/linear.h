@@ -37,13 +37,15 @@ METAL_FUNC void linear(
   columns.count = problem.columns;
   tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
 
-  for (int at = int(simd) * LANES + int(lane); at < Tiles::BM * Tiles::BN; at += THREADS) {
-    const int i = at / Tiles::BN;
-    const int column = columns.first + at % Tiles::BN;
-    if (rows.first + i < problem.rows && column < problem.columns) {
-      const float product = shared[i * Tiles::PITCH_Z + at % Tiles::BN];
-      const float biased = problem.with_bias != 0 ? product + bias[column] : product;
-      y[long(rows.first + i) * problem.columns + column] = Out(biased * problem.scale);
+  for (int at = int(simd) * LANES + int(lane); at < Tiles::BM * Tiles::BN / 4; at += THREADS) {
+    const int i = at / (Tiles::BN / 4);
+    const int part = at % (Tiles::BN / 4) * 4;
+    if (rows.first + i < problem.rows) {
+      const int column = columns.first + part;
+      const float4 products = load_four(shared + i * PITCH_Z + part);
+      const float4 of_bias = problem.with_bias != 0 ? load_four(bias, column, problem.columns) : float4(0.0f);
+      device Out* to = y + long(rows.first + i) * problem.columns;
+      store_four((products + of_bias) * problem.scale, to, column, problem.columns);
     }
   }
 }

@@ -3,14 +3,16 @@
 // n = norm(y): RMSNorm n = g y r with r = 1 / sqrt(mean y^2 + eps), or LayerNorm n = g (y - mean y) r + bias. With v = g dn,
 //   RMSNorm    dy = r (v - y r^2 mean(y v))
 //   LayerNorm  dy = r (v - mean v - x mean(x v)),  x = (y - mean y) r
-// A threadgroup takes NORM_ROWS rows. First each simdgroup computes r and the means of its rows. Then all threads walk down the columns, which writes
-// dy once and gives db = sum dy of the block on the way. The caller adds the blocks in order.
+// A threadgroup takes rows_per_group rows: few if there are few, so that a large GPU is filled. First each simdgroup computes r and the means of its
+// rows. Then all threads walk down the columns, which writes dy once and gives db = sum dy of the block on the way. The caller adds the blocks in
+// order.
 #pragma once
 
 #include "common.h"
 
 namespace metalens {
 
+// Most rows of a threadgroup.
 constexpr constant int NORM_ROWS = 16;
 
 enum NormKind { NO_NORM = 0, RMS_NORM = 1, LAYER_NORM = 2 };
@@ -20,6 +22,7 @@ struct NormGradProblem {
   int depth;
   int kind;
   int with_gain;
+  int rows_per_group;  // 1 to NORM_ROWS
   float eps;
 };
 
@@ -29,15 +32,15 @@ METAL_FUNC void norm_grad(
     const device float* dn,    // [N, D]
     const device int* problem_words,
     device float* dy,           // [N, D]
-    device float* db,           // [ceil(N / NORM_ROWS), D]
+    device float* db,           // [ceil(N / rows_per_group), D]
     threadgroup float* shared,  // 4 * NORM_ROWS
     uint3 group,
     uint simd,
     uint lane) {
   const device NormGradProblem& problem = *reinterpret_cast<const device NormGradProblem*>(problem_words);
   const int depth = problem.depth;
-  const int first = int(group.x) * NORM_ROWS;
-  const int count = min(NORM_ROWS, problem.rows - first);
+  const int first = int(group.x) * problem.rows_per_group;
+  const int count = min(problem.rows_per_group, problem.rows - first);
 
   // For each row: mean y, r, mean v, and mean (x v) r. The same formula serves RMSNorm, with mean y and mean v taken as 0.
   threadgroup float* centers = shared;

@@ -1,7 +1,7 @@
 // The running softmax of a row and the running comparison of two rows: the state that stands for logits that are never written.
 //
-// Sums are relative to the largest logit so far, and are rescaled when a larger one comes. The first reference is the lowest finite number instead of
-// -inf, because exp(-inf - -inf) would be NaN.
+// Sums are relative to a reference near the largest logit so far, and are rescaled when a logit exceeds it by more than RISE. The first reference is
+// the lowest finite number instead of -inf, because exp(-inf - -inf) would be NaN.
 #pragma once
 
 #include "common.h"
@@ -10,16 +10,19 @@ namespace metalens {
 
 constexpr constant float LOWEST = -3.402823466e38f;
 
+// A larger reference needs an exponential and a branch for each running maximum; with this tolerance there are few, and the sums stay below e^4 V.
+constexpr constant float RISE = 4.0f;
+
 // lse = top + log(sum); entropy = log(sum) - weighted / sum.
 struct RunningSoftmax {
-  float top;       // largest logit
+  float top;       // the reference: at least the largest logit, less RISE
   float sum;       // of exp(z - top)
   float weighted;  // sum of exp(z - top) (z - top)
 };
 
 // KL(p || q) of the lens's row, logits z, against the model's, logits z*, with d = z - z*: log(sum exp z / sum exp z*) - mean of d under p.
 struct RunningComparison {
-  float top;    // largest z*
+  float top;    // the reference: at least the largest z*, less RISE
   float sum;    // of exp(z* - top)
   float mean;   // sum of exp(z* - top) d
   float raise;  // sum of exp(z - top) - exp(z* - top), which is small if the rows agree
@@ -42,30 +45,32 @@ METAL_FUNC RunningComparison no_comparison() {
   return none;
 }
 
-// The state of one logit z <= top.
-METAL_FUNC RunningSoftmax softmax_of(float z, float top) {
-  RunningSoftmax one;
-  one.top = top;
-  one.sum = precise::exp(z - top);
-  one.weighted = one.sum > 0.0f ? one.sum * (z - top) : 0.0f;  // 0, not NaN, for z = -inf
-  if (isnan(z)) {
-    one.sum = z;
+METAL_FUNC void add(thread RunningSoftmax& row, float z) {
+  if (z > row.top + RISE) {
+    const float factor = precise::exp(row.top - z);
+    row.weighted = factor > 0.0f ? factor * (row.weighted + row.sum * (row.top - z)) : 0.0f;
+    row.sum *= factor;
+    row.top = z;
   }
-  return one;
+  const float e = precise::exp(z - row.top);
+  row.sum += e;
+  row.weighted += e > 0.0f ? e * (z - row.top) : 0.0f;  // 0, not NaN, for z = -inf
 }
 
-METAL_FUNC RunningComparison comparison_of(float z, float z_model, float top) {
-  RunningComparison one;
-  one.top = top;
-  one.sum = precise::exp(z_model - top);
-  const float d = z - z_model;
-  // A token that the model rules out adds nothing to the mean, but its whole weight to the lens's sum.
-  one.mean = one.sum > 0.0f ? one.sum * d : 0.0f;
-  one.raise = abs(d) < 1.0f ? one.sum * exp_minus_one(d) : precise::exp(z - top) - one.sum;
-  if (isnan(z) || isnan(z_model)) {
-    one.mean = NAN;
+METAL_FUNC void add(thread RunningComparison& row, float z, float z_model) {
+  if (z_model > row.top + RISE) {
+    const float factor = precise::exp(row.top - z_model);
+    row.sum *= factor;
+    row.mean *= factor;
+    row.raise *= factor;
+    row.top = z_model;
   }
-  return one;
+  const float e = precise::exp(z_model - row.top);
+  const float d = z - z_model;
+  row.sum += e;
+  // A token that the model rules out adds nothing to the mean, but its whole weight to the lens's sum.
+  row.mean += e > 0.0f ? e * d : 0.0f;
+  row.raise += abs(d) < 1.0f ? e * exp_minus_one(d) : precise::exp(z - row.top) - e;
 }
 
 METAL_FUNC RunningSoftmax merged(RunningSoftmax a, RunningSoftmax b) {

@@ -136,6 +136,19 @@ METAL_FUNC RowState no_state() {
   return none;
 }
 
+// Merge the states of the lanes whose numbers differ only in the bits from `first` to below `last`. They have the same label.
+template <ushort first, ushort last>
+METAL_FUNC RowState simd_merged(RowState mine) {
+  RowState all = mine;
+  all.lens = simd_merged<first, last>(mine.lens);
+  all.model = simd_merged<first, last>(mine.model);
+  METALENS_UNROLL
+  for (ushort step = first; step < last; step *= 2) {
+    all.above += simd_shuffle_xor(all.above, step);
+  }
+  return all;
+}
+
 METAL_FUNC void write_state(RowState state, device float* fields, device int* above) {
   fields[0] = state.lens.top;
   fields[1] = state.lens.sum;

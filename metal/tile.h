@@ -17,6 +17,8 @@ namespace metalens {
 // The width of a tile of Z (ids, if W is the head), and the columns of X and W that a step multiplies.
 constexpr constant int TILE_IDS = 64;
 constexpr constant int TILE_DEPTH = 32;
+// Floats of a row of Z in threadgroup memory: a multiple of 16 bytes, with which the elements of a column lie in different banks.
+constexpr constant int PITCH_Z = TILE_IDS + 4;
 
 template <int BM_, typename Operand_>
 struct Tile {
@@ -24,9 +26,8 @@ struct Tile {
   static constexpr constant int BM = BM_;
   static constexpr constant int BN = TILE_IDS;
   static constexpr constant int BK = TILE_DEPTH;
-  // A row has 16 spare bytes, so that the elements of a column lie in different banks.
+  // A row has 16 spare bytes, so that eight rows' 16 bytes from the same column on fill the 32 banks of threadgroup memory.
   static constexpr constant int PITCH = BK + 16 / int(sizeof(Operand));
-  static constexpr constant int PITCH_Z = BN + 4;
   // Matrices per simdgroup.
   static constexpr constant int ROWS = BM / 8;
   static constexpr constant int COLUMNS = BN / (8 * SIMDS);
@@ -36,21 +37,20 @@ struct Tile {
   static_assert(BM % 8 == 0 && BN % (8 * SIMDS) == 0 && BK % UNIT == 0, "tiles are made of 8 x 8 matrices, a whole number for each simdgroup");
 };
 
-// Load a unit of a row of X as floats; zeros if there is no row, and beyond its end.
-template <typename T>
-METAL_FUNC void load_row_unit(const device T* row, int column, int columns, thread float* unit) {
-  METALENS_UNROLL
-  for (int i = 0; i < UNIT; ++i) {
-    unit[i] = row != nullptr && column + i < columns ? float(row[column + i]) : 0.0f;
-  }
-}
+// Which part of a row a thread loads: number `part` of `parts` parts of row `row`. Eight lanes take eight rows, so that their 16-byte stores hit no
+// bank twice; the simdgroup's four such groups take neighboring parts.
+struct Place {
+  int row;
+  int part;
+};
 
-template <typename Operand>
-METAL_FUNC void store_unit(thread const float* unit, threadgroup Operand* to) {
-  METALENS_UNROLL
-  for (int i = 0; i < UNIT; ++i) {
-    to[i] = Operand(unit[i]);
-  }
+template <int parts>
+METAL_FUNC Place place(int u) {
+  static_assert(parts % 4 == 0, "a simdgroup takes four parts of eight rows");
+  Place p;
+  p.row = u / (8 * parts) * 8 + u % 8;
+  p.part = u / 8 % parts;
+  return p;
 }
 
 // Load a unit of a row of W as floats; zeros if there is no row, and beyond its end.
@@ -76,6 +76,9 @@ METAL_FUNC void load_weight_unit(
 // The sums of one simdgroup: all BM rows of the tile by its BN / 4 columns.
 template <typename T>
 struct Accumulators {
+  // Metal 4.1 gives an implicit constructor no address space, but the matrices' own constructors need one.
+  METAL_FUNC Accumulators() thread {
+  }
   simdgroup_matrix<float, 8, 8> at[T::ROWS][T::COLUMNS];
 };
 
@@ -121,7 +124,7 @@ METAL_FUNC void put_tile(thread Accumulators<T>& acc, threadgroup float* shared,
   for (int i = 0; i < T::ROWS; ++i) {
     METALENS_UNROLL
     for (int j = 0; j < T::COLUMNS; ++j) {
-      simdgroup_store(acc.at[i][j], shared + i * 8 * T::PITCH_Z + (int(simd) * T::COLUMNS + j) * 8, T::PITCH_Z);
+      simdgroup_store(acc.at[i][j], shared + i * 8 * PITCH_Z + (int(simd) * T::COLUMNS + j) * 8, PITCH_Z);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -140,8 +143,9 @@ METAL_FUNC void tile_product(
     threadgroup float* shared,
     uint simd,
     uint lane) {
-  constexpr int units = T::BK / UNIT;  // units per row
-  constexpr int x_loads = ceil_div(T::BM * units, THREADS);
+  constexpr int quads = T::BK / 4;     // of a row of X
+  constexpr int units = T::BK / UNIT;  // of a row of W
+  constexpr int x_loads = ceil_div(T::BM * quads, THREADS);
   constexpr int w_loads = ceil_div(T::BN * units, THREADS);
   threadgroup typename T::Operand* xs = reinterpret_cast<threadgroup typename T::Operand*>(shared);
   threadgroup typename T::Operand* ws = xs + T::BM * T::PITCH;
@@ -151,12 +155,12 @@ METAL_FUNC void tile_product(
   int my_ids[w_loads];
   METALENS_UNROLL
   for (int s = 0; s < x_loads; ++s) {
-    const int i = (me + s * THREADS) / units;
+    const int i = place<quads>(me + s * THREADS).row;
     my_rows[s] = i < T::BM ? row(rows, i) : nullptr;
   }
   METALENS_UNROLL
   for (int s = 0; s < w_loads; ++s) {
-    const int j = (me + s * THREADS) / units;
+    const int j = place<units>(me + s * THREADS).row;
     my_ids[s] = j < T::BN ? id(columns, j) : -1;
   }
 
@@ -167,18 +171,17 @@ METAL_FUNC void tile_product(
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's Z, or the last operands, have been read
     METALENS_UNROLL
     for (int s = 0; s < x_loads; ++s) {
-      const int u = me + s * THREADS;
-      if (u < T::BM * units) {
-        load_row_unit(my_rows[s], k + u % units * UNIT, depth, unit);
-        store_unit(unit, xs + u / units * T::PITCH + u % units * UNIT);
+      const Place p = place<quads>(me + s * THREADS);
+      if (p.row < T::BM) {
+        store_four(load_four(my_rows[s], k + p.part * 4, my_rows[s] != nullptr ? depth : 0), xs + p.row * T::PITCH + p.part * 4);
       }
     }
     METALENS_UNROLL
     for (int s = 0; s < w_loads; ++s) {
-      const int u = me + s * THREADS;
-      if (u < T::BN * units) {
-        load_weight_unit<Format>(values, scales, biases, my_ids[s], k + u % units * UNIT, depth, unit);
-        store_unit(unit, ws + u / units * T::PITCH + u % units * UNIT);
+      const Place p = place<units>(me + s * THREADS);
+      if (p.row < T::BN) {
+        load_weight_unit<Format>(values, scales, biases, my_ids[s], k + p.part * UNIT, depth, unit);
+        store_unit(unit, ws + p.row * T::PITCH + p.part * UNIT);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -37,19 +37,45 @@ METAL_FUNC void insert(thread TopList& list, float logit, int id, uint lane) {
   }
 }
 
-// Offer one candidate from each lane; id NO_ID means no candidate. Once the list has settled, hardly any candidate passes the first test.
+// The k-th entry, in every lane.
+METAL_FUNC TopList last_entry(TopList list, int k) {
+  TopList last;
+  last.logit = simd_broadcast(list.logit, ushort(k - 1));
+  last.id = simd_broadcast(list.id, ushort(k - 1));
+  return last;
+}
+
+// Offer one candidate from each lane; id NO_ID means no candidate. Equal candidates must lie in order of their ids. The largest is inserted first, so
+// that no candidate is inserted that another one of the same offer pushes out.
 METAL_FUNC void offer(thread TopList& list, float logit, int id, int k, uint lane) {
   bool open = id != NO_ID;
   for (;;) {
-    const float last = simd_shuffle(list.logit, ushort(k - 1));
-    const int last_id = simd_shuffle(list.id, ushort(k - 1));
-    open = open && precedes(logit, id, last, last_id);
-    const uint first = simd_min(open ? lane : uint(LANES));
+    const TopList last = last_entry(list, k);
+    open = open && precedes(logit, id, last.logit, last.id);
+    const float largest = simd_max(open ? logit : -INFINITY);
+    const uint first = simd_min(open && logit == largest ? lane : uint(LANES));
     if (first == uint(LANES)) {
       return;
     }
-    insert(list, simd_shuffle(logit, ushort(first)), simd_shuffle(id, ushort(first)), lane);
+    insert(list, simd_broadcast(logit, ushort(first)), simd_broadcast(id, ushort(first)), lane);
     open = open && lane != first;
+  }
+}
+
+// Read and write the list of row `row` of [rows, k]. Each lane reads only what it wrote itself, so no barrier is needed.
+METAL_FUNC TopList read_list(const device float* logits, const device int* ids, long row, int k, uint lane) {
+  TopList list = empty_list();
+  if (int(lane) < k) {
+    list.logit = logits[row * k + lane];
+    list.id = ids[row * k + lane];
+  }
+  return list;
+}
+
+METAL_FUNC void write_list(TopList list, device float* logits, device int* ids, long row, int k, uint lane) {
+  if (int(lane) < k) {
+    logits[row * k + lane] = list.logit;
+    ids[row * k + lane] = list.id;
   }
 }
 

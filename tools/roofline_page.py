@@ -9,8 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from metalens.display.tables import ROOFLINE_LABELS
-from metalens.estimate.roofline import CHIPS, bounds
+from metalens.display.tables import KERNEL_LABELS, ROOFLINE_LABELS, fraction_text
+from metalens.estimate.chips import CHIPS
+from metalens.estimate.kernel_model import FIRST, NOW, SLOWEST, fractions, mlx_in_float16
+from metalens.estimate.roofline import bounds
 from metalens.models.facts import KNOWN_MODELS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
@@ -18,19 +20,48 @@ SHOWN = ("M1", "M1-Max", "M2-Max", "M2-Ultra", "M3-Max", "M4-Max", "M5-Max")
 
 HEAD = """# How fast a lens could be on Apple GPUs
 
-**A model, not a measurement.** Nothing of metalens has run on Apple hardware. These are upper bounds of tokens per second, from the matrix operations
-and bytes that the kernels were counted to need in emulation (`tests/metal/test_traffic.py` holds the formulas of `python/metalens/ops/metal/cost.py`
-against the counts) and from published numbers of the chips. A kernel takes the longer of two times: operations at the rate of simdgroup matrices
-(80 % of the float32 peak), bytes at the memory's bandwidth. Real kernels reach some part of that: others report 40 to 75 % of the peak for MLX's own
-quantized products on these chips.
+**A model, not a measurement.** Nothing of metalens has run on Apple hardware. The first tables are upper bounds of tokens per second, from the matrix
+operations and bytes that the kernels were counted to need in emulation (`tests/ops/metal/test_traffic.py` holds the formulas of
+`python/metalens/ops/metal/cost.py` against the counts) and from published numbers of the chips. A kernel takes the longer of two times: operations at
+the rate of simdgroup matrices, bytes at the memory's bandwidth. That rate is 80 % of the float32 peak on M1 and M2, as measured on M1, and 94 % from
+M3 on, the most that others reached there. The last tables predict which part of the peak the kernels reach.
 
 `plain MLX` is the same mathematics written well without fused kernels: one batched product for all layers and chunks of tokens, float32 logits,
 gradients layer by layer; its products are taken as free of any padding. What fusing saves is what goes over the memory's bus between the products, so
-the gain is larger for small models, and memory and exactness are the better reasons. The M5's matrix units are not counted: there are no kernels for
-them yet.
+the gain is larger for small models, and memory and exactness are the better reasons.
+
+**M5.** Its matrix units multiply 16-bit operands four times as fast. MLX also uses them for float32, after rounding operands to 11 bits (TF32). The
+lines of training and statistics are in float32, which means `MLX_ENABLE_TF32=0` for plain MLX: then both sides multiply with simdgroup matrices.
+"With 16-bit operands" (`--precision bfloat16`) is on the matrix units, through MLX's own products; so is the model's forward pass.
 
 Every layer of every token, batches of {tokens} tokens, 4-bit weights in groups of 64. Written by `tools/roofline_page.py`; for other models and
 chips: `metalens roofline MODEL --chip M2-Max`.
+"""
+
+PARTS = """## What part of the peak the kernels reach
+
+A prediction too (`python/metalens/estimate/kernel_model.py`): percent of the float32 peak, for useful operations only, as **first design of the
+kernels > now (plain MLX)**. Plain MLX is modelled in the same way, in the chunks of metalens's reference, in float32.
+
+A tile's step of 32 columns costs a simdgroup its matrix products, the dequantization of its part of U, and its use of the core's threadgroup memory;
+the three add up. To that come the statistics of each row and 32 ids, padding, and cores that have no work. The cycles of instructions are those of
+[metal-benchmarks](https://github.com/philipturner/metal-benchmarks) for M1 and M2. That threadgroup memory has 32 banks of 4 bytes is an assumption.
+
+| | first design | now |
+|---|---:|---:|
+| bank conflicts of a store to threadgroup memory | {first.conflicts}-fold | none |
+| cycles to dequantize a 4-bit weight | {first.dequantize} | {now.dequantize} |
+| cycles of the statistics of 32 ids of a row | {first.epilogue} | {now.epilogue} |
+| threadgroups of the statistics | one wave, for the fewest cores of the GPU's name | three waves or more, for the cores that there are |
+| logits of labels | in every split of the vocabulary | in a kernel of their own |
+| at most 16 rows | sums over lanes for each id | matrix operations |
+
+The model is pessimistic. For MLX's 4-bit product of float16 rows on an M1 Max it says {mlx:.0%} of the peak, and 74 % was published
+([ml-explore/mlx#4216](https://github.com/ml-explore/mlx/issues/4216)). So compare columns, and do not take them for speeds.
+
+`tests/estimate/test_kernel_model.py` compares calls with plain MLX in this model: all chips here, models that fit them, 1 to 80 layers and 1 to 512
+tokens. From 250 rows (layers times tokens) on, no call takes more than {slowest[2]:.0%} of plain MLX's time; with fewer rows, which fill tiles badly,
+{slowest[1]:.0%}; with fewer than 16, {slowest[0]:.0%}. On average a call takes less time on every chip.
 """
 
 
@@ -44,6 +75,13 @@ def page(tokens: int = 512) -> str:
             parts.append(f"| {label} | {' | '.join(f'{getattr(found[chip], task):.3g}' for chip in SHOWN)} |")
         one = {chip: bounds(model, CHIPS[chip], 1).statistics for chip in SHOWN}
         parts.append(f"| statistics of one token at a time | {' | '.join(f'{one[chip]:.3g}' for chip in SHOWN)} |\n")
+    parts.append(PARTS.format(first=FIRST, now=NOW, mlx=mlx_in_float16(CHIPS["M1-Max"]), slowest=[limit for _, limit in SLOWEST]))
+    for name, model in KNOWN_MODELS.items():
+        found_parts = {chip: fractions(model, CHIPS[chip], tokens) for chip in SHOWN}
+        parts.append(f"### {name}\n\n| percent of the peak | {' | '.join(SHOWN)} |\n|---|{'---:|' * len(SHOWN)}")
+        for kernel, label in KERNEL_LABELS.items():
+            parts.append(f"| {label} | {' | '.join(fraction_text(found_parts[chip][kernel]) for chip in SHOWN)} |")
+        parts.append("")
     sources = "\n".join(f"* {name}: {chip.tflops} TFLOP/s, {chip.bandwidth:g} GB/s ({chip.source})" for name, chip in CHIPS.items())
     return "\n".join(parts) + f"\n## The chips' numbers\n\n{sources}\n"
 

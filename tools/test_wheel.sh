@@ -19,3 +19,7 @@ assert metalens.evaluate(metalens.load('demo'), 'The command opens the settings.
 environment/bin/metalens train demo --data "$(environment/bin/python -c 'from metalens.models.bundled import TRAINING_TEXT; print(TRAINING_TEXT)')" \
   --out lens --tokens 4096 --max-seq-len 128
 environment/bin/metalens lens demo "The command opens the" --lens lens
+# The page needs its modules, its style and its template, which are data of the package.
+environment/bin/metalens view demo --text "Click the" --lens lens --save page.html
+grep -q '"format":"metalens.view"' page.html
+! grep -q '{{[A-Z]*}}' page.html

@@ -18,15 +18,21 @@ FORMATS: dict[str, mx.Dtype | tuple[int, int]] = {
     "4 bits": (4, 64),
     "8 bits": (8, 64),
 }
+# Formats that only one row is timed in.
+ROW_FORMATS: dict[str, mx.Dtype | tuple[int, int] | str] = {
+    **FORMATS,
+    **{f"{bits} bits": (bits, 64) for bits in (2, 3, 5, 6)},
+    **{mode: mode for mode in ("mxfp4", "nvfp4", "mxfp8")},
+}
 
 
 def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True, stored: str = "4 bits") -> Competitor:
     """Return a competitor for W [outputs, inputs] and x [rows, inputs], or x [rows, outputs] with transpose=False.
 
-    `stored` names the format of W in FORMATS. PyTorch gets the same numbers as float32 or bfloat16.
+    `stored` names the format of W in ROW_FORMATS. PyTorch gets the same numbers as float32 or bfloat16.
     """
     rng = np.random.default_rng(0)
-    w = _in_format(random_weight(rng, outputs, inputs, inputs**-0.5), FORMATS[stored])
+    w = _in_format(random_weight(rng, outputs, inputs, inputs**-0.5), ROW_FORMATS[stored])
     x = mx.array(rng.standard_normal((rows, inputs if transpose else outputs)).astype(np.float32))
     mx.eval(x)
     if name == TORCH_INT4:
@@ -39,9 +45,24 @@ def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True
     return mlx_competitor(name, rows, lambda count: [linear(x[:count], w, transpose, mx.float32)])
 
 
-def _in_format(w: Weight, stored: mx.Dtype | tuple[int, int]) -> Weight:
+def stored_bytes(stored: str, outputs: int, inputs: int) -> float:
+    """Return the bytes of a matrix in a format of ROW_FORMATS, scales and biases of 16 bits included."""
+    kept = ROW_FORMATS[stored]
+    if isinstance(kept, str):
+        return outputs * inputs * {"mxfp4": 4 / 8 + 1 / 32, "nvfp4": 4 / 8 + 1 / 16, "mxfp8": 8 / 8 + 1 / 32}[kept]
+    if isinstance(kept, tuple):
+        bits, group_size = kept
+        return outputs * inputs * (bits / 8 + 4 / group_size)
+    return outputs * inputs * kept.size
+
+
+def _in_format(w: Weight, stored: mx.Dtype | tuple[int, int] | str) -> Weight:
     """Return a 4-bit weight in another format."""
     values = dense(w)
+    if isinstance(stored, str):
+        codes, scales = mx.quantize(values, mode=stored)
+        mx.eval(codes, scales)
+        return Weight(codes, scales, None, 16 if stored == "nvfp4" else 32, 8 if stored == "mxfp8" else 4, stored)
     if not isinstance(stored, tuple):
         other = Weight(values.astype(stored))
         mx.eval(other.values)

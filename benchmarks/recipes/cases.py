@@ -27,6 +27,7 @@ class Model:
         held_out: tokens that the lens is read on.
         trained: number of layers to train, evenly spaced; None = all.
         long: lines that also run with LONG_TOKENS.
+        whole: lines that also run with the full vocabulary, for what the sample changes.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Model:
     held_out: int
     trained: int | None = None
     long: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ("fast",)
 
     def layers(self, count: int) -> tuple[int, ...] | None:
         """Return the layers to train, of a model with `count`: from the first to the last but one. The last layer is exact. None = all."""
@@ -45,12 +47,13 @@ class Model:
 
 # The budget of `paper`, scaled to models of this size (250 steps of 2^18 for models with billions of parameters).
 LONG_TOKENS = 409_600
+SMALL = Path(__file__).parents[2] / "tools" / "demo_models" / "small"
 MODELS = {
     model.name: model
     for model in (
-        Model("demo", str(bundled.MODEL), tokens=43_008, held_out=8192, long=("fast", "paper")),
-        Model("small", str(Path(__file__).parents[2] / "tools" / "demo_models" / "small"), tokens=43_008, held_out=8192, long=("fast", "paper")),
-        Model("smollm2", "smollm2", tokens=12_288, held_out=1024, trained=6, long=("paper",)),
+        Model("demo", str(bundled.MODEL), tokens=43_008, held_out=8192, long=("paper",)),
+        Model("small", str(SMALL), tokens=43_008, held_out=8192, long=("paper",)),
+        Model("smollm2", "smollm2", tokens=12_288, held_out=1024, trained=6, long=("paper",), whole=("fast", "paper")),
         Model("gemma3-270m", "gemma3-270m", tokens=6_144, held_out=512, trained=6),
     )
 }
@@ -70,7 +73,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlxterp": ("mlxterp", {}),
     "paper": ("paper", {}),
 }
-FULL, LONG = "full", "long"  # a run with the full vocabulary, or with the tokens of long runs
+# Variants: a run with the full vocabulary, with the tokens of long runs, with an eighth of them, or of all layers where the others train a few.
+FULL, LONG, EIGHTH, ALL = "full", "long", "eighth", "all layers"
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Case:
         text: name of the text.
         seed: seed of the order of the text.
         line: line of the tables, a key of RECIPES, or "logit lens", which trains nothing.
-        variant: "", FULL or LONG.
+        variant: "", FULL, LONG, EIGHTH or ALL.
         tokens: training tokens.
         settings: settings beside those of the recipe.
     """
@@ -109,7 +113,13 @@ def cases(model: Model) -> Iterator[Case]:
             for line, (_, settings) in RECIPES.items():
                 yield Case(model.name, text, seed, line, "", model.tokens, {**settings, "vocabulary": "sampled"})
     # The full vocabulary costs a multiple, so one text and seed show what sampling changes.
-    yield Case(model.name, "help", 0, "fast", FULL, model.tokens, {"vocabulary": "full"})
+    for line in model.whole:
+        yield Case(model.name, "help", 0, line, FULL, model.tokens, {**RECIPES[line][1], "vocabulary": "full"})
+    if model.trained is None:  # on the others `fast` needs fewer tokens than an eighth
+        for seed in SEEDS:
+            yield Case(model.name, "help", seed, "fast", EIGHTH, LONG_TOKENS // 8, {"vocabulary": "sampled"})
+    else:
+        yield Case(model.name, "help", 0, "fast", ALL, model.tokens, {"vocabulary": "sampled"})
     for line in model.long:
         yield Case(model.name, "help", 0, line, LONG, LONG_TOKENS, {**RECIPES[line][1], "vocabulary": "sampled", "repeat": True})
 

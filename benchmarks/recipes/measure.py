@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from benchmarks.recipes.cases import LENGTH, MODELS, RECIPES, Case, texts
+from benchmarks.recipes.cases import ALL, LENGTH, MODELS, RECIPES, Case, texts
 
 import metalens
 from metalens import InterpretableModel, TunedLens
@@ -25,28 +24,25 @@ NO_BYTES = 1.0  # the pages show nats per token only
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """Train a lens and return its scores, its cost, and what `plan` expected.
+    """Train a lens and return its scores and its cost.
 
     Returns:
-        {"case", "layers", "kl", "top1", "bias": [len(layers)]}, and for a run that trains {"config", "cpu_seconds", "seconds", "peak_bytes",
-        "planned_seconds", "planned_bytes"}.
+        {"case", "layers", "kl", "top1", "bias": [len(layers)]}, and for a run that trains {"config", "cpu_seconds", "seconds", "peak_bytes"}.
     """
     model_of = MODELS[case.model]
     training_text, held_out_text = texts(case.text)
     model = InterpretableModel(model_of.source)
-    chosen = model_of.layers(len(model.source))
+    chosen = None if case.variant == ALL else model_of.layers(len(model.source))
     entry: dict[str, Any] = {"case": case.to_dict(), "layers": list(range(len(model.source)) if chosen is None else chosen)}
     if case.line == "logit lens":
         lens = TunedLens(len(model.source), model.unembed.hidden_dim)
     else:
         name, _ = RECIPES[case.line]
         settings = {"max_seq_len": LENGTH, "seed": case.seed, "tokens": case.tokens, "layers": chosen, **case.settings}
-        plan = metalens.plan(model_of.source, name, measure=True, **settings)
         start, used = time.perf_counter(), time.process_time()
         lens = metalens.train(model, [training_text], recipe=name, **settings)
         entry |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
         entry |= {"config": lens.provenance["training"], "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        entry |= {"planned_seconds": plan.duration.total if plan.duration else 0.0, "planned_bytes": plan.memory.total}
     return entry | scores(model, lens, entry["layers"], held_out_text, model_of.held_out)
 
 
@@ -72,11 +68,6 @@ def scores(
     found = sums.scores(NO_BYTES)
     result = {"kl": [s.kl for s in found], "top1": [s.top1 for s in found]}
     return result | ({"bias": bias(of_model.means(), of_lens.means())} if marginals else {})
-
-
-def mean(values: list[float]) -> float:
-    """Return the mean over layers."""
-    return float(np.mean(values))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,15 @@ struct DeltaSums {
   float top;         // the largest lp + d - shift of the ids whose d - shift is so large that e may overflow; -inf if there are none
 };
 
+// Sums over the vocabulary that compare two predictions p = exp(a - lse_a) and q = exp(b - lse_b). Every term is positive, and 0 where p = q, so an
+// error e of a normalizer changes the sums of nearly equal predictions by e^2, and those of others in proportion.
+struct CompareSums {
+  double kl;          // of q - p - p log(q / p)
+  double reverse_kl;  // of p - q - q log(p / q)
+  double js;          // of p log(2 p / (p + q)) + q log(2 q / (p + q))
+  double difference;  // of |p - q|
+};
+
 // The statistics by which a norm standardized a row: x = (y - mean) * inverse.
 struct RowMoments {
   float mean;
@@ -106,6 +115,9 @@ struct KernelTable {
 
   // The sum of weights * (a - b) over the elements whose weight is not 0.
   double (*weighted_difference)(const float* weights, const float* a, const float* b, int64_t n);
+
+  // Add the terms of ids with the logits a and b to `sums`.
+  void (*compare_add)(const float* a, const float* b, int64_t n, float lse_a, float lse_b, CompareSums& sums);
 
   // The number of elements of z above the bound.
   int64_t (*count_above)(const float* z, int64_t n, float bound);

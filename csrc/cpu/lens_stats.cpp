@@ -81,8 +81,8 @@ struct Row {
 
   SoftmaxSums softmax = kEmptySoftmax;
   TopK top;
-  int64_t above = 0;  // logits larger than the label's
-  double cross = 0;   // sum of exp(z_model - top of the model) (z_model - z)
+  double cross = 0;    // sum of exp(z_model - top of the model) (z_model - z)
+  double reverse = 0;  // sum of exp(z - top) (z - z_model)
 };
 
 // The rows of a block of tokens: those of every layer, then the model's own.
@@ -98,6 +98,7 @@ class Task {
     if (in.n_model) std::copy_n(in.n_model + block.first * d, block.tokens * d, x_.data() + lens_rows_ * d);
     product_.set_rows(x_.data(), rows);
     rows_.assign(rows, Row(in.k));
+    if (in.labels) above_.assign(lens_rows_ * in.labels_per_token, 0);
     logits_ = Buffer<float>(rows * kVocabularyBlock);
   }
 
@@ -106,15 +107,22 @@ class Task {
     std::vector<float> label_logits;
     if (in_.labels) label_logits = logits_of_labels();
     std::vector<float> weights(in_.n_model ? kVocabularyBlock : 0);
+    float* const lens_weights = in_.reverse_kl ? weights.data() : nullptr;
     for (int64_t first = range.first; first < range.last; first += kVocabularyBlock) {
       const int64_t width = std::min(kVocabularyBlock, range.last - first);
       product_.forward(first, width, logits_.data());
       for (size_t r = 0; r < rows_.size(); ++r) to_logits(head_, first, logits(r), width);
       for (int64_t r = 0; r < lens_rows_; ++r) {
         Row& row = rows_[r];
-        table.softmax_add(logits(r), first, width, row.softmax, nullptr);
+        const float shrink = table.softmax_add(logits(r), first, width, row.softmax, lens_weights);
+        if (in_.reverse_kl) {
+          const float* model = logits(lens_rows_ + r % block_.tokens);
+          row.reverse = row.reverse * shrink + table.weighted_difference(lens_weights, logits(r), model, width);
+        }
         row.top.add(logits(r), first, width);
-        if (in_.labels) row.above += table.count_above(logits(r), width, label_logits[r]);
+        for (int64_t i = r * in_.labels_per_token; i < int64_t(label_logits.size()) && i < (r + 1) * in_.labels_per_token; ++i) {
+          above_[i] += table.count_above(logits(r), width, label_logits[i]);
+        }
       }
       if (!in_.n_model) continue;
       for (int64_t t = 0; t < block_.tokens; ++t) {
@@ -135,10 +143,12 @@ class Task {
       for (int64_t r = t; r < lens_rows_; r += block_.tokens) rows_[r].cross = mine * rows_[r].cross + theirs * other.rows_[r].cross;
     }
     for (size_t r = 0; r < rows_.size(); ++r) {
+      const auto [mine, theirs] = rescaling(rows_[r].softmax, other.rows_[r].softmax);
+      rows_[r].reverse = mine * rows_[r].reverse + theirs * other.rows_[r].reverse;
       rows_[r].softmax = merged(rows_[r].softmax, other.rows_[r].softmax);
       rows_[r].top.merge(other.rows_[r].top);
-      rows_[r].above += other.rows_[r].above;
     }
+    for (size_t i = 0; i < above_.size(); ++i) above_[i] += other.above_[i];
   }
 
   void write(const LensStatsOutput& out) {
@@ -157,15 +167,17 @@ class Task {
         out.top_ids[at * in_.k + i] = finite ? best[i].id : int32_t(i);
         out.top_logits[at * in_.k + i] = finite ? best[i].logit : kNaN;
       }
-      if (in_.labels) {
-        const bool known = in_.labels[t] >= 0 && in_.labels[t] < head_.vocab;
-        out.nll[at] = known ? float(lse - label_logits[r]) : kNaN;
-        out.rank[at] = known ? int32_t(1 + row.above) : -1;
+      for (int64_t i = 0; in_.labels && i < in_.labels_per_token; ++i) {
+        const bool known = is_token(label(r, i));
+        const int64_t from = r * in_.labels_per_token + i, to = at * in_.labels_per_token + i;
+        out.nll[to] = known ? float(lse - label_logits[from]) : kNaN;
+        out.rank[to] = known ? int32_t(1 + above_[from]) : -1;
       }
       if (in_.n_model) {
         const SoftmaxSums& model = rows_[lens_rows_ + r % block_.tokens].softmax;
         out.kl[at] = float(row.cross / model.sum + (lse - log_sum(model)));
         out.agrees[at] = finite && row.softmax.best == model.best;
+        if (in_.reverse_kl) out.reverse_kl[at] = float(row.reverse / row.softmax.sum + (log_sum(model) - lse));
       }
     }
   }
@@ -175,13 +187,24 @@ class Task {
     return logits_.data() + r * kVocabularyBlock;
   }
 
+  int64_t label(int64_t r, int64_t i) const {
+    return in_.labels[(block_.first + r % block_.tokens) * in_.labels_per_token + i];
+  }
+
+  bool is_token(int64_t id) const {
+    return id >= 0 && id < head_.vocab;
+  }
+
+  // The logits [rows of lenses, labels_per_token] of the labels, NaN for labels that are no tokens.
   std::vector<float> logits_of_labels() const {
-    std::vector<float> z(lens_rows_, kNaN);
+    std::vector<float> z(lens_rows_ * in_.labels_per_token, kNaN);
     for (int64_t r = 0; r < lens_rows_; ++r) {
-      const int64_t label = in_.labels[block_.first + r % block_.tokens];
-      if (label < 0 || label >= head_.vocab) continue;
-      z[r] = product_.forward_one(x_.data() + r * head_.u.cols, label);
-      to_logits(head_, label, &z[r], 1);
+      for (int64_t i = 0; i < in_.labels_per_token; ++i) {
+        if (!is_token(label(r, i))) continue;
+        float& logit = z[r * in_.labels_per_token + i];
+        logit = product_.forward_one(x_.data() + r * head_.u.cols, label(r, i));
+        to_logits(head_, label(r, i), &logit, 1);
+      }
     }
     return z;
   }
@@ -193,6 +216,7 @@ class Task {
   int64_t lens_rows_;
   Buffer<float> x_, logits_;
   std::vector<Row> rows_;
+  std::vector<int64_t> above_;  // [rows of lenses, labels_per_token] logits larger than the label's
 };
 
 }  // namespace

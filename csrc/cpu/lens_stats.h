@@ -14,12 +14,14 @@ struct LensStatsInput {
   int64_t tokens;
   const float* n;         // [layers, tokens, D], after the final norm
   const float* n_model;   // [tokens, D] the model's own, or null
-  const int32_t* labels;  // [tokens] ids, or null
-  int64_t k;              // 1 <= k <= vocab
+  const int32_t* labels;  // [tokens, labels_per_token] ids, or null
+  int64_t labels_per_token;
+  int64_t k;        // 1 <= k <= vocab
+  bool reverse_kl;  // also compute KL(lens || model)
 };
 
-// Arrays [layers, tokens]; top_* are [layers, tokens, k], by falling logit, equal logits by rising id. kl and agrees need n_model, nll and rank need
-// labels; without them they are null.
+// Arrays [layers, tokens]; top_* are [layers, tokens, k], by falling logit, equal logits by rising id; nll and rank are [layers, tokens,
+// labels_per_token]. kl, reverse_kl and agrees need n_model, nll and rank need labels; without them they are null.
 struct LensStatsOutput {
   float* lse;
   float* entropy;
@@ -28,6 +30,7 @@ struct LensStatsOutput {
   float* top_logits;
   float* kl;
   bool* agrees;
+  float* reverse_kl;
   float* nll;
   int32_t* rank;
 };

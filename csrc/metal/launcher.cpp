@@ -1,6 +1,8 @@
 #include "metal/launcher.h"
 
+#include <CoreFoundation/CoreFoundation.h>
 #include <dlfcn.h>
+#include <IOKit/IOKitLib.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -8,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "metal/donation.h"
 #include "mlx/backend/metal/device.h"
 #include "mlx/backend/metal/metal.h"
 #include "mlx/ops.h"
@@ -104,6 +107,7 @@ class MetalKernel : public mx::Primitive {
     for (const auto& input : inputs) {
       if (!input.flags().row_contiguous) throw std::runtime_error("[metalens] an input of the kernel '" + kernel_ + "' is not row-contiguous.");
     }
+    release_inputs_of_siblings(inputs, outputs);
     for (size_t i = 0; i < outputs.size(); ++i) allocate(outputs[i], reuse_[i] < 0 ? nullptr : &inputs[reuse_[i]]);
 
     auto& encoder = mx::metal::get_command_encoder(stream());
@@ -162,6 +166,22 @@ class MetalKernel : public mx::Primitive {
 };
 
 }  // namespace
+
+int gpu_core_count() {
+  static const int count = [] {
+    int cores = 0;
+    // IOServiceGetMatchingService releases the dictionary.
+    const io_service_t gpu = IOServiceGetMatchingService(kIOMainPortDefault, IOServiceMatching("AGXAccelerator"));
+    if (gpu == IO_OBJECT_NULL) return cores;
+    if (CFTypeRef value = IORegistryEntryCreateCFProperty(gpu, CFSTR("gpu-core-count"), kCFAllocatorDefault, 0)) {
+      if (CFGetTypeID(value) == CFNumberGetTypeID()) CFNumberGetValue(static_cast<CFNumberRef>(value), kCFNumberIntType, &cores);
+      CFRelease(value);
+    }
+    IOObjectRelease(gpu);
+    return std::max(cores, 0);
+  }();
+  return count;
+}
 
 std::string metal_library() {
   static const std::string path = [] {

@@ -13,6 +13,9 @@ namespace metalens {
 
 namespace mx = mlx::core;
 
+// The number of the GPU's cores in the registry of macOS; 0 if it is not there. MLX's name of a GPU does not tell a Pro from a Max.
+int gpu_core_count();
+
 // The path of metalens.metallib; "" if this build has no library or this machine has no Metal.
 std::string metal_library();
 

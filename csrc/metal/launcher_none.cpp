@@ -5,6 +5,10 @@
 
 namespace metalens {
 
+int gpu_core_count() {
+  return 0;
+}
+
 std::string metal_library() {
   return "";
 }

@@ -24,4 +24,10 @@ mx::array as_rows(const mx::array& x, mx::Stream stream) {
   return contiguous(mx::astype(x, mx::float32, stream), stream);
 }
 
+mx::array checked_rows(const mx::array& x, const char* name, const mx::Shape& expected, mx::Stream stream) {
+  if (!is_float(x.dtype())) reject(name, " must be float32, float16 or bfloat16, not ", x.dtype(), ".");
+  if (x.shape() != expected) reject(name, " must be ", expected, ", not ", x.shape(), ".");
+  return as_rows(x, stream);
+}
+
 }  // namespace metalens

@@ -46,6 +46,9 @@ mx::array contiguous(const mx::array& x, mx::Stream stream);
 // x as a row-contiguous float32 array.
 mx::array as_rows(const mx::array& x, mx::Stream stream);
 
+// The same. Rejects other shapes than `expected`, and types that are no floats; `name` is for the message.
+mx::array checked_rows(const mx::array& x, const char* name, const mx::Shape& expected, mx::Stream stream);
+
 // Allocate the outputs and run f(inputs, outputs) on the stream's thread. Inputs and outputs stay alive until it is done. The first output takes the
 // memory of the input `reused`, if that is not null.
 template <typename F>

@@ -86,17 +86,20 @@ int layers_of_mapped(const mx::array& n, int axis) {
 // Inputs: n [L, N, D], n_model [N, D] and labels [N] if given, the head's. Outputs: see lens_stats in head.h.
 class LensStats : public HeadPrimitive {
  public:
-  LensStats(mx::Stream stream, HeadSpec head, cpu::Precision precision, int k, bool with_model, bool with_labels)
-      : HeadPrimitive(stream, head, precision, {{Slot::n, true}, {Slot::n_model, with_model}, {Slot::labels, with_labels}}),
+  // `of_label`: the shape of the labels after [N].
+  LensStats(mx::Stream stream, HeadSpec head, cpu::Precision precision, int k, bool with_model, std::optional<mx::Shape> of_label, bool reverse)
+      : HeadPrimitive(stream, head, precision, {{Slot::n, true}, {Slot::n_model, with_model}, {Slot::labels, of_label.has_value()}}),
         k_(k),
         with_model_(with_model),
-        with_labels_(with_labels) {
+        of_label_(std::move(of_label)),
+        reverse_(reverse) {
   }
 
   std::vector<mx::Dtype> dtypes() const {
     std::vector<mx::Dtype> types{mx::float32, mx::float32, mx::float32, mx::int32, mx::float32};
     if (with_model_) types.insert(types.end(), {mx::float32, mx::bool_});
-    if (with_labels_) types.insert(types.end(), {mx::float32, mx::int32});
+    if (of_label_) types.insert(types.end(), {mx::float32, mx::int32});
+    if (reverse_) types.push_back(mx::float32);
     return types;
   }
 
@@ -104,39 +107,51 @@ class LensStats : public HeadPrimitive {
     const int layers = inputs[0].shape(0), tokens = inputs[0].shape(1);
     std::vector<mx::Shape> shapes(dtypes().size(), {layers, tokens});
     shapes[3] = shapes[4] = {layers, tokens, k_};
+    if (of_label_) {
+      auto& shape = shapes[first_of_labels()];
+      shape.insert(shape.end(), of_label_->begin(), of_label_->end());
+      shapes[first_of_labels() + 1] = shape;
+    }
     return shapes;
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    dispatch(stream(), inputs, outputs, [head = head_, precision = precision_, slots = slots_, k = k_](auto& in, auto& out) {
-      cpu::LensStatsInput input{};
-      input.layers = in[0].shape(0);
-      input.tokens = in[0].shape(1);
-      input.n = slots.data<float>(in, Slot::n);
-      input.n_model = slots.data<float>(in, Slot::n_model);
-      input.labels = slots.data<int32_t>(in, Slot::labels);
-      input.k = k;
-      cpu::LensStatsOutput output{};
-      output.lse = out[0].template data<float>();
-      output.entropy = out[1].template data<float>();
-      output.max_probability = out[2].template data<float>();
-      output.top_ids = out[3].template data<int32_t>();
-      output.top_logits = out[4].template data<float>();
-      if (input.n_model) {
-        output.kl = out[5].template data<float>();
-        output.agrees = out[6].template data<bool>();
-      }
-      if (input.labels) {
-        output.nll = out[out.size() - 2].template data<float>();
-        output.rank = out[out.size() - 1].template data<int32_t>();
-      }
-      cpu::lens_stats(head.head(slots.head(in)), input, precision, output);
-    });
+    const int nll = first_of_labels();
+    const int64_t per_token = of_label_ && !of_label_->empty() ? of_label_->at(0) : 1;
+    dispatch(
+        stream(), inputs, outputs,
+        [head = head_, precision = precision_, slots = slots_, k = k_, reverse = reverse_, nll, per_token](auto& in, auto& out) {
+          cpu::LensStatsInput input{};
+          input.layers = in[0].shape(0);
+          input.tokens = in[0].shape(1);
+          input.n = slots.data<float>(in, Slot::n);
+          input.n_model = slots.data<float>(in, Slot::n_model);
+          input.labels = slots.data<int32_t>(in, Slot::labels);
+          input.labels_per_token = per_token;
+          input.k = k;
+          input.reverse_kl = reverse;
+          cpu::LensStatsOutput output{};
+          output.lse = out[0].template data<float>();
+          output.entropy = out[1].template data<float>();
+          output.max_probability = out[2].template data<float>();
+          output.top_ids = out[3].template data<int32_t>();
+          output.top_logits = out[4].template data<float>();
+          if (input.n_model) {
+            output.kl = out[5].template data<float>();
+            output.agrees = out[6].template data<bool>();
+          }
+          if (input.labels) {
+            output.nll = out[nll].template data<float>();
+            output.rank = out[nll + 1].template data<int32_t>();
+          }
+          if (reverse) output.reverse_kl = out.back().template data<float>();
+          cpu::lens_stats(head.head(slots.head(in)), input, precision, output);
+        });
   }
 
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs, const std::vector<int>& axes) override {
     const auto mapped = as_layers(inputs, axes);
-    auto self = std::make_shared<LensStats>(stream(), head_, precision_, k_, with_model_, with_labels_);
+    auto self = std::make_shared<LensStats>(stream(), head_, precision_, k_, with_model_, of_label_, reverse_);
     return from_layers(mx::array::make_arrays(self->output_shapes(mapped), dtypes(), self, mapped), layers_of_mapped(inputs[0], axes[0]));
   }
 
@@ -146,12 +161,19 @@ class LensStats : public HeadPrimitive {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const LensStats&>(other);
-    return HeadPrimitive::is_equivalent(other) && k_ == o.k_ && with_model_ == o.with_model_ && with_labels_ == o.with_labels_;
+    return HeadPrimitive::is_equivalent(other) && k_ == o.k_ && with_model_ == o.with_model_ && of_label_ == o.of_label_ && reverse_ == o.reverse_;
   }
 
  private:
+  // The output nll; rank follows it.
+  int first_of_labels() const {
+    return with_model_ ? 7 : 5;
+  }
+
   int k_;
-  bool with_model_, with_labels_;
+  bool with_model_;
+  std::optional<mx::Shape> of_label_;
+  bool reverse_;
 };
 
 // Inputs: n_model [N, D], the head's. Outputs: lse, entropy and, with_mean, the mean.
@@ -261,15 +283,9 @@ class LensKL : public HeadPrimitive {
   bool with_gradient_;
 };
 
-mx::array rows_of(const mx::array& x, const char* name, const mx::Shape& expected, mx::Stream stream) {
-  if (!is_float(x.dtype())) reject(name, " must be float32, float16 or bfloat16, not ", x.dtype(), ".");
-  if (x.shape() != expected) reject(name, " must be ", expected, ", not ", x.shape(), ".");
-  return as_rows(x, stream);
-}
-
 mx::array lens_rows(const mx::array& n, const Head& head, mx::Stream stream) {
   if (n.ndim() != 3 || n.shape(-1) != head.width()) reject("n must be [layers, tokens, ", head.width(), "], not ", n.shape(), ".");
-  return rows_of(n, "n", n.shape(), stream);
+  return checked_rows(n, "n", n.shape(), stream);
 }
 
 }  // namespace
@@ -325,22 +341,26 @@ std::vector<mx::array> lens_stats(
     const std::optional<mx::array>& n_model,
     const std::optional<mx::array>& labels,
     const std::string& precision,
+    bool reverse,
     mx::StreamOrDevice s) {
   const auto stream = cpu_stream(s);
+  if (reverse && !n_model) reject("the reverse KL needs n_model.");
   if (k < 1 || k > head.spec().vocab) reject("k must be from 1 to ", head.spec().vocab, " (the vocabulary), not ", k, ".");
   std::vector<mx::array> rows{lens_rows(n, head, stream)};
-  if (n_model) rows.push_back(rows_of(*n_model, "n_model", {n.shape(1), n.shape(2)}, stream));
+  std::optional<mx::Shape> of_label;
+  if (n_model) rows.push_back(checked_rows(*n_model, "n_model", {n.shape(1), n.shape(2)}, stream));
   if (labels) {
-    if (labels->shape() != mx::Shape{n.shape(1)} || !mx::issubdtype(labels->dtype(), mx::integer)) {
-      reject("labels must be ", mx::Shape{n.shape(1)}, " token ids, not ", labels->dtype(), " ", labels->shape(), ".");
-    }
+    const bool fits = (labels->ndim() == 1 || labels->ndim() == 2) && labels->shape(0) == n.shape(1) && mx::issubdtype(labels->dtype(), mx::integer);
+    if (!fits)
+      reject("labels must be ", mx::Shape{n.shape(1)}, " token ids, or several for each token, not ", labels->dtype(), " ", labels->shape(), ".");
+    of_label = mx::Shape(labels->shape().begin() + 1, labels->shape().end());
     // Compare in 64 bits: an id that wraps around in 32 bits is no token either.
     const auto ids = mx::astype(*labels, mx::int64, stream);
     const auto known =
         mx::logical_and(mx::greater_equal(ids, mx::array(int64_t(0)), stream), mx::less(ids, mx::array(int64_t(head.spec().vocab)), stream), stream);
     rows.push_back(mx::contiguous(mx::astype(mx::where(known, ids, mx::array(int64_t(-1)), stream), mx::int32, stream), false, stream));
   }
-  auto primitive = std::make_shared<LensStats>(stream, head.spec(), precision_named(precision), k, n_model.has_value(), labels.has_value());
+  auto primitive = std::make_shared<LensStats>(stream, head.spec(), precision_named(precision), k, n_model.has_value(), of_label, reverse);
   const auto inputs = head.inputs(rows, stream);
   return mx::array::make_arrays(primitive->output_shapes(inputs), primitive->dtypes(), primitive, inputs);
 }
@@ -348,7 +368,7 @@ std::vector<mx::array> lens_stats(
 std::vector<mx::array> lens_target(const mx::array& n_model, const Head& head, bool with_mean, const std::string& precision, mx::StreamOrDevice s) {
   const auto stream = cpu_stream(s);
   if (n_model.ndim() != 2) reject("n_model must be [tokens, ", head.width(), "], not ", n_model.shape(), ".");
-  const auto rows = rows_of(n_model, "n_model", {n_model.shape(0), int(head.width())}, stream);
+  const auto rows = checked_rows(n_model, "n_model", {n_model.shape(0), int(head.width())}, stream);
   auto primitive = std::make_shared<LensTarget>(stream, head.spec(), precision_named(precision), with_mean && head.spec().softcap == 0);
   const auto inputs = head.inputs({rows}, stream);
   const auto shapes = primitive->output_shapes(inputs);
@@ -367,11 +387,11 @@ std::vector<mx::array> lens_kl(
   const auto stream = cpu_stream(s);
   std::vector<mx::array> rows{lens_rows(n, head, stream)};
   const mx::Shape of_model{n.shape(1), n.shape(2)};
-  rows.push_back(rows_of(n_model, "n_model", of_model, stream));
-  rows.push_back(rows_of(lse, "lse", {n.shape(1)}, stream));
+  rows.push_back(checked_rows(n_model, "n_model", of_model, stream));
+  rows.push_back(checked_rows(lse, "lse", {n.shape(1)}, stream));
   if (head.spec().softcap == 0) {
     if (!mean) reject("a linear head needs the mean of lens_target.");
-    rows.push_back(rows_of(*mean, "mean", of_model, stream));
+    rows.push_back(checked_rows(*mean, "mean", of_model, stream));
   }
   auto primitive = std::make_shared<LensKL>(stream, head.spec(), precision_named(precision), with_gradient);
   const auto inputs = head.inputs(rows, stream);

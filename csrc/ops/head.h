@@ -55,7 +55,8 @@ class Head {
 };
 
 // {lse, entropy, max_probability [L, N], top_ids [L, N, k] int32, top_logits [L, N, k]}, then {kl, agrees} if n_model is given, then {nll, rank} if
-// labels are given. n [L, N, D], n_model [N, D], labels [N] of any integer type.
+// labels are given, then {reverse_kl} with `reverse`, which needs n_model. n [L, N, D], n_model [N, D]; labels [N] or [N, C] of any integer type,
+// which is the shape of nll and rank after [L].
 std::vector<mx::array> lens_stats(
     const mx::array& n,
     const Head& head,
@@ -63,6 +64,7 @@ std::vector<mx::array> lens_stats(
     const std::optional<mx::array>& n_model,
     const std::optional<mx::array>& labels,
     const std::string& precision,
+    bool reverse = false,
     mx::StreamOrDevice s = {});
 
 // {lse [N], entropy [N], mean [N, D]} of the model's rows n_model [N, D]. No mean for a softcapped head, or without `with_mean`.

@@ -13,6 +13,7 @@ from metalens import _moved
 # {public name: the module that defines it}
 _DEFINED_IN = {
     "Acceleration": "metalens.models.acceleration",
+    "Comparison": "metalens.readings.comparison",
     "Evaluation": "metalens.evaluation.results",
     "InterpretableModel": "metalens.model",
     "LogitLens": "metalens.lenses.lens",
@@ -22,6 +23,7 @@ _DEFINED_IN = {
     "Scores": "metalens.evaluation.scores",
     "TopToken": "metalens.readings.top_tokens",
     "TrainingConfig": "metalens.training.config",
+    "Trajectory": "metalens.readings.trajectory",
     "TunedLens": "metalens.lenses.lens",
     "accelerate": "metalens.models.acceleration",
     "convert": "metalens.compat.tuned_lens.conversion",
@@ -38,6 +40,7 @@ _DEFINED_IN = {
 
 __all__ = [
     "Acceleration",
+    "Comparison",
     "Evaluation",
     "InterpretableModel",
     "LogitLens",
@@ -47,6 +50,7 @@ __all__ = [
     "Scores",
     "TopToken",
     "TrainingConfig",
+    "Trajectory",
     "TunedLens",
     "accelerate",
     "convert",
@@ -72,8 +76,10 @@ if TYPE_CHECKING:
     from metalens.model import InterpretableModel, load, train_tuned_lens
     from metalens.models.acceleration import Acceleration, accelerate
     from metalens.ops.backends import use_backend, use_precision
+    from metalens.readings.comparison import Comparison
     from metalens.readings.reading import Reading
     from metalens.readings.top_tokens import TopToken
+    from metalens.readings.trajectory import Trajectory
     from metalens.training.config import TrainingConfig
     from metalens.training.recipes import recipe
     from metalens.training.run import train

@@ -101,6 +101,12 @@ def metallib_kernels() -> frozenset[str]:
     return frozenset(json.loads(LIBRARY_INDEX.read_text()))
 
 
+def gpu_core_count() -> int:
+    """Return the number of the GPU's cores as macOS counts them; 0 if it is not known: without the extension, or without a GPU."""
+    extension, _ = find()
+    return 0 if extension is None else int(extension.gpu_core_count())
+
+
 def load() -> ModuleType | None:
     """Return the extension, or None after a warning, the first time in this process."""
     extension, reason = find()

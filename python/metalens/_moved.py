@@ -80,7 +80,7 @@ SPLIT = {
     "metalens.plan": ("metalens.estimate.results", "metalens.display.format"),
     "metalens.readout": ("metalens.readings.rows", "metalens.readings.top_tokens", "metalens.lenses.translators"),
     "metalens.report": ("metalens.display.figures",),
-    "metalens.roofline": ("metalens.models.facts",),
+    "metalens.roofline": ("metalens.models.facts", "metalens.estimate.chips"),
     "metalens.translators": ("metalens.lenses.lens_file",),
 }
 

@@ -14,13 +14,12 @@ import numpy as np
 from metalens.lenses.lens import Lens, LogitLens, TunedLens
 from metalens.lenses.provenance import check_lens
 from metalens.models.capture import Edit
-from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import TokenInput
 from metalens.models.trace import LayerProxy, Trace, layer_index
 from metalens.models.unembed import NormFunction
 from metalens.readings.heat_map import show_lens
-from metalens.readings.reader import Texts, are_several, read
-from metalens.readings.reading import Reading
+from metalens.readings.readable_model import ReadableModel
+from metalens.readings.texts import Texts, are_several
 from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
 from metalens.training import Progress, TrainingConfig, train
 from metalens.training.data import Corpus
@@ -60,10 +59,10 @@ class LensOptions(TypedDict, total=False):
     skip_norm: bool
 
 
-class InterpretableModel(LanguageModel):
+class InterpretableModel(ReadableModel):
     """A frozen language model with lenses.
 
-    It takes the arguments of `LanguageModel` and has its attributes.
+    It takes the arguments of `metalens.models.language_model.LanguageModel` and has its attributes.
     """
 
     _trace: Trace | None = None
@@ -226,48 +225,12 @@ class InterpretableModel(LanguageModel):
         """Read, show the plot if `look` is given, and return the predictions in mlxterp's form."""
         if isinstance(how["layers"], Sized) and len(how["layers"]) == 0:
             return [{} for _ in text] if are_several(text) else {}
-        found = read(self, text, lens, **how)
+        found = self.read(text, lens, **how)
         readings = found if isinstance(found, list) else [found]
         if look is not None:
             for each in readings:
                 show_lens(each.predictions, each.tokens, each.stats.max_probability, "probability of the top token", **look)
         return [each.predictions for each in found] if isinstance(found, list) else found.predictions
-
-    @overload
-    def read(
-        self,
-        text: TokenInput,
-        lens: Lens | str | Path | None = None,
-        top_k: int = 1,
-        layers: Sequence[int] | None = None,
-        position: int | None = None,
-        final_norm: NormFunction | None = None,
-        skip_norm: bool = False,
-    ) -> Reading: ...
-    @overload
-    def read(
-        self,
-        text: Texts,
-        lens: Lens | str | Path | None = None,
-        top_k: int = 1,
-        layers: Sequence[int] | None = None,
-        position: int | None = None,
-        final_norm: NormFunction | None = None,
-        skip_norm: bool = False,
-    ) -> list[Reading]: ...
-    def read(
-        self,
-        text: TokenInput | Texts,
-        lens: Lens | str | Path | None = None,
-        top_k: int = 1,
-        layers: Sequence[int] | None = None,
-        position: int | None = None,
-        final_norm: NormFunction | None = None,
-        skip_norm: bool = False,
-    ) -> Reading | list[Reading]:
-        """Read a text, or a list of texts, through a lens: see `metalens.readings.read`."""
-        how = ReadOptions(top_k=top_k, layers=layers, position=position, final_norm=final_norm, skip_norm=skip_norm)
-        return read(self, text, lens, **how)
 
     def check_lens(self, lens: Lens) -> None:
         """Check that a lens fits this model: see `metalens.lenses.provenance.check_lens`."""

@@ -43,11 +43,27 @@ def test_eval_without_a_lens_reads_the_logit_lens_alone(text, run):
 
 
 def test_eval_writes_all_its_results(run, lens, tmp_path):
-    result = run("eval", "demo", "--lens", lens, "--data", HELD_OUT_TEXT, *FEW, "--logit-stats", "--out", "new/results", "--save", "new/t.png")
+    result = run(
+        "eval",
+        "demo",
+        "--lens",
+        lens,
+        "--data",
+        HELD_OUT_TEXT,
+        *FEW,
+        "--logit-stats",
+        "--out",
+        "new/results",
+        "--save",
+        "new/t.png",
+        "--curves",
+        "new/c.png",
+    )
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "new" / "results").iterdir()) == ["aggregate_metrics.json", "evaluation.json", "logit_stats.npz"]
     found = json.loads((tmp_path / "new" / "results" / "evaluation.json").read_text())
     assert len(found["transfer"]["kl"]) == 8
+    assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "new" / "t.png").read_bytes().startswith(b"\x89PNG")
     assert "transfer penalty" in result.stdout
     assert "bias" in result.stdout

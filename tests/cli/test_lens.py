@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from metalens import TunedLens
+from metalens import Trajectory, TunedLens
+from metalens.lenses.lens_file import lens_files
 
 PROMPT = "The free software movement"
 
@@ -34,7 +35,52 @@ def test_lens_without_a_tuned_lens_is_the_logit_lens(run, tmp_path):
         np.testing.assert_allclose(*scores, atol=1e-3)
 
 
-@pytest.mark.parametrize("color", ["probability", "entropy"])
+def test_chosen_tokens(run):
+    result = run("lens", "demo", PROMPT, "--token", " of", "--token", " the", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    of, the = answer["chosen"]
+    assert (of["token"], the["token"]) == (" of", " the")
+    assert set(of["ranks"]) == set(answer["layers"])
+    on_top = [layer for layer, rows in answer["layers"].items() if rows[-1][0][0] == the["id"]]
+    assert [layer for layer, ranks in the["ranks"].items() if ranks[-1] == 1] == on_top
+    assert the["first_on_top"] == (int(on_top[0]) if on_top else None)
+    table = run("lens", "demo", PROMPT, "--token", " of", "--layers", "7")
+    assert "␣of" in table.stdout
+    assert "#" in table.stdout
+    assert "on top in" in table.stderr
+    by_id = run("lens", "demo", "12 345", "--ids", "--token", of["id"], "--json")
+    assert json.loads(by_id.stdout)["chosen"][0]["id"] == of["id"]
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.safetensors"])
+def test_statistics_as_a_file(run, tmp_path, name):
+    result = run("lens", "demo", PROMPT, "--out", tmp_path / "new" / name, "--token", " of")
+    assert result.exit_code == 0, result.stderr
+    found = Trajectory.load(tmp_path / "new" / name)
+    assert "".join(found.tokens) == PROMPT
+    assert found.kl.shape == (8, len(found))
+    assert found.chosen(" of").ranks.min() >= 1
+
+
+def test_statistics_never_replace_the_lens(run, lens, tmp_path):
+    files = [tmp_path / "own.npz", tmp_path / "own.json"]
+    for file, original in zip(files, lens_files(lens), strict=True):
+        file.write_bytes(original.read_bytes())
+    before = files[1].read_bytes()
+    result = run("lens", "demo", PROMPT, "--lens", tmp_path / "own", "--out", files[1], "--force")
+    assert (result.exit_code, files[1].read_bytes()) == (1, before)
+    assert "is read and would be replaced by a trajectory" in result.stderr
+
+
+def test_a_place_for_statistics_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("lens", "no model", PROMPT, "--out", tmp_path / "file" / "t.json")
+    assert result.exit_code == 1
+    assert "Can't write" in result.stderr  # before the model is looked for
+
+
+@pytest.mark.parametrize("color", ["probability", "entropy", "kl", "rank"])
 def test_lens_saves_a_picture_beside_the_table(run, lens, tmp_path, color):
     picture = tmp_path / "new" / "out.png"
     result = run("lens", "demo", PROMPT, "--lens", lens, "--save", picture, "--color", color)
@@ -53,6 +99,10 @@ def test_lens_saves_a_picture_beside_the_table(run, lens, tmp_path, color):
         (["lens", "demo", PROMPT, "--layers", "0,8"], "no layer 8"),
         (["lens", "demo", PROMPT, "--lens", "nowhere/lens"], "No lens at"),
         (["lens", "demo", PROMPT, "--save", "out.nonsense"], "Can't write a picture"),
+        (["lens", "demo", PROMPT, "--out", "out.nonsense"], "the suffix must be .json or .safetensors"),
+        (["lens", "demo", PROMPT, "--token", "two words"], "'two words' is no single token"),
+        (["lens", "demo", "1 2", "--ids", "--token", "6000"], "There is no token 6000: the model predicts the tokens 0 to 5999"),
+        (["lens", "demo", "1 2", "--ids", "--token", "x"], "must be token ids"),
     ],
 )
 def test_bad_input_gives_one_clear_line(run, arguments, message, tmp_path, monkeypatch):

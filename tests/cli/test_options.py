@@ -16,10 +16,11 @@ def options(command):
 
 
 MEANINGS = {
-    "--lens": ("eval", "lens"),
-    "--out": ("train", "eval", "demo"),
-    "--save": ("eval", "lens"),
-    "--max-tokens": ("train", "eval"),
+    "--lens": ("eval", "lens", "view"),
+    "--out": ("train", "eval", "lens", "demo"),
+    "--save": ("eval", "lens", "view"),
+    "--token": ("lens", "view"),
+    "--max-tokens": ("train", "eval", "view"),
     "--max-seq-len": ("train", "plan", "eval"),
     "--layers": ("train", "plan", "lens"),
     "--data": ("train", "plan", "eval"),
@@ -111,7 +112,7 @@ def test_keys_of_json_are_identifiers(run):
         result = run(*arguments, "--json")
         assert all(key.isidentifier() and key == key.lower() for key in identifiers(json.loads(result.stdout))), arguments
     found = json.loads(run("roofline", "demo", "--json").stdout)
-    assert set(found) == {"note", "model", "batch_tokens", "tokens_per_second"}
+    assert set(found) == {"note", "model", "batch_tokens", "tokens_per_second", "fraction_of_peak"}
     assert set(found["tokens_per_second"]["M1"]) == {field.name for field in fields(Bounds)}
     found = json.loads(run("models", "--json").stdout)
     assert set(found) == {"tested_mlx_lm", "installed_mlx_lm", "models"}

@@ -44,6 +44,33 @@ def test_metrics_do_not_replace_notes_or_the_text(run, text, tmp_path):
     assert len((tmp_path / "notes.txt").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("name", ["x.npz", "./x.json"])
+def test_metrics_are_no_file_of_the_lens(run, text, tmp_path, name):
+    """The run trained to its end, and then had no place for the lens."""
+    refused(run("train", "demo", "--data", text, "--out", "x", *SMALL, "--metrics", name), "is a file of the lens (--out)", "another path")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "folder/.."])
+def test_an_output_needs_a_name(run, text, tmp_path, out):
+    refused(run("train", "demo", "--data", text, "--out", out, *SMALL), "names no lens file", "my-lens")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_fails_early_leaves_no_empty_folder(run, text, tmp_path):
+    refused(run("train", "demo", "--data", text, "--out", "x", "--recipe", "paper"), "Not enough text")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()  # a user's empty folder stays
+    refused(run("train", "demo", "--data", text, "--out", "x", "--recipe", "paper", "--checkpoint-dir", "mine"), "Not enough text")
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_the_folder_of_a_converted_lens_is_no_file(run, lens, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    refused(run("convert", lens, "notes.txt", "--model", "m"), "notes.txt is a file", "Give the name of a folder")
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
 def test_convert_does_not_replace_a_model(run, lens, tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
     refused(run("convert", lens, "model", "--model", "m"), "config.json exists and is not the configuration of a tuned lens")

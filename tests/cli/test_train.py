@@ -20,8 +20,8 @@ from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
 from metalens.training import TrainingConfig, recipe
 from metalens.training.settings import resolve
-from metalens.training.speed import Speed
 from metalens.utils.errors import InvalidValueError
+from support.machines import machine
 
 # One sequence of 32 tokens per step.
 SMALL = ("--recipe", "mlxterp", "--max-seq-len", 32)
@@ -179,11 +179,11 @@ def test_a_budget_in_tokens(train):
 
 
 def test_before_it_starts_a_run_says_what_it_takes(train, monkeypatch):
-    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(1e-9, 2e-9, 1e11, 1e11))
+    monkeypatch.setattr("metalens.estimate.run_time.measured_speed", lambda _: machine(2e-9, 1e11, 1e11))
     message = train(*SMALL, "--steps", 2)
-    assert re.search(r"The run takes about 64 tokens, \d+ s on this machine, \d+ MB of memory\.\n", message)
+    assert re.search(r"The run takes about 64 tokens, 1 s on this machine, \d+ MB of memory\.\n", message)  # the model is loaded
     assert message.index("The run takes") < message.index("training the lens")
-    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(4e-5, 8e-5, 1e9, 1e9))
+    monkeypatch.setattr("metalens.estimate.run_time.measured_speed", lambda _: machine(8e-5, 1e9, 1e9))
     message = train(*SMALL, "--steps", 40, "--repeat")
     assert re.search(r"1,280 tokens, \d+(\.\d hours| min) on this machine, .* of memory\. --tokens \d+ would take ten minutes\.", message)
 

@@ -158,7 +158,7 @@ def test_a_last_translator_is_left_out_with_a_warning(tmp_path):
 
 
 def test_a_lens_that_knows_no_model_needs_a_name(tmp_path):
-    with pytest.raises(ValueError, match="give model_name"):
+    with pytest.raises(ValueError, match="give its name .--model, in Python model_name"):
         files.save(lens_of(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
     lens = lens_of()
@@ -289,7 +289,7 @@ def test_a_variant_becomes_what_mlxterp_reads(tmp_path):
 
 def test_conversion_can_name_the_model_and_the_type(tmp_path):
     lens_of().save(tmp_path / "ours")
-    with pytest.raises(ValueError, match="give model_name"):
+    with pytest.raises(ValueError, match="give its name .--model, in Python model_name"):
         files.convert(tmp_path / "ours", tmp_path / "theirs")
     files.convert(tmp_path / "ours", tmp_path / "theirs", model_name="m", dtype="bfloat16")
     assert_same_map(files.load(tmp_path / "theirs"), lens_of(), 1e-2)

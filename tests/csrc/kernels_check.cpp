@@ -72,6 +72,15 @@ std::vector<float> values_of(const Matrix& w, int64_t row) {
   return out;
 }
 
+// The value of the first column of a row of W: its product with a unit vector.
+float first_value(const Matrix& w, int64_t row) {
+  std::vector<float> x(w.cols);
+  x[0] = 1;
+  float out = kNaN;
+  kernels().matvec_rows(w, row, 1, x.data(), w.cols, 1, &out, 1);
+  return out;
+}
+
 void check_codes() {
   // Each row holds one code, or one scale and the code for 1.
   std::vector<uint8_t> codes(256 * 32), ones8(256 * 32, 0x38), ones4(256 * 32, 0x22), scales(256), unit_scales(256, 127);
@@ -89,7 +98,12 @@ void check_codes() {
     for (float v : values_of(mxfp8, i)) equal("mxfp8", i, v, float8);
     for (float v : values_of(mxfp4, i)) equal("mxfp4", i, v, e2m1(i & 15));
     for (float v : values_of(nvfp4_scales, i)) equal("nvfp4 scale", i, v, float8);
-    for (float v : values_of(mxfp8_scales, i)) equal("mx scale", i, v, i == 255 ? double(kNaN) : std::ldexp(1, i - 127));
+    const double mx_scale = i == 255 ? double(kNaN) : std::ldexp(1, i - 127);
+    for (float v : values_of(mxfp8_scales, i)) equal("mx scale", i, v, mx_scale);
+    equal("mxfp8 in a product", i, first_value(mxfp8, i), float8);
+    equal("mxfp4 in a product", i, first_value(mxfp4, i), e2m1(i & 15));
+    equal("nvfp4 scale in a product", i, first_value(nvfp4_scales, i), float8);
+    equal("mx scale in a product", i, first_value(mxfp8_scales, i), mx_scale);
   }
 }
 

@@ -36,13 +36,14 @@ void cost_of_head(bool gradient) {
   std::vector<float> lse(rows), entropy(rows), most(rows), logits(rows), kl(rows), nll(rows), mean(kTokens * kWidth), dn(rows * kWidth);
   std::vector<int32_t> ids(rows), rank(rows), labels(kTokens, 17);
   const std::unique_ptr<bool[]> agrees(new bool[rows]);
-  const LensStatsOutput out{lse.data(), entropy.data(), most.data(), ids.data(), logits.data(), kl.data(), agrees.get(), nll.data(), rank.data()};
+  const LensStatsOutput out{lse.data(), entropy.data(), most.data(), ids.data(), logits.data(),
+                            kl.data(),  agrees.get(),   nullptr,     nll.data(), rank.data()};
   if (gradient) {
     lens_target(head, model.data(), kTokens, Precision::float32, {lse.data(), entropy.data(), mean.data()});
     const LensKLInput in{kLayers, kTokens, n.data(), model.data(), lse.data(), mean.data()};
     measured([&] { lens_kl(head, in, Precision::float32, kl.data(), dn.data()); });
   } else {
-    const LensStatsInput in{kLayers, kTokens, n.data(), model.data(), labels.data(), 1};
+    const LensStatsInput in{kLayers, kTokens, n.data(), model.data(), labels.data(), 1, 1, false};
     measured([&] { lens_stats(head, in, Precision::float32, out); });
   }
 }

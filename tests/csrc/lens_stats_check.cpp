@@ -9,12 +9,14 @@ namespace {
 struct Options {
   bool model, labels;
   int64_t k;
-  int64_t broken = -1;  // a row that is NaN; -2: the model's row of token 0
+  int64_t broken = -1;    // a row that is NaN; -2: the model's row of token 0
+  int64_t per_token = 1;  // labels of each token
+  bool reverse = false;
 };
 
 // Outputs in buffers of exactly their size; outputs that were not asked for are empty.
 struct Outputs {
-  std::vector<float> lse, entropy, max_probability, top_logits, kl, nll;
+  std::vector<float> lse, entropy, max_probability, top_logits, kl, reverse_kl, nll;
   std::vector<int32_t> top_ids, rank;
   std::vector<uint8_t> agrees;
 
@@ -24,15 +26,25 @@ struct Outputs {
         max_probability(rows),
         top_logits(rows * o.k),
         kl(o.model * rows),
-        nll(o.labels * rows),
+        reverse_kl(o.reverse * rows),
+        nll(o.labels * rows * o.per_token),
         top_ids(rows * o.k),
-        rank(o.labels * rows),
+        rank(o.labels * rows * o.per_token),
         agrees(o.model * rows) {
   }
 
   LensStatsOutput pointers() {
-    return {lse.data(), entropy.data(), max_probability.data(), top_ids.data(), top_logits.data(), kl.data(), reinterpret_cast<bool*>(agrees.data()),
-            nll.data(), rank.data()};
+    return {
+        lse.data(),
+        entropy.data(),
+        max_probability.data(),
+        top_ids.data(),
+        top_logits.data(),
+        kl.data(),
+        reinterpret_cast<bool*>(agrees.data()),
+        reverse_kl.data(),
+        nll.data(),
+        rank.data()};
   }
 };
 
@@ -57,26 +69,28 @@ void check_nan(const Outputs& out, int64_t row, const Options& o) {
   near("max probability of a NaN row", row, out.max_probability[row], kNaN, 0);
   for (int64_t i = 0; i < o.k; ++i) near("top logit of a NaN row", row, out.top_logits[row * o.k + i], kNaN, 0);
   if (o.model) near("kl of a NaN row", row, out.kl[row], kNaN, 0);
-  if (o.labels) near("nll of a NaN row", row, out.nll[row], kNaN, 0);
+  if (o.reverse) near("reverse kl of a NaN row", row, out.reverse_kl[row], kNaN, 0);
+  for (int64_t i = 0; o.labels && i < o.per_token; ++i) near("nll of a NaN row", row, out.nll[row * o.per_token + i], kNaN, 0);
 }
 
 void check_stats(const HeadCase& c, const Options& o, Precision precision) {
   begin(
       "lens_stats layers %ld tokens %ld D %ld vocab %ld + %ld bits %d bias %d scale %g softcap %g offset %d model %d labels %d k %ld broken %ld "
-      "precision %d",
+      "precision %d labels per token %d reverse %d",
       long(c.layers), long(c.tokens), long(c.d), long(c.vocab), long(c.padding), c.storage.bits, int(c.bias), c.scale, c.softcap, int(c.offset),
-      int(o.model), int(o.labels), long(o.k), long(o.broken), int(precision));
+      int(o.model), int(o.labels), long(o.k), long(o.broken), int(precision), int(o.per_token), int(o.reverse));
   const TestHead test(c);
   const Head head = test.head();
   std::vector<float> model = test.rows(c.tokens), n = test.around(model);
   if (o.broken >= 0) n[o.broken * c.d] = kNaN;
   if (o.broken == -2) model[c.d - 1] = kNaN;
-  std::vector<int32_t> labels(c.tokens);
-  for (int64_t t = 0; t < c.tokens; ++t) labels[t] = t == 1 ? int32_t(c.vocab) : t == 2 ? -1 : int32_t((next_random() >> 8) % c.vocab);
+  std::vector<int32_t> labels(c.tokens * o.per_token);
+  for (int64_t t = 0; t < int64_t(labels.size()); ++t) labels[t] = t == 1 ? int32_t(c.vocab) : t == 2 ? -1 : int32_t((next_random() >> 8) % c.vocab);
   const int64_t rows = c.layers * c.tokens;
   Outputs out(rows, o);
   lens_stats(
-      head, {c.layers, c.tokens, n.data(), o.model ? model.data() : nullptr, o.labels ? labels.data() : nullptr, o.k}, precision, out.pointers());
+      head, {c.layers, c.tokens, n.data(), o.model ? model.data() : nullptr, o.labels ? labels.data() : nullptr, o.per_token, o.k, o.reverse},
+      precision, out.pointers());
 
   for (int64_t r = 0; r < rows; ++r) {
     if (r == o.broken) {
@@ -90,21 +104,24 @@ void check_stats(const HeadCase& c, const Options& o, Precision precision) {
     near("entropy", r, out.entropy[r], lens.entropy, error * (2 + std::log(double(c.vocab))) + 2e-6);
     near("max probability", r, out.max_probability[r], lens.p[lens.best()], 2 * error * lens.p[lens.best()]);
     check_top(out, r, lens, o.k, error);
-    if (o.labels) {
-      const bool known = labels[t] >= 0 && labels[t] < c.vocab;
-      const double z = known ? lens.z[labels[t]] : kNaN;
-      near("nll", r, out.nll[r], known ? lens.lse - z : kNaN, 2 * error);
+    for (int64_t i = 0; o.labels && i < o.per_token; ++i) {
+      const int64_t label = labels[t * o.per_token + i], at = r * o.per_token + i;
+      const bool known = label >= 0 && label < c.vocab;
+      const double z = known ? lens.z[label] : kNaN;
+      near("nll", at, out.nll[at], known ? lens.lse - z : kNaN, 2 * error);
       const auto above = [&](double bound) { return double(std::count_if(lens.z.begin(), lens.z.end(), [&](double v) { return v > bound; })); };
       const double least = known ? 1 + above(z + 2 * error) : -1, most = known ? 1 + above(z - 2 * error) : -1;
-      expect(out.rank[r] >= least && out.rank[r] <= most, "rank", r, out.rank[r], least, most - least);
+      expect(out.rank[at] >= least && out.rank[at] <= most, "rank", at, out.rank[at], least, most - least);
     }
     if (!o.model) continue;
     if (o.broken == -2 && t == 0) {
       near("kl to a NaN row", r, out.kl[r], kNaN, 0);
+      if (o.reverse) near("reverse kl to a NaN row", r, out.reverse_kl[r], kNaN, 0);
       continue;
     }
     const Softmax other(test, model.data() + t * c.d);
     near("kl", r, out.kl[r], divergence(other, lens), 4 * (error + unit(precision) * other.size));
+    if (o.reverse) near("reverse kl", r, out.reverse_kl[r], divergence(lens, other), 4 * (error + unit(precision) * other.size));
     const int64_t best = lens.best(), model_best = other.best();
     const bool close = best != model_best && (lens.z[best] - lens.z[model_best] < error || other.z[model_best] - other.z[best] < error);
     if (!close) equal("agrees", r, out.agrees[r], best == model_best);
@@ -119,6 +136,7 @@ int main() {
     for (int64_t vocab : {1, 255, 257, 700}) {
       const HeadCase c{2, 3, 64, vocab, 0, kFourBits, false, 1, 0, 0.5f};
       check_stats(c, {true, true, 1}, precision);
+      check_stats(c, {true, true, 1, -1, 3, true}, precision);
       check_stats(c, {false, false, std::min<int64_t>(vocab, 3)}, precision);
       check_stats(c, {false, true, std::min<int64_t>(vocab, 3)}, precision);
       check_stats(c, {true, false, vocab}, precision);
@@ -130,11 +148,12 @@ int main() {
       check_stats({layers, tokens, 32, 300, 13, kFourBits, true, 0.25f, 0, 1, true}, {true, true, 3}, precision);
       check_stats({layers, tokens, 32, 300, 0, kFourBits, false, 1, 5, 1, true}, {true, true, 3}, precision);
       check_stats({layers, tokens, 17, 300, 1, kDense, false, 1, 3, 20}, {true, true, 2}, precision);
+      check_stats({layers, tokens, 32, 700, 13, kFourBits, true, 0.25f, 0, 1, true}, {true, true, 3, -1, 2, true}, precision);
     }
     check_stats({3, 100, 16, 257, 0, kNvfp4, false, 1, 0, 1}, {true, true, 2}, precision);
     check_stats({260, 2, 16, 65, 0, kNvfp4, false, 1, 0, 1}, {true, false, 1}, precision);
     // A row that is NaN changes no other row.
-    for (int64_t broken : {0, 4, -2}) check_stats({3, 2, 32, 300, 0, kFourBits, true, 1, 0, 1}, {true, true, 3, broken}, precision);
+    for (int64_t broken : {0, 4, -2}) check_stats({3, 2, 32, 300, 0, kFourBits, true, 1, 0, 1}, {true, true, 3, broken, 2, true}, precision);
     check_stats({1, 3, 32, 300, 0, kFourBits, true, 1, 4, 1}, {true, true, 3, 1}, precision);
     check_stats({0, 3, 32, 30, 0, kFourBits, true, 1, 0, 1}, {true, true, 1}, precision);
   }
@@ -146,7 +165,7 @@ int main() {
   const std::vector<int32_t> labels(5, 299);
   const Options o{true, true, 300};
   Outputs out(5, o);
-  lens_stats(head, {1, 5, n.data(), n.data(), labels.data(), o.k}, Precision::float32, out.pointers());
+  lens_stats(head, {1, 5, n.data(), n.data(), labels.data(), 1, o.k, false}, Precision::float32, out.pointers());
   for (int i = 0; i < 1500; ++i) equal("top id", i, out.top_ids[i], i % 300);
   for (int r = 0; r < 5; ++r) {
     equal("rank", r, out.rank[r], 1);

@@ -9,7 +9,7 @@ import pytest
 from csrc import build
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
+CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_compare_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no aarch64-linux-gnu-g++ on the path (package g++-aarch64-linux-gnu)"),

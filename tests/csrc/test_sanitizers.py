@@ -10,7 +10,7 @@ from csrc import build
 from metalens import _ext
 
 ISAS = _ext.available_isas().split()
-CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
+CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_compare_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
 # kernels_check calls the table's functions from one thread, so there are no races to find.
 CHECKS_WITH_THREADS = [check for check in CHECKS if check != "kernels_check"]
 

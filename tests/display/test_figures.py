@@ -2,9 +2,9 @@
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from metalens.display.figures import readings_figure, transfer_figure
+from metalens.display.figures import evaluation_figure, readings_figure, transfer_figure
 from metalens.display.tables import transfer_table
-from metalens.evaluation import Transfer
+from metalens.evaluation import Evaluation, Scores, Transfer
 
 
 def test_what_the_picture_says():
@@ -29,6 +29,26 @@ def test_layers_are_whole_numbers_and_labels_are_inside_the_picture():
     title = axes.title.get_window_extent()
     assert page.x0 <= title.x0
     assert title.x1 <= page.x1
+
+
+def test_an_evaluation_by_layer():
+    scores = [
+        Scores(kl=2.0 - i, ce=4.0 - i, entropy=1.0, top1=0.2 * i, bits_per_byte=1.0, kl_bits_per_byte=1.0, entropy_bits_per_byte=1.0)
+        for i in range(3)
+    ]
+    model = Scores(kl=0.0, ce=1.5, entropy=1.0, top1=1.0, bits_per_byte=1.0, kl_bits_per_byte=0.0, entropy_bits_per_byte=1.0)
+    evaluation = Evaluation(100, 4.0, model, scores, [*scores[:2], scores[0]], untranslated=(1,))
+    figure = evaluation_figure(evaluation, "of $model")
+    FigureCanvasAgg(figure).draw()
+    kl, ce, agreement = figure.axes[:3]
+    assert [line.get_label() for line in ce.lines] == ["logit lens", "tuned lens", "model"]
+    assert kl.lines[0].get_ydata().tolist() == [2, 1, 0]
+    assert (kl.lines[1].get_xdata().tolist(), kl.lines[1].get_ydata().tolist()) == ([0, 2], [2, 2])
+    assert agreement.lines[0].get_ydata().tolist() == [0, 20, 40]
+    assert ce.lines[2].get_ydata()[0] == 1.5
+    assert ce.child_axes[0].yaxis.get_major_formatter()(1.0, 0) == "2.72"
+    alone = evaluation_figure(Evaluation(100, 4.0, model, scores, None))
+    assert len(alone.axes[0].lines) == 1
 
 
 def test_readings_side_by_side(tiny):

@@ -27,8 +27,8 @@ def test_numbers_have_the_unit_that_fits():
     sizes, work, times = (
         (0, 999, 4000, 999_600, 20_000_000, 1_500_000_000),
         (5.68e12, 2.49e16, 3.4e9, 1.08e8, 4.2e18),
-        (0.2, 12, 100, 5400, 9000, 1.7e6),
+        (0.2, 12, 100, 5400, 9000, 1.7e6, 1e9),
     )
     assert [format.gigabytes(n) for n in sizes] == ["0 bytes", "999 bytes", "4 kB", "1 MB", "20 MB", "1.5 GB"]
     assert [format.operations(n) for n in work] == ["5.68 TFLOP", "24.9 PFLOP", "3.4 GFLOP", "108 MFLOP", "4,200 PFLOP"]
-    assert [format.duration(n) for n in times] == ["1 s", "12 s", "2 min", "90 min", "2.5 hours", "19.7 days"]
+    assert [format.duration(n) for n in times] == ["1 s", "12 s", "2 min", "90 min", "2.5 hours", "19.7 days", "11,574 days"]

@@ -9,19 +9,24 @@ from rich.console import Console
 from metalens import load
 from metalens.display.tables import (
     DISK_LABELS,
+    KERNEL_LABELS,
     MEMORY_LABELS,
     ROOFLINE_LABELS,
     WORK_LABELS,
     diagnosis_facts,
     diagnosis_table,
+    fraction_text,
+    fractions_table,
     plan_remarks,
     plan_table,
     reading_table,
     roofline_table,
 )
+from metalens.estimate.chips import CHIPS
+from metalens.estimate.kernel_model import Fraction, fractions
 from metalens.estimate.memory import plan
 from metalens.estimate.results import Disk, Memory, Work
-from metalens.estimate.roofline import CHIPS, Bounds, bounds
+from metalens.estimate.roofline import Bounds, bounds
 from metalens.models.facts import KNOWN_MODELS
 from metalens.ops.doctor import Diagnosis, MetalDiagnosis, NativeDiagnosis
 
@@ -66,7 +71,7 @@ def test_a_plan_that_does_not_fit():
 
 def test_a_plan_with_too_little_text():
     found = replace(plan("demo", memory=2**50), text_tokens=1000)
-    assert plan_remarks(found)[-1].startswith("The text holds about 1000 tokens, and the run needs 6619136: give more text")
+    assert plan_remarks(found)[-1].startswith("The text holds about 1000 tokens, and the run needs 6619648: give more text")
     assert "text: epochs of the given text, about" in printed(plan_table(found, ""))
     repeated = replace(found, config=replace(found.config, repeat=True))
     assert len(plan_remarks(repeated)) == 1
@@ -109,8 +114,20 @@ def test_a_diagnosis_without_an_extension():
 
 
 @pytest.mark.parametrize(("kernels", "shown"), [(0, "compiled just in time"), (12, "12 compiled ahead of time, others just in time")])
-def test_a_diagnosis_of_a_gpu(kernels, shown):
-    gpu = MetalDiagnosis("applegpu_g14s", 14, kernels, "not used: a reason")
+@pytest.mark.parametrize(("counted", "cores"), [(True, "38"), (False, "not counted; planned for 38")])
+def test_a_diagnosis_of_a_gpu(kernels, shown, counted, cores):
+    gpu = MetalDiagnosis("applegpu_g14s", 14, 38, counted, kernels, "not used: a reason", "float32")
     facts = diagnosis_facts(diagnosis(metal=gpu))
+    assert facts["GPU cores"] == cores
+    assert facts["float32 products of plain MLX"] == "float32"
     assert facts["Metal"] == "applegpu_g14s, tuned as generation 14"
     assert facts["Metal kernels"] == shown
+
+
+def test_the_parts_of_the_peak():
+    parts = {chip: fractions(KNOWN_MODELS[LLAMA], CHIPS[chip], 64) for chip in ("M1", "M5-Max")}
+    assert list(parts["M1"]) == list(KERNEL_LABELS)
+    shown = printed(fractions_table(parts, "percent"))
+    assert all(label in shown for label in KERNEL_LABELS.values())
+    assert fraction_text(Fraction(0.2, 0.444, 0.3)) == "20 > 44 (30)"
+    assert fraction_text(parts["M5-Max"]["lens_kl"]) in shown

@@ -23,8 +23,10 @@ from metalens.models.facts import KNOWN_MODELS, ModelDimensions, ModelFacts, fac
 from metalens.ops import use_backend
 from metalens.training import TrainingConfig, recipe, train_loop
 from metalens.training.batching import steps_together
-from metalens.training.speed import Speed
+from metalens.training.data import Corpus
+from metalens.training.speed import seconds_of
 from metalens.utils.errors import InvalidValueError
+from support.machines import machine
 
 LAYERS, WIDTH, VOCAB = 4, 256, 500
 SHORT = {"num_steps": 2, "max_seq_len": 64, "tokens_per_step": 1024, "learning_rate": 1e-3}
@@ -186,7 +188,15 @@ def test_the_command_prints_a_table_or_json_alone(run, tmp_path):
     assert answer["recipe"] == "paper"
     assert answer["config"]["max_seq_len"] == 256  # the model's context
     assert answer["memory"]["total"] == sum(value for name, value in answer["memory"].items() if name != "total")
-    assert answer["text"] == {"tokens": 1024, "passes": 1, "bytes_about": 4096, "tokens_given_about": 1250, "epochs": 1024 / 1250}
+    assert answer["text"] == {
+        "tokens": 1088,
+        "held_back": 64,
+        "share_known": True,
+        "passes": 1,
+        "bytes_about": 4352,
+        "tokens_given_about": 1250,
+        "epochs": 1088 / 1250,
+    }
     table = run(*arguments)
     assert "optimizer state" in table.stdout
     assert "it fits" in table.stderr
@@ -242,6 +252,17 @@ def test_the_given_text_is_measured(tmp_path):
             plan("demo", data=nothing)
 
 
+def test_the_text_of_a_plan_includes_what_the_guard_holds_back(run):
+    """A text of just the tokens of the steps is too short for a run with a guard."""
+    found = plan("demo", "muon", data=np.arange(2048), num_steps=16, max_seq_len=128, tokens_per_step=128)
+    assert (found.config.total_tokens, found.config.held_back_tokens, found.tokens_needed) == (2048, 128, 2176)
+    assert found.epochs == 2176 / 2048
+    assert any("needs 2176" in line for line in plan_remarks(found))
+    table = run("plan", "demo", "--recipe", "muon", "--steps", 16, "--max-seq-len", 128, "--tokens-per-step", 128).stdout
+    assert "2,176" in table
+    assert "held back for the guard" in table
+
+
 @pytest.mark.parametrize("wrong", [{"processes": 0}, {"memory": 0}, {"parallel": "both"}])
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(InvalidValueError, match=next(iter(wrong))):
@@ -265,7 +286,7 @@ def test_older_names_of_arguments_and_attributes():
 
 @pytest.fixture
 def slow_machine(monkeypatch):
-    monkeypatch.setattr("metalens.estimate.memory.measured_speed", lambda _: Speed(1e-7, 2e-7, 1e9, 1e9))
+    monkeypatch.setattr("metalens.estimate.run_time.measured_speed", lambda _: machine(2e-7, 1e9, 1e9))
 
 
 @pytest.mark.usefixtures("slow_machine")
@@ -284,6 +305,24 @@ def test_a_long_run_names_a_budget_of_ten_minutes(run):
 
 
 @pytest.mark.usefixtures("slow_machine")
+def test_the_tokens_between_the_answers_take_time(run, tmp_path):
+    """The model reads all tokens: a text of which a quarter counts takes four forward passes for each token of the run."""
+    ids = np.arange(400) % 100
+    options = {"measure": True, "loss_on": "answers", "num_steps": 2, "max_seq_len": 16}
+    quarter, all_ = (plan("demo", "mlxterp", data=Corpus.from_ids(ids, answers=mask), **options) for mask in (ids % 4 == 1, ids >= 0))
+    speed = machine(2e-7, 1e9, 1e9)
+    assert quarter.text_tokens == 100
+    assert quarter.duration == seconds_of(quarter.facts, quarter.config, speed, share=0.25)
+    assert quarter.duration.total > all_.duration.total
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    known = ("plan", "demo", "--steps", 2, "--max-seq-len", 16, "--tokens-per-step", 16, "--data", tmp_path / "chat.jsonl")
+    assert "the run takes more time than this" in run(*known, "--loss-on", "answers", "--field", "messages").stderr
+    assert "the run takes more time than this" not in run(*known).stderr
+    fewer = plan("demo", "ridge", data=Corpus.from_ids(ids, answers=ids % 4 == 1), loss_on="answers", minutes=1.0).config.total_tokens
+    assert fewer < 0.5 * plan("demo", "ridge", minutes=1.0).config.total_tokens
+
+
+@pytest.mark.usefixtures("slow_machine")
 def test_the_closed_form_alone_has_work_and_memory_of_its_own(run):
     """Its work is that of a run, not of a step's token; nothing is "0 PFLOP" or "0 MB"."""
     found = plan("demo", num_steps=0, warm_start_tokens=4096)
@@ -291,7 +330,7 @@ def test_the_closed_form_alone_has_work_and_memory_of_its_own(run):
     assert (found.memory.gradients, found.memory.logits, found.memory.update) == (0, 0, 0)
     table = run("plan", "demo", "--steps", 0, "--warm-start-tokens", 4096).stdout
     assert " 0 " not in table
-    assert "GFLOP/token" not in table
+    assert "FLOP/token" not in table
     assert "size, about" in table
     assert "16 kB" in table
 

@@ -155,6 +155,21 @@ def test_single_layers_with_and_without_bias(rng, calls, quantized, bias):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_dense_layer_adds_its_bias_before_it_rounds(rng, dtype):
+    """Plain MLX rounds once. A product that is rounded before the sum was off by up to one and a half times as much."""
+    layer = nn.Linear(64, 48)
+    layer.bias = oracle.random_array(rng, 48)
+    layer.apply(lambda p: p.astype(dtype))
+    x = oracle.random_array(rng, 33, 64).astype(dtype)
+    exact = oracle.wide(x) @ oracle.wide(layer.weight).T + oracle.wide(layer.bias)
+    with accelerate(layer):
+        found = layer(x)
+    assert found.dtype == dtype
+    half_a_unit = np.abs(oracle.wide(found)) * (2.0**-11 if dtype == mx.float16 else 2.0**-8)
+    assert (np.abs(oracle.wide(found) - exact) <= half_a_unit + 1e-6).all()
+
+
 def test_gradients_flow_through_it(rng):
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 1))
     x = oracle.random_array(rng, 5, 64)

@@ -3,11 +3,12 @@
 from .errors import MslError
 from .kernel import MetalKernel, compile_library, metal_kernel, prebuild
 from .mutate import count_barriers, without_barrier
-from .options import SCHEDULES, Options, Report, Traffic, options, recording
+from .options import SCHEDULES, Accesses, Options, Report, Traffic, options, recording
 from .toolchain import unavailable
 
 __all__ = [
     "SCHEDULES",
+    "Accesses",
     "MetalKernel",
     "MslError",
     "Options",

@@ -35,7 +35,7 @@ MACHINE = {"x86_64": ["-mavx2", "-mfma", "-mf16c"]}.get(platform.machine(), [])
 CODE = [*MACHINE, "-ffp-contract=off", "-fno-finite-loops", "-fstack-clash-protection", "-fPIC", "-shared"]
 FAST = ["-O2", "-gline-tables-only"]
 CHECKED = [
-    "-O1", "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize", "-fno-optimize-sibling-calls",
+    "-DMSL_CHECKED", "-O1", "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize", "-fno-optimize-sibling-calls",
     # Every load and store becomes a call of a function that the runtime defines; no shadow memory, no sanitizer library.
     "-fsanitize=kernel-address", "-mllvm", "-asan-instrumentation-with-call-threshold=0", "-mllvm", "-asan-stack=0",
     "-mllvm", "-asan-globals=0", "-mllvm", "-asan-kernel-mem-intrinsic-prefix=1",
@@ -64,7 +64,7 @@ def _hash_of(paths: Iterable[pathlib.Path]) -> str:
 @functools.cache
 def _translator() -> str:
     """Return a text that changes with the compiler and with every file that affects a kernel's translation."""
-    scripts = [HERE / f"{name}.py" for name in ("build", "lint", "rewrite", "signature", "tokens")]
+    scripts = [HERE / f"{name}.py" for name in ("build", "lint", "rewrite", "signature", "structs", "tokens")]
     return _hash_of([*scripts, HERE / "runtime" / "abi.h", *INCLUDE.glob("**/*")])
 
 
@@ -129,10 +129,14 @@ def _rejections(status: int, errors: str) -> str | None:
     return "".join(kept).strip()[:6000]
 
 
-def translate(preprocessed: str) -> str:
-    """Lint the source and return the complete text to compile."""
+def translate(preprocessed: str, with_mlx: bool = False) -> str:
+    """Lint the source and return the complete text to compile.
+
+    `with_mlx`: the source begins with MLX's own preamble, whose definitions the prelude leaves out.
+    """
     lint(tokenize(preprocessed))
-    return f'#include "{INCLUDE}/msl/prelude.h"\n{rewrite(preprocessed)}\n'
+    defined = "#define MSL_MLX_PREAMBLE\n" if with_mlx else ""
+    return f'{defined}#include "{INCLUDE}/msl/prelude.h"\n{rewrite(preprocessed)}\n'
 
 
 def check_syntax(translated: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ _NUMPY = {
     mx.int8: np.int8, mx.int16: np.int16, mx.int32: np.int32, mx.int64: np.int64,
     mx.uint8: np.uint8, mx.uint16: np.uint16, mx.uint32: np.uint32, mx.uint64: np.uint64,
 }  # fmt: skip
+MLX_PREAMBLE = "mlx/backend/metal/kernels/utils.h"
 _MX = {np.dtype(n): m for m, n in _NUMPY.items() if m != mx.bfloat16}
 
 
@@ -78,10 +80,15 @@ class MetalKernel:
         self.input_names, self.output_names = list(input_names), list(output_names)
         self.source, self.header = source, header
         self.ensure_row_contiguous, self.atomic_outputs = ensure_row_contiguous, atomic_outputs
+        mode = (compile_options or {}).get("math_mode", "safe")
+        if mode != "safe":
+            raise ValueError(f"[metal_kernel] mslcpu computes as math_mode 'safe' does, not {mode!r}.")
 
-    def signature(self, inputs: Sequence[Input], output_dtypes: Sequence[mx.Dtype], template: Sequence[tuple[str, Any]]) -> str:
+    def signature(
+        self, inputs: Sequence[Input], output_dtypes: Sequence[mx.Dtype], template: Sequence[tuple[str, Any]], restrict: bool = False
+    ) -> str:
         outputs = list(zip(self.output_names, output_dtypes, strict=True))
-        return write_signature(self._function(template), self.source, inputs, outputs, template, self.atomic_outputs)
+        return write_signature(self._function(template), self.source, inputs, outputs, template, self.atomic_outputs, restrict)
 
     def _function(self, template: Sequence[tuple[str, Any]]) -> str:
         values = "".join(f"_{template_text(value)}" for _, value in template)
@@ -110,8 +117,13 @@ class MetalKernel:
         verbose: bool = False,
         stream: Any = None,
         build_only: bool = False,
+        in_place: Mapping[str, str] | None = None,
     ) -> list[Any]:
-        """Run the kernel. `grid` counts threads. `build_only` only compiles it."""
+        """Run the kernel. `grid` counts threads.
+
+        Beyond the arguments of MLX's kernels, `build_only` only compiles it, and `in_place` = {output: input} gives an output the memory of an input,
+        as a launcher does with a donated input. The caller's own array stays as it is.
+        """
         _expect("inputs", inputs, self.input_names)
         _expect("output_shapes", output_shapes, self.output_names)
         _expect("output_dtypes", output_dtypes, self.output_names)
@@ -126,7 +138,8 @@ class MetalKernel:
             arguments.append(launch.input_argument(name, array, options.checked))
             for kind in shape_arguments(name, self.source) if array.ndim else ():
                 arguments.append(launch.input_argument(f"{name}_{kind}", _shape_argument(kind, array), options.checked))
-        signature = self.signature(described, output_dtypes, template)
+        # With aliases, the compiler gets the license that Apple's has: buffers of a kernel are assumed not to overlap.
+        signature = self.signature(described, output_dtypes, template, restrict=bool(in_place))
         if verbose:
             sys.stdout.write(f"Generated source code for `{self.name}`:\n```\n{self.header}{signature}{self.source}\n}}\n```\n")
         library = self._build(signature, len(arguments) + len(self.output_names), template, options.checked)
@@ -137,7 +150,11 @@ class MetalKernel:
             init = init_value
             if init is not None and dtype == mx.bfloat16:
                 init = np.asarray(mx.array([init], mx.bfloat16).view(mx.uint16))[0]
-            argument, array = launch.output_argument(name, tuple(shape), np.dtype(_NUMPY[dtype]), init, options.checked)
+            if (donor := (in_place or {}).get(name)) is not None:
+                given = arguments[[a.name for a in arguments].index(donor)]
+                argument, array = launch.output_over_input(name, given, tuple(shape), np.dtype(_NUMPY[dtype]))
+            else:
+                argument, array = launch.output_argument(name, tuple(shape), np.dtype(_NUMPY[dtype]), init, options.checked)
             arguments.append(argument)
             results.append(array)
         clamped = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))  # MLX does the same
@@ -150,10 +167,15 @@ class MetalKernel:
 
 
 def _report(name: str, done: Any, buffers: Any, arguments: Sequence[launch.Argument], seconds: float) -> Report:
-    traffic = {a.name: Traffic(b.read, b.written, b.unique_read, b.unique_written) for a, b in zip(arguments, buffers, strict=False)}
+    traffic = {
+        a.name: Traffic(b.read, b.written, b.unique_read, b.unique_written, launch.accesses_of(b.loads), launch.accesses_of(b.stores))
+        for a, b in zip(arguments, buffers, strict=False)
+    }
     return Report(
         name=name, grid=tuple(done.grid), threadgroup=tuple(done.threadgroup), buffers=traffic, threadgroup_bytes=done.threadgroup_bytes,
-        threadgroup_read=done.threadgroup_read, threadgroup_written=done.threadgroup_written, matrix_ops=done.matrix_ops,
+        threadgroup_read=done.threadgroup_read, threadgroup_written=done.threadgroup_written,
+        threadgroup_loads=launch.accesses_of(done.threadgroup_loads), threadgroup_stores=launch.accesses_of(done.threadgroup_stores),
+        matrix_ops=done.matrix_ops,
         barriers=done.barriers, simd_ops=done.simd_ops, atomics=done.atomics, threads=done.threads, threadgroups=done.threadgroups,
         seconds=seconds,
     )  # fmt: skip
@@ -173,9 +195,14 @@ def metal_kernel(
     return MetalKernel(name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs, compile_options)
 
 
-def compile_library(source: str, name: str = "library.metal", include_dirs: Iterable[str] = ()) -> None:
-    """Lint and compile a complete .metal file without running it. Raises MslError with the file's own lines."""
-    build.check_syntax(build.translate(build.preprocess(source, name, list(include_dirs))))
+def compile_library(source: str, name: str = "library.metal", include_dirs: Iterable[str] = (), with_mlx: bool = False) -> None:
+    """Lint and compile a complete .metal file without running it. Raises MslError with the file's own lines.
+
+    `with_mlx`: compile it behind the preamble that MLX puts before a custom kernel, from the headers of the installed mlx.
+    """
+    directories = [*include_dirs, *([os.path.join(os.path.dirname(mx.__file__), "include")] if with_mlx else [])]
+    text = f'#include "{MLX_PREAMBLE}"\n#line 1 "{name}"\n{source}' if with_mlx else source
+    build.check_syntax(build.translate(build.preprocess(text, name, directories), with_mlx))
 
 
 def prebuild(jobs: Iterable[Callable[[], object]], workers: int = 2) -> None:

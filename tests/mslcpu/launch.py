@@ -18,17 +18,24 @@ import numpy as np
 
 from .build import INCLUDE, runtime_library
 from .errors import MslError
-from .options import SCHEDULES, Options
+from .options import SCHEDULES, Accesses, Options
 from .toolchain import symbolizer
 
 WRITABLE, INITIALIZED = 1, 2
 COPY_BELOW = 256 << 20  # larger inputs of checked launches are not copied; larger outputs start as zeros
 
 
+class _Accesses(ctypes.Structure):  # abi.h: Accesses
+    _fields_ = (
+        ("instructions", ctypes.c_uint64 * 6), ("lines", ctypes.c_uint64), ("cycles", ctypes.c_uint64), ("conflicts", ctypes.c_uint64),
+    )  # fmt: skip
+
+
 class _Buffer(ctypes.Structure):  # abi.h: Buffer
     _fields_ = (
         ("data", ctypes.c_void_p), ("before", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("itemsize", ctypes.c_uint32),
         ("read", ctypes.c_uint64), ("written", ctypes.c_uint64), ("unique_read", ctypes.c_uint64), ("unique_written", ctypes.c_uint64),
+        ("loads", _Accesses), ("stores", _Accesses),
     )  # fmt: skip
 
 
@@ -36,10 +43,12 @@ class _Launch(ctypes.Structure):  # abi.h: Launch
     _fields_ = (
         ("entry", ctypes.c_void_p), ("buffers", ctypes.POINTER(_Buffer)), ("threadgroup_buffer_bytes", ctypes.c_void_p),
         ("buffer_count", ctypes.c_uint32), ("threadgroup_buffer_count", ctypes.c_uint32),
-        ("grid", ctypes.c_uint32 * 3), ("threadgroup", ctypes.c_uint32 * 3), ("checked", ctypes.c_uint32), ("schedule", ctypes.c_uint32),
-        ("strict", ctypes.c_uint32), ("stack_bytes", ctypes.c_uint32), ("seed", ctypes.c_uint64), ("timeout", ctypes.c_double),
+        ("grid", ctypes.c_uint32 * 3), ("threadgroup", ctypes.c_uint32 * 3), ("checked", ctypes.c_uint32), ("instructions", ctypes.c_uint32),
+        ("schedule", ctypes.c_uint32), ("strict", ctypes.c_uint32), ("stack_bytes", ctypes.c_uint32), ("inexact", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64), ("timeout", ctypes.c_double),
         *((name, ctypes.c_uint64) for name in ("barriers", "simd_ops", "matrix_ops", "atomics", "switches", "threads", "threadgroups")),
         ("threadgroup_read", ctypes.c_uint64), ("threadgroup_written", ctypes.c_uint64),
+        ("threadgroup_loads", _Accesses), ("threadgroup_stores", _Accesses),
         ("threadgroup_bytes", ctypes.c_uint32), ("failed", ctypes.c_uint32), ("fault_offset", ctypes.c_uint64), ("message", ctypes.c_char * 1024),
     )  # fmt: skip
 
@@ -119,6 +128,21 @@ def output_argument(name: str, shape: Sequence[int], dtype: np.dtype, init: Any,
     return Argument(name, memory.ctypes.data, size, dtype.itemsize, flags, 0, memory), array
 
 
+def output_over_input(name: str, given: Argument, shape: Sequence[int], dtype: np.dtype) -> tuple[Argument, np.ndarray]:
+    """Return an output in the memory of an input, and redirect that input to the same address: the kernel receives one pointer twice.
+
+    The memory is a copy of the input, so its owner's array does not change. It belongs to the output alone: its accesses count for the output, and
+    reading what another thread has written is a race, whichever pointer reads it.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size != given.bytes or given.before:
+        raise ValueError(f"[metal_kernel] The output '{name}' of {size} bytes cannot take the memory of '{given.name}' ({given.bytes} bytes).")
+    memory = allocate(size)
+    ctypes.memmove(memory.ctypes.data, given.address, size)
+    given.address, given.bytes, given.keep = memory.ctypes.data, 0, memory
+    return Argument(name, memory.ctypes.data, size, dtype.itemsize, WRITABLE | INITIALIZED, 0, memory), memory.view(dtype).reshape(shape)
+
+
 def run(
     library: pathlib.Path, name: str, arguments: Sequence[Argument], grid: Sequence[int], threadgroup: Sequence[int], options: Options
 ) -> tuple[_Launch, Any]:
@@ -126,7 +150,9 @@ def run(
     buffers = (_Buffer * max(1, len(arguments)))(*(_Buffer(a.address, a.before, a.bytes, a.flags, a.itemsize) for a in arguments))
     launch = _Launch(
         entry=_entry(library), buffers=buffers, buffer_count=len(arguments), grid=tuple(grid), threadgroup=tuple(threadgroup),
-        checked=options.checked, schedule=SCHEDULES.index(options.schedule), strict=options.strict, stack_bytes=options.stack_bytes,
+        checked=options.checked, instructions=options.checked and options.instructions,
+        schedule=SCHEDULES.index(options.schedule), strict=options.strict, stack_bytes=options.stack_bytes,
+        inexact=options.inexact,
         seed=options.seed + 1, timeout=options.timeout,
     )  # fmt: skip
     with _lock:
@@ -136,6 +162,12 @@ def run(
         message = re.sub(r"buffer (\d+)", lambda m: f"buffer '{arguments[int(m[1])].name}'" if int(m[1]) < len(arguments) else m[0], message)
         raise MslError(f"{name}: {message}{_location(library, launch.fault_offset)}")
     return launch, buffers
+
+
+def accesses_of(counted: _Accesses) -> Accesses:
+    """Return the runtime's record as the report's."""
+    widths = {2**i: count for i, count in enumerate(counted.instructions) if count}
+    return Accesses(widths, counted.lines, counted.cycles, counted.conflicts)
 
 
 def _location(library: pathlib.Path, offset: int) -> str:

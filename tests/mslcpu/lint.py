@@ -6,6 +6,7 @@ import re
 
 from .errors import MslError
 from .rewrite import VECTOR, threadgroup_declaration
+from .structs import Struct, structs
 from .tokens import Token, find_closing
 
 SPACES = {"device", "threadgroup", "constant", "thread", "ray_data", "object_data", "threadgroup_imageblock"}
@@ -51,6 +52,7 @@ def lint(tokens: list[Token]) -> None:
     """Raise MslError with all findings, one per line, if there are any."""
     findings = [*_forbidden(tokens), *_unqualified_pointers(tokens), *_threadgroup_outside_kernels(tokens), *_attributes(tokens)]
     findings += _recursion(tokens)
+    findings += _constructors(tokens)
     if findings:
         raise MslError("\n".join(f"{token.place}: error: {message}" for token, message in findings))
 
@@ -208,4 +210,24 @@ def _recursion(tokens: list[Token]) -> list[tuple[Token, str]]:
                 todo += calls[callee]
         if name in reachable:
             found.append((next(iter(callees.values())), f"recursion: '{name}' leads back to itself, which Metal does not support"))
+    return found
+
+
+def _constructors(tokens: list[Token]) -> list[tuple[Token, str]]:
+    """Find objects that are constructed where their constructors do not work.
+
+    From Metal 4.1 on, constructors that are declared `thread` construct objects in thread memory only, and a constructor without an address space
+    is one for objects anywhere. So it cannot construct a member whose constructors are all `thread`, as those of simdgroup_matrix are.
+    """
+    known = {s.name: s for s in structs(tokens)} | {"simdgroup_matrix": Struct("simdgroup_matrix", spaces={"thread"})}
+    found = []
+    for struct in known.values():
+        for constructor in struct.generic_constructors:
+            for kind, member in struct.members:
+                if kind in known and known[kind].is_thread_only and member not in constructor.initialized:
+                    text = f"the constructor of '{struct.name}' cannot construct the member '{member}', whose constructors are declared 'thread'"
+                    found.append((constructor.token, f"{text}; declare this one 'thread' too"))
+    for i, token in enumerate(tokens):
+        if threadgroup_declaration(tokens, i) is not None and (kind := known.get(tokens[i + 1].text)) is not None and kind.is_thread_only:
+            found.append((token, f"'{kind.name}' cannot be constructed in threadgroup memory: its constructors are declared 'thread'"))
     return found

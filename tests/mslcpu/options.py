@@ -20,16 +20,42 @@ class Options:
     timeout: float = 60.0
     numpy_outputs: bool = False
     stack_bytes: int = 256 * 1024
+    instructions: bool = False
+    inexact: bool = False
+
+
+@dataclasses.dataclass
+class Accesses:
+    """Loads or stores as instructions of whole simdgroups, counted with ``options(instructions=True)``. README.md has the model's assumptions.
+
+    Attributes:
+        widths: {bytes per lane: instructions}. 32 stands for all widths above 16.
+        lines: cache lines of device memory that the instructions touch, each instruction for itself.
+        cycles: cycles that the banks of threadgroup memory take.
+        conflicts: how many of those cycles are beyond the fewest that so many words can take.
+    """
+
+    widths: dict[int, int] = dataclasses.field(default_factory=dict)
+    lines: int = 0
+    cycles: int = 0
+    conflicts: int = 0
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of all widths."""
+        return sum(self.widths.values())
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Bytes that a launch moved to and from one buffer. Unique bytes count once, however often they were accessed."""
+    """What a launch moved to and from one buffer, in bytes and as instructions. Unique bytes count once, however often they were accessed."""
 
     read: int = 0
     written: int = 0
     unique_read: int = 0
     unique_written: int = 0
+    loads: Accesses = dataclasses.field(default_factory=Accesses)
+    stores: Accesses = dataclasses.field(default_factory=Accesses)
 
 
 @dataclasses.dataclass
@@ -43,6 +69,8 @@ class Report:
     threadgroup_bytes: int
     threadgroup_read: int
     threadgroup_written: int
+    threadgroup_loads: Accesses
+    threadgroup_stores: Accesses
     matrix_ops: int
     barriers: int
     simd_ops: int
@@ -76,6 +104,9 @@ def options(**changes: object) -> Iterator[Options]:
             - ``timeout``: seconds a launch may take; 0 for no limit.
             - ``numpy_outputs``: return numpy arrays (bfloat16 as uint16) over the kernel's own memory instead of copying into mx.arrays.
             - ``stack_bytes``: thread memory of each thread.
+            - ``inexact``: move every result of exp, log, tanh and so on by up to four units in the last place, and flush subnormal float32 numbers,
+              as a GPU may. Each value moves always in the same way, which ``seed`` chooses. Checked launches only.
+            - ``instructions``: count also the instructions of simdgroups, their cache lines and bank conflicts, in checked launches.
     """
     merged = dataclasses.replace(current(), **changes)  # type: ignore[arg-type]
     if merged.schedule not in SCHEDULES:

@@ -4,7 +4,7 @@
 - ``threadgroup T name[N];`` becomes a reference into the runtime's threadgroup memory, which gives limits, red zones and poison.
 - ``float4(a, b)`` and ``vec<T, 4>(a, b)`` become ``msl_make<float4>(a, b)``: OpenCL has no such constructors.
 - ``half(x)`` and ``bfloat(x)`` become ``msl_convert<half>(x)``: clang does not convert between the two.
-- ``thread`` after a constructor's parameters goes: clang would refuse temporaries.
+- ``thread`` after a constructor's parameters goes: clang would refuse temporaries. What it forbids, the lint finds.
 - Methods without an address space are for objects in thread memory; OpenCL would let them work on any. Deleted overloads for ``device`` and
   ``threadgroup`` objects go before them. (Marking them ``thread`` would be simpler, but then clang rejects calls on temporaries.)
 - Function constants become ordinary constants, zero unless given.

@@ -73,8 +73,12 @@ def write_signature(
     outputs: Sequence[tuple[str, mx.Dtype]],
     template: Sequence[tuple[str, Any]] = (),
     atomic_outputs: bool = False,
+    restrict: bool = False,
 ) -> str:
-    """Return the text from ``template <`` to the opening brace, exactly as MLX writes it."""
+    """Return the text from ``template <`` to the opening brace, exactly as MLX writes it.
+
+    `restrict`: let the compiler assume that no two outputs or inputs overlap, as Apple's may do.
+    """
     text = ""
     if template:
         kinds = ["typename" if isinstance(v, mx.Dtype) else "bool" if isinstance(v, bool) else "int" for _, v in template]
@@ -83,7 +87,8 @@ def write_signature(
     index = 0
     for array in inputs:
         space = "constant" if array.size < CONSTANT_BELOW else "device"
-        text += f"  const {space} {TYPES[array.dtype]}{'*' if array.ndim else '&'} {array.name} [[buffer({index})]],\n"
+        pointer = "&" if not array.ndim else "* __restrict" if restrict else "*"
+        text += f"  const {space} {TYPES[array.dtype]}{pointer} {array.name} [[buffer({index})]],\n"
         index += 1
         for kind in shape_arguments(array.name, source) if array.ndim else ():
             declared = {"shape": "int*", "strides": "int64_t*", "ndim": "int&"}[kind]
@@ -92,7 +97,7 @@ def write_signature(
     attributes = attributes_used(source)
     for name, dtype in outputs:
         declared = f"atomic<{TYPES[dtype]}>" if atomic_outputs else TYPES[dtype]
-        text += f"  device {declared}* {name} [[buffer({index})]]"
+        text += f"  device {declared}*{' __restrict' if restrict else ''} {name} [[buffer({index})]]"
         # MLX counts inputs and outputs here, but not shape arguments. Without attributes that can end the list too early; the same happens here.
         text += ",\n" if index < len(inputs) + len(outputs) - 1 or attributes else ") {\n"
         index += 1

@@ -33,6 +33,14 @@ ACCEPTED = {
     "methods": "struct S { float v; float get() const { return v; } float get() const threadgroup { return v; } };"
     + KERNEL % "threadgroup S s; s.v = 1; S t; t.v = 2; out[i] = s.get() + t.get();",
     "method of a temporary": "struct S { float v; S(float x) : v(x) {} float get() const { return v; } };" + KERNEL % "out[i] = S(2).get();",
+    "constructors in thread memory": "struct S { float v; S() thread : v(0) {} S(float x) thread : v(x) {} };\n"
+    "template <int N> struct A { simdgroup_matrix<float, 8, 8> m[N]; S s; METAL_FUNC A() thread {} };"
+    + KERNEL % "A<2> a; S s = S(2.0f); out[i] = a.s.v + s.v;",
+    "no constructors": "struct A { simdgroup_matrix<float, 8, 8> m; };" + KERNEL % "A a; out[i] = a.m.thread_elements()[0];",
+    "a constructor for each memory": "struct S { float v; S() thread : v(0) {} S() threadgroup {} };"
+    + KERNEL % "threadgroup S s; s.v = 1; out[i] = s.v;",
+    "an initialized member": "struct S { float v; S(float x) thread : v(x) {} };\nstruct A { S s; A() : s(1.0f) {} };"
+    + KERNEL % "A a; out[i] = a.s.v;",
     "names OpenCL reserves": KERNEL % "int local = 1, global = 2, pipe = 3, generic = 4; out[i] = local + global + pipe + generic;",
 }  # fmt: skip
 REJECTED = {
@@ -57,6 +65,12 @@ REJECTED = {
     "function pointer": ("pointers to functions are not allowed|function", "int f(int n) { return n; }\nint g() { auto p = &f; return p(1); }"),
     "standard header": ("<cmath> is not a Metal header", "#include <cmath>\n"),
     "threadgroup in a function": ("can be declared in kernels only", "METAL_FUNC float f() { threadgroup float a[4]; return a[0]; }"),
+    "constructor for any memory with a matrix": ("the constructor of 'A' cannot construct the member 'm', .* declare this one 'thread' too",
+        "template <int N> struct A { simdgroup_matrix<float, 8, 8> m[N]; METAL_FUNC A() {} };"),
+    "constructor for any memory with a member for thread memory": ("the constructor of 'A' cannot construct the member 's'",
+        "struct S { float v; S() thread : v(0) {} }; struct A { float v; S s; A() : v(1) {} };"),
+    "object for thread memory in threadgroup memory": ("'S' cannot be constructed in threadgroup memory",
+        "struct S { float v; S() thread : v(0) {} }; kernel void k() { threadgroup S s[4]; }"),
     "threadgroup at program scope": ("can be declared in kernels only", "threadgroup float a[4];"),
     "threadgroup initializer": ("cannot have an initializer", KERNEL.strip() % "threadgroup float a[2] = {0, 0}; out[i] = a[0];"),
     "float to bfloat": ("no implicit conversion to bfloat", "METAL_FUNC bfloat f(float a) { return a; }"),

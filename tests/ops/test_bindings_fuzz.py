@@ -137,13 +137,16 @@ def test_lens_stats(data):
     n = data.draw(arrays((layers, tokens, width), data.draw(floats)))
     k = data.draw(st.sampled_from([1, 1, 1, min(2, vocab), vocab, vocab, vocab + 1, 0, -1]))
     n_model = data.draw(optional(arrays((tokens, width), data.draw(floats)), data.draw(st.booleans())))
-    labels = data.draw(optional(arrays((tokens,), data.draw(st.sampled_from([mx.int32, mx.int64, mx.uint8, mx.uint32]))), data.draw(st.booleans())))
-    results = outcome(_ext.lens_stats, n, head, k, n_model, labels, data.draw(precisions))
+    of_labels = data.draw(st.sampled_from([(tokens,), (tokens, 1), (tokens, 3), (tokens, 0)]))
+    labels = data.draw(optional(arrays(of_labels, data.draw(st.sampled_from([mx.int32, mx.int64, mx.uint8, mx.uint32]))), data.draw(st.booleans())))
+    reverse = data.draw(st.booleans())
+    results = outcome(_ext.lens_stats, n, head, k, n_model, labels, data.draw(precisions), reverse)
     if results is not None:
         rows = n.shape[:2]
         expected = [(rows, mx.float32)] * 3 + [((*rows, k), mx.int32), ((*rows, k), mx.float32)]
         expected += [(rows, mx.float32), (rows, mx.bool_)] if n_model is not None else []
-        expected += [(rows, mx.float32), (rows, mx.int32)] if labels is not None else []
+        expected += [((*rows, *labels.shape[1:]), kind) for kind in (mx.float32, mx.int32)] if labels is not None else []
+        expected += [(rows, mx.float32)] if reverse else []
         assert_arrays(results, *zip(*expected, strict=True))
         ids = np.array(results[3])
         assert ((ids >= 0) & (ids < vocab)).all()
@@ -169,6 +172,21 @@ def test_lens_target_and_lens_kl(data):
     if results is not None:
         shapes = [n.shape[:2]] + ([n.shape] if with_gradient else [])
         assert_arrays(results, shapes, [mx.float32] * len(shapes))
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.data())
+def test_lens_compare(data):
+    width, layers, tokens = (data.draw(st.sampled_from(s)) for s in ([1, 3, 33, 128], [0, 1, 2, 70], [0, 1, 3, 6]))
+    drawn, other = data.draw(heads(width)), data.draw(optional(heads(width), data.draw(st.booleans())))
+    if drawn is None:
+        return
+    layers_b = data.draw(rarely(st.sampled_from([1, layers]), st.integers(0, 3)))
+    a, b = (data.draw(arrays((count, tokens, width), data.draw(floats))) for count in (layers, layers_b))
+    lse_a, lse_b = (data.draw(arrays((count, tokens), data.draw(floats))) for count in (layers, layers_b))
+    results = outcome(_ext.lens_compare, a, drawn[0], lse_a, b, lse_b, None if other is None else other[0], data.draw(precisions))
+    if results is not None:
+        assert_arrays(results, [a.shape[:2]] * 4, [mx.float32] * 4)
 
 
 @settings(max_examples=EXAMPLES)
@@ -199,7 +217,8 @@ anything = st.one_of(
 
 @settings(max_examples=EXAMPLES)
 @given(
-    st.sampled_from(["quantized_matmul", "matmul", "Head", "lens_stats", "lens_target", "lens_kl", "translate_norm"]), st.lists(anything, max_size=12)
+    st.sampled_from(["quantized_matmul", "matmul", "Head", "lens_stats", "lens_compare", "lens_target", "lens_kl", "translate_norm"]),
+    st.lists(anything, max_size=12),
 )
 def test_arguments_that_are_anything(name, args):
     result = outcome(getattr(_ext, name), *args)

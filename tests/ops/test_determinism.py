@@ -18,7 +18,7 @@ import sys
 import mlx.core as mx, numpy as np
 from support import oracle
 from metalens import _ext, use_backend
-from metalens.ops import Norm, lens_kl, lens_stats, lens_target, translate_norm
+from metalens.ops import Norm, lens_compare, lens_kl, lens_stats, lens_target, translate_norm
 mx.set_default_device(mx.cpu)
 rng = np.random.default_rng(3)
 results = {}
@@ -29,11 +29,12 @@ with use_backend("native"):
             n = n_model + oracle.random_array(rng, layers, tokens, 64, scale=0.3)
             labels = mx.array(rng.integers(0, vocab, tokens))
             target = lens_target(n_model, head)
-            stats = vars(lens_stats(n, head, 5, n_model, labels))
+            stats = vars(lens_stats(n, head, 5, n_model, labels, reverse=True))
             kl, dn = lens_kl(n, target, head)
             found = {"target lse": target.lse, "target entropy": target.entropy, "kl": kl, "gradient": dn}
+            found |= {"compare " + k: v for k, v in vars(lens_compare(n, n_model[None], head)).items()}
             found |= {"mean": target.mean} if target.mean is not None else {}
-            found |= {"stats " + k: stats[k] for k in ("lse", "entropy", "max_probability", "top_logits", "kl", "nll")}
+            found |= {"stats " + k: stats[k] for k in ("lse", "entropy", "max_probability", "top_logits", "kl", "nll", "reverse_kl")}
             results |= {f"{vocab} {layers} {tokens} {name} {k}": oracle.wide(v) for k, v in found.items()}
     for kind in ("rms", "layer", "none"):
         h, w, b = (oracle.random_array(rng, *shape) for shape in ((70, 33), (33, 33), (33,)))
@@ -88,7 +89,7 @@ def test_two_runs_give_the_same_bits(rng, native, settings, tokens):
     weight, bias, norm = oracle.random_array(rng, 32, 32), oracle.random_array(rng, 32), Norm(None, "rms", None, None, 1e-5)
 
     def run():
-        target, stats = lens_target(n_model, head), lens_stats(n, head, 5, n_model, labels)
+        target, stats = lens_target(n_model, head), lens_stats(n, head, 5, n_model, labels, reverse=True)
         values = [*lens_kl(n, target, head), target.lse, target.entropy, *vars(stats).values(), translate_norm(n, weight, bias, norm)]
         return [np.array(v).tobytes() for v in values]
 

@@ -25,6 +25,7 @@ BACKENDS = {
     "lens_stats": {"reference", "native", "metal"},
     "lens_target": {"reference", "native", "metal"},
     "lens_kl": {"reference", "native", "metal"},
+    "lens_compare": {"reference", "native"},
 }
 
 ROWS, HALF, INTEGERS = mx.ones((3, 64)), mx.ones((3, 64), dtype=mx.float16), mx.ones((3, 64), dtype=mx.int32)
@@ -57,6 +58,7 @@ SUPPORTED = {
     "normed": [(ROWS, RMS)],
     "translate_norm": [(ROWS, EYE, ZERO, RMS)],
     "lens_stats": [(ROWS[None], Head(DENSE), 2, ROWS, None), (ROWS[None], Head(QUANTIZED), 1, None, mx.arange(3))],
+    "lens_compare": [(ROWS[None], ROWS[None], Head(DENSE), None), (ROWS[None], ROWS[None], Head(DENSE), Head(QUANTIZED))],
     "lens_target": [(ROWS, Head(QUANTIZED))],
     "lens_kl": [(ROWS[None], TARGET, Head(DENSE))],
 }
@@ -99,6 +101,10 @@ UNSUPPORTED = [
     ("lens_stats", "native", (ROWS[None], Head(TWO_TYPES), 1, None, None), "one float type"),
     ("lens_stats", "metal", (ROWS[None], Head(TWO_TYPES), 1, None, None), "one float type"),
     ("lens_stats", "metal", (ROWS[None], WIDE, 33, None, None), "at most 32 tokens"),
+    ("lens_stats", "metal", (ROWS[None], Head(DENSE), 1, ROWS, None, True), "no reverse KL"),
+    ("lens_stats", "metal", (ROWS[None], Head(DENSE), 1, None, mx.zeros((3, 2), mx.int32)), "one label for each token"),
+    ("lens_compare", "native", (ROWS[None], ROWS[None], Head(TWO_TYPES), None), "one float type"),
+    ("lens_compare", "native", (ROWS[None], ROWS[None], Head(DENSE), Head(TWO_TYPES)), "one float type"),
     ("lens_target", "native", (ROWS, Head(TWO_TYPES)), "one float type"),
     ("lens_target", "metal", (ROWS, Head(TWO_TYPES)), "one float type"),
     ("lens_target", "metal", (ROWS[:0], Head(DENSE)), "no rows"),

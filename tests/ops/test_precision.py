@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metalens import _ext, use_backend, use_precision
-from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, linear, precision, translate_norm
+from metalens.ops import Head, Norm, Weight, lens_compare, lens_kl, lens_stats, lens_target, linear, precision, translate_norm
 from support import oracle
 
 # Operands of 8 significant bits are off by up to 2^-9, in the mean by a third of that; a sum of many by less, relative to the size of its terms.
@@ -84,7 +84,7 @@ def test_precision_and_backend_are_chosen_apart(rng):
     assert mx.array_equal(ours, mx.quantized_matmul(x, w.values, w.scales, w.biases, True, 32, 4))  # which ignores the precision
 
 
-OPERATIONS = ("matmul", "quantized_matmul", "lens_stats", "lens_target", "lens_kl", "translate_norm")
+OPERATIONS = ("matmul", "quantized_matmul", "lens_stats", "lens_target", "lens_kl", "lens_compare", "translate_norm")
 
 
 # The extension spells bfloat16 "bf16".
@@ -93,7 +93,11 @@ def test_every_operation_is_told(rng, native, monkeypatch, name, spelled):
     told = {}
 
     def spy_on(operation, kept):
-        monkeypatch.setattr(_ext, operation, lambda *args: (told.setdefault(operation, args[-1]), kept(*args))[1])
+        monkeypatch.setattr(_ext, operation, lambda *args: (told.setdefault(operation, precision_in(args)), kept(*args))[1])
+
+    def precision_in(arguments):
+        (found,) = (argument for argument in arguments if isinstance(argument, str) and argument in ("float32", "bf16"))
+        return found
 
     for operation in OPERATIONS:
         spy_on(operation, getattr(_ext, operation))
@@ -102,6 +106,7 @@ def test_every_operation_is_told(rng, native, monkeypatch, name, spelled):
         n = translate_norm(n_model[None], mx.eye(32), mx.zeros(32), norm)
         lens_stats(n, head)
         lens_kl(n, lens_target(n_model, head), head)
+        lens_compare(n, n, head)
         linear(n, head.weight)
         linear(n, Weight(mx.eye(32)))
     assert told == dict.fromkeys(OPERATIONS, spelled)

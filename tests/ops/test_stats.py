@@ -128,7 +128,7 @@ def test_what_else_is_asked_for_changes_nothing(rng, asked):
     head, (n, n_model, labels) = oracle.make_head(rng, V, D), make_input(rng)
     whole = lens_stats(n, head, 2, n_model, labels)
     part = lens_stats(n, head, 2, **{name: value for name, value in (("n_model", n_model), ("labels", labels)) if name in asked})
-    for name, ours in vars(part).items():
+    for name, ours in oracle.present(part).items():
         if ours is not None:
             np.testing.assert_allclose(oracle.wide(ours), oracle.wide(getattr(whole, name)), atol=ABSOLUTE, err_msg=name)
 
@@ -159,17 +159,18 @@ def test_equal_logits_are_ordered_by_id():
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-def test_equal_rows_of_the_head_give_equal_logits(rng, rows):
+def test_equal_rows_of_the_head_give_equal_logits(rng, rows, each_backend):
     # The block, panel, vector or thread of a row must not matter: else ids are out of order, and a rank counts tokens that are only equally likely.
     places = [0, 1, 7, 8, 100, 255, 256, 300, 511, 512, 777, 1001]
     u = oracle.random_array(rng, 1003, 96, scale=0.02)
     u[mx.array(places)] = 3 * oracle.random_array(rng, 1, 96)
     n = oracle.random_array(rng, 1, rows, 96)
+    labels = places[::5] if each_backend == "metal-emulated" else places  # the emulation takes seconds for each
     for weight in (Weight(u), Weight(*mx.quantize(u, 32, 4), 32, 4), Weight(*mx.quantize(u, mode="mxfp8"), None, 32, 8, "mxfp8")):
         for settings in oracle.HEADS.values():
             head = Head(weight, **{name: value for name, value in settings.items() if name not in ("bias", "padding", "offset")})
             z = oracle.head_logits(oracle.wide(n), head)[..., places[0]]
-            stats = [lens_stats(n, head, len(places), n[0], mx.full((rows,), label)) for label in places]
+            stats = [lens_stats(n, head, len(places), n[0], mx.full((rows,), label)) for label in labels]
             first = stats[0]
             for ours in stats[1:]:
                 assert mx.array_equal(ours.rank, first.rank)
@@ -235,17 +236,17 @@ def test_padding_rows_are_never_named_and_weigh_nothing(rng):
     assert_expected(stats, n, head, 260, n_model, labels)
     assert mx.max(stats.top_ids).item() == 259
     rest = lens_stats(n, Head(Weight(u[:260])), 260, n_model, labels)
-    for name, ours in vars(stats).items():
+    for name, ours in oracle.present(stats).items():
         np.testing.assert_allclose(oracle.wide(ours), oracle.wide(getattr(rest, name)), atol=ABSOLUTE, err_msg=name)
 
 
 @pytest.mark.parametrize("budget", [1, 4 * V * L * 2, 4 * V * L * N - 1])
 def test_chunks_change_nothing(rng, monkeypatch, budget):
     head, (n, n_model, labels) = oracle.make_head(rng, V, D, bias=True), make_input(rng)
-    whole = vars(lens_stats(n, head, 5, n_model, labels))
+    whole = oracle.present(lens_stats(n, head, 5, n_model, labels))
     monkeypatch.setitem(chunks.LOGITS_BYTES, mx.DeviceType.cpu, budget)
     assert chunks.tokens_per_chunk(L, V) < N
-    for name, ours in vars(lens_stats(n, head, 5, n_model, labels)).items():
+    for name, ours in oracle.present(lens_stats(n, head, 5, n_model, labels)).items():
         np.testing.assert_allclose(oracle.wide(ours), oracle.wide(whole[name]), atol=2e-6, err_msg=name)
 
 
@@ -259,9 +260,9 @@ def test_rows_of_16_bits_give_statistics_of_32(rng, dtype):
 def test_no_layers(rng):
     head, (_, n_model, labels) = oracle.make_head(rng, V, D), make_input(rng)
     stats = lens_stats(mx.zeros((0, N, D)), head, 2, n_model, labels)
-    mx.eval(*vars(stats).values())
-    assert {name: value.shape for name, value in vars(stats).items()} == {
-        name: (0, N, 2) if name.startswith("top") else (0, N) for name in vars(stats)
+    mx.eval(*oracle.present(stats).values())
+    assert {name: value.shape for name, value in oracle.present(stats).items()} == {
+        name: (0, N, 2) if name.startswith("top") else (0, N) for name in oracle.present(stats)
     }
 
 

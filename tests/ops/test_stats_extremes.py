@@ -102,9 +102,9 @@ def test_logits_beyond_the_range_of_exp_in_either_direction():
 
 def clean_and_spoiled(rng, head, spoil):
     n, n_model, labels = make_input(rng)
-    clean = vars(lens_stats(n, head, 3, n_model, labels))
+    clean = oracle.present(lens_stats(n, head, 3, n_model, labels))
     spoil(n, n_model)
-    return clean, vars(lens_stats(n, head, 3, n_model, labels))
+    return clean, oracle.present(lens_stats(n, head, 3, n_model, labels))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF, -INF], ids=str)

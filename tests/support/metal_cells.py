@@ -149,51 +149,57 @@ def _plain_logits(rows: mx.array, head: Head) -> mx.array:
     return z if head.offset is None else z + head.offset
 
 
-def _stats(cell: Cell) -> Errors:
+def _stats(cell: Cell) -> Callable[[], Errors]:
     rng, shape, depth = _setting(cell)
     head = _head(rng, cell, shape, depth)
     dtype, k = TYPES[cell.dtype], min(5, shape.vocab)
     n_model = oracle.random_array(rng, shape.tokens, depth, dtype=dtype)
     n = (n_model[None].astype(mx.float32) + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)).astype(dtype)
     labels = mx.array(rng.integers(0, shape.vocab, shape.tokens))
+    with use_precision(PRECISION[cell.dtype]):
+        ours = lens_stats(n, head, k, n_model, labels)
 
     def values(stats) -> list[mx.array]:
         return [stats.lse, stats.entropy, stats.max_probability, stats.top_logits, stats.kl, stats.nll]
 
-    z, z_model = oracle.head_logits(oracle.wide(n), head), oracle.head_logits(oracle.wide(n_model), head)
-    order = np.argsort(-z, axis=-1, kind="stable")[..., :k]
-    top = np.take_along_axis(z, order, axis=-1)
-    log_q = oracle.log_softmax(z)
-    lse = z[..., 0] - log_q[..., 0]
-    of_label = np.take_along_axis(z, np.array(labels)[None, :, None].repeat(shape.layers, 0), axis=-1)[..., 0]
-    expected = [lse, oracle.entropy(z), np.exp(top[..., 0] - lse), top, oracle.kl(z_model[None], z), lse - of_label]
-    with use_precision(PRECISION[cell.dtype]):
-        ours = lens_stats(n, head, k, n_model, labels)
-    if cell.dtype != "float16":  # rounded operands may swap two ids with nearly equal logits
-        np.testing.assert_array_equal(np.array(ours.top_ids), order)
-        np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z > of_label[..., None], axis=-1))
-        np.testing.assert_array_equal(np.array(ours.agrees), z.argmax(-1) == z_model.argmax(-1))
-    of_plain = logits_stats(_plain_logits(n, head), k, _plain_logits(n_model, head), labels)
-    return Errors(_worst(values(ours), expected), _worst(values(of_plain), expected), EPSILON[cell.dtype])
+    def compare() -> Errors:
+        z, z_model = oracle.head_logits(oracle.wide(n), head), oracle.head_logits(oracle.wide(n_model), head)
+        order = np.argsort(-z, axis=-1, kind="stable")[..., :k]
+        top = np.take_along_axis(z, order, axis=-1)
+        log_q = oracle.log_softmax(z)
+        lse = z[..., 0] - log_q[..., 0]
+        of_label = np.take_along_axis(z, np.array(labels)[None, :, None].repeat(shape.layers, 0), axis=-1)[..., 0]
+        expected = [lse, oracle.entropy(z), np.exp(top[..., 0] - lse), top, oracle.kl(z_model[None], z), lse - of_label]
+        if cell.dtype != "float16":  # rounded operands may swap two ids with nearly equal logits
+            np.testing.assert_array_equal(np.array(ours.top_ids), order)
+            np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z > of_label[..., None], axis=-1))
+            np.testing.assert_array_equal(np.array(ours.agrees), z.argmax(-1) == z_model.argmax(-1))
+        of_plain = logits_stats(_plain_logits(n, head), k, _plain_logits(n_model, head), labels)
+        return Errors(_worst(values(ours), expected), _worst(values(of_plain), expected), EPSILON[cell.dtype])
+
+    return compare
 
 
-def _linear(cell: Cell) -> Errors:
+def _linear(cell: Cell) -> Callable[[], Errors]:
     rng, shape, depth = _setting(cell)
     w = _weight(rng, cell, shape.vocab, depth)
     x = oracle.random_array(rng, shape.layers * shape.tokens, depth, dtype=TYPES[cell.dtype])
     bias = oracle.random_array(rng, shape.vocab)
     ours = metal_matmul.linear(x, w, bias, 0.5, rounded=cell.dtype == "float16")
-    expected = (oracle.product(x, w) + oracle.wide(bias)) * 0.5
-    plain = (_plain_product(x, w) + bias.astype(x.dtype)) * 0.5
-    return Errors(_worst([ours], [expected]), _worst([plain], [expected]), EPSILON[cell.dtype])
+
+    def compare() -> Errors:
+        expected = (oracle.product(x, w) + oracle.wide(bias)) * 0.5
+        plain = (_plain_product(x, w) + bias.astype(x.dtype)) * 0.5
+        return Errors(_worst([ours], [expected]), _worst([plain], [expected]), EPSILON[cell.dtype])
+
+    return compare
 
 
-def _kl(cell: Cell) -> Errors:
+def _kl(cell: Cell) -> Callable[[], Errors]:
     rng, shape, depth = _setting(cell)
     head = _head(rng, cell, shape, depth)
     n_model = oracle.random_array(rng, shape.tokens, depth)
     n = n_model[None] + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)
-    expected = list(oracle.lens_kl(n, n_model, head))
     with use_precision(PRECISION[cell.dtype]):
         ours = list(lens_kl(n, lens_target(n_model, head), head))
     dtype = TYPES[cell.dtype]
@@ -206,11 +212,15 @@ def _kl(cell: Cell) -> Errors:
         log_p = log_probabilities(n_model)
         return mx.sum(mx.exp(log_p) * (log_p - log_probabilities(n)), axis=-1)
 
-    plain = [loss(n), mx.grad(lambda n: mx.sum(loss(n)))(n)]
-    return Errors(_worst(ours, expected), _worst(plain, expected), EPSILON[cell.dtype])
+    def compare() -> Errors:
+        expected = list(oracle.lens_kl(n, n_model, head))
+        plain = [loss(n), mx.grad(lambda n: mx.sum(loss(n)))(n)]
+        return Errors(_worst(ours, expected), _worst(plain, expected), EPSILON[cell.dtype])
+
+    return compare
 
 
-def _translate(cell: Cell) -> Errors:
+def _translate(cell: Cell) -> Callable[[], Errors]:
     rng, shape, _ = _setting(cell)
     depth, dtype = {"tiles": 64, "primes": 61, "one": 1, "few": 16}[cell.shape], TYPES[cell.dtype]
     kind = cell.kernel.removeprefix("translate_norm_")
@@ -222,26 +232,34 @@ def _translate(cell: Cell) -> Errors:
     cotangent = oracle.random_array(rng, *h.shape)
     outputs, gradients = mx.vjp(lambda h, w, b: translate_norm(h, w, b, norm), [h, w, b], [cotangent])
 
-    y = oracle.wide(h) @ oracle.wide(w).T + oracle.wide(b)
-    center = y.mean(-1, keepdims=True) if kind == "layer" else 0.0
-    r = 1 / np.sqrt(((y - center) ** 2).mean(-1, keepdims=True) + eps)
-    x = (y - center) * r
-    v = oracle.wide(cotangent) * oracle.wide(gain)
-    dy = r * (v - (v.mean(-1, keepdims=True) if kind == "layer" else 0.0) - x * (x * v).mean(-1, keepdims=True))
-    expected = [x * oracle.wide(gain) + (oracle.wide(shift) if kind == "layer" else 0.0), dy @ oracle.wide(w), dy.T @ oracle.wide(h), dy.sum(0)]
-
     def plain(h: mx.array, w: mx.array, b: mx.array) -> mx.array:
         y = (h.astype(dtype) @ w.T + b).astype(mx.float32)
         return mx.fast.rms_norm(y, gain, eps) if kind == "rms" else mx.fast.layer_norm(y, gain, shift, eps)
 
-    of_plain, plain_gradients = mx.vjp(plain, [h, w, b], [cotangent])
-    rounding = {"float32": 0.0, "float16": 5e-4, "bfloat16": 4e-3}[cell.dtype]  # rounding of the gradients, which have their parameters' type
-    return Errors(_worst([*outputs, *gradients], expected), _worst([*of_plain, *plain_gradients], expected), 2e-5 + rounding)
+    def compare() -> Errors:
+        y = oracle.wide(h) @ oracle.wide(w).T + oracle.wide(b)
+        center = y.mean(-1, keepdims=True) if kind == "layer" else 0.0
+        r = 1 / np.sqrt(((y - center) ** 2).mean(-1, keepdims=True) + eps)
+        x = (y - center) * r
+        v = oracle.wide(cotangent) * oracle.wide(gain)
+        dy = r * (v - (v.mean(-1, keepdims=True) if kind == "layer" else 0.0) - x * (x * v).mean(-1, keepdims=True))
+        expected = [x * oracle.wide(gain) + (oracle.wide(shift) if kind == "layer" else 0.0), dy @ oracle.wide(w), dy.T @ oracle.wide(h), dy.sum(0)]
+
+        of_plain, plain_gradients = mx.vjp(plain, [h, w, b], [cotangent])
+        rounding = {"float32": 0.0, "float16": 5e-4, "bfloat16": 4e-3}[cell.dtype]  # rounding of the gradients, which have their parameters' type
+        return Errors(_worst([*outputs, *gradients], expected), _worst([*of_plain, *plain_gradients], expected), 2e-5 + rounding)
+
+    return compare
 
 
-_RUN: dict[str, Callable[[Cell], Errors]] = {"lens_stats": _stats, "lens_stats_vector": _stats, "linear": _linear, "lens_kl": _kl}
+_RUN: dict[str, Callable[[Cell], Callable[[], Errors]]] = {"lens_stats": _stats, "lens_stats_vector": _stats, "linear": _linear, "lens_kl": _kl}
+
+
+def launch(cell: Cell) -> Callable[[], Errors]:
+    """Compute the cell on the backend in use. The function that is returned compares the results and returns their errors."""
+    return _RUN.get(cell.kernel.removesuffix(WITH_OFFSET), _translate)(cell)
 
 
 def run(cell: Cell) -> Errors:
     """Compute the cell on the backend in use and return its errors."""
-    return _RUN.get(cell.kernel.removesuffix(WITH_OFFSET), _translate)(cell)
+    return launch(cell)()

@@ -12,8 +12,8 @@ from metalens import use_backend
 from metalens.ops.metal import kernel, tuning
 
 # An M1 Pro and an M3 Max, under MLX's names: GPUs with tiles of 32 and of 64 rows.
-M1 = tuning.Device("applegpu_g13s", 8 * 2**30)
-M3 = tuning.Device("applegpu_g15c", 24 * 2**30)
+M1 = tuning.Device("applegpu_g13s", 8 * 2**30, 16)
+M3 = tuning.Device("applegpu_g15s", 24 * 2**30, 40)
 
 needs_clang = pytest.mark.skipif(mslcpu.unavailable() is not None, reason=f"Metal kernels can't be emulated here: {mslcpu.unavailable()}")
 

@@ -149,6 +149,11 @@ def log_softmax(z):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def present(stats):
+    """Return the arrays of a LensStats that were asked for, by name."""
+    return {name: array for name, array in vars(stats).items() if array is not None}
+
+
 def softmax(z):
     """Return the softmax over the last axis."""
     return np.exp(log_softmax(z))

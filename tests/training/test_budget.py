@@ -72,6 +72,16 @@ def test_the_guard_comes_out_of_the_budget():
     assert budgeted("ridge", 9000).total_tokens == 9000
 
 
+def test_the_warm_start_has_at_most_16_tokens_for_each_dimension():
+    """A narrow model has steps for the rest. Without the model, and for wide ones, a third or the recipe's own number is less."""
+    narrow = resolve("fast", None, {"tokens": 43_008}, 512, 256)[1]
+    assert (narrow.warm_start_tokens, narrow.num_steps, narrow.tokens_per_step) == (4096, 300, 128)
+    assert resolve("fast", None, {"tokens": 43_008}, 512, 4096)[1] == budgeted("fast", 43_008)
+    assert resolve("fast", None, {"tokens": 9000}, 512, 256)[1] == budgeted("fast", 9000)
+    assert resolve("fast", None, {"tokens": 43_008, "warm_start_tokens": 8000}, 512, 256)[1].warm_start_tokens == 8000
+    assert resolve("ridge", None, {"tokens": 43_008}, 512, 256)[1].warm_start_tokens == 43_008
+
+
 def test_what_is_given_stays():
     assert budgeted("fast", 9000, num_steps=10).num_steps == 10
     assert budgeted("fast", 9000, tokens_per_step=300).tokens_per_step == 300
@@ -85,6 +95,17 @@ def test_what_is_given_stays():
 def test_the_closed_form_takes_all():
     found = budgeted("fast", 9000, num_steps=0)
     assert (found.num_steps, found.warm_start_tokens) == (0, 9000)
+
+
+@pytest.mark.parametrize("tokens", [10, 11, 19, 64, 127, 128, 511, 513, 700, 9000, 9001])
+@pytest.mark.parametrize("settings", [{}, {"max_seq_len": 10}, {"tokens_per_step": 64}, {"warm_start_tokens": 100}], ids=str)
+def test_the_closed_form_reads_no_more_than_its_budget(tokens, settings):
+    """A budget of 64 tokens read a whole sequence of 512."""
+    found = budgeted("ridge", tokens, **settings)
+    read = Sampler(Corpus.from_ids(np.zeros(20_000, np.int32)), found.max_seq_len).take_step(found.warm_start_tokens).tokens
+    wanted = min(tokens, settings.get("warm_start_tokens", tokens))
+    assert wanted - found.max_seq_len < found.warm_start_tokens <= read <= tokens
+    assert found.warm_start_tokens > 0.5 * wanted
 
 
 def test_in_a_file_of_settings(tmp_path):

@@ -22,6 +22,7 @@ from metalens.training import (
 )
 from metalens.training.batching import BatchedCapture
 from metalens.training.guard import BestStates, Guard, GuardWarning, check_every, held_back_kl
+from metalens.training.optimizer import LensOptimizer
 
 LENGTH = 16
 SETTINGS = {"num_steps": 12, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH, "seed": 1, "repeat": True, "guard_tokens": 64}
@@ -113,11 +114,27 @@ def test_what_does_not_rise_is_left_alone(tiny, ids):
 def test_a_layer_that_rises_goes_back_and_learns_with_half_the_rate(tiny, ids, monkeypatch):
     """Checked after every step, at a rate that is too high until it was halved a few times."""
     monkeypatch.setattr("metalens.training.guard.TOKENS_PER_CHECKED", 1)
-    seen = []
+    seen, best, went_back = [], {}, []
+    worse, update = BestStates.worse, LensOptimizer.update
+
+    def note_risen(self, found, parameters):
+        risen = worse(self, found, parameters)
+        best.update({layer: self.parameters[layer]["weight"] for layer in risen})
+        return risen
+
+    def note_start(self, layer, parameters, *rest):
+        if layer in best:
+            went_back.append(mx.array_equal(parameters["weight"], best.pop(layer)))
+        return update(self, layer, parameters, *rest)
+
+    monkeypatch.setattr(BestStates, "worse", note_risen)
+    monkeypatch.setattr(LensOptimizer, "update", note_start)
     config = config_of("muon", learning_rate=3.0, schedule="constant", layer_rates="equal", num_steps=30)
     with pytest.warns(GuardWarning) as warned:
         train_loop(tiny.source, tiny.unembed, mx.array(ids), config, callbacks=[seen.append])
     assert 2 < len(warned) < 30
+    assert len(went_back) > 2
+    assert all(went_back)
     assert seen[-1].losses[0] < 1.3 * seen[0].losses[0] < max(p.losses[0] for p in seen)
 
 

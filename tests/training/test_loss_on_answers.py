@@ -313,9 +313,9 @@ def test_minutes_pay_for_the_tokens_between(model, monkeypatch):
     """The model reads all tokens: of answers that are a tenth of a text, fewer fit into the same time."""
     from metalens.training.distributed import Group
     from metalens.training.settle import Wishes
-    from metalens.training.speed import Speed
+    from support.machines import machine
 
-    monkeypatch.setattr("metalens.training.settle.measured_speed", lambda _: Speed(1e-9, 1e-9, 1e8, 1e12))
+    monkeypatch.setattr("metalens.training.settle.measured_speed", lambda _: machine(1e-9, 1e8, 1e12))
     wishes = Wishes("ridge", None, {"loss_on": "answers"}, 1.0)
     whole, tenth = (_budget_of_minutes(wishes, model, Group(), None, share)["tokens"] for share in (1.0, 0.1))
     assert whole / tenth == pytest.approx(10, rel=0.1)

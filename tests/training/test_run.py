@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from metalens import InterpretableModel, TunedLens
+from metalens import InterpretableModel, TunedLens, plan
 from metalens.lenses.provenance import provenance_of
 from metalens.models.bundled import HELD_OUT_TEXT, MODEL
+from metalens.models.facts import facts_of_model
 from metalens.training import (
     Callback,
     CheckpointFolder,
@@ -185,6 +186,17 @@ def test_the_closed_form_by_name(model, file, tmp_path):
     expected = train(model, file, recipe="fast", num_steps=0, max_seq_len=32, warm_start_tokens=error.value.changes[0]["tokens"])
     assert bits(lens) == bits(expected)
     assert not mx.array_equal(lens.translators[0].weight, mx.eye(lens.translators[0].weight.shape[0]))
+
+
+def test_a_budget_knows_the_width_of_the_model(make_llama, monkeypatch):
+    """Training divides it as `plan` does, which knows the model's facts only."""
+    narrow = InterpretableModel(make_llama(hidden=64))
+    monkeypatch.setattr("metalens.training.budget.WARM_PER_DIMENSION", 2)
+    settings = {"tokens": 2048, "max_seq_len": 32}
+    trained = train(narrow, [i % 131 for i in range(3000)], **settings).provenance["training"]
+    assert trained["warm_start_tokens"] == 2 * 64 < 2048 // 3
+    planned = plan(facts_of_model(narrow), **settings).config
+    assert (planned.warm_start_tokens, planned.num_steps) == (trained["warm_start_tokens"], trained["num_steps"])
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -309,6 +309,9 @@ def test_nul_characters_are_no_text(tmp_path, content):
 def test_an_error_of_the_system_names_the_file():
     with pytest.raises(OSError, match="/proc/self/mem"):
         texts("/proc/self/mem")
+    (source,) = find_sources(["/proc/self/mem"])
+    with pytest.raises(OSError, match="/proc/self/mem"):  # while its content is hashed
+        source.identity()
 
 
 @pytest.mark.parametrize("damage", ["page", "not UTF-8"])

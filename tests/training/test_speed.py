@@ -1,7 +1,7 @@
 """The time of a run: counted work at a measured speed. No test measures a time."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,36 +10,48 @@ from metalens import InterpretableModel, plan
 from metalens.models.bundled import MODEL
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of, facts_of_model
 from metalens.ops import head_logits, lens_kl
-from metalens.training import TrainingConfig, TrainingInterruptedError, speed, train
+from metalens.training import TrainingConfig, TrainingInterruptedError, speed_probe, train
+from metalens.training.guard import check_every
 from metalens.training.settings import resolve
-from metalens.training.speed import FORWARD_OVERHEAD, SOLVE_FLOPS, SUMS_OVERHEAD, Duration, Speed, budget_in, measured_speed, seconds_of
-from metalens.training.work import update_flops
+from metalens.training.speed import START, START_PER_TOKENIZER_BYTE, START_PER_WEIGHT_BYTE, Duration, Speed, budget_in, seconds_of
+from metalens.training.speed_probe import measured_speed
+from metalens.training.work import iteration_flops, update_flops
 from metalens.utils.errors import InvalidValueError
+from support.machines import machine
 
 FACTS = ModelFacts(ModelDimensions(4, 100, 1000, 4, 0, 10**6), 2 * 10**8, True, 200, 2, None, 6 * 10**6)
-GIVEN = Speed(target=1e-6, kl=2e-6, forward=1e9, product=1e8)
+GIVEN = machine()
+UNLIKE = machine(beside=1e-4, sums=3e7, solution=5e7, iteration=2e7, sampled_kl=5e-6, check=3e-6)
 
 
 def test_time_by_hand():
     config = TrainingConfig(num_steps=10, max_seq_len=10, tokens_per_step=50, optimizer="muon", warm_start_tokens=300, layers=(0, 1))
-    found = seconds_of(FACTS, config, GIVEN)
-    forward = FORWARD_OVERHEAD * 2e6 / 1e9
-    token = forward + 1000 * 2e-6 + 2 * (1000 * 2e-6 + 6 * 100**2 / 1e8)
-    assert found.start == pytest.approx(3 + 1 + 1)
-    assert found.warm_start == pytest.approx(300 * (forward + SUMS_OVERHEAD * 2 * (3 * 100**2 + 7 * 100) / 1e8) + 2 * SOLVE_FLOPS * 100**3 / 1e8)
-    assert found.steps == pytest.approx(10 * (50 * token + 2 * update_flops(100, config) / 1e8))
+    found = seconds_of(FACTS, config, UNLIKE)
+    forward = 2e6 / 1e9 + 4 * 1e-4
+    token = forward + 1000 * 1e-6 + 2 * (1000 * 2e-6 + 6 * 100**2 / 1e8)
+    iterations = iteration_flops(100, config)
+    update = iterations / 2e7 + (update_flops(100, config) - iterations) / 1e8
+    assert found.start == pytest.approx(0.01 * (START + 6e6 * START_PER_TOKENIZER_BYTE + 2e8 * START_PER_WEIGHT_BYTE))
+    assert found.warm_start == pytest.approx(300 * (forward + 2 * (3 * 100**2 + 7 * 100) / 3e7) + 2 * 100**3 / 5e7)
+    assert found.steps == pytest.approx(10 * (50 * token + 2 * update))
     assert found.total == found.start + found.warm_start + found.steps
-    two = seconds_of(FACTS, config, GIVEN, passes=2)
-    assert two.steps == pytest.approx(found.steps + 500 * (forward + 1000 * 2e-6))
-    assert seconds_of(FACTS, config, GIVEN, processes=2).steps < found.steps
+    two = seconds_of(FACTS, config, UNLIKE, passes=2)
+    assert two.steps == pytest.approx(found.steps + 500 * (forward + 1000 * 1e-6))
+    assert seconds_of(FACTS, config, UNLIKE, processes=2).steps < found.steps
 
 
 def test_time_with_a_sampled_vocabulary_by_hand():
-    """The lens's rows meet 200 of 1,000 ids; the model's own meet all of them once, and those 200 twice."""
+    """The lens's rows meet 200 of 1,000 ids; the model's own meet all of them once, and those 200 too. The guard's rows meet all."""
     config = TrainingConfig(num_steps=10, max_seq_len=10, tokens_per_step=50, optimizer="muon", layers=(0, 1), vocabulary=200)
-    token = FORWARD_OVERHEAD * 2e6 / 1e9 + 1000 * 1e-6 + 200 * 2e-6 + 2 * (200 * 2e-6 + 6 * 100**2 / 1e8)
-    assert seconds_of(FACTS, config, GIVEN).steps == pytest.approx(10 * (50 * token + 2 * update_flops(100, config) / 1e8))
-    as_large, full = (seconds_of(FACTS, replace(config, vocabulary=v), GIVEN) for v in (1000, "full"))
+    forward = 2e6 / 1e9 + 4 * 1e-4
+    token = forward + 1200 * 1e-6 + 2 * (200 * 5e-6 + 6 * 100**2 / 1e8)
+    iterations = iteration_flops(100, config)
+    steps = 10 * (50 * token + 2 * (iterations / 2e7 + (update_flops(100, config) - iterations) / 1e8))
+    assert seconds_of(FACTS, config, UNLIKE).steps == pytest.approx(steps)
+    guarded = replace(config, guard_tokens=30)
+    checks = 30 * (1 + 10 // check_every(guarded, 30))
+    assert seconds_of(FACTS, guarded, UNLIKE).steps == pytest.approx(steps + checks * (forward + 2 * 1000 * 3e-6))
+    as_large, full = (seconds_of(FACTS, replace(config, vocabulary=v), UNLIKE) for v in (1000, "full"))
     assert as_large == full
 
 
@@ -71,15 +83,15 @@ def test_a_budget_in_time_holds_a_sequence_of_the_length_that_is_asked_for():
 
 def test_the_probe_is_made_once_for_each_model(monkeypatch):
     facts, probes = facts_of(str(MODEL)), []
-    speed._measured.cache_clear()
-    monkeypatch.setattr(speed, "_seconds", lambda compute: probes.append(compute()) or 0.5)
+    speed_probe._measured.cache_clear()
+    monkeypatch.setattr(speed_probe, "_seconds", lambda compute: probes.append(compute()) or 0.5)
     try:
         first = measured_speed(facts)
         assert measured_speed(facts) is first
-        assert len(probes) == 4
+        assert len(probes) == len(fields(Speed))
         assert min(vars(first).values()) > 0
     finally:
-        speed._measured.cache_clear()
+        speed_probe._measured.cache_clear()
 
 
 def test_facts_of_a_model_without_a_folder(make_llama):
@@ -96,7 +108,7 @@ def test_facts_of_a_model_without_a_folder(make_llama):
 @pytest.fixture
 def known(monkeypatch):
     """A machine of a known speed."""
-    for module in ("metalens.training.settle", "metalens.estimate.memory"):
+    for module in ("metalens.training.settle", "metalens.estimate.run_time"):
         monkeypatch.setattr(f"{module}.measured_speed", lambda _: GIVEN)
 
 
@@ -109,7 +121,7 @@ def test_minutes_become_tokens_and_a_resumed_run_keeps_them(tmp_path, monkeypatc
         train(model, ids, **options, callbacks=[seen.append], stop=lambda: len(seen) == 1)
     record = json.loads((max((tmp_path / "lens.checkpoints").glob("step-*")) / "state.json").read_text())["config"]
     assert 100 < record["warm_start_tokens"] + 4 * record["tokens_per_step"] < 3000
-    monkeypatch.setattr("metalens.training.settle.measured_speed", lambda _: Speed(1e-7, 2e-7, 1e10, 1e9))
+    monkeypatch.setattr("metalens.training.settle.measured_speed", lambda _: machine(2e-7, 1e10, 1e9))
     lens = train(model, ids, **options, resume=True)
     assert {name: lens.provenance["training"][name] for name in ("num_steps", "tokens_per_step")} == {
         name: record[name] for name in ("num_steps", "tokens_per_step")
@@ -157,10 +169,10 @@ def test_the_probe_s_logits_are_spread_as_a_model_s_are(monkeypatch, hidden_size
         seen.append((rows, head))
         return lens_kl(rows, target, head)
 
-    monkeypatch.setattr(speed, "lens_kl", recording)
-    monkeypatch.setattr(speed, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(speed_probe, "lens_kl", recording)
+    monkeypatch.setattr(speed_probe, "SECONDS", 0.0)
     dimensions = ModelDimensions(4, hidden_size, 1000, bits or 32, 32 if bits else 0, 10**6)
     facts = replace(FACTS, dimensions=dimensions, block_bits=bits or 32, block_group_size=32 if bits else 0)
-    assert speed.measured_speed(facts).kl > 0
+    assert measured_speed(facts).kl > 0
     rows, head = seen[0]
     assert 1.0 < np.std(np.array(head_logits(rows[0], head))) < 4.0

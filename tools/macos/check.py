@@ -5,8 +5,8 @@
 
 The Python that runs it must have the mlx and nanobind of pyproject.toml, as .venv has. All other parts are fetched once into --cache: zig, whose
 clang has macOS's C headers and libc++, and MLX's wheels for macOS. CMake then builds the extension with them: with the Metal launcher, with the
-kernels for Arm, and with warnings as errors. The symbols of Python and Objective-C come from lists of names, those of MLX from its own
-libmlx.dylib, and none may be missing. A stand-in takes the role of the Metal compiler (xcrun.py).
+kernels for Arm, and with warnings as errors. The symbols of Python, Objective-C and two frameworks come from lists of names, those of MLX from its
+own libmlx.dylib, and none may be missing. A stand-in takes the role of the Metal compiler (xcrun.py).
 
 The result is not for use: nothing runs it, it loads a libpython that no Mac has, and it contains zig's libc++. Metal's own compiler does not read
 the kernels here.
@@ -41,6 +41,15 @@ RPATH = "@loader_path/../mlx/lib"
 
 # The symbols of /usr/lib/libobjc.A.dylib that metal-cpp calls.
 OBJC = ["objc_msgSend", "objc_getClass", "objc_lookUpClass", "objc_getProtocol", "objc_retain", "objc_release", "sel_registerName"]
+
+# Symbols of the frameworks that the launcher calls.
+FRAMEWORKS = {
+    "IOKit": ["kIOMainPortDefault", "IOServiceMatching", "IOServiceGetMatchingService", "IORegistryEntryCreateCFProperty", "IOObjectRelease"],
+    "CoreFoundation": [
+        *("kCFAllocatorDefault", "__CFConstantStringClassReference"),
+        *("CFRelease", "CFGetTypeID", "CFNumberGetTypeID", "CFNumberGetValue"),
+    ],
+}
 
 # Symbols that the launcher needs: they show that it was compiled with Metal.
 METAL = ["metal6device", "metal19get_command_encoder", "CommandEncoder16dispatch_threads"]
@@ -158,6 +167,9 @@ def prepare(cache: Path, version: str) -> Kit:
     python = [line.split()[1] for line in (nanobind_folder() / "darwin-ld-cpython.sym").read_text().splitlines() if line.startswith("-U ")]
     write(toolchain / "lib" / "libpython.tbd", library_of_names("@rpath/libpython.dylib", python))
     write(toolchain / "lib" / "libobjc.tbd", library_of_names("/usr/lib/libobjc.A.dylib", [f"_{name}" for name in OBJC]))
+    for framework, names in FRAMEWORKS.items():
+        installed = f"/System/Library/Frameworks/{framework}.framework/Versions/A/{framework}"
+        write(toolchain / "lib" / f"lib{framework}.tbd", library_of_names(installed, [f"_{name}" for name in names]))
     path = os.pathsep.join([str(toolchain), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "ZIG_GLOBAL_CACHE_DIR": str(cache / "zig-cache"), "ZIG_LOCAL_CACHE_DIR": str(cache / "zig-cache")}
     # Flags for this machine's compiler do not apply to the cross compiler.
@@ -216,6 +228,7 @@ def inspect(extension: Path, sources: Sequence[str], mlx: Path) -> list[str]:
         f"symbols are bound to no library: {[name for name, source in image.imports.items() if not source]}": all(image.imports.values()),
         "it was compiled without the Metal launcher": "csrc/metal/launcher.cpp" in sources,
         f"it does not take {METAL} from libmlx": all(any(part in name for name in wanted) for part in METAL),
+        "it does not ask IOKit for the GPU's cores": "_IOServiceGetMatchingService" in image.imported_from("IOKit"),
         "it was compiled without the kernels for Arm": {"csrc/cpu/isa/neon.cpp", "csrc/cpu/isa/neonbf16.cpp"} <= set(sources),
         f"its nanobind, {bindings_tag(extension)}, is not the one in mlx, {bindings_tag(core)}": bindings_tag(extension)
         == bindings_tag(core)

@@ -171,14 +171,14 @@ inline vec8 codes8(const uint8_t* p) {
   } else if constexpr (bits <= 4) {
     const int32_t word = int32_t(eight_codes<bits>(p));
     constexpr ivec8 shifts = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
-    return __builtin_convertvector(((ivec8{} + word) >> shifts) & ((1 << bits) - 1), vec8);
+    return floats_of(((ivec8{} + word) >> shifts) & ((1 << bits) - 1));
   } else {
     // Four codes fit a 32-bit lane for every width.
     const uint64_t word = eight_codes<bits>(p);
     const int32_t low = int32_t(word), high = int32_t(word >> (4 * bits));
     const ivec8 words = {low, low, low, low, high, high, high, high};
     constexpr ivec8 shifts = {0, bits, 2 * bits, 3 * bits, 0, bits, 2 * bits, 3 * bits};
-    return __builtin_convertvector((words >> shifts) & ((1 << bits) - 1), vec8);
+    return floats_of((words >> shifts) & ((1 << bits) - 1));
   }
 }
 

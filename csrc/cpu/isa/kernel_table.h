@@ -49,6 +49,7 @@ const KernelTable table{
     .transform = transform,
     .softmax_add = softmax_add,
     .weighted_difference = weighted_difference,
+    .compare_add = compare_add,
     .count_above = count_above,
     .log_probabilities = log_probabilities,
     .delta_transform = delta_transform,

@@ -2,6 +2,7 @@
 // weights, so that multiplying a matrix takes about as long as reading it.
 #pragma once
 
+#include "cpu/isa/aligned_rows.h"
 #include "cpu/isa/elements.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -214,6 +215,12 @@ inline void dot_dense(const Matrix& w, int64_t row, const float* x, int64_t ldx,
   }
 }
 
+inline float sum_of_group(const float* x, int64_t size) {
+  vec8 sum{};
+  for (int64_t k = 0; k < size; k += 8) sum += load_vec8(x + k);
+  return sum_of(sum);
+}
+
 // The sum over the groups of their bias and the sum of x in them.
 template <int rows>
 inline void dot_biases(const Matrix& w, int64_t groups, int64_t row, const float* group_sums, __m512* total) {
@@ -225,35 +232,16 @@ inline void dot_biases(const Matrix& w, int64_t groups, int64_t row, const float
   }
 }
 
-// Memory for the rows on the left: each row begins at a cache line, since a load across two takes twice as long.
-class AlignedRows {
- public:
-  AlignedRows(int64_t rows, int64_t stride) {
-    if (rows * stride > int64_t(sizeof(local_) / sizeof(float))) heap_ = new float[rows * stride + 16];
-  }
-  ~AlignedRows() {
-    delete[] heap_;
-  }
-  AlignedRows(const AlignedRows&) = delete;
-  AlignedRows& operator=(const AlignedRows&) = delete;
-
-  float* data() {
-    return heap_ ? reinterpret_cast<float*>((reinterpret_cast<uint64_t>(heap_) + 63) / 64 * 64) : local_;
-  }
-
- private:
-  alignas(64) float local_[kMatvecRows * 2048];
-  float* heap_ = nullptr;
-};
-
 template <Format format, int bits, int rows>
-inline void matvec_codes(
-    const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, const float* group_sums, float* out, int64_t ldo) {
+inline void matvec_codes(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldo) {
   constexpr bool in_words = bits == 2 || bits == 4;
   constexpr int64_t chunk = in_words ? 16 * kCodesInWord<bits> : 16;
   const int64_t stride = (w.cols + chunk - 1) / chunk * chunk, groups = w.cols / w.group_size;
-  AlignedRows copies(rows, stride);
+  AlignedRows copies(rows, stride), group_sums(rows, format == Format::affine ? groups : 0);
   for (int r = 0; r < rows; ++r) {
+    for (int64_t g = 0; format == Format::affine && g < groups; ++g) {
+      group_sums.data()[r * groups + g] = sum_of_group(x + r * ldx + g * w.group_size, w.group_size);
+    }
     if constexpr (in_words) {
       spread_row<bits>(x + r * ldx, w.cols, copies.data() + r * stride);
     } else {
@@ -269,20 +257,8 @@ inline void matvec_codes(
     } else {
       dot_in_order<format, bits, rows>(w, groups, first + j, copies.data(), stride, total);
     }
-    if constexpr (format == Format::affine) dot_biases<rows>(w, groups, first + j, group_sums, total);
+    if constexpr (format == Format::affine) dot_biases<rows>(w, groups, first + j, group_sums.data(), total);
     for (int r = 0; r < rows; ++r) out[r * ldo + j] = _mm512_reduce_add_ps(total[r]);
-  }
-}
-
-template <int rows>
-inline void matvec_dense(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, float* out, int64_t ldo) {
-  const auto dot = w.element == Element::f32   ? dot_dense<Element::f32, rows>
-                   : w.element == Element::f16 ? dot_dense<Element::f16, rows>
-                                               : dot_dense<Element::bf16, rows>;
-  for (int64_t j = 0; j < count; ++j) {
-    float dots[rows];
-    dot(w, first + j, x, ldx, dots);
-    for (int r = 0; r < rows; ++r) out[r * ldo + j] = dots[r];
   }
 }
 

@@ -93,7 +93,13 @@ void pack_rows(const Matrix& w, int64_t column, int64_t width, int64_t start, in
 
 void pack_columns(const Matrix& w, int64_t column, int64_t width, int64_t start, int64_t depth, void* out) {
   float* panel = static_cast<float*>(out);
-  if (w.format == Format::dense) {
+  if (w.format == Format::dense && w.element == Element::f32 && width == kWidth) {
+    const float* values = static_cast<const float*>(w.values) + start * w.cols + column;
+    for (int64_t k = 0; k < depth; ++k, values += w.cols, panel += kWidth) {
+      store_vec(panel, load_vec(values));
+      store_vec(panel + kVector, load_vec(values + kVector));
+    }
+  } else if (w.format == Format::dense) {
     for (int64_t k = 0; k < depth; ++k) unpack(w, start + k, column, width, panel + k * kWidth);
   } else {
     with_format(w, [&]<Format format, int bits>() {

@@ -33,6 +33,12 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kDeltaFloor = -80.0f;
 constexpr float kDeltaCeiling = 40.0f;
 
+// Up to this distance of two log-probabilities, their terms in CompareSums come from exp(t) - 1 and series. Up to ln 2 / 2, exponential() has
+// scale 1.
+constexpr float kNearlyEqual = 0.34f;
+// Beyond this distance the smaller probability is nothing beside the larger one.
+constexpr float kFarApart = 80.0f;
+
 // Up to this step (before the softcap, in units of the softcap) the addition theorem of tanh gives the more exact difference.
 constexpr float kSmallStep = 0.5f;
 
@@ -91,6 +97,53 @@ double weighted_difference(const float* weights, const float* a, const float* b,
     sum += p == 0.0f ? p : p * difference;
   });
   return double(sum_of(sum));
+}
+
+// The Jensen-Shannon term is (p + q) g. With s = |log(q / p)| / 2 and u = tanh(s) = |p - q| / (p + q),
+//   g = s u - log cosh(s) = u^2 / 2 + u^4 / 12 + u^6 / 30 + ... = log 2 - log(1 + w) - s (1 - u),  w = min(p, q) / max(p, q).
+void compare_add(const float* a, const float* b, int64_t n, float lse_a, float lse_b, CompareSums& sums) {
+  vec forward{}, reverse{}, shannon{}, variation{};
+  for_vectors(n, [&](int64_t i, int lanes) {
+    const vec log_p = load_lanes(a + i, lanes, -kInfinity) - lse_a, log_q = load_lanes(b + i, lanes, -kInfinity) - lse_b;
+    const vec p = exp_vec(log_p), q = exp_vec(log_q), t = log_q - log_p, mass = p + q, zero{};
+    const vec distance = t < 0.0f ? -t : t;
+    const ivec near = distance < kNearlyEqual;
+    const Exponential e = exponential(near ? t : zero);
+    const vec difference = near ? p * e.growth : q - p, size = difference < 0.0f ? -difference : difference;
+    const vec curve = p * e.curve;
+    // Where a probability is 0, its logarithm does not count.
+    const vec kl = near ? curve : p == 0.0f ? q : difference - p * t;
+    const vec back = near ? difference * t - curve : q == 0.0f ? p : q * t - difference;
+
+    const vec smaller = p < q ? p : q, larger = p < q ? q : p, share = 1.0f / mass;
+    const vec u2 = (size * share) * (size * share);
+    vec series = splat(1.0f / 45);
+    series = series * u2 + 1.0f / 28;
+    series = series * u2 + 1.0f / 15;
+    series = series * u2 + 1.0f / 6;
+    series = (series * u2 + 1.0f) * u2 * 0.5f;
+    // log(1 + w) = 2 atanh(r)
+    const vec r = smaller / (larger + larger + smaller), r2 = r * r;
+    vec atanh = splat(1.0f / 11);
+    atanh = atanh * r2 + 1.0f / 9;
+    atanh = atanh * r2 + 1.0f / 7;
+    atanh = atanh * r2 + 1.0f / 5;
+    atanh = atanh * r2 + 1.0f / 3;
+    atanh = (atanh * r2 + 1.0f) * r;
+    const vec bounded = distance > kFarApart ? splat(kFarApart) : distance;
+    const vec direct = 0.693147181f - (atanh + atanh) - bounded * smaller * share;
+    const vec js = mass * (near ? series : direct);
+
+    const ivec gone = mass == 0.0f;  // ruled out by both
+    forward += gone ? zero : kl;
+    reverse += gone ? zero : back;
+    shannon += gone ? zero : js;
+    variation += gone ? zero : size;
+  });
+  sums.kl += double(sum_of(forward));
+  sums.reverse_kl += double(sum_of(reverse));
+  sums.js += double(sum_of(shannon));
+  sums.difference += double(sum_of(variation));
 }
 
 int64_t count_above(const float* z, int64_t n, float bound) {

@@ -30,6 +30,18 @@ inline void store_vec8(float* p, vec8 v) {
   *reinterpret_cast<vec8*>(p) = v;
 }
 
+// The numbers of whole lanes. By halves where a vector of eight is no register: GCC would convert lane by lane.
+inline vec8 floats_of(ivec8 v) {
+  if constexpr (kVector >= 8) {
+    return __builtin_convertvector(v, vec8);
+  } else {
+    using vec4 = float __attribute__((vector_size(16)));
+    const vec4 low = __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), vec4);
+    const vec4 high = __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), vec4);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+}
+
 inline vec splat(float f) {
   return vec{} + f;
 }
@@ -39,11 +51,16 @@ inline vec max(vec a, vec b) {
   return b > a ? b : a;
 }
 
+// The sum of a vector's lanes, by halves: a sum lane by lane takes as long as many products.
 template <typename V>
 inline float sum_of(V v) {
-  float total = 0;
-  for (unsigned lane = 0; lane < sizeof(V) / sizeof(float); ++lane) total += v[lane];
-  return total;
+  if constexpr (sizeof(V) == 64) {
+    return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  } else if constexpr (sizeof(V) == 32) {
+    return sum_of(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  }
 }
 
 inline bool any(ivec mask) {

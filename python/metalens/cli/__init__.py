@@ -1,4 +1,4 @@
-"""The command line: metalens train | plan | eval | lens | convert | demo | roofline | models | doctor.
+"""The command line: metalens train | plan | eval | lens | view | convert | demo | roofline | models | doctor.
 
 Results go to stdout, as a table or with --json as JSON alone. Progress and notes go to stderr. Each command has a file of its name (`eval` is in
 evaluate.py), which parses arguments and calls the library. settings.py has the options of a training run, common.py what several commands need.
@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("plan", "Estimate what `train` would need: memory, work, text and disk."),
     "eval": ("evaluate", "Compare a tuned lens with the logit lens on held-out text."),
     "lens": ("lens", "Show what every block of MODEL would predict after each token of PROMPT."),
+    "view": ("view", "Show readings in a browser: layers by tokens, live or as a file."),
     "convert": ("convert", "Convert a lens to or from the files of tuned-lens, or a GGUF model to mlx-lm's format."),
     "demo": ("demo", "Train, evaluate and read a lens for the bundled model."),
     "roofline": ("roofline", "Estimate the maximum speed of a lens on Apple GPUs."),

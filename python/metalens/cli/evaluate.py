@@ -64,6 +64,12 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
 @save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
+@click.option(
+    "--curves",
+    type=FilePath(),
+    metavar="PICTURE",
+    help="Also save curves of KL, cross-entropy and agreement by layer; with --logit-stats also the bias.",
+)
 @click.option("--out", type=FilePath(file_okay=False), help=f"Folder for {', '.join(RESULTS)} (the last one only with --logit-stats).")
 @shard_option()
 @force_option
@@ -83,6 +89,7 @@ def eval_command(
     logit_stats: bool,
     layer_transfer: bool,
     picture: Path | None,
+    curves: Path | None,
     out: Path | None,
     shard_model: bool,
     force: bool,
@@ -101,7 +108,9 @@ def eval_command(
     group = sharding_group(shard_model)
     with group.together():
         if group.writes:
-            _require_writable(picture, out, force, [*data, *([] if lens_path is None else lens_files(lens_path))])
+            _require_writable(
+                [path for path in (picture, curves) if path is not None], out, force, [*data, *([] if lens_path is None else lens_files(lens_path))]
+            )
         read = _text(data, field, split, max_tokens, loss_on)
     lens = shared_lens(lens_path, group, whole=layer_transfer)
     loaded = load_model(model, group)
@@ -122,19 +131,21 @@ def eval_command(
         note(f"Written to {out}/: {', '.join(path.name for path in write_results(evaluation, out, force=force))}.")
     if picture is not None:
         _save_transfer(evaluation, picture, model, force)
+    if curves is not None:
+        _save_curves(evaluation, curves, model, force)
     if as_json:
         print_json(evaluation.to_dict())
     else:
         _print_tables(evaluation, entropy)
 
 
-def _require_writable(picture: Path | None, out: Path | None, force: bool, inputs: Sequence[str | Path]) -> None:
+def _require_writable(pictures: Sequence[Path], out: Path | None, force: bool, inputs: Sequence[str | Path]) -> None:
     """Find out before the work whether its results can be written."""
     from metalens.evaluation.results import result_outputs
 
-    require_replaceable([] if picture is None else [picture_output(picture)], force=force, inputs=inputs)
+    require_replaceable(map(picture_output, pictures), force=force, inputs=inputs)
     require_replaceable([] if out is None else result_outputs(out), force=force, inputs=inputs)
-    if picture is not None:
+    for picture in pictures:
         from metalens.readings.heat_map import picture_format
 
         picture_format(picture)
@@ -169,6 +180,14 @@ def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: boo
     if evaluation.transfer is not None:
         save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}", evaluation.translated), picture, force=force)
         note(f"Picture written to {picture}.")
+
+
+def _save_curves(evaluation: Evaluation, picture: Path, model: str, force: bool) -> None:
+    from metalens.display.figures import evaluation_figure
+    from metalens.readings.heat_map import save_figure
+
+    save_figure(evaluation_figure(evaluation, f"{model}: {evaluation.tokens} tokens"), picture, force=force)
+    note(f"Curves written to {picture}.")
 
 
 def _print_tables(evaluation: Evaluation, entropy: bool) -> None:

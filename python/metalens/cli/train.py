@@ -39,13 +39,16 @@ from metalens.training import (
 from metalens.training.callbacks import metrics_output
 from metalens.training.checkpoint import default_folder
 from metalens.training.interrupt import INTERRUPTED
-from metalens.utils.errors import MetalensError
+from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.files import require_writable
 from metalens.utils.outputs import require_replaceable
 
 
 def what_it_takes(model: str, recipe: str | None, config: TrainingConfig, group: Group, shard_model: bool) -> str:
-    """Say in a line what a run takes, and if that is more than an hour, which budget takes ten minutes. "" = the model's shape is not known."""
+    """Say in a line what a run takes whose model is loaded, and if that is more than an hour, which budget takes ten minutes.
+
+    "" = the model's shape is not known.
+    """
     from metalens.display.format import duration, gigabytes
     from metalens.estimate.memory import plan
 
@@ -54,8 +57,10 @@ def what_it_takes(model: str, recipe: str | None, config: TrainingConfig, group:
     except (MetalensError, OSError):
         return ""
     assert found.duration is not None
-    parts = [f"{config.total_tokens * found.passes:,} tokens", f"{duration(found.duration.total)} on this machine", gigabytes(found.total)]
-    line = f"The run takes about {parts[0]}, {parts[1]}, {parts[2]} of memory."
+    more = "" if found.share_known else ", and more for the text between the answers"
+    time = duration(found.duration.total - found.duration.start)
+    tokens, memory = config.total_tokens * found.passes, gigabytes(found.total)
+    line = f"The run takes about {tokens:,} tokens, {time} on this machine{more}, {memory} of memory."
     return line if found.short_budget is None else f"{line} --tokens {found.short_budget} would take ten minutes."
 
 
@@ -150,6 +155,8 @@ def train_command(
     with group.together():
         if group.writes:
             if metrics is not None:
+                if metrics.absolute() in {file.absolute() for file in files}:
+                    raise InvalidValueError(f"{metrics} is a file of the lens (--out). Give another path for --metrics.")
                 require_replaceable([metrics_output(metrics)], force=force, inputs=[*data, *([] if config_file is None else [config_file])])
             callbacks = [notes, *_reporters(metrics, wandb, tensorboard, folder, force)]
     try:

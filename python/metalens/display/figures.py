@@ -1,18 +1,26 @@
-"""The pictures of layer transfer, and of several readings side by side. (A reading draws its own: `Reading.plot`.)"""
+"""The pictures of an evaluation, of layer transfer, and of several readings side by side.
+
+A reading, a trajectory and a comparison draw their own: `Reading.plot`, `Trajectory.plot`, `Comparison.plot`.
+"""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metalens.evaluation import Transfer
+from metalens.evaluation import Evaluation, Transfer
 from metalens.readings.reading import Reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
     Figure = Any  # matplotlib takes a second to import
+
+
+# Colors of the lenses that people with any color vision tell apart (Okabe and Ito).
+COLORS = {"logit": "#E69F00", "tuned": "#0072B2"}
 
 
 def transfer_figure(transfer: Transfer, title: str = "", layers: Sequence[int] | None = None) -> Figure:
@@ -44,6 +52,46 @@ def transfer_figure(transfer: Transfer, title: str = "", layers: Sequence[int] |
     if title:
         axes.set_title("\n".join(textwrap.wrap(title, int(8 * size))), parse_math=False)
     figure.colorbar(image, ax=axes, label="transfer penalty (nats per token)", shrink=0.9)
+    return figure
+
+
+def evaluation_figure(evaluation: Evaluation, title: str = "") -> Figure:
+    """Draw an evaluation by layer, the tuned lens against the logit lens: KL, cross-entropy with perplexity, agreement, and bias if it is there.
+
+    Layers that the tuned lens does not translate are left out of its curve.
+
+    Args:
+        evaluation: the evaluation.
+        title: text above all.
+    """
+    from matplotlib.figure import Figure as NewFigure
+    from matplotlib.ticker import MaxNLocator
+
+    lenses = {"logit": (evaluation.logit, list(range(len(evaluation.logit))))}
+    if evaluation.tuned is not None:
+        lenses["tuned"] = (evaluation.tuned, evaluation.translated)
+    biases = evaluation.bias
+    panels = ["KL(model || lens) (nats per token)", "cross-entropy (nats per token)", "top-1 agreement with the model (%)"]
+    panels += ["bias (nats per token)"] if biases is not None else []
+    figure = NewFigure(figsize=(4.2 * len(panels) + 0.6, 3.8), layout="constrained")
+    for place, (axes, panel) in enumerate(zip(figure.subplots(1, len(panels)), panels, strict=True)):
+        for name, (scores, layers) in lenses.items():
+            of_bias = [] if biases is None else biases[name]
+            values = [(scores[i].kl, scores[i].ce, 100 * scores[i].top1, of_bias[i] if of_bias else 0.0)[place] for i in layers]
+            axes.plot(layers, values, marker="o" if len(layers) < 40 else None, markersize=3, color=COLORS[name], label=f"{name} lens")
+        axes.set_xlabel("output of block")
+        axes.set_ylabel(panel)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.grid(alpha=0.3)
+        if place == 1:
+            axes.axhline(evaluation.model.ce, color="0.3", linestyle="--", linewidth=1, label="model")
+            perplexity = axes.secondary_yaxis("right", functions=(lambda ce: ce, lambda ce: ce))
+            perplexity.set_ylabel("perplexity")
+            perplexity.yaxis.set_major_formatter(lambda ce, _: f"{math.exp(min(ce, 700)):.3g}")
+        axes.set_ylim(bottom=0 if place != 1 else None)
+    figure.axes[1].legend(frameon=False)
+    if title:
+        figure.suptitle("\n".join(textwrap.wrap(title, 90)), parse_math=False)
     return figure
 
 

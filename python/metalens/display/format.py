@@ -24,7 +24,8 @@ def duration(seconds: float) -> str:
         return f"{max(seconds, 1):.0f} s"
     if seconds < 99.5 * 60:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    days = seconds / 86400
+    return f"{seconds / 3600:.1f} hours" if days < 2 else f"{days:.1f} days" if days < 100 else f"{days:,.0f} days"
 
 
 def decimals(value: float) -> str:

@@ -9,13 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from metalens.display.format import decimals, duration, gigabytes, operations, percent, rate, yes_or_no
+from metalens.estimate.kernel_model import Fraction
 from metalens.estimate.results import BYTES_PER_TOKEN, Plan
 from metalens.estimate.roofline import Bounds
 from metalens.evaluation import Evaluation, Transfer
 from metalens.models.support import RIGHT, Module, remark
 from metalens.ops.doctor import Diagnosis
-from metalens.readings.heat_map import readable
-from metalens.readings.reading import UNTRANSLATED, Reading
+from metalens.readings.numbering import UNTRANSLATED
+from metalens.readings.reading import Reading
+from metalens.readings.trajectory import Trajectory
+from metalens.utils.token_display import readable
 
 # ------------------------------------------------------------------ evaluation
 
@@ -150,6 +153,42 @@ def reading_table(reading: Reading, title: str, columns: int = 12) -> Table:
     return table
 
 
+def chosen_table(trajectory: Trajectory, title: str, columns: int = 8) -> Table:
+    """Make a table of chosen tokens: a row for each layer, and for each token its probability and rank at the last positions.
+
+    Args:
+        trajectory: a trajectory with chosen tokens.
+        title: text above the table.
+        columns: positions to show.
+    """
+    t = trajectory
+    first = max(0, len(t) - columns)
+    table = Table(title=_title(title), show_lines=False)
+    if first:
+        table.caption = f"The last {columns} of {len(t)} tokens. --out has all."
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("token", no_wrap=True)
+    for token in t.tokens[first:]:
+        table.add_column(Text(readable(token)), no_wrap=True, justify="right")
+    for row, layer in reversed(list(enumerate(t.layers))):
+        for i, chosen in enumerate(t.chosen_ids):
+            cells = zip(t.chosen_probabilities[i, row, first:], t.chosen_ranks[i, row, first:], strict=True)
+            label = t.label(layer) if i == 0 else ""
+            table.add_row(label, Text(readable(t.texts[chosen])), *(f"{percent(float(p))} #{rank}" for p, rank in cells))
+    return table
+
+
+def chosen_remarks(trajectory: Trajectory) -> list[str]:
+    """Say for each chosen token which layer is the first to have it on top at the last position."""
+    lines = []
+    for token_id in trajectory.chosen_ids:
+        layer = trajectory.chosen(token_id).first_on_top()
+        name = readable(trajectory.texts[token_id])
+        where = "is on top in no layer" if layer is None else f"is first on top in {trajectory.label(layer)}"
+        lines.append(f"{name} {where}, as the token after the last one.")
+    return lines
+
+
 # ------------------------------------------------------------------ plan
 
 MEMORY_LABELS = {
@@ -185,10 +224,12 @@ def plan_table(plan: Plan, title: str) -> Table:
     _section(table, "memory", memory)
     _section(table, "memory", {"total at the peak": gigabytes(plan.total), "available": gigabytes(plan.available)})
     text = {
-        "tokens needed": f"{plan.config.total_tokens:,}",
-        "size, about": gigabytes(plan.config.total_tokens * BYTES_PER_TOKEN),
+        "tokens needed": f"{plan.tokens_needed:,}",
+        "size, about": gigabytes(plan.tokens_needed * BYTES_PER_TOKEN),
         "times read": str(plan.passes),
     }
+    if plan.config.held_back_tokens:
+        text["held back for the guard"] = f"{plan.config.held_back_tokens:,}"
     if plan.epochs is not None:
         text["epochs of the given text, about"] = f"{plan.epochs:.2f}"
     _section(table, "text", text)
@@ -217,9 +258,14 @@ def plan_remarks(plan: Plan) -> list[str]:
         lines.append(f"None of these fits. The model alone takes {gigabytes(plan.memory.model)}: quantize it to fewer bits.")
     if plan.short_budget is not None and plan.duration is not None:
         lines.append(f"It takes about {duration(plan.duration.total)} on this machine. --tokens {plan.short_budget} takes about ten minutes.")
+    if not plan.share_known:
+        lines.append(
+            "Tokens are those of the answers. The model also reads the others, and how many these are is known once the text is tokenized: "
+            "the run takes more time than this, and more text."
+        )
     if plan.epochs is not None and plan.epochs > 1 and not plan.config.repeat:
         lines.append(
-            f"The text holds about {plan.text_tokens} tokens, and the run needs {plan.config.total_tokens}: "
+            f"The text holds about {plan.text_tokens} tokens, and the run needs {plan.tokens_needed}: "
             "give more text, add --repeat, or give a budget (--tokens) or smaller steps (--tokens-per-step)."
         )
     return lines
@@ -232,6 +278,7 @@ ROOFLINE_LABELS = {
     "statistics_plain_mlx": "statistics, plain MLX",
     "training": "training, metalens",
     "training_plain_mlx": "training, plain MLX",
+    "training_in_16_bits": "training with 16-bit operands, metalens",
     "forward": "the model's forward pass",
     "training_and_forward": "training and forward, metalens",
     "sampled_training": "training with a sampled vocabulary",
@@ -248,6 +295,31 @@ def roofline_table(bounds: Mapping[str, Bounds], title: str) -> Table:
     for task, label in ROOFLINE_LABELS.items():
         table.add_row(label, *(rate(getattr(found, task)) for found in bounds.values()))
     return table
+
+
+KERNEL_LABELS = {
+    "lens_stats": "statistics",
+    "lens_stats_one_token": "statistics of one token",
+    "linear": "logits of a chunk",
+    "lens_backward": "gradient of a chunk",
+    "lens_kl": "loss and gradient",
+}
+
+
+def fractions_table(parts: Mapping[str, Mapping[str, Fraction]], title: str) -> Table:
+    """Make a table with a column for each chip and a row for each kernel: percent of the chip's float32 peak, as `fraction_text` shows it."""
+    table = Table(title=_title(title))
+    table.add_column("")
+    for chip in parts:
+        table.add_column(chip, justify="right")
+    for kernel, label in KERNEL_LABELS.items():
+        table.add_row(label, *(fraction_text(kernels[kernel]) for kernels in parts.values()))
+    return table
+
+
+def fraction_text(part: Fraction) -> str:
+    """Return percents of the peak: first design > now (plain MLX)."""
+    return f"{100 * part.first:.0f} > {100 * part.now:.0f} ({100 * part.plain_mlx:.0f})"
 
 
 # ------------------------------------------------------------------ installation and models
@@ -270,7 +342,13 @@ def diagnosis_facts(diagnosis: Diagnosis) -> dict[str, str]:
         facts["Metal"] = "not available here"
     else:
         compiled = f"{gpu.compiled_kernels} compiled ahead of time, others just in time" if gpu.compiled_kernels else "compiled just in time"
-        facts |= {"Metal": f"{gpu.architecture}, tuned as generation {gpu.generation}", "Metal kernels": compiled, "matrix units": gpu.matrix_units}
+        facts |= {
+            "Metal": f"{gpu.architecture}, tuned as generation {gpu.generation}",
+            "GPU cores": f"{gpu.cores}" if gpu.cores_counted else f"not counted; planned for {gpu.cores}",
+            "Metal kernels": compiled,
+            "matrix units": gpu.matrix_units,
+            "float32 products of plain MLX": gpu.float32_products,
+        }
     if native is None:
         facts["native extension"] = f"not used: {diagnosis.native_problem}"
     else:

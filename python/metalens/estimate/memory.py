@@ -21,21 +21,20 @@ from typing import Any
 import mlx.core as mx
 
 from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
+from metalens.estimate.run_time import time_of, tokens_in
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
 from metalens.models.registry import path_of
 from metalens.models.tensor_parallel import require_tensor_parallelism
-from metalens.ops import Head, Weight
 from metalens.ops.backends import metal, native, precision
 from metalens.ops.chunks import LOGITS_BYTES
 from metalens.ops.metal import tuning
-from metalens.ops.metal.kl import chunk_shape
+from metalens.ops.metal.kl import HeadSizes, loss_bytes
 from metalens.training.batching import PASS_TOKENS, steps_together
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus, TrainingData, read_inputs
 from metalens.training.data.in_memory import TextList
 from metalens.training.data.readers import Source, TextFile
 from metalens.training.settings import budget_in_minutes, resolve
-from metalens.training.speed import Duration, budget_in, measured_speed, seconds_of
 from metalens.training.vocabulary import PIECE, sample_size
 from metalens.training.work import regression_flops, translator_flops, translator_params, update_flops
 from metalens.utils.errors import InvalidValueError
@@ -57,9 +56,6 @@ UPDATE = {
 FORWARD_ARRAYS, FORWARD_WIDE_ARRAYS = 7, 2
 # Float32 arrays [tokens, D] of each trained layer: the translated states, the normed ones, their gradient.
 LOSS_ARRAYS = 3
-
-
-LONG, SHORT = 3600.0, 600.0  # seconds: a run of more than LONG is told which budget takes SHORT
 
 
 # ------------------------------------------------------------------ the plan
@@ -112,9 +108,11 @@ def plan(
         warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
         recipe, config = None, recipe
     config, minutes = budget_in_minutes(config, settings.get("tokens"), minutes)
+    text = None if data is None else read_inputs(data, field=field, split=split)
+    share = text.counted_tokens / text.tokens if isinstance(text, Corpus) else 1.0
     if minutes is not None:
-        settings["tokens"] = _budget_in(facts, minutes, recipe, config, settings, processes if parallel == "data" else 1)
-    name, settled = resolve(recipe, config, settings, facts.context_length)
+        settings["tokens"] = tokens_in(minutes, facts, recipe, config, settings, processes if parallel == "data" else 1, share)
+    name, settled = resolve(recipe, config, settings, facts.context_length, facts.dimensions.hidden_size)
     _check(facts.dimensions, settled, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
     layers = _layers(facts, settled, processes, parallel)
@@ -127,11 +125,14 @@ def plan(
         available=available,
         flops_per_token=_work(facts.dimensions, settled, layers, processes if parallel == "layers" else 1),
         passes=layers.passes,
-        text_tokens=None if data is None else _given_tokens(read_inputs(data, field=field, split=split)),
+        text_tokens=None if text is None else _given_tokens(text),
+        share_known=settled.loss_on == "all" or isinstance(text, Corpus),
         disk=_disk(facts.dimensions, settled, layers),
     )
     if measure:
-        found = replace(found, **_time(facts, settled, layers, processes if parallel == "data" else 1, lambda n: _budgeted(facts, name, settled, n)))
+        of_text = processes if parallel == "data" else 1
+        duration, short = time_of(facts, name, settled, layers=layers.of_process, passes=layers.passes, processes=of_text, share=share)
+        found = replace(found, duration=duration, short_budget=short)
     if found.fits:
         return found
     advice = _advice(facts, settled, available, processes, parallel)
@@ -146,42 +147,6 @@ def _require_layers(processes: int, parallel: Parallel) -> int:
     if parallel != "layers":
         raise InvalidValueError("shard_model=True needs parallel='layers': processes that divide the model all read the same text.")
     return processes
-
-
-def _time(facts: ModelFacts, config: TrainingConfig, layers: _Layers, processes: int, budgeted: Callable[[int], TrainingConfig]) -> dict[str, Any]:
-    """Return the duration of a run on this machine, and if it is long, the budget that takes ten minutes."""
-    speed = measured_speed(facts)
-
-    def duration(config: TrainingConfig) -> Duration:
-        return seconds_of(facts, config, speed, layers=layers.of_process, passes=layers.passes, processes=processes)
-
-    found = duration(config)
-    short = budget_in(SHORT, budgeted, duration) if found.total > LONG else None
-    if short is not None and duration(budgeted(short)).total > 1.5 * SHORT:  # the smallest budget takes longer
-        short = None
-    return {"duration": found, "short_budget": short}
-
-
-def _budget_in(
-    facts: ModelFacts,
-    minutes: float,
-    recipe: str | None,
-    config: TrainingConfig | Mapping[str, Any] | str | Path | None,
-    settings: dict[str, Any],
-    processes: int,
-) -> int:
-    """Return the budget in tokens that fits into the minutes."""
-    speed = measured_speed(facts)
-    return budget_in(
-        60 * minutes,
-        lambda tokens: resolve(recipe, config, {**settings, "tokens": tokens}, facts.context_length)[1],
-        lambda changed: seconds_of(facts, changed, speed, processes=processes),
-    )
-
-
-def _budgeted(facts: ModelFacts, recipe: str | None, config: TrainingConfig, tokens: int) -> TrainingConfig:
-    """Return the settings of the same run with a budget."""
-    return resolve(recipe, config, {"tokens": tokens}, facts.context_length)[1]
 
 
 def _check(d: ModelDimensions, config: TrainingConfig, memory: int | None, processes: int, parallel: Parallel) -> None:
@@ -306,10 +271,7 @@ def _loss_bytes(d: ModelDimensions, config: TrainingConfig, layers: int, tokens:
 def logit_bytes(d: ModelDimensions, layers: int, tokens: int) -> int:
     """Return the bytes of all logits and their gradients that exist at once, on the backend that would be used here."""
     if metal():
-        rounded = precision() == "bfloat16"
-        head = Head(Weight(mx.zeros((d.vocab_size, d.hidden_size))))  # lazy: only its shape is read
-        chunk_layers, chunk_tokens = chunk_shape(layers, tokens, head, rounded)
-        return d.vocab_size * (chunk_layers * chunk_tokens * (4 + (2 if rounded else 4)) + 4 * chunk_tokens)
+        return loss_bytes(layers, tokens, HeadSizes(d.vocab_size, d.hidden_size, d.bits, d.group_size), precision() == "bfloat16")
     extension = native()
     if extension is not None:
         rows, ids = int(extension.row_block), int(extension.vocabulary_block)

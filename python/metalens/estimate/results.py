@@ -127,6 +127,8 @@ class Plan:
         advice: changes that need less memory. Empty if the run fits.
         duration: seconds on this machine. None = not measured.
         short_budget: budget in tokens that takes ten minutes, if the run takes more than an hour. None = it does not, or was not measured.
+        share_known: whether it is known how many of the tokens count in the loss. If not, work and time are those of a text where all count, and
+            `text_tokens` is None.
     """
 
     facts: ModelFacts
@@ -142,6 +144,7 @@ class Plan:
     advice: tuple[Advice, ...] = ()
     duration: Duration | None = None
     short_budget: int | None = None
+    share_known: bool = True
 
     @property
     def total(self) -> int:
@@ -164,9 +167,14 @@ class Plan:
         return self.flops_per_token.warm_start * self.config.warm_start_tokens
 
     @property
+    def tokens_needed(self) -> int:
+        """Return the tokens of the text that one pass needs, with those that the guard holds back."""
+        return self.config.total_tokens + self.config.held_back_tokens
+
+    @property
     def epochs(self) -> float | None:
         """Return how often one pass goes over the given text: at most 1, unless the text is repeated. None = unknown."""
-        return self.config.total_tokens / self.text_tokens if self.text_tokens else None
+        return self.tokens_needed / self.text_tokens if self.text_tokens else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON. Units are bytes, tokens, seconds, and multiplications and additions."""
@@ -186,9 +194,11 @@ class Plan:
             "seconds": None if self.duration is None else asdict(self.duration) | {"total": self.duration.total},
             "ten_minute_tokens": self.short_budget,
             "text": {
-                "tokens": self.config.total_tokens,
+                "tokens": self.tokens_needed,
+                "held_back": self.config.held_back_tokens,
+                "share_known": self.share_known,
                 "passes": self.passes,
-                "bytes_about": self.config.total_tokens * BYTES_PER_TOKEN,
+                "bytes_about": self.tokens_needed * BYTES_PER_TOKEN,
                 "tokens_given_about": self.text_tokens,
                 "epochs": self.epochs,
             },

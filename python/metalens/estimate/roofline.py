@@ -1,7 +1,7 @@
 """How fast a lens could be at most on Apple GPUs: a model from counted work and published numbers, not a measurement.
 
 A kernel takes at least the longer of two times: its operations at the rate of the chip's matrix instructions, and its bytes at the bandwidth of the
-memory. Kernels follow each other, so their times add up.
+memory. Kernels follow each other, so their times add up. kernel_model.py beside it predicts what part of that rate the kernels reach.
 """
 
 from __future__ import annotations
@@ -9,58 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from metalens.estimate.chips import Chip
 from metalens.models.facts import ModelDimensions
 from metalens.ops.metal import cost
 from metalens.ops.metal.cost import Cost
-from metalens.ops.metal.tuning import GENERATIONS, GpuGeneration
 from metalens.training.vocabulary import PIECE, sample_size
 
 WHAT = "A model from counted work and published numbers of the chips, not a measurement: nothing was run on Apple hardware."
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Published numbers of a GPU.
-
-    Attributes:
-        generation: generation of the GPU, 13 for M1.
-        tflops: float32 TFLOP/s of all cores.
-        bandwidth: bandwidth of the memory, GB/s.
-        source: publisher of these numbers.
-    """
-
-    generation: int
-    tflops: float
-    bandwidth: float
-    source: str
-
-    @property
-    def family(self) -> GpuGeneration:
-        """Return the tuning of this generation."""
-        return GENERATIONS[self.generation]
-
-    @property
-    def matrix_flops(self) -> float:
-        """Return operations per second of simdgroup matrices: 102 of 128 FMAs per core and clock, for half and float alike, as measured on M1."""
-        return self.tflops * 1e12 * 102 / 128
-
-    def seconds(self, work: Cost) -> float:
-        """Return the shortest time of a kernel."""
-        return max(work.flops / self.matrix_flops, work.bytes / (self.bandwidth * 1e9))
-
-
-CHIPS = {
-    "M1": Chip(13, 2.62, 68, "metal-benchmarks, 8 cores"),
-    "M1-Max": Chip(13, 10.6, 400, "metal-benchmarks, 32 cores"),
-    "M2": Chip(14, 3.58, 100, "Apple, 10 cores"),
-    "M2-Max": Chip(14, 13.6, 400, "half of M2-Ultra"),
-    "M2-Ultra": Chip(14, 27.2, 800, "Apple, 76 cores"),
-    "M3-Max": Chip(15, 14.3, 400, "hmc-tech, 40 cores at 1.4 GHz"),
-    "M4": Chip(16, 3.76, 120, "hmc-tech, 10 cores"),
-    "M4-Max": Chip(16, 17.2, 546, "hmc-tech and Apple, 40 cores"),
-    "M5": Chip(17, 4.15, 153.6, "published rooflines, 10 cores, without the matrix units"),
-    "M5-Max": Chip(17, 18.0, 614, "published estimates, 40 cores, without the matrix units"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +26,8 @@ class Bounds:
         statistics: statistics of the lens on metalens's kernels.
         statistics_plain_mlx: statistics of the lens in plain MLX.
         training: loss and gradient of the lens on metalens's kernels.
-        training_plain_mlx: loss and gradient of the lens in plain MLX.
+        training_plain_mlx: loss and gradient of the lens in plain MLX, in float32 (MLX_ENABLE_TF32=0 on an M5).
+        training_in_16_bits: loss and gradient with 16-bit operands of products, on matrix units if there are any.
         forward: forward pass of the model.
         training_and_forward: training on metalens's kernels together with the forward pass.
         sampled_training: training with a sampled vocabulary (`vocabulary="sampled"`).
@@ -82,6 +38,7 @@ class Bounds:
     statistics_plain_mlx: float
     training: float
     training_plain_mlx: float
+    training_in_16_bits: float
     forward: float
     training_and_forward: float
     sampled_training: float
@@ -106,7 +63,7 @@ def bounds(model: ModelDimensions, chip: Chip, tokens: int) -> Bounds:
     """
     head_bytes, layers, hidden_size = model.head_bytes, model.num_layers, model.hidden_size
     stats = cost.lens_stats(layers, tokens, model.vocab_size, hidden_size, head_bytes, True, chip.family)
-    forward = chip.seconds(Cost(0, 2 * tokens * model.block_params, model.block_params * model.bits // 8))
+    forward = chip.seconds(Cost(0, 2 * tokens * model.block_params, model.block_params * model.bits // 8), in_16_bits=True)
     translators = _translator_seconds(model, chip, tokens)
     training = _in_chunks(tokens, lambda n: _loss_seconds(model, chip, n)) + translators
     sampled = _sampled_loss_seconds(model, chip, tokens) + translators
@@ -117,6 +74,7 @@ def bounds(model: ModelDimensions, chip: Chip, tokens: int) -> Bounds:
         statistics_plain_mlx=tokens / plain_stats,
         training=tokens / training,
         training_plain_mlx=tokens / (plain_training + _plain_translator_seconds(model, chip, tokens)),
+        training_in_16_bits=tokens / (_in_chunks(tokens, lambda n: _loss_seconds(model, chip, n, in_16_bits=True)) + translators),
         forward=tokens / forward,
         training_and_forward=tokens / (training + forward),
         sampled_training=tokens / sampled,
@@ -140,18 +98,19 @@ def _sampled_loss_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> fl
     return chip.seconds(expected) + -(-tokens // PIECE) * chip.seconds(gathered) + loss
 
 
-def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int, with_offset: bool = False) -> float:
+def _loss_seconds(model: ModelDimensions, chip: Chip, tokens: int, with_offset: bool = False, in_16_bits: bool = False) -> float:
     """Return the seconds of the kernels of one chunk of the loss, one after the other."""
     rows, vocab, depth = model.num_layers * tokens, model.vocab_size, model.hidden_size  # D is what the head's product sums over
     head, family = model.head_bytes, chip.family
+    gradient_bytes = 2 if in_16_bits and not chip.matrix_tflops else 4  # matrix units take float32
     kernels = [
         cost.lens_stats(1, tokens, vocab, depth, head, False, family, with_offset),  # the target
         cost.linear(tokens, vocab, depth, head, family),
         cost.linear(rows, vocab, depth, head, family),
-        cost.softmax_grad(rows, tokens, vocab, 4, with_offset),
-        cost.lens_backward(rows, vocab, depth, head, 4, family),
+        cost.softmax_grad(rows, tokens, vocab, gradient_bytes, with_offset),
+        cost.lens_backward(rows, vocab, depth, head, gradient_bytes, family),
     ]
-    return sum(chip.seconds(kernel) for kernel in kernels)
+    return sum(chip.seconds(kernel, in_16_bits) for kernel in kernels)
 
 
 def _translator_seconds(model: ModelDimensions, chip: Chip, tokens: int) -> float:

@@ -98,7 +98,7 @@ def lens_files(path: str | Path) -> tuple[Path, Path]:
     """
     path = Path(path).expanduser()
     stem = path.name[: -len(path.suffix)] if path.suffix in {".npz", ".json"} else path.name
-    if not stem:
+    if stem in {"", ".", ".."}:
         raise InvalidValueError(f"{str(path)!r} names no lens file. Give a file name, such as 'my-lens'.")
     return path.with_name(stem + ".npz"), path.with_name(stem + ".json")
 

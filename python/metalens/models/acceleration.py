@@ -39,12 +39,23 @@ class HasModule(Protocol):
 _MARK = "_metalens_native"
 
 
+def _linear_layer(layer: nn.Module, x: mx.array) -> mx.array:
+    """Return x W^T + b. A dense W's sum is rounded once, as MLX's own layer rounds it; a quantized W's product and sum are rounded one by one."""
+    weight = Weight.from_layer(layer)
+    if "bias" not in layer:
+        return linear(x, weight)
+    bias: mx.array = layer["bias"]
+    if weight.scales is not None or not native_by_default():
+        return linear(x, weight) + bias
+    dtype = mx.result_type(x, weight.values, bias)
+    return (linear(x, weight, dtype=mx.float32) + bias).astype(dtype)
+
+
 class _NativeCall(nn.Module):
     _metalens_native = True
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = linear(x, Weight.from_layer(self))
-        return y + self["bias"] if "bias" in self else y
+        return _linear_layer(self, x)
 
 
 class _NativeHead(nn.Module):
@@ -76,8 +87,7 @@ class _AllToSharded(nn.Module):
     _metalens_native = True
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = linear(sum_gradients(self.group)(x), Weight.from_layer(self))
-        return y + self["bias"] if "bias" in self else y
+        return _linear_layer(self, sum_gradients(self.group)(x))
 
 
 class _ShardedToAll(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,11 +94,13 @@ class HiddenStates:
         hidden: the output of each block, [B, T, D]; block i is at index i.
         logits: the model's own logits, [B, T, V]. They are lazy, so they cost nothing unless they are used.
         mask: [B, T], true for the tokens that count: false for padding, and for those that take no part in a loss. None = all count.
+        embedding: the input of block 0, [B, T, D], if it was asked for.
     """
 
     hidden: list[mx.array]
     logits: mx.array
     mask: mx.array | None = None
+    embedding: mx.array | None = None
 
     @cached_property
     def _indices(self) -> mx.array | None:
@@ -117,7 +120,8 @@ class HiddenStates:
 
     def of_sequences(self, which: slice) -> HiddenStates:
         """Return the part that belongs to some of the B sequences."""
-        return HiddenStates([h[which] for h in self.hidden], self.logits[which], None if self.mask is None else self.mask[which])
+        mask, embedding = (None if part is None else part[which] for part in (self.mask, self.embedding))
+        return HiddenStates([h[which] for h in self.hidden], self.logits[which], mask, embedding)
 
 
 class ResidualCapture:
@@ -179,7 +183,9 @@ class ResidualCapture:
                 "it, and its predictions there may be poor."
             )
 
-    def capture(self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None) -> HiddenStates:
+    def capture(
+        self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None, *, with_embedding: bool = False
+    ) -> HiddenStates:
         """Run the model on token ids and keep the output of every block.
 
         Args:
@@ -187,6 +193,7 @@ class ResidualCapture:
             edits: {block: function of its output [B, T, D] that returns the output to use instead}.
             mask: [B, T], true for tokens and false for padding; None = no padding. Padding must follow the tokens of its sequence. A causal
                 model then computes the tokens as if there were no padding, so the model does not need the mask.
+            with_embedding: also keep the input of block 0.
 
         Raises:
             InvalidValueError: if the mask has another shape than the ids, a token follows padding, or the model is divided and its processes read
@@ -198,9 +205,36 @@ class ResidualCapture:
         self.require_length(ids.shape[-1])
         if mask is not None:
             _require_padding_at_the_end(mask, ids)
-        return self._capture(ids, edits or {}, mask)
+        return self._capture(ids, edits or {}, mask, with_embedding)
 
-    def chunks(self, ids: mx.array, tokens: int) -> Iterator[HiddenStates]:
+    @cached_property
+    def takes_cache(self) -> bool:
+        """Return whether the model can go on from a cache, as mlx-lm's models can: whether it has an argument `cache`."""
+        return "cache" in inspect.signature(self.model.__call__).parameters
+
+    def new_cache(self) -> list[Any]:
+        """Return an empty cache of the model's own kind: one entry for each block."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache: list[Any] = make_prompt_cache(self.model)
+        return cache
+
+    def capture_next(self, ids: mx.array, cache: list[Any], *, with_embedding: bool = False, last_block: int | None = None) -> HiddenStates:
+        """Capture the tokens that follow those in a cache, which takes them in.
+
+        Args:
+            ids: token ids [B, T].
+            cache: the result of `new_cache`, with the tokens before.
+            with_embedding: also keep the input of block 0.
+            last_block: stop after this block: no later block runs, nor does the head, and their entries of the cache stay empty. The result
+                has `hidden` up to this block, and its `logits` have no elements. None = run the model.
+
+        Raises:
+            ResidualStreamError: as in `capture`.
+        """
+        return self._capture(ids, {}, None, with_embedding, last_block, cache=cache)
+
+    def chunks(self, ids: mx.array, tokens: int, *, with_embedding: bool = False) -> Iterator[HiddenStates]:
         """Capture long sequences in chunks, so that only one chunk is in memory at a time.
 
         The model keeps its keys and values (or its state) in its own cache, as it does when it generates text. All chunks together equal
@@ -209,6 +243,7 @@ class ResidualCapture:
         Args:
             ids: token ids [B, T].
             tokens: tokens per chunk and sequence. The last chunk may be shorter.
+            with_embedding: also keep the input of block 0.
 
         Raises:
             InvalidValueError: if `tokens` is not positive.
@@ -217,26 +252,33 @@ class ResidualCapture:
         self.require_length(ids.shape[-1])
         if tokens < 1:
             raise InvalidValueError(f"tokens must be at least 1, got {tokens}.")
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(self.model)
+        cache = self.new_cache()
         for start in range(0, ids.shape[1], tokens):
-            yield self._capture(ids[:, start : start + tokens], {}, None, cache=cache)
+            yield self.capture_next(ids[:, start : start + tokens], cache, with_embedding=with_embedding)
             mx.eval([part.state for part in cache])  # else the next chunk would hold the whole graph of this one
 
-    def _capture(self, ids: mx.array, edits: Mapping[int, Edit], mask: mx.array | None, **options: Any) -> HiddenStates:
+    def _capture(
+        self,
+        ids: mx.array,
+        edits: Mapping[int, Edit],
+        mask: mx.array | None,
+        with_embedding: bool = False,
+        last_block: int | None = None,
+        **options: Any,
+    ) -> HiddenStates:
         require_own_threads()
         if self.sharding is not None:
             self.sharding.require_same_ids(ids)
-        recorder = _Recorder(self.layers, edits)
-        with recorder.attached():
+        recorder = _Recorder(self.layers, edits, last_block)
+        logits: Any = mx.zeros((*ids.shape, 0))
+        with recorder.attached(), contextlib.suppress(_LastBlock):
             logits = self.model(ids, **options)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         hidden = recorder.hidden()
         run_sums_natively([*hidden, logits])
         if self.sharding is not None:
             self.sharding.wait(hidden)
-        return HiddenStates(hidden, logits, mask)
+        return HiddenStates(hidden, logits, mask, recorder.embedding() if with_embedding else None)
 
 
 def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:
@@ -249,14 +291,20 @@ def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:
         )
 
 
+class _LastBlock(Exception):  # noqa: N818 (no error: the end of a pass that stops early)
+    """Leaves the model's forward pass after the last block that is wanted."""
+
+
 class _Recorder:
     """Records, and edits, the outputs of the blocks during one forward pass."""
 
-    def __init__(self, layers: Sequence[nn.Module], edits: Mapping[int, Edit]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[nn.Module], edits: Mapping[int, Edit], last_block: int | None = None) -> None:
+        self.layers = layers if last_block is None else layers[: last_block + 1]
         self.edits = edits
-        self.outputs: list[list[mx.array]] = [[] for _ in layers]
-        self._index = {id(layer): i for i, layer in enumerate(layers)}
+        self.last_block = last_block
+        self.input: mx.array | None = None
+        self.outputs: list[list[mx.array]] = [[] for _ in self.layers]
+        self._index = {id(layer): i for i, layer in enumerate(self.layers)}
 
     def attached(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager: inside it, every call of a block is recorded."""
@@ -265,11 +313,24 @@ class _Recorder:
 
         def recording(original: type) -> dict[str, Callable[..., Any]]:
             def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                recorder.record_input(block, *args, *kwargs.values())
                 return recorder.record(block, original.__call__(block, *args, **kwargs))
 
             return {"__call__": call}
 
         return replaced_methods(self.layers, recording)
+
+    def record_input(self, block: nn.Module, *values: Any) -> None:
+        """Keep the residual stream before block 0: its first argument that is a float array [B, T, D]."""
+        if self._index[id(block)] == 0:
+            found = (v for v in values if isinstance(v, mx.array) and v.ndim == 3 and mx.issubdtype(v.dtype, mx.floating))
+            self.input = snapshot(next(found, None))
+
+    def embedding(self) -> mx.array:
+        """Return the input of block 0 (ResidualStreamError if it was not seen, or has another shape than the block's output)."""
+        if self.input is None or self.input.shape != self.outputs[0][0].shape:
+            raise ResidualStreamError("The input of block 0 is no residual stream [B, T, D], so the embedding of this model can't be read.")
+        return self.input
 
     def record(self, block: nn.Module, output: Any) -> Any:
         """Keep the hidden state in the output of a block. Return the output, edited if there is an edit."""
@@ -280,6 +341,8 @@ class _Recorder:
             hidden = self.edits[i](hidden)
             output = type(output)([hidden, *output[1:]]) if has_more else hidden
         self.outputs[i].append(snapshot(hidden))
+        if i == self.last_block:
+            raise _LastBlock
         return output
 
     def hidden(self) -> list[mx.array]:

@@ -40,6 +40,14 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return piece or (text if text and isinstance(text, str) else f"<{token_id}>")
 
 
+def is_token_text(tokenizer: Any, token_id: int, text: str) -> bool:
+    """Return whether a text is that of a token: as `token_text` tells it, or as the entry of a byte-level vocabulary spells it.
+
+    Both differ where the tokenizer drops a space before a punctuation mark when it decodes.
+    """
+    return text == token_text(tokenizer, token_id) or _bytes_of(_piece(tokenizer, token_id)) == text.encode("utf-8", errors="surrogatepass")
+
+
 def _piece(tokenizer: Any, token_id: int) -> str:
     """Return the entry of the vocabulary; "" if the tokenizer does not tell."""
     try:

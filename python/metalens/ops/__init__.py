@@ -6,6 +6,7 @@ one of them, `backends` the settings that it reads.
 
 from metalens.ops.activation import gelu_approx, swiglu
 from metalens.ops.backends import backend, precision, use_backend, use_precision
+from metalens.ops.compare import LensComparison, lens_compare
 from metalens.ops.head import Head
 from metalens.ops.kl import LensTarget, lens_kl, lens_target
 from metalens.ops.logits import head_logits
@@ -20,6 +21,7 @@ from metalens.ops.weight import Weight
 
 __all__ = [
     "Head",
+    "LensComparison",
     "LensStats",
     "LensTarget",
     "Norm",
@@ -30,6 +32,7 @@ __all__ = [
     "gram",
     "head_logits",
     "layer_norm",
+    "lens_compare",
     "lens_kl",
     "lens_stats",
     "lens_target",

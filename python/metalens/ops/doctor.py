@@ -14,10 +14,9 @@ import mlx.core as mx
 
 from metalens import _extension
 from metalens.ops import Weight, backend, linear, precision, use_backend
-from metalens.ops.metal import tuning
+from metalens.ops.metal import matrix_units, tuning
 from metalens.utils.arrays import to_float
 
-MATRIX_UNIT_GENERATION = 17  # first generation of GPUs with matrix units, the M5's
 TOLERANCE = 1e-4  # largest difference between the native kernels and plain MLX
 
 
@@ -28,14 +27,20 @@ class MetalDiagnosis:
     Attributes:
         architecture: name of the GPU's architecture in MLX.
         generation: generation that kernels are tuned for.
+        cores: number of cores that kernels are planned for.
+        cores_counted: whether the system counts so many. False = that many are the most that a GPU of this name has.
         compiled_kernels: number of kernels that were compiled ahead of time. 0 = there is no metallib, all are compiled just in time.
-        matrix_units: whether the GPU has matrix units, in words. They are not used yet.
+        matrix_units: whether the GPU has matrix units that MLX uses, in words.
+        float32_products: how exactly plain MLX multiplies float32, in words. metalens's own float32 products are exact to float32.
     """
 
     architecture: str
     generation: int
+    cores: int
+    cores_counted: bool
     compiled_kernels: int
     matrix_units: str
+    float32_products: str
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,30 @@ def _problems(native: NativeDiagnosis | None, reason: str) -> list[str]:
 def _metal_diagnosis() -> MetalDiagnosis | None:
     if not mx.metal.is_available():
         return None
-    gpu, kernels = tuning.device(), _extension.metallib_kernels()
-    generation = gpu.generation.number
-    without = f"none: they begin with generation {MATRIX_UNIT_GENERATION} (M5)"
+    gpu = tuning.device()
     return MetalDiagnosis(
         architecture=gpu.architecture,
-        generation=generation,
-        compiled_kernels=len(kernels),
-        matrix_units="present, but there are no kernels for them yet" if generation >= MATRIX_UNIT_GENERATION else without,
+        generation=gpu.generation.number,
+        cores=gpu.cores,
+        cores_counted=gpu.counted_cores > 0,
+        compiled_kernels=len(_extension.metallib_kernels()),
+        matrix_units=_matrix_units(gpu),
+        float32_products=_float32_products(),
     )
+
+
+def _matrix_units(gpu: tuning.Device) -> str:
+    if gpu.matrix_units:
+        return "used by plain MLX, and by metalens with precision 'bfloat16'"
+    if gpu.generation.number < tuning.MATRIX_UNIT_GENERATION:
+        return f"none: they begin with generation {tuning.MATRIX_UNIT_GENERATION} (M5)"
+    return f"not used: MLX needs macOS {'.'.join(map(str, tuning.MATRIX_UNIT_MACOS))}"
+
+
+def _float32_products() -> str:
+    if matrix_units.round_float32():
+        return "operands rounded to 11 bits (TF32). Set MLX_ENABLE_TF32=0 before Python starts to keep float32"
+    return "float32"
 
 
 def _native_diagnosis(extension: Any) -> NativeDiagnosis:

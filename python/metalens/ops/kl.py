@@ -20,6 +20,8 @@ from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
 from metalens.ops.logits import capped_logits, head_logits, head_vjp, native_head, with_offset
 from metalens.ops.metal import kl as on_metal
+from metalens.ops.metal import matrix_units
+from metalens.ops.metal.matrix_units import MATRIX_UNITS_ARE_FASTER
 from metalens.ops.softmax import entropy, kl_divergence, log_softmax_and_lse
 from metalens.ops.weight import unreadable
 from metalens.utils.errors import InvalidValueError
@@ -113,7 +115,9 @@ def _target_why_not_native(n_model: mx.array, head: Head) -> str:
 
 
 def _target_why_not_metal(n_model: mx.array, head: Head) -> str:
-    return unreadable(head.weight) if n_model.size else "there are no rows"
+    if not n_model.size:
+        return "there are no rows"
+    return MATRIX_UNITS_ARE_FASTER if matrix_units.fit(n_model.shape[0], rounds_operands()) else unreadable(head.weight)
 
 
 _LENS_TARGET = Operation(

@@ -16,6 +16,7 @@ from metalens.readings.top_tokens import Predictions
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
 from metalens.utils.outputs import picture_output, require_replaceable
+from metalens.utils.token_display import cut, readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,38 +25,6 @@ else:
 
 # Fonts that together cover most scripts. matplotlib takes each glyph from the first one that has it.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS")
-# The most characters of a token that fit into a cell.
-MAX_TOKEN = 12
-SPACE = "␣"
-SIGNS = {"\n": "⏎", "\t": "⇥"}
-# Categories of characters that cannot be seen: formats, surrogates, unassigned, private, separators.
-HIDDEN = ("Cf", "Cs", "Cn", "Co", "Zl", "Zp", "Zs")
-
-
-def readable(token: str) -> str:
-    """Return a token as visible characters on one line.
-
-    Line ends, tabs and spaces at the ends get a sign. Control characters, and others that show nothing or turn the
-    direction of the text, are spelled: <0x1B>, <U+202E>. A long token is cut.
-    """
-    body = token.strip(" ")
-    start = len(token) - len(token.lstrip(" "))
-    spaced = f"{SPACE * start}{body}{SPACE * (len(token) - start - len(body))}" if body else SPACE * len(token)
-    shown = "".join(map(_visible, spaced)).replace("><0x", "")  # <0xE6><0x97> is <0xE697>
-    return _cut(shown)
-
-
-def _cut(shown: str) -> str:
-    return shown if len(shown) <= MAX_TOKEN else shown[: MAX_TOKEN - 1] + "…"
-
-
-def _visible(character: str) -> str:
-    if character in SIGNS:
-        return SIGNS[character]
-    kind = unicodedata.category(character)
-    if kind == "Cc":
-        return f"<0x{ord(character):02X}>"
-    return f"<U+{ord(character):04X}>" if kind in HIDDEN and character != " " else character
 
 
 def lens_figure(
@@ -115,8 +84,8 @@ def lens_figure(
     shown = slice(max(0, len(tokens) - max_display_tokens), len(tokens))
     grid, texts, columns = grid[:, shown], [row[shown] for row in texts], list(tokens)[shown]
 
-    fonts = [*([font_family] if font_family else []), *_installed(FONTS)]
-    drawable = _drawable(fonts)
+    fonts = [*([font_family] if font_family else []), *installed_fonts(FONTS)]
+    drawable = drawable_by(fonts)
     with mpl.rc_context({"font.family": fonts}):
         size = figsize or (max(6.0, 1.05 * len(columns) + 2.2), max(3.0, 0.42 * len(names) + 1.6))
         figure = (new_figure or NewFigure)(figsize=size, layout="constrained")
@@ -134,26 +103,27 @@ def lens_figure(
             axes.set_title("\n".join(textwrap.wrap(title, 90)), parse_math=False)
         for y, row in enumerate(texts):
             for x, text in enumerate(row):
-                ink = _ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
+                shade = ink(*image.cmap(np.asarray(image.norm(grid[y, x])).item())[:3])
                 # parse_math: a "$" in a token starts no formula.
-                axes.text(x, y, drawable(readable(text)), ha="center", va="center", fontsize=9, color=ink, parse_math=False)
+                axes.text(x, y, drawable(readable(text)), ha="center", va="center", fontsize=9, color=shade, parse_math=False)
         figure.colorbar(image, ax=axes, label=value_name, shrink=0.9)
     return figure
 
 
-def _ink(r: float, g: float, b: float) -> str:
+def ink(r: float, g: float, b: float) -> str:
     """Return black or white, the better contrast to this color (relative luminance, Rec. 709)."""
     return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.45 else "white"
 
 
-def _installed(names: Sequence[str]) -> list[str]:
+def installed_fonts(names: Sequence[str]) -> list[str]:
+    """Return those of the font families that are installed; matplotlib's own sans-serif if none is."""
     from matplotlib.font_manager import fontManager
 
     present = {font.name for font in fontManager.ttflist}
     return [name for name in names if name in present] or ["sans-serif"]
 
 
-def _drawable(families: Sequence[str]) -> Callable[[str], str]:
+def drawable_by(families: Sequence[str]) -> Callable[[str], str]:
     """Return a function that spells the characters that no font of these families has, as U+5C7F, and cuts the text again.
 
     matplotlib would draw boxes, which all look alike, and warn of each.
@@ -167,9 +137,27 @@ def _drawable(families: Sequence[str]) -> Callable[[str], str]:
             known |= set(get_font(findfont(FontProperties(family=[family]))).get_charmap())
 
     def drawable(text: str) -> str:
-        return _cut("".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in text))
+        return cut("".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in in_visual_order(text)))
 
     return drawable
+
+
+def in_visual_order(text: str) -> str:
+    """Return a text with its runs of right-to-left letters reversed: matplotlib draws every character to the right of the one before.
+
+    Combining marks stay behind their letters. Letters that join, as Arabic ones do, are drawn in their isolated form.
+    """
+    pieces: list[str] = []  # a letter with its marks, or a run of such pieces that is already reversed
+    run: list[str] = []
+    for character in text:
+        if unicodedata.bidirectional(character) in ("R", "AL"):
+            run.append(character)
+        elif run and unicodedata.category(character) == "Mn":
+            run[-1] += character
+        else:
+            pieces += [*reversed(run), character]
+            run = []
+    return "".join([*pieces, *reversed(run)])
 
 
 def picture_format(path: Path) -> str:

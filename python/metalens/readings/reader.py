@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, overload
+from typing import overload
 
-import mlx.core as mx
-import numpy as np
-
-from metalens.lenses.lens import Lens, as_lens, lens_kind, untranslated_layers
-from metalens.lenses.provenance import check_lens
+from metalens.lenses.lens import Lens
 from metalens.models.language_model import LanguageModel
 from metalens.models.tokenization import TokenInput
-from metalens.models.unembed import NO_NORM, NormFunction
-from metalens.ops import lens_stats
-from metalens.ops.stats import logits_stats
+from metalens.models.unembed import NormFunction
 from metalens.readings.reading import Reading
-from metalens.readings.rows import lens_rows, require_finite, select_layers, select_position
-from metalens.readings.top_tokens import predictions_of
-from metalens.utils.arrays import to_list
-from metalens.utils.errors import InvalidValueError
-
-# Several texts: a list of strings, of lists of ids, or of arrays of ids [T].
-Texts: TypeAlias = list[str] | tuple[str, ...] | list[list[int]] | list[mx.array]
+from metalens.readings.texts import Texts
+from metalens.readings.trajectory_reader import read_trajectory
 
 
 @overload
@@ -81,45 +70,7 @@ def read(
             out of range, a lens of another model, and a model whose own logits its norm and head do not reproduce.
         InvalidTypeError: if the text is no text, or the lens no lens.
     """
-    lens = as_lens(lens)
-    check_lens(lens, model)
-    norm = NO_NORM if skip_norm else model.unembed.norm if final_norm is None else final_norm
-    chosen = select_layers(layers, model.num_layers)
-    if not chosen:
-        raise InvalidValueError("No layers were asked for. Pass layers=None for all of them.")
-    if are_several(text):
-        return [_read(model, each, lens, norm, chosen, top_k, position) for each in text]
-    return _read(model, text, lens, norm, chosen, top_k, position)
-
-
-def _read(model: LanguageModel, text: Any, lens: Lens, norm: NormFunction, layers: list[int], top_k: int, position: int | None) -> Reading:
-    ids = model.ids(text)[:1]
-    where = select_position(position, ids.shape[1])
-    captured = model.source.capture(ids)
-    hidden = [h[0, where] for h in captured.hidden]
-    stats = lens_stats(lens_rows(hidden, layers, lens, norm), model.unembed.head, top_k)
-    own = logits_stats(captured.logits[:1, where].astype(mx.float32))
-    require_finite(stats)
-    strings = model.token_strings(mx.concatenate([ids[0, where], stats.top_ids.reshape(-1), own.top_ids.reshape(-1)]))
-    token_ids = to_list(ids[0, where])
-    return Reading(
-        layers=layers,
-        tokens=[strings[i] for i in token_ids],
-        predictions=predictions_of(stats, layers, strings),
-        stats=stats,
-        model=own,
-        model_tokens=[strings[i] for i in to_list(own.top_ids[0, :, 0])],
-        token_ids=token_ids,
-        lens=lens_kind(lens),
-        num_layers=model.num_layers,
-        untranslated=untranslated_layers(lens),
+    found = read_trajectory(
+        model, text, lens, top_k=top_k, layers=layers, position=position, compare=False, final_norm=final_norm, skip_norm=skip_norm
     )
-
-
-def are_several(text: TokenInput | Texts) -> TypeGuard[Texts]:
-    """Return whether the input is a list of texts. An array of ids is one text, also [B, T]."""
-    return isinstance(text, (list, tuple)) and len(text) > 0 and all(_is_text(each) for each in text)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, (str, list, tuple)) or (isinstance(value, (mx.array, np.ndarray)) and value.ndim > 0)
+    return [Reading(each) for each in found] if isinstance(found, list) else Reading(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,8 +11,10 @@ import mlx.core as mx
 
 from metalens.ops import LensStats
 from metalens.readings.heat_map import lens_figure, save_figure
+from metalens.readings.numbering import UNTRANSLATED
 from metalens.readings.rows import select_position
-from metalens.readings.top_tokens import Predictions, TopToken
+from metalens.readings.top_tokens import Predictions, TopToken, predictions_of
+from metalens.readings.trajectory import Trajectory
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidValueError, MissingPackageError
 
@@ -21,7 +24,6 @@ else:
     Figure = Any  # matplotlib takes a second to import
 
 Color = Literal["probability", "entropy"]
-UNTRANSLATED = "*: no translator of this layer; read as by the logit lens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,42 +31,82 @@ class Reading:
     """One text, read through one lens: the predictions of every layer, and the model's own beside them.
 
     Row r of the arrays belongs to layer `layers[r]`; the methods take layer numbers. Layer i is the output of block i.
-    A negative layer counts from the model's last block, a negative position from the last token that was read.
+    A negative layer counts from the model's last block, a negative position from the last token that was read. It is a
+    view of a trajectory, which has more statistics if they were asked for.
 
     Attributes:
-        layers: layer numbers, in the order that was asked for.
-        tokens: text of each token that was read, T in number.
-        predictions: {layer: [[(token id, logit, token), ...] per position]}, the top-k tokens, most likely first.
-        stats: statistics of the lens, [len(layers), T] arrays.
-        model: statistics of the model's own prediction, [1, T] arrays.
-        model_tokens: the model's most likely next token at each position.
-        token_ids: id of each token that was read.
-        lens: name of the lens: 'logit lens', 'tuned lens', or the name of a function.
-        num_layers: L, blocks of the model.
-        untranslated: layers of which the tuned lens has no translator. It reads them as the logit lens does; tables and
-            pictures mark them with a star.
+        trajectory: the trajectory, with the layers' numbers and without the embedding.
     """
 
-    layers: list[int]
-    tokens: list[str]
-    predictions: Predictions
-    stats: LensStats
-    model: LensStats
-    model_tokens: list[str]
-    token_ids: list[int]
-    lens: str
-    num_layers: int
-    untranslated: tuple[int, ...] = ()
+    trajectory: Trajectory
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Return the layer numbers, in the order that was asked for."""
+        return [int(layer) for layer in self.trajectory.layers]
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """Return the text of each token that was read, T in number."""
+        return self.trajectory.tokens
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """Return the id of each token that was read."""
+        found: list[int] = self.trajectory.token_ids.tolist()
+        return found
+
+    @cached_property
+    def stats(self) -> LensStats:
+        """Return the statistics of the lens, [len(layers), T] arrays."""
+        return self.trajectory.lens_stats()
+
+    @cached_property
+    def model(self) -> LensStats:
+        """Return the statistics of the model's own prediction, [1, T] arrays."""
+        return self.trajectory.model.lens_stats()
+
+    @cached_property
+    def model_tokens(self) -> list[str]:
+        """Return the model's most likely next token at each position."""
+        return [self.trajectory.texts[int(i)] for i in self.trajectory.model.top_ids[0, :, 0]]
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """Return {layer: [[(token id, logit, token), ...] per position]}, the top-k tokens, most likely first."""
+        return predictions_of(self.stats, self.layers, dict(self.trajectory.texts))
+
+    @property
+    def lens(self) -> str:
+        """Return the name of the lens: 'logit lens', 'tuned lens', or the name of a function."""
+        return self.trajectory.lens
+
+    @property
+    def num_layers(self) -> int:
+        """Return L, the number of blocks of the model."""
+        return self.trajectory.num_layers
+
+    @property
+    def untranslated(self) -> tuple[int, ...]:
+        """Return the layers that were read of which the tuned lens has no translator.
+
+        It reads them as the logit lens does. Tables and pictures mark them with a star.
+        """
+        return tuple(int(layer) for layer in self.trajectory.untranslated)
 
     def label(self, layer: int) -> str:
         """Return the name of a layer's row: 'layer 3', or 'layer 3*' if the lens does not translate it."""
-        return f"layer {layer}{'*' if layer in self.untranslated else ''}"
+        return self.trajectory.label(layer)
 
     def __repr__(self) -> str:
         text = "".join(self.tokens)
         shown = text if len(text) <= 40 else f"{text[:37]}..."
         count = f"{len(self.tokens)} token{'s' if len(self.tokens) != 1 else ''}"
         return f"Reading({self.lens}, {len(self.layers)} of {self.num_layers} layers, {count}: {shown!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the viewer's page with this reading, for notebooks."""
+        return self.trajectory._repr_html_()
 
     @property
     def probabilities(self) -> mx.array:

@@ -71,6 +71,8 @@ class RunOutputs:
             weights = lens_files(self.out)[0]
             locks.enter_context(locked(weights.with_name(f".{weights.name}{LOCK}"), str(self.out)))
         if self.folder is not None:
+            if not self.folder.exists():
+                locks.callback(_remove_empty, self.folder)  # of a run that ends before its first checkpoint
             require_writable(self.folder / LOCK)
             locks.enter_context(locked(self.folder / LOCK, str(self.folder)))
             prepare_folder(self.folder, resume)
@@ -86,3 +88,9 @@ class RunOutputs:
             lens.save(self.out, force=force)
         if self.folder is not None:
             mark_finished(self.folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Delete a folder if there is nothing in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,6 +1,6 @@
 """Recipes: named settings that are known to work. A new recipe is a new entry of RECIPES.
 
-docs/recipes.md compares them on two models.
+docs/recipes.md compares them on four models.
 """
 
 from __future__ import annotations

@@ -30,7 +30,11 @@ MAX_SEQ_LEN_DEFAULT = f"{DEFAULT_SEQUENCE}, or the model's context if that is sh
 
 
 def resolve(
-    recipe: str | None, config: TrainingConfig | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any], context: int | None = None
+    recipe: str | None,
+    config: TrainingConfig | Mapping[str, Any] | str | Path | None,
+    settings: Mapping[str, Any],
+    context: int | None = None,
+    hidden_size: int | None = None,
 ) -> tuple[str | None, TrainingConfig]:
     """Return the name of the recipe and the configuration of a run.
 
@@ -43,6 +47,7 @@ def resolve(
         config: more settings: a JSON or TOML file, a dict, or a complete TrainingConfig, which needs no recipe.
         settings: settings by name. 'tokens' is a budget instead of a setting: see `metalens.training.budget`.
         context: longest sequence of the model, in tokens, if it is known.
+        hidden_size: dimension of the model's hidden states, if it is known.
 
     Raises:
         InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
@@ -65,7 +70,9 @@ def resolve(
     chosen: Mapping[str, Any] = given
     if tokens is not None:
         chosen = settings if isinstance(config, TrainingConfig) else given  # a budget divides a complete configuration anew
-        merged |= divided(require_tokens(tokens), merged, chosen, longest)
+        found = divided(require_tokens(tokens), merged, chosen, longest, hidden_size)
+        longest = found.get("max_seq_len", longest)
+        merged |= found
     if "max_seq_len" not in chosen:
         merged["max_seq_len"] = min(longest, merged.get("tokens_per_step") or sys.maxsize)
     return name, TrainingConfig.from_dict(merged)

@@ -21,7 +21,8 @@ from metalens.training.data.readers import Source
 from metalens.training.distributed import Group
 from metalens.training.resume import with_older_defaults
 from metalens.training.settings import budget_in_minutes, resolve
-from metalens.training.speed import budget_in, measured_speed, seconds_of
+from metalens.training.speed import budget_in, seconds_of
+from metalens.training.speed_probe import measured_speed
 from metalens.training.sufficiency import budget_that_fits, require_enough, suffices, tokens_to_read
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.progress_bar import PhaseBar
@@ -60,9 +61,10 @@ class Wishes:
         """Check all that can be checked without the model (InvalidValueError)."""
         self.resolved()
 
-    def resolved(self, context: int | None = None, **changed: Any) -> tuple[str | None, TrainingConfig]:
-        """Return the name of the recipe and the settings, for a model's context in tokens. `changed` settings replace the caller's."""
-        return resolve(self.recipe, self.config, {**self.settings, **changed}, context)
+    def resolved(self, model: LanguageModel | None = None, **changed: Any) -> tuple[str | None, TrainingConfig]:
+        """Return the name of the recipe and the settings, for a model if there is one. `changed` settings replace the caller's."""
+        of_model = () if model is None else (model.default_sequence_length, model.unembed.hidden_dim)
+        return resolve(self.recipe, self.config, {**self.settings, **changed}, *of_model)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,8 @@ def settle(
         NotEnoughDataError: if the text is too short for the run and must not repeat; names settings that would fit.
         InvalidValueError: for settings or token ids that do not fit the model.
     """
-    context = model.default_sequence_length
     budget = {} if wishes.minutes is None else _budget_of_minutes(wishes, model, group, resumed)
-    recipe, config = wishes.resolved(context, **budget)
+    recipe, config = wishes.resolved(model, **budget)
     if resumed is not None:  # the lens remembers what the run did, not what this version would do
         config = with_older_defaults(config, resumed, group)
     model.source.require_length(config.max_seq_len)
@@ -127,13 +128,13 @@ def settle(
     if resumed is None and wishes.minutes is not None and corpus.counted is not None:  # the tokens between those that count take time too
         share = corpus.counted_tokens / corpus.tokens
         budget = _budget_of_minutes(wishes, model, group, resumed, share)
-        config = wishes.resolved(context, **budget)[1]
+        config = wishes.resolved(model, **budget)[1]
     if not text.keep_prefix:
         corpus = corpus.with_prefix(text.prefix)
     model.check_ids(np.asarray([corpus.ids.max(), *corpus.prefix], np.int64))  # MLX would read other memory for an unknown id
 
     def with_budget(tokens: int) -> TrainingConfig:
-        return wishes.resolved(context, **{**budget, "tokens": tokens})[1]
+        return wishes.resolved(model, **{**budget, "tokens": tokens})[1]
 
     if wishes.minutes is not None and not config.repeat and not suffices(corpus, config):
         config = with_budget(budget_that_fits(corpus, config.max_seq_len, with_budget))
@@ -166,7 +167,7 @@ def _budget_of_minutes(wishes: Wishes, model: LanguageModel, group: Group, resum
         speed = measured_speed(facts)
         found = budget_in(
             60 * wishes.minutes,
-            lambda n: wishes.resolved(model.default_sequence_length, tokens=n)[1],
+            lambda n: wishes.resolved(model, tokens=n)[1],
             lambda changed: seconds_of(facts, changed, speed, processes=group.size if group.parallel == "data" else 1, share=share),
         )
     return {"tokens": int(group.gather_json(found)[0])}

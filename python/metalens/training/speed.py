@@ -1,47 +1,20 @@
-"""How long a run takes on this machine: its counted work, at the speed that a probe of about a second measures here.
-
-The probe runs the operations of a run at the model's shapes: the head with its gradient on a few rows and a part of the vocabulary, a matrix of the
-model's blocks in the model's format, and a product in float32, as translators, warm start and Muon have them. No weights are read.
-"""
+"""How long a run takes on this machine: its counted work, at the speed that `training.speed_probe` measures here."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
-
-import mlx.core as mx
 
 from metalens.models.facts import ModelFacts
-from metalens.ops import Head, Weight, lens_kl, lens_target, linear
-from metalens.ops.backends import native, precision
 from metalens.training.config import TrainingConfig
 from metalens.training.guard import check_every
 from metalens.training.vocabulary import sample_size
-from metalens.training.work import regression_flops, translator_flops, update_flops
+from metalens.training.work import iteration_flops, regression_flops, translator_flops, update_flops
 from metalens.utils.errors import InvalidValueError
 
-PROBE_SECONDS = 0.2  # of each of the four operations, after a first call
-PROBE_LAYERS, PROBE_TOKENS = 8, 32  # rows of the head's probe
-PROBE_HEAD = 1 << 23  # elements of the head's probe: a part of a large vocabulary is enough, since the time is proportional to it
-# Standard deviation of the probe's logits. With much larger ones nearly all probabilities are subnormal numbers, which take a CPU twice as long.
-PROBE_SPREAD = 2.0
-PASS_ROWS = 512  # tokens of a forward pass
-
-# A forward pass beside its products: attention, norms, activations. Products take 0.86 of a pass of SmolLM2-135M (one sequence of 128 tokens, one
-# thread, AVX-512).
-FORWARD_OVERHEAD = 1.2
-# The sums of the warm start beside their products: 1.3 and 1.25 times as long there.
-SUMS_OVERHEAD = 1.3
-# Start of Python and MLX, reading the model and its tokenizer, and the check of the head: 4 s for SmolLM2 (98 MB, tokenizer of 3.5 MB) and 10 s for
-# Gemma 3 270M (266 MB, 33 MB).
-START_SECONDS, TOKENIZER_BYTES_PER_SECOND, WEIGHT_BYTES_PER_SECOND = 3.0, 6e6, 2e8
-# Times D^3: the solution of a layer, in NumPy's float64, as work at the speed of `product`. 0.04 to 0.1 s for D = 577 beside 86 GFLOP/s; more where
-# other work disturbs NumPy's threads.
-SOLVE_FLOPS = 80
+# Start of Python and MLX, reading the model and its tokenizer, and the check of the head, as multiples of `Speed.python`: for every model, for each
+# byte of the tokenizer and for each byte of the weights. Fitted to demo, SmolLM2-135M and Gemma 3 270M (python -m benchmarks.planned).
+START, START_PER_TOKENIZER_BYTE, START_PER_WEIGHT_BYTE = 465.0, 1.4e-5, 2e-7
 
 
 @dataclass(frozen=True)
@@ -51,14 +24,28 @@ class Speed:
     Attributes:
         target: seconds of the model's own row of the head, for each entry of the vocabulary.
         kl: seconds of a lens's row of the head and its gradient, for each entry of the vocabulary.
+        sampled_kl: the same on a sample of the vocabulary.
+        check: seconds of a lens's row of the head without a gradient, for each entry of the vocabulary.
         forward: multiplications and additions per second of the model's matrices.
-        product: multiplications and additions per second of float32 matrices.
+        beside: seconds of a layer of the model beside its matrices, for each token: norms, attention, activations.
+        product: multiplications and additions per second of translators.
+        sums: those of the sums of the warm start.
+        solution: those of its solution, in float64, of which a layer takes D^3.
+        iteration: those of Muon's iterations.
+        python: seconds of a fixed piece of work of Python.
     """
 
     target: float
     kl: float
+    sampled_kl: float
+    check: float
     forward: float
+    beside: float
     product: float
+    sums: float
+    solution: float
+    iteration: float
+    python: float
 
 
 @dataclass(frozen=True)
@@ -79,14 +66,6 @@ class Duration:
     def total(self) -> float:
         """Return the seconds of the whole run."""
         return self.start + self.warm_start + self.steps
-
-
-def measured_speed(facts: ModelFacts) -> Speed:
-    """Measure this machine's speed at a model's shapes. The answer is kept for the rest of the process."""
-    d = facts.dimensions
-    formats = (d.bits, d.group_size, facts.block_bits or d.bits, facts.block_group_size or d.group_size)
-    setting = (str(mx.default_device()), precision(), native() is not None)
-    return _measured(d.hidden_size, d.vocab_size, facts.intermediate_size, *formats, facts.activation_bytes, setting)
 
 
 def seconds_of(
@@ -113,21 +92,23 @@ def seconds_of(
     d, hidden_size = facts.dimensions, facts.dimensions.hidden_size
     if layers is None:
         layers = d.num_layers if config.layers is None else len(config.layers)
-    forward = FORWARD_OVERHEAD * 2 * d.block_params / speed.forward / share
-    warm_token = passes * forward + SUMS_OVERHEAD * layers * regression_flops(hidden_size) / speed.product
-    solution = layers * SOLVE_FLOPS * hidden_size**3 / speed.product if config.warm_start_tokens else 0.0
+    forward = (2 * d.block_params / speed.forward + d.num_layers * speed.beside) / share
+    warm_token = passes * forward + layers * regression_flops(hidden_size) / speed.sums
+    solution = layers * hidden_size**3 / speed.solution if config.warm_start_tokens else 0.0
     sample = sample_size(config.vocabulary, d.vocab_size)
-    ids = sample or d.vocab_size
-    model_rows = ids * (speed.target + speed.kl / 2)  # the second time, without a gradient, beside the lens's rows
-    if sample is not None:
-        model_rows += d.vocab_size * speed.target  # the ids that the model expects
-    token = passes * (forward + model_rows) + layers * (ids * speed.kl + translator_flops(hidden_size, config) / speed.product)
-    update = layers * update_flops(hidden_size, config) / speed.product
+    if sample is None:
+        head = d.vocab_size * (passes * speed.target + layers * speed.kl)
+    else:  # the model's own rows meet all ids once, which says what it expects, and the sample
+        head = passes * (d.vocab_size + sample) * speed.target + layers * sample * speed.sampled_kl
+    token = passes * forward + head + layers * translator_flops(hidden_size, config) / speed.product
+    iterations = iteration_flops(hidden_size, config)
+    update = layers * (iterations / speed.iteration + (update_flops(hidden_size, config) - iterations) / speed.product)
     held_back = config.held_back_tokens
     checked = held_back * (1 + config.num_steps // check_every(config, held_back)) if held_back else 0
-    check_token = passes * (forward + d.vocab_size * speed.target) + layers * d.vocab_size * speed.kl / 2
+    check_token = passes * forward + layers * d.vocab_size * speed.check
+    start = START + START_PER_TOKENIZER_BYTE * facts.tokenizer_bytes + START_PER_WEIGHT_BYTE * facts.weight_bytes
     return Duration(
-        start=START_SECONDS + facts.tokenizer_bytes / TOKENIZER_BYTES_PER_SECOND + facts.weight_bytes / WEIGHT_BYTES_PER_SECOND,
+        start=start * speed.python,
         warm_start=config.warm_start_tokens * warm_token / processes + solution,
         steps=config.num_steps * (config.step_tokens * token / processes + update) + checked * check_token / processes,
     )
@@ -168,62 +149,3 @@ def _smallest_budget(settings: Callable[[int], TrainingConfig]) -> int:
             budget *= 2
         else:
             return budget
-
-
-# ------------------------------------------------------------------ the probe
-
-
-@cache
-def _measured(
-    hidden_size: int,
-    vocab_size: int,
-    intermediate_size: int,
-    bits: int,
-    group_size: int,
-    block_bits: int,
-    block_group_size: int,
-    activation_bytes: int,
-    setting: Any,
-) -> Speed:
-    random = mx.random.key(0)  # MLX's global state stays as it is
-    vocabulary = min(vocab_size, max(1024, PROBE_HEAD // hidden_size))
-    head = Head(_weight(vocabulary, hidden_size, bits, group_size, activation_bytes))
-    rows = mx.random.normal((PROBE_LAYERS, PROBE_TOKENS, hidden_size), key=random) * (PROBE_SPREAD / math.sqrt(hidden_size))
-    target = lens_target(rows[0], head)
-    wide = min(intermediate_size, max(256, PROBE_HEAD // hidden_size))
-    block = _weight(wide, hidden_size, block_bits, block_group_size, activation_bytes)
-    x = mx.random.normal((PASS_ROWS, hidden_size), key=random)
-    narrow = x.astype(mx.float32 if activation_bytes == 4 else mx.float16)
-    square = Weight(mx.random.normal((hidden_size, hidden_size), key=random))
-    mx.eval(rows, vars(target), x, narrow, square.values)
-    lens_rows = PROBE_LAYERS * PROBE_TOKENS + PROBE_TOKENS / 2  # the model's rows have no gradient: half the work
-    return Speed(
-        target=_seconds(lambda: [a for a in vars(lens_target(rows[0], head)).values() if a is not None]) / PROBE_TOKENS / vocabulary,
-        kl=_seconds(lambda: lens_kl(rows, target, head)) / lens_rows / vocabulary,
-        forward=2 * PASS_ROWS * hidden_size * wide / _seconds(lambda: linear(narrow, block)),
-        product=2 * PASS_ROWS * hidden_size**2 / _seconds(lambda: linear(x, square)),
-    )
-
-
-def _weight(rows: int, columns: int, bits: int, group_size: int, activation_bytes: int) -> Weight:
-    """Return a random matrix in a format of the model. A format that MLX does not have at this width is taken as not quantized."""
-    values = mx.random.normal((rows, columns), key=mx.random.key(1)).astype(mx.float32 if activation_bytes == 4 else mx.float16)
-    if group_size and bits < 16 and columns % group_size == 0:
-        try:
-            quantized = mx.quantize(values, group_size, bits)
-        except ValueError:
-            return Weight(values)
-        mx.eval(quantized)
-        return Weight(*quantized, group_size, bits)
-    mx.eval(values)
-    return Weight(values)
-
-
-def _seconds(compute: Callable[[], Any]) -> float:
-    """Return the mean time of an operation."""
-    mx.eval(compute())
-    start, count = time.perf_counter(), 0
-    while count < 2 or time.perf_counter() - start < PROBE_SECONDS:
-        mx.eval(compute())
-        count += 1
-    return (time.perf_counter() - start) / count

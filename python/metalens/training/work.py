@@ -27,7 +27,7 @@ def translator_flops(hidden_size: int, config: TrainingConfig) -> int:
 
 def update_flops(hidden_size: int, config: TrainingConfig) -> int:
     """Count the work of an update of one layer."""
-    return UPDATE_FLOPS[config.optimizer] * translator_params(hidden_size, config) + _muon_flops(hidden_size, config)
+    return UPDATE_FLOPS[config.optimizer] * translator_params(hidden_size, config) + iteration_flops(hidden_size, config)
 
 
 def regression_flops(hidden_size: int) -> int:
@@ -35,8 +35,8 @@ def regression_flops(hidden_size: int) -> int:
     return 3 * hidden_size**2 + 7 * hidden_size
 
 
-def _muon_flops(hidden_size: int, config: TrainingConfig) -> int:
-    """Count the work of Muon's iterations for one layer: one product each, and half of two that are symmetric."""
+def iteration_flops(hidden_size: int, config: TrainingConfig) -> int:
+    """Count the work of Muon's iterations in an update of one layer: one product each, and half of two that are symmetric."""
     if config.optimizer != "muon" or config.bias_only:
         return 0
     rows = hidden_size if config.rank is None else config.rank

@@ -70,6 +70,10 @@ uint32_t msl_simd_exchange(const void* operand, uint32_t bytes, uint32_t kind, u
   return self->mask;
 }
 
+const ThreadContext* msl_context(void) {
+  return &runtime.current->context;
+}
+
 uint32_t msl_lane(void) {
   return runtime.current->context.lane;
 }
@@ -94,6 +98,20 @@ void msl_matrix_access(void) {
   Fiber* self = runtime.current;
   self->matrix_accesses++;
   self->matrix_pc = MSLCPU_PC;
+}
+
+// Metal allows four units in the last place for most functions. The move is a function of the result, so that equal results stay equal.
+// A result of 1 stays, because exp(0) is 1 on every GPU, and a kernel that merges sums multiplies by it many times.
+float msl_approximated(float result) {
+  constexpr int32_t largest_move = 4;
+  if (!runtime.launch->inexact || !__builtin_isnormal(result) || result == 1.0f) return result;
+  int32_t bits;
+  memcpy(&bits, &result, 4);
+  uint64_t mixed = (static_cast<uint32_t>(bits) + runtime.launch->seed) * 0x9E3779B97F4A7C15ull;
+  bits += static_cast<int32_t>((mixed >> 33) % (2 * largest_move + 1)) - largest_move;
+  float moved;
+  memcpy(&moved, &bits, 4);
+  return __builtin_isnormal(moved) ? moved : result;
 }
 
 void msl_atomic_access(uint8_t* address, uint64_t bytes) {

@@ -235,6 +235,7 @@ void check_device_access(uint8_t* address, uint64_t bytes, bool write, bool atom
   if (write && !(buffer.flags & kWritable))
     MSLCPU_FAIL(pc, "write to input buffer %u (byte %ld)", index, static_cast<int64_t>(address - buffer.data));
   (write ? buffer.written : buffer.read) += bytes;
+  if (launch.instructions) note_access(index, reinterpret_cast<uint64_t>(address), bytes, write, pc);
   Before before = set_flags(shadows[index].flags + at, bytes, write ? kWritten : kRead, write ? &buffer.unique_written : &buffer.unique_read);
   if (!(buffer.flags & kWritable)) return;
   Stamp mine = static_cast<Stamp>(runtime.device_epoch) << 32 | runtime.current->device_low | (atomic ? kStampAtomic : 0);

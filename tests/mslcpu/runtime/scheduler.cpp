@@ -112,6 +112,7 @@ Progress run_simdgroup(Simdgroup& s) {
     }
     if (runtime.attention) attend();
     if (runtime.failed) return Progress::kFailed;
+    if (runtime.launch->instructions) count_instructions();
     if (s.arrived == 0) return Progress::kBlocked;
     if (!release_collectives(s)) return Progress::kFailed;
     if (runtime.launch->schedule == Schedule::kLockstep) return Progress::kPaused;
@@ -289,6 +290,44 @@ void run_grid() {
   launch.threadgroup_bytes = threadgroup_bytes;
 }
 
+// Let the processor treat subnormal float32 operands and results as zeros, as GPUs do, while this lives. Conversions from half keep them, as on GPUs.
+class SubnormalsFlushed {
+ public:
+  explicit SubnormalsFlushed(bool wanted) : before(control()) {
+#if defined(__x86_64__)
+    if (wanted) set_control(before | 0x8040u);  // flush to zero, denormals are zeros
+#elif defined(__aarch64__)
+    if (wanted) set_control(before | 1u << 24);
+#endif
+  }
+  ~SubnormalsFlushed() {
+    set_control(before);
+  }
+  SubnormalsFlushed(const SubnormalsFlushed&) = delete;
+  SubnormalsFlushed& operator=(const SubnormalsFlushed&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  static uint32_t control() {
+    return __builtin_ia32_stmxcsr();
+  }
+  static void set_control(uint32_t value) {
+    __builtin_ia32_ldmxcsr(value);
+  }
+  uint32_t before;
+#elif defined(__aarch64__)
+  static uint64_t control() {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set_control(uint64_t value) {
+    asm volatile("msr fpcr, %0" : : "r"(value));
+  }
+  uint64_t before;
+#endif
+};
+
 }  // namespace
 
 }  // namespace mslcpu
@@ -311,8 +350,12 @@ int mslcpu_run(Launch* launch) {
   runtime.fibers.resize(threads);
   reset_threadgroup_epochs_if_used_up();
   if (launch->checked) begin_device_memory();
+  forget_accesses();
   start_watchdog(launch->timeout);
-  run_grid();
+  {
+    SubnormalsFlushed flushed(launch->checked && launch->inexact);
+    run_grid();
+  }
   stop_watchdog();
   runtime.current = nullptr;
   if (launch->checked) end_device_memory();

@@ -128,6 +128,12 @@ void check_device_access(uint8_t* address, uint64_t bytes, bool write, bool atom
 void finish_pending_write();  // compares the bytes of a suspicious store; called before any other check
 void attend();
 
+// instructions.cpp: count a checked access of the running thread, and what the simdgroup's lanes accessed since the last call.
+constexpr uint32_t kThreadgroupMemory = kMaxBuffers;
+void note_access(uint32_t buffer, uint64_t address, uint64_t bytes, bool write, const void* pc);
+void count_instructions();
+void forget_accesses();
+
 // access.cpp
 void check_access(uint8_t* address, uint64_t bytes, bool write, bool atomic, const void* pc);
 

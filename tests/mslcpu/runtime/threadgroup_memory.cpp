@@ -133,6 +133,7 @@ void check_threadgroup_access(uint32_t offset, uint64_t bytes, bool write, bool 
     report_out_of_bounds(offset, bytes, write, pc);
   }
   (write ? runtime.launch->threadgroup_written : runtime.launch->threadgroup_read) += bytes;
+  if (runtime.launch->instructions) note_access(kThreadgroupMemory, offset, bytes, write, pc);
   Stamp mine = static_cast<Stamp>(runtime.threadgroup_epoch) << 32 | runtime.current->threadgroup_low | (atomic ? kStampAtomic : 0);
   Stamp other = 0;
   uint32_t end = offset + static_cast<uint32_t>(bytes);

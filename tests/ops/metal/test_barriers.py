@@ -19,6 +19,12 @@ def stats(rng):
     mx.eval(vars(lens_stats(n, head, 3, n_model, mx.arange(9))))
 
 
+def few_rows(rng):
+    head = oracle.make_head(rng, 72, 544)  # more columns than are staged at once
+    n, n_model = oracle.random_array(rng, 3, 2, 544), oracle.random_array(rng, 2, 544)
+    mx.eval(vars(lens_stats(n, head, 3, n_model, mx.arange(2))))
+
+
 def loss(rng):
     head = oracle.make_head(rng, 600, 96)
     n, n_model = oracle.random_array(rng, 3, 9, 96), oracle.random_array(rng, 9, 96)
@@ -31,11 +37,18 @@ def translator(rng):
     mx.eval(mx.vjp(lambda w: translate_norm(h, w, b, norm), [w], [h])[1])
 
 
-# A GPU with so few cores that each split of the vocabulary has several steps, and the barriers between them matter.
-FEW_CORES = tuning.Device("applegpu_g13p", 8 * 2**30)
+# A GPU with one core, and a single wave: so few splits of the vocabulary that each has several steps, and the barriers between them matter.
+FEW_CORES = tuning.Device("applegpu_g13p", 8 * 2**30, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_wave(monkeypatch):
+    monkeypatch.setattr(tuning, "WAVES", 1)
+
 
 RUNS = {
     "tile.h": stats,
+    "lens_stats_vector.h": few_rows,
     "lens_backward.h": loss,
     "lens_softmax_grad.h": loss,
     "norm_grad.h": translator,

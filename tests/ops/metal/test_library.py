@@ -40,7 +40,7 @@ def test_the_tool_writes_all_of_it_without_the_package(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(TOOL), "--out", str(tmp_path)], check=True, timeout=120)
     names = json.loads((tmp_path / "kernels.json").read_text())
     assert names == [k.name for kernels in UNITS.values() for k in kernels]
-    assert len(set(names)) == len(names) > 400
+    assert len(set(names)) == len(names) > 600
     assert {path.stem for path in tmp_path.glob("*.metal")} == set(UNITS)
     assert all(f"void {name}(" in (tmp_path / f"{unit}.metal").read_text() for unit, kernels in UNITS.items() for name in (k.name for k in kernels))
 
@@ -73,7 +73,7 @@ def with_library(monkeypatch):
         launched.append(SimpleNamespace(name=name, inputs=inputs, grid=grid, threadgroup=threadgroup, reuse=reuse))
         return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
-    monkeypatch.setattr(_extension, "metallib_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m8_float_float"}))
+    monkeypatch.setattr(_extension, "metallib_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m16_float_float"}))
     monkeypatch.setattr(_extension, "find", lambda: (SimpleNamespace(launch_metal=launch_metal), ""))
     return launched
 
@@ -86,7 +86,7 @@ def product(rng, rows):
 def test_the_library_is_used_where_it_holds_the_kernel(rng, with_library):
     assert product(rng, 5).shape == (5, 70)
     (launch,) = with_library
-    assert launch.name == "metalens_linear_float_affine_b4_g32_float_m8_float_float"
+    assert launch.name == "metalens_linear_float_affine_b4_g32_float_m16_float_float"
     assert (launch.grid, launch.threadgroup, launch.reuse) == ((128, 2, 1), (128, 1, 1), [-1])
     assert all(a.size >= kernel.FEWEST for a in launch.inputs)
 
@@ -99,9 +99,9 @@ def test_other_kernels_are_compiled_just_in_time(rng, with_library, monkeypatch)
         return lambda output_shapes, output_dtypes, **_: [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
 
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    product(rng, 9)
-    product(rng, 10)  # the same kernel: made once
-    assert made == ["metalens_linear_float_affine_b4_g32_float_m16_float_float"]
+    product(rng, 17)
+    product(rng, 20)  # the same kernel: made once
+    assert made == ["metalens_linear_float_affine_b4_g32_float_m32_float_float"]
     assert with_library == []
 
 

@@ -4,8 +4,9 @@ import mlx.core as mx
 import pytest
 
 import mslcpu
-from metalens.ops import lens_kl, lens_stats, lens_target
+from metalens.ops import Head, Weight, lens_kl, lens_stats, lens_target
 from metalens.ops.metal import constants, cost, tuning
+from metalens.ops.metal import stats as metal_stats
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
 
@@ -29,7 +30,7 @@ def only(reports, part):
 
 
 @pytest.mark.parametrize("device", [M1, M3], ids=["M1", "M3"])
-@pytest.mark.parametrize(("layers", "tokens"), [(3, 5), (16, 4), (7, 11)])
+@pytest.mark.parametrize(("layers", "tokens"), [(4, 5), (16, 4), (7, 11)])
 @pytest.mark.parametrize("with_model", [True, False])
 def test_lens_stats_writes_no_logits_and_reads_the_head_once_per_block(rng, device, layers, tokens, with_model):
     head = oracle.make_head(rng, V, D)
@@ -44,29 +45,62 @@ def test_lens_stats_writes_no_logits_and_reads_the_head_once_per_block(rng, devi
     # Every unit reads its scale, all but the first unit of a group from the cache.
     assert report.buffers["scales"].read == blocks.count * V * D // 8 * 4
     assert report.matrix_ops == cost.lens_stats(layers, tokens, V, D, head_bytes(head), with_model, device.generation).matrix_ops
-    written = sum(t.written for t in report.buffers.values())
+    written = sum(t.unique_written for t in report.buffers.values())
     _, splits = tuning.split_vocab(V, constants.TILE_IDS, blocks.count, device)
     assert written == splits * blocks.count * blocks.rows * 4 * (8 + 1 + 2 * 5) < layers * tokens * V * 4
 
 
-def test_a_label_costs_one_tile(rng):
-    head, n = oracle.make_head(rng, V, D), oracle.random_array(rng, 3, 5, D)
+def test_labels_cost_one_tile_for_each_block_however_many_splits(rng):
+    head, n = oracle.make_head(rng, V, D), oracle.random_array(rng, 3, 8, D)
     with emulated(), mslcpu.recording() as reports:
-        mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(5)).lse)
-    without, with_labels = (r.matrix_ops for r in reports if "lens_stats_float" in r.name)
-    splits = tuning.split_vocab(V, constants.TILE_IDS, 1, M1)[1]
-    assert with_labels - without == splits * cost.tile_product(16, 1, D)
+        mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(8)).lse)
+    without, with_labels = (r for r in reports if "lens_stats_float" in r.name)
+    assert only(reports, "lens_label_logits").matrix_ops == cost.tile_product(24, 1, D)
+    assert with_labels.matrix_ops == without.matrix_ops == cost.tile_product(24, V, D)
 
 
 @pytest.mark.parametrize(("layers", "tokens"), [(1, 1), (7, 1), (3, 2), (1, 4)])
-def test_few_rows_read_the_head_exactly_once(rng, layers, tokens):
+def test_few_rows_read_the_head_exactly_once_and_the_rows_once_per_threadgroup(rng, layers, tokens):
     head = oracle.make_head(rng, V, D)
     n, n_model = oracle.random_array(rng, layers, tokens, D), oracle.random_array(rng, tokens, D)
     with emulated(), mslcpu.recording() as reports:
         mx.eval(lens_stats(n, head, 3, n_model).lse)
     report = only(reports, "lens_stats_vector")
-    assert report.buffers["values"].read == report.buffers["values"].unique_read == V * D // 2
-    assert report.matrix_ops == 0
+    assert sum(t.read for t in of_weight(report)) == sum(t.unique_read for t in of_weight(report)) == head_bytes(head)
+    groups = -(-V // (constants.VECTOR_SIMDS * constants.VECTOR_IDS))
+    assert report.buffers["n"].read + report.buffers["n_model"].read == groups * (layers + 1) * tokens * D * 4
+    expected = cost.lens_stats(layers, tokens, V, D, head_bytes(head), True, M1.generation)
+    assert report.matrix_ops == expected.matrix_ops == -(-V // 8) * 128 // 8
+
+
+@pytest.mark.parametrize("vocab", [128_256, 262_144])
+@pytest.mark.parametrize("architecture", ["applegpu_g13g", "applegpu_g14s", "applegpu_g16s", "applegpu_g15d"])
+def test_few_rows_of_a_large_head_cost_little_beside_the_head(architecture, vocab):
+    """The test above shows that each threadgroup reads X once in a pass. Eight rows in float32 then add a ninth to the bytes of a 4-bit head."""
+    gpu, depth = tuning.Device(architecture, 2**34), 2048
+    scales = mx.zeros((vocab, depth // 64), mx.bfloat16)
+    head = Head(Weight(mx.zeros((vocab, depth // 8), mx.uint32), scales, scales, 64, 4))
+    with tuning.planned_for(gpu):
+        plan = metal_stats._plan(mx.zeros((7, 1, depth)), head, True, rounded=False)
+    passes = -(-plan.ids_per_split // constants.VECTOR_PASS)
+    rows = plan.groups * passes * 8 * depth * 4
+    largest = constants.VECTOR_SIMDS * constants.VECTOR_PASS
+    whole = plan.ids_per_split >= constants.VECTOR_PASS
+    assert rows <= (0.12 if whole else 0.12 * largest / (plan.ids_per_split * constants.VECTOR_SIMDS)) * vocab * (depth // 2 + 4 * depth // 64)
+
+
+def test_a_pass_serves_every_id_of_a_split(rng, monkeypatch):
+    # 72 ids in a split of their own simdgroup: a whole pass and a second one, each of which reads the rows once.
+    head, n = oracle.make_head(rng, 72, D), oracle.random_array(rng, 1, 3, D)
+    monkeypatch.setattr(tuning, "split_vocab", lambda *_, **__: (128 * constants.VECTOR_SIMDS, 1))
+    with emulated(), mslcpu.recording() as reports:
+        found = lens_stats(n, head, 5, n[0], mx.arange(3))
+        mx.eval(vars(found))
+    report = only(reports, "lens_stats_vector")
+    assert report.buffers["values"].read == (72 + 6) * D // 2  # and once more for the label of each row
+    assert report.buffers["n"].read + report.buffers["n_model"].read == 2 * 6 * D * 4
+    z = oracle.head_logits(oracle.wide(n), head)
+    assert (mx.array(z.argsort(-1)[..., ::-1][..., :5].copy()) == found.top_ids).all()
 
 
 @pytest.mark.parametrize("device", [M1, M3], ids=["M1", "M3"])

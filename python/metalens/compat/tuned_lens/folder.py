@@ -156,11 +156,15 @@ def save(
     if dtype not in WRITABLE:
         raise InvalidValueError(f"dtype must be one of {', '.join(WRITABLE)}, got {dtype!r}.")
     folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, and a lens of tuned-lens is a folder with {PARAMS} and {CONFIG}. Give the name of a folder.")
     require_replaceable(folder_outputs(folder), force=force)
     remembered = lens.provenance.get("model")
     model_name = model_name or remembered
     if not isinstance(model_name, str):
-        raise InvalidValueError("config.json names the model of the lens, and this lens does not remember its model: give model_name.")
+        raise InvalidValueError(
+            "config.json names the model of the lens, and this lens does not remember its model: give its name (--model, in Python model_name)."
+        )
     own = model_name == remembered
     about: Any = lens.provenance.get("tuned_lens", {})
     unembed_hash = about.get("unembed_hash") if own and isinstance(about, dict) else None

@@ -69,7 +69,8 @@ def lens_stats(
     blocks = tuning.blocks(*problem, with_model, generation)
     read = 4 * depth * tokens * (layers + int(with_model)) + head_bytes + offset_bytes(vocab, with_offset)
     if blocks.is_vector:
-        return Cost(0, 2 * blocks.rows * vocab * depth, read)
+        products = up(vocab, constants.VECTOR_IDS) // 8 * (up(depth, constants.VECTOR_STEP) // 8)
+        return Cost(blocks.count * products, 0, read)
     return Cost(blocks.count * tile_product(blocks.rows, vocab, depth), 0, read)
 
 
@@ -80,7 +81,10 @@ def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGene
 
 
 def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int, with_offset: bool = False) -> Cost:
-    """Return the cost of lens_softmax_grad for a chunk: read once from memory (two more passes hit the cache), written once, with its map."""
+    """Return the cost of lens_softmax_grad for a chunk: read once from memory, written once, with its map.
+
+    The cost is a lower bound: by `estimate.kernel_model`, two more passes read memory again where the cache does not hold the rows in flight.
+    """
     per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // constants.MAP_WIDTH)
     return Cost(0, 0, rows * per_row + tokens * vocab * 4 + offset_bytes(vocab, with_offset))
 

@@ -34,6 +34,25 @@ def _weight(f: Format) -> dict[str, str]:
 _STATES = {"states": "float", "above": "int", "top_logits": "float", "top_ids": "int"}
 
 
+def _stats_inputs(element: str, f: Format, **labels: str) -> tuple[Argument, ...]:
+    return _buffers(n=element, n_model=element, **_weight(f), head_bias="float", head_offset="float", **labels, problem="int")
+
+
+@cache
+def lens_label_logits(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
+    """Describe the logits of the labels of blocks of `rows` rows; see metal/lens_label_logits.h."""
+    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    return Kernel(
+        "lens_label_logits",
+        "lens_label_logits.h",
+        (element, f.type, tile),
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
+        _stats_inputs(element, f, labels="int"),
+        _buffers(label_logits="float"),
+        shared=f"{tile}::FLOATS",
+    )
+
+
 @cache
 def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
     """Describe the statistics of blocks of `rows` rows; see metal/lens_stats.h."""
@@ -43,7 +62,7 @@ def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
         "lens_stats.h",
         (element, f.type, tile),
         f"{element}_{f.label}_m{rows}_{operand(rounded)}",
-        _buffers(n=element, n_model=element, **_weight(f), head_bias="float", head_offset="float", labels="int", problem="int"),
+        _stats_inputs(element, f, label_logits="float"),
         _buffers(**_STATES),
         shared=f"{tile}::FLOATS",
         groups=True,
@@ -51,17 +70,19 @@ def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
 
 
 @cache
-def lens_stats_vector(x: mx.Dtype, f: Format, rows: int) -> Kernel:
+def lens_stats_vector(x: mx.Dtype, f: Format) -> Kernel:
     """Describe the statistics of at most eight rows; see metal/lens_stats_vector.h."""
     element = ELEMENTS[x]
     return Kernel(
         "lens_stats_vector",
         "lens_stats_vector.h",
-        (element, f.type, str(rows)),
-        f"{element}_{f.label}_r{rows}",
-        _buffers(n=element, n_model=element, **_weight(f), head_bias="float", head_offset="float", labels="int", problem="int"),
+        (element, f.type),
+        f"{element}_{f.label}",
+        _stats_inputs(element, f, labels="int"),
         _buffers(**_STATES),
+        shared="metalens::VECTOR_FLOATS",
         groups=True,
+        threads=constants.VECTOR_THREADS,
     )
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from metalens import _extension
 from metalens.ops.metal import constants, tuning
@@ -50,7 +51,7 @@ class Kernel:
         arguments: the template's arguments, as they stand between < and >.
         label: the template's arguments in a form that fits a name.
         inputs, outputs: the buffers, in the order of the function's parameters.
-        shared: floats of threadgroup memory, an expression; "" for none.
+        shared: floats of threadgroup memory, an expression; "" for none. It is declared in vectors of 16 bytes, which the kernels store.
         groups: whether the function takes the size of the grid.
         threads: threads of a threadgroup.
     """
@@ -79,9 +80,10 @@ class Kernel:
     def body(self) -> str:
         """The text of the kernel between its braces."""
         template = f"<{', '.join(self.arguments)}>" if self.arguments else ""
-        memory = f"threadgroup float shared_floats[{self.shared}];\n" if self.shared else ""
+        memory = f"threadgroup float4 shared_vectors[({self.shared} + 3) / 4];\n" if self.shared else ""
         buffers = [a.name for a in (*self.inputs, *self.outputs)]
-        passed = [*buffers, *(["shared_floats"] if self.shared else []), *self.thread_attributes]
+        shared = ["reinterpret_cast<threadgroup float*>(shared_vectors)"] if self.shared else []
+        passed = [*buffers, *shared, *self.thread_attributes]
         return f"{memory}metalens::{self.function}{template}({', '.join(passed)});\n"
 
     @property
@@ -121,7 +123,9 @@ def is_emulated() -> bool:
 @cache
 def _just_in_time(kernel: Kernel, make: Callable[..., Any]) -> Callable[..., Any]:
     inputs, outputs = ([a.name for a in arguments] for arguments in (kernel.inputs, kernel.outputs))
-    made = make(name=kernel.name, input_names=inputs, output_names=outputs, source=kernel.body, header=inlined(kernel.header))
+    # Masks of -inf and tests for NaN hold in safe mode only, so it is stated, not left to MLX's default.
+    text = {"source": kernel.body, "header": inlined(kernel.header), "compile_options": {"math_mode": "safe"}}
+    made = make(name=kernel.name, input_names=inputs, output_names=outputs, **text)
     return cast("Callable[..., Any]", made)
 
 
@@ -153,6 +157,12 @@ def launch(
     run = _just_in_time(kernel, _emulators[-1] if _emulators else mx.fast.metal_kernel)
     made = run(inputs=inputs, grid=grid, threadgroup=threadgroup, output_shapes=list(map(tuple, shapes)), output_dtypes=list(dtypes))
     return cast("list[mx.array]", made)
+
+
+@cache
+def absent(dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Return an array that takes the position of an input which a problem lacks. Nothing reads it; it is made once, so a call dispatches no fill."""
+    return mx.array(np.zeros(FEWEST), dtype)
 
 
 def _long_enough(a: mx.array) -> mx.array:

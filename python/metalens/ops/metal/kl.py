@@ -1,18 +1,20 @@
 """lens_kl on the GPU: a bounded chunk of logits becomes q - p, which is multiplied back with U.
 
 Each row takes two products, the fewest possible; storing and reading a chunk costs a few percent of one. For a linear head the difference of logits
-comes from the difference of rows (see csrc/cpu/lens_kl.h). The loss holds only a chunk and its gradient, however many layers, tokens and ids there
-are. The layers of a chunk share the model's own logits of its tokens.
+comes from the difference of rows (see csrc/cpu/lens_kl.h). The loss holds a few chunks with their gradients (`loss_bytes`), however many layers,
+tokens and ids there are. The layers of a chunk share the model's own logits of its tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from metalens.ops.head import Head
-from metalens.ops.metal import constants, descriptors, tuning
+from metalens.ops.metal import constants, descriptors, encoding, matrix_units, tuning
+from metalens.ops.metal.encoding import Array
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.matmul import linear
@@ -21,6 +23,35 @@ from metalens.ops.metal.stats import lens_stats, row_of_head
 
 # The fraction of a row's sum |q - p| that the tiles which the second product skips may hold together: half a unit in the last place of the operands.
 NEGLIGIBLE = {mx.float32: 2.0**-24, mx.float16: 2.0**-11}
+
+MOST_CHUNKS = 400  # twice those that a row of command buffers with the most operations holds
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """The sizes of an unembedding U [V, D] that decide what a loss holds.
+
+    Attributes:
+        vocab: number of rows, V.
+        depth: number of columns, D.
+        bits: bits of a number. 16 or more = not quantized.
+        group_size: numbers that share a scale and a bias. 0 = not quantized.
+    """
+
+    vocab: int
+    depth: int
+    bits: int
+    group_size: int
+
+    @property
+    def scales(self) -> int:
+        """Scales and biases."""
+        return 2 * self.vocab * self.depth // self.group_size if self.group_size else 0
+
+    @property
+    def elements(self) -> int:
+        """Elements of the arrays of U: words of packed numbers, scales and biases."""
+        return self.vocab * self.depth * self.bits // 32 + self.scales if self.group_size else self.vocab * self.depth
 
 
 def lens_target(n_model: mx.array, head: Head, rounded: bool = False) -> tuple[mx.array, mx.array]:
@@ -41,36 +72,112 @@ def lens_kl(n: mx.array, n_model: mx.array, lse_model: mx.array, head: Head, rou
         skip: whether the second product skips tiles that would change it by no more than rounding does.
     """
     layers, tokens, _ = n.shape
-    per_layers, per_tokens = chunk_shape(layers, tokens, head, rounded)
+    per_layers, per_tokens, of_model = chunk_shape(layers, tokens, *head.weight.shape, rounded)
     n, n_model = n.astype(mx.float32), n_model.astype(mx.float32)
     parts: list[list[tuple[mx.array, mx.array]]] = []
-    last: tuple[mx.array, mx.array] | None = None
+    z_model, last = mx.zeros((0, 0)), None
     for t in range(0, tokens, per_tokens):
-        ts = slice(t, t + per_tokens)
-        of_model = n_model[ts]
-        if last is not None:  # one chunk's logits must be freed before the next chunk's are computed
-            (of_model,) = mx.depends([of_model], list(last))
-        z_model = linear(of_model, head.weight, head.bias, head.scale, rounded)
+        if t % of_model == 0:
+            z_model = linear(_after(last, n_model[t : t + of_model]), head.weight, head.bias, head.scale, rounded)
+        ts, of_group = slice(t, t + per_tokens), slice(t % of_model, t % of_model + per_tokens)
         of_tokens: list[tuple[mx.array, mx.array]] = []
         for first in range(0, layers, per_layers):
-            rows = n[first : first + per_layers, ts]
-            if of_tokens:
-                (rows,) = mx.depends([rows], list(of_tokens[-1]))
-            last = _chunk(rows, of_model, z_model, lse_model[ts], head, rounded, skip)
+            rows = _after(last, n[first : first + per_layers, ts])
+            last = _chunk(rows, n_model[ts], z_model[of_group], lse_model[ts], head, rounded, skip)
             of_tokens.append(last)
         parts.append(of_tokens)
     joined = [[mx.concatenate([chunk[i] for chunk in of_tokens]) for of_tokens in parts] for i in range(2)]
     return mx.concatenate(joined[0], axis=1), mx.concatenate(joined[1], axis=1)
 
 
-def chunk_shape(layers: int, tokens: int, head: Head, rounded: bool) -> tuple[int, int]:
-    """Return (layers, tokens) of a chunk that fits chunk_bytes, with its gradient and the model's logits, and whose products are short dispatches."""
+def _after(last: tuple[mx.array, mx.array] | None, rows: mx.array) -> mx.array:
+    """Return rows that MLX encodes after the results of the chunk before, so that it can free that chunk's logits first."""
+    return rows if last is None else mx.depends([rows], list(last))[0]
+
+
+def chunk_shape(layers: int, tokens: int, vocab: int, depth: int, rounded: bool) -> tuple[int, int, int]:
+    """Return (layers, tokens) of a chunk (see `tuning.chunk_rows`), and the tokens for which the model's logits are computed together.
+
+    Both fill tiles: a product of a few rows costs as much as that of a whole tile. The model's logits take at most half a chunk's memory.
+    """
     gpu = tuning.device()
-    vocab, depth = head.weight.shape
-    row_bytes = vocab * (4 + (2 if rounded else 4))
-    rows = max(2, min(tuning.chunk_bytes(gpu) // row_bytes, tuning.rows_per_dispatch(vocab, depth, gpu)))
-    per_layers = min(layers, rows - 1)
-    return per_layers, min(tokens, max(1, rows // (per_layers + 1)))
+    on_units = rounded and matrix_units.round_float32()
+    rows = tuning.chunk_rows(vocab, depth, _gradient_type(rounded).size, gpu, on_units)
+    per_layers = _evenly(layers, rows)
+
+    def padded(tokens: int) -> float:
+        return tuning.padded_rows(per_layers * tokens, gpu.generation) / tokens
+
+    # Two tiles' worth of sizes hold the best remainder; a chunk of a small vocabulary has too many rows to try them all.
+    tried = 2 * max(tuning.MATMUL_BLOCKS)
+    most = _evenly(tokens, max(1, rows // per_layers))
+    per_tokens = tokens if most == tokens else min(range(most, max(most // 2, most - tried), -1), key=padded)
+    groups = range(1, 1 + min(max(1, rows // (2 * per_tokens)), -(-tokens // per_tokens), tried))
+    return per_layers, per_tokens, per_tokens * min(groups, key=lambda n: tuning.padded_rows(n * per_tokens, gpu.generation) / n)
+
+
+def loss_bytes(layers: int, tokens: int, head: HeadSizes, rounded: bool) -> int:
+    """Return the most bytes of logits, gradients and dequantized rows of U that exist at once, because MLX encodes ahead of the GPU (encoding.py).
+
+    Arrays of D columns are not counted: they are small beside a chunk.
+
+    Args:
+        layers, tokens: sizes of the loss.
+        head: sizes of the unembedding.
+        rounded: whether operands may be rounded to half.
+    """
+    return encoding.most_bytes(_operations(layers, tokens, head, rounded))
+
+
+def _operations(layers: int, tokens: int, head: HeadSizes, rounded: bool) -> Iterator[tuple[Array, ...]]:
+    """Yield the operations of a loss, with their large arrays. A long loss repeats itself, so it ends after MOST_CHUNKS chunks."""
+    vocab, depth = head.vocab, head.depth
+    per_layers, per_tokens, of_model = chunk_shape(layers, tokens, vocab, depth, rounded)
+    u, scales = Array(("U", 0), head.elements, 0), head.scales if rounded and matrix_units.round_float32() else 0
+    chunks = 0
+
+    def product(rows: int, z: Array) -> tuple[Array, ...]:
+        copies = Array((f"scales for {z.name[0]}", z.name[1]), scales, 4 * scales)
+        return (u, z, copies) if matrix_units.fit(rows, rounded) else (u, z)
+
+    for t in range(0, tokens, per_tokens):
+        if t % of_model == 0:
+            rows = min(of_model, tokens - t)
+            z_model = Array(("model", t), rows * vocab, 4 * rows * vocab)
+            yield product(rows, z_model)
+        for first in range(0, layers, per_layers):
+            rows = min(per_layers, layers - first) * min(per_tokens, tokens - t)
+            z = Array(("logits", chunks), rows * vocab, 4 * rows * vocab)
+            g = Array(("gradient", chunks), rows * vocab, _gradient_type(rounded).size * rows * vocab)
+            yield product(rows, z)
+            yield z, z_model, g
+            if _backward_on_units(rows, rounded):
+                copies = Array(("scales", chunks), scales, 4 * scales)
+                step = matrix_units.rows_of_piece(depth)
+                for piece in range(-(-vocab // step)):
+                    size = min(step, vocab - piece * step) * depth
+                    part = Array(("piece", chunks << 32 | piece), size, 4 * size)
+                    yield u, copies, part
+                    yield g, part
+            else:
+                yield u, g
+            chunks += 1
+            if chunks == MOST_CHUNKS:
+                return
+
+
+def _backward_on_units(rows: int, rounded: bool) -> bool:
+    return rows >= matrix_units.FEWEST_ROWS_BACKWARD and matrix_units.fit(rows, rounded)
+
+
+def _evenly(total: int, most: int) -> int:
+    """Return the size of the parts of `total`: at most `most`, and the last part hardly smaller than the others."""
+    return -(-total // -(-total // most))
+
+
+def _gradient_type(rounded: bool) -> mx.Dtype:
+    """Return the type of a chunk's gradient. Matrix units take float32 and round it themselves."""
+    return mx.float16 if rounded and not matrix_units.round_float32() else mx.float32
 
 
 @dataclass(frozen=True)
@@ -89,8 +196,11 @@ def _chunk(
     is_delta = head.softcap is None
     x = (n - n_model[None] if is_delta else n).reshape(layers * tokens, depth)
     chunk = linear(x, head.weight, None if is_delta else head.bias, head.scale, rounded)
-    kl, gradient = _softmax_grad(chunk, z_model, lse_model, head, mx.float16 if rounded else mx.float32)
-    dn = _backward(gradient, head, skip)
+    kl, gradient = _softmax_grad(chunk, z_model, lse_model, head, _gradient_type(rounded))
+    if _backward_on_units(layers * tokens, rounded):
+        dn = matrix_units.backward(gradient.values, head.weight) * head.scale
+    else:
+        dn = _backward(gradient, head, skip)
     return kl.reshape(layers, tokens), dn.reshape(layers, tokens, depth)
 
 

@@ -7,9 +7,7 @@ import mlx.core as mx
 from metalens.ops.metal import descriptors
 from metalens.ops.metal.formats import Format, all_formats
 from metalens.ops.metal.kernel import Kernel
-from metalens.ops.metal.tuning import GENERATIONS, VECTOR_ROWS
-
-BLOCKS = tuple(sorted({generation.largest_block for generation in GENERATIONS.values()}))  # rows of a full tile
+from metalens.ops.metal.tuning import MATMUL_BLOCKS, STATS_BLOCKS
 
 
 def usual_formats() -> list[Format]:
@@ -25,15 +23,13 @@ def usual_formats() -> list[Format]:
 
 def of_format(f: Format) -> list[Kernel]:
     """Return the kernels for a head of this format. Rows are float32, as metalens.ops passes them."""
-    kernels = [descriptors.lens_stats_vector(mx.float32, f, rows) for rows in VECTOR_ROWS]
-    kernels += [descriptors.lens_stats(mx.float32, f, 16, rounded=False)]
-    for rows in BLOCKS:
-        for rounded in (False, True):
-            kernels += [
-                descriptors.lens_stats(mx.float32, f, rows, rounded),
-                descriptors.linear(mx.float32, f, rows, rounded, mx.float32),
-                descriptors.lens_backward(mx.float16 if rounded else mx.float32, f, rows),
-            ]
+    kernels = [descriptors.lens_stats_vector(mx.float32, f)]
+    for rounded in (False, True):
+        kernels += [descriptors.lens_stats(mx.float32, f, rows, rounded) for rows in STATS_BLOCKS]
+        kernels += [descriptors.lens_label_logits(mx.float32, f, rows, rounded) for rows in STATS_BLOCKS]
+        if not (f.mode == "dense" and f.values == "float"):  # products with it are MLX's
+            kernels += [descriptors.linear(mx.float32, f, rows, rounded, mx.float32) for rows in MATMUL_BLOCKS]
+        kernels += [descriptors.lens_backward(mx.float16 if rounded else mx.float32, f, rows) for rows in MATMUL_BLOCKS]
     return kernels
 
 

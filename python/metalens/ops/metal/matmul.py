@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.ops.metal import constants, descriptors, tuning
+from metalens.ops.metal import constants, descriptors, matrix_units, tuning
 from metalens.ops.metal.formats import arrays, format_of
-from metalens.ops.metal.kernel import launch
+from metalens.ops.metal.kernel import absent, launch
 from metalens.ops.metal.source import pack
 from metalens.ops.weight import Weight
 
@@ -23,6 +23,10 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
     """
     rows, depth = x.shape
     columns, gpu = weight.shape[0], tuning.device()
+    if matrix_units.fit(rows, rounded):
+        return matrix_units.linear(x, weight, bias, scale)
+    if weight.scales is None and weight.values.dtype == mx.float32:
+        return _dense(x.astype(mx.float32), weight.values, bias, scale)
     block = tuning.matmul_block(rows, gpu.generation)
     problem = {"rows": rows, "depth": depth, "columns": columns, "with_bias": int(bias is not None), "scale": scale}
     (y,) = launch(
@@ -30,7 +34,7 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
         [
             x,
             *arrays(weight),
-            mx.zeros(8) if bias is None else bias.astype(mx.float32),
+            absent() if bias is None else bias.astype(mx.float32),
             mx.array(pack("linear.h", "LinearProblem", problem)),
         ],
         (-(-rows // block), -(-columns // constants.TILE_IDS), 1),
@@ -38,3 +42,15 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
         [mx.float32],
     )
     return y
+
+
+def _dense(x: mx.array, w: mx.array, bias: mx.array | None, scale: float) -> mx.array:
+    """Return scale * (x W^T + bias) of float32 arrays, by MLX: a dense matrix needs no conversion, and MLX's product has larger tiles than ours.
+
+    W of 16 bits stays with our kernel, because MLX would first write a copy of it in float32.
+    """
+    if bias is not None and not matrix_units.round_float32():
+        return mx.addmm(bias.astype(mx.float32), x, w.T, alpha=scale, beta=scale)
+    y = matrix_units.matmul(x, w.T)
+    y = y if bias is None else y + bias.astype(mx.float32)
+    return y if scale == 1.0 else y * scale

@@ -10,7 +10,7 @@ import mlx.core as mx
 from metalens.ops.head import Head
 from metalens.ops.metal import constants, descriptors, tuning
 from metalens.ops.metal.formats import arrays, format_of
-from metalens.ops.metal.kernel import Kernel, launch
+from metalens.ops.metal.kernel import Kernel, absent, launch
 from metalens.ops.metal.source import pack
 from metalens.ops.weight import FLOATS
 
@@ -63,6 +63,7 @@ class _Plan:
 
     Attributes:
         kernel: lens_stats or lens_stats_vector.
+        of_labels: the kernel that computes the labels' logits for lens_stats. lens_stats_vector computes them itself.
         layers, tokens: the problem's. Without a model every row stands alone: all rows are tokens of one layer.
         blocks: the division of the rows.
         ids_per_split, splits: the division of the vocabulary.
@@ -70,6 +71,7 @@ class _Plan:
     """
 
     kernel: Kernel
+    of_labels: Kernel | None
     layers: int
     tokens: int
     blocks: tuning.Blocks
@@ -83,13 +85,17 @@ def _plan(n: mx.array, head: Head, with_model: bool, rounded: bool) -> _Plan:
     gpu, weight_format = tuning.device(), format_of(head.weight)
     blocks = tuning.blocks(layers, tokens, with_model, gpu.generation)
     if blocks.is_vector:  # each simdgroup takes a split
-        kernel = descriptors.lens_stats_vector(n.dtype, weight_format, blocks.rows)
-        ids_per_split, splits = tuning.split_vocab(head.tokens, constants.IDS_PER_STEP, blocks.count, gpu)
-        groups = -(-splits // constants.SIMDS)
-        return _Plan(kernel, layers, tokens, blocks, ids_per_split, groups * constants.SIMDS, groups)
+        kernel = descriptors.lens_stats_vector(n.dtype, weight_format)
+        step, simdgroups = constants.VECTOR_IDS * constants.VECTOR_SIMDS, constants.VECTOR_SIMDS
+        ids_per_split = tuning.split_vocab(head.tokens, step, blocks.count, gpu, simdgroups)[0] // simdgroups
+        if ids_per_split > constants.VECTOR_PASS:  # whole passes, as each reads the rows
+            ids_per_split -= ids_per_split % constants.VECTOR_PASS
+        groups = -(-head.tokens // (ids_per_split * simdgroups))
+        return _Plan(kernel, None, layers, tokens, blocks, ids_per_split, groups * simdgroups, groups)
+    of_labels = descriptors.lens_label_logits(n.dtype, weight_format, blocks.rows, rounded)
     kernel = descriptors.lens_stats(n.dtype, weight_format, blocks.rows, rounded)
-    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.TILE_IDS, blocks.count, gpu)
-    return _Plan(kernel, layers, tokens, blocks, ids_per_split, splits, splits)
+    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.TILE_IDS, blocks.count, gpu, whole_steps=tuning.WHOLE_TILES)
+    return _Plan(kernel, of_labels, layers, tokens, blocks, ids_per_split, splits, splits)
 
 
 def _problem(plan: _Plan, head: Head, k: int, with_model: bool, label_tokens: int) -> mx.array:
@@ -118,28 +124,41 @@ def _problem(plan: _Plan, head: Head, k: int, with_model: bool, label_tokens: in
 def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None, rounded: bool) -> list[mx.array]:
     plan = _plan(n, head, n_model is not None, rounded)
     problem = _problem(plan, head, k, n_model is not None, 0 if labels is None else n.shape[1])
-    known_labels = mx.zeros(8, mx.int32) if labels is None else labels
-    states = _states(plan, n, n if n_model is None else n_model, head, known_labels, problem, k)
+    known_labels = absent(mx.int32) if labels is None else labels
+    states = _states(plan, n, n if n_model is None else n_model, head, known_labels, labels is not None, problem, k)
     results = _merged(states, known_labels, problem, n.shape[:2], k)
     wanted = [*ALWAYS, *(WITH_MODEL if n_model is not None else ()), *(WITH_LABELS if labels is not None else ())]
     return [results[name] for name in wanted]
 
 
-def _states(plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.array, problem: mx.array, k: int) -> list[mx.array]:
+def _states(
+    plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.array, with_labels: bool, problem: mx.array, k: int
+) -> list[mx.array]:
     """Return what each split found about each row: states, counts above the label, top logits, top ids."""
     slots = (plan.splits, plan.blocks.count, plan.blocks.rows)
+    rows_and_head = [n, n_model, *arrays(head.weight), row_of_head(head.bias), row_of_head(head.offset)]
+    if plan.of_labels is not None:
+        labels = _label_logits(plan, rows_and_head, labels, problem) if with_labels else absent()
     return launch(
         plan.kernel,
-        [n, n_model, *arrays(head.weight), row_of_head(head.bias), row_of_head(head.offset), labels, problem],
+        [*rows_and_head, labels, problem],
         (plan.blocks.count, plan.groups, 1),
         [(*slots, constants.FIELDS), slots, (*slots, k), (*slots, k)],
         [mx.float32, mx.int32, mx.float32, mx.int32],
     )
 
 
+def _label_logits(plan: _Plan, rows_and_head: list[mx.array], labels: mx.array, problem: mx.array) -> mx.array:
+    """Return the logit of each row's label [blocks, rows of a block]: once, instead of once for each split."""
+    assert plan.of_labels is not None
+    shape = (plan.blocks.count, plan.blocks.rows)
+    (label_logits,) = launch(plan.of_labels, [*rows_and_head, labels, problem], (plan.blocks.count, 1, 1), [shape], [mx.float32])
+    return label_logits
+
+
 def row_of_head(values: mx.array | None) -> mx.array:
     """Return a head's bias or offset [V] as a kernel takes it. If the head has none, the problem says so, and nothing reads what stands for it."""
-    return mx.zeros(8) if values is None else values.astype(mx.float32)
+    return absent() if values is None else values.astype(mx.float32)
 
 
 ALWAYS = ("lse", "entropy", "max_probability", "top_ids", "top_logits")

@@ -12,8 +12,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.metal import constants, descriptors
-from metalens.ops.metal.kernel import launch
+from metalens.ops.metal import descriptors, matrix_units, tuning
+from metalens.ops.metal.kernel import absent, launch
 from metalens.ops.metal.matmul import linear
 from metalens.ops.metal.source import pack
 from metalens.ops.norm import Norm
@@ -44,7 +44,7 @@ def translate_norm(h: mx.array, weight: mx.array, bias: mx.array, norm: Norm, pl
     ) -> tuple[mx.array, mx.array, mx.array]:
         h, weight, bias = primals
         dy, db = _norm_grad(outputs[1], cotangents[0], norm)
-        return dy @ weight.astype(mx.float32), (dy.T @ h).astype(weight.dtype), db.astype(bias.dtype)
+        return matrix_units.matmul(dy, weight.astype(mx.float32)), matrix_units.matmul(dy.T, h).astype(weight.dtype), db.astype(bias.dtype)
 
     n, _ = cast("Callable[..., tuple[mx.array, mx.array]]", both)(h.reshape(-1, h.shape[-1]), weight, bias)
     return n.reshape(*h.shape[:-1], weight.shape[0])
@@ -54,9 +54,17 @@ def _norm_grad(y: mx.array, dn: mx.array, norm: Norm) -> tuple[mx.array, mx.arra
     """Return (dy [N, D], db [D])."""
     rows, depth = y.shape
     assert norm.kind is not None
-    problem = {"rows": rows, "depth": depth, "kind": KINDS[norm.kind], "with_gain": int(norm.weight is not None), "eps": norm.eps}
-    gain = mx.zeros(8) if norm.weight is None else norm.weight.astype(mx.float32)
-    blocks = -(-rows // constants.NORM_ROWS)
+    rows_per_group = tuning.rows_per_group(rows, tuning.device())
+    problem = {
+        "rows": rows,
+        "depth": depth,
+        "kind": KINDS[norm.kind],
+        "with_gain": int(norm.weight is not None),
+        "rows_per_group": rows_per_group,
+        "eps": norm.eps,
+    }
+    gain = absent() if norm.weight is None else norm.weight.astype(mx.float32)
+    blocks = -(-rows // rows_per_group)
     dy, db = launch(
         descriptors.norm_grad(),
         [y, gain, dn.astype(mx.float32), mx.array(pack("norm_grad.h", "NormGradProblem", problem))],

@@ -4,15 +4,17 @@ Nothing here was measured on Apple hardware yet. The entries follow from publish
 them (docs/on-a-mac.md).
 
 The reasons:
- * Dequantizing a unit of U costs about four instructions per weight, which the rows of a block share: an eighth of the multiplications at 32 rows, a
-   sixteenth at 64. More rows per block also read U from memory less often.
+ * Dequantizing U takes about four cycles per weight and lane with 4 and 8 bits, by additions of halves, and nine with other bits, by conversions
+   (instruction tables of metal-benchmarks). The rows of a block share them: 32 rows multiply for 36 cycles, 64 rows for 72. More rows per block also
+   read U from memory less often.
  * A simdgroup holds block_rows / 8 x 2 matrices of sums, two registers each per lane: 16 registers at 32 rows, 32 at 64. Generations 13 and 14 (M1,
-   M2) keep few simdgroups in flight when registers run out, so they take 32 rows. Generations 15 and later (M3 on) allocate registers as needed and
-   take up to 64.
+   M2) keep few simdgroups in flight when registers run out, so they take up to 40 rows. Generations 15 and later (M3 on) allocate registers as
+   needed and take up to 64.
  * float32 and half operands multiply at the same speed on generations 13 to 16; half operands take half the threadgroup memory. Operands are float32
    unless precision 'bf16' permits rounding. Then they are half, which is finer than bfloat16; generations 13 and 14 only emulate bfloat16's rounding.
  * A vocabulary tile of 64 ids is two matrices per simdgroup, so that a loaded matrix of rows serves two products.
- * Three or four threadgroups per core hide the waits at barriers: the vocabulary is split until there are that many.
+ * Three or four threadgroups per core run at once and hide each other's waits at barriers. The last of them to finish leave cores idle, so a dispatch
+   has three such waves of threadgroups wherever the problem has the work: the vocabulary is split until there are that many.
  * D does not enter the choice of tiles: the products stream D 32 columns at a time and hold nothing of its size. D enters rows_per_dispatch.
  * A dispatch must stay well below the watchdog's limit, and below the time that makes a screen stutter: 0.1 s.
 """
@@ -20,15 +22,28 @@ The reasons:
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
 
-VECTOR_ROWS = (1, 2, 4, 8)  # rows of a block of lens_stats_vector: with the four ids of a step, eight rows fill a simdgroup
-GROUPS_PER_CORE = 4
+from metalens import _extension
+from metalens.ops.metal import constants
+
+# Rows of a tile. The ahead-of-time library has a kernel for each of these, so it holds whatever is planned. 33 rows, a token of a model of 32 layers,
+# fit the tile of 40. Tiles of 56 rows would save 1 % of the multiplications on average.
+STATS_BLOCKS = (16, 24, 32, 40, 48, 64)
+MATMUL_BLOCKS = (16, 32, 64)
+WAVES, MOST_WAVES = 3, 12
+WHOLE_TILES = 8  # tiles of a split of lens_stats: merging the lanes at its end costs a hundredth of that
+# Simdgroups that keep a core's arithmetic units busy (metal-benchmarks), and those that run at once with tiles: four threadgroups of four, each with
+# 13.8 KB (32 rows) of a core's 60 KB of threadgroup memory.
+SIMDGROUPS_PER_CORE = 24
+TILE_SIMDGROUPS_PER_CORE = 16
 DISPATCH_SECONDS = 0.1
+LEAST_GRADIENT_BYTES = 52 * 2**20  # of a chunk: a hundredth of a small GPU's working set holds too few rows of a large vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,17 +64,21 @@ class GpuGeneration:
 
 
 GENERATIONS = {
-    13: GpuGeneration(13, 32, 9, 0.20e12),  # M1: 128 FMA per clock and core, 1.28 GHz
-    14: GpuGeneration(14, 32, 8, 0.21e12),  # M2: 1.40 GHz
+    13: GpuGeneration(13, 40, 9, 0.20e12),  # M1: 128 FMA per clock and core, 1.28 GHz
+    14: GpuGeneration(14, 40, 8, 0.21e12),  # M2: 1.40 GHz
     15: GpuGeneration(15, 64, 8, 0.21e12),  # M3: 1.40 GHz
     16: GpuGeneration(16, 64, 7, 0.25e12),  # M4: 1.60 GHz
-    17: GpuGeneration(17, 64, 7, 0.25e12),  # M5 without its matrix units, which have no kernels yet (docs/on-a-mac.md)
+    17: GpuGeneration(17, 64, 7, 0.25e12),  # M5 without its matrix units, which have no kernels here (matrix_units.py)
 }
 DEFAULT = GENERATIONS[14]  # an unknown GPU counts as a slow one of the simplest kind
 
-# The last letter of the architecture's name stands for the size of the GPU. These are the fewest cores sold under each letter, which keeps dispatches
-# short.
-CORES = {"p": 4, "g": 7, "s": 14, "c": 24, "d": 48}
+# The last letter of the architecture's name stands for the size of the GPU: (fewest, most) cores sold under it. A Pro and a Max share a letter: MLX
+# names both M4 Pro and M4 Max applegpu_g16s. Two dies of a Max are an Ultra.
+CORES = {"p": (4, 6), "g": (7, 10), "s": (14, 40), "d": (48, 80)}
+
+MATRIX_UNIT_GENERATION = 17  # the first generation of GPUs with matrix units, M5
+MATRIX_UNIT_SPEED = 4  # times as fast as simdgroup matrices, with 16-bit operands
+MATRIX_UNIT_MACOS, MATRIX_UNIT_DARWIN = (26, 2), (25, 2)  # the first macOS on which MLX multiplies with them, and its Darwin
 
 
 @dataclass(frozen=True)
@@ -69,27 +88,50 @@ class Device:
     Attributes:
         architecture: MLX's name of it.
         working_set: bytes that may be in use without paging.
+        counted_cores: number of cores as the system counts them. 0 = not known.
+        matrix_units: whether MLX multiplies 16-bit operands on matrix units here, and float32 operands too, rounded to 11 bits.
     """
 
     architecture: str
     working_set: int
+    counted_cores: int = 0
+    matrix_units: bool = False
 
     @property
     def generation(self) -> GpuGeneration:
         """The generation's entry in the table, or the default."""
-        digits = "".join(c for c in self.architecture.removeprefix("applegpu_g") if c.isdigit())
-        return GENERATIONS.get(int(digits), GENERATIONS[17] if int(digits) > 17 else DEFAULT) if digits else DEFAULT
+        return GENERATIONS.get(self.number, GENERATIONS[17] if self.number > 17 else DEFAULT)
+
+    @property
+    def number(self) -> int:
+        """The number in the architecture's name; 0 if there is none."""
+        return int("".join(c for c in self.architecture.removeprefix("applegpu_g") if c.isdigit()) or 0)
 
     @property
     def cores(self) -> int:
-        """A lower bound of the number of cores."""
-        return CORES.get(self.architecture[-1:], 7)
+        """The number of cores to fill. If it is not known, the most that there may be: a split too many costs little, an idle core much."""
+        return self.counted_cores or self._cores_sold[1]
+
+    @property
+    def fewest_cores(self) -> int:
+        """A lower bound of the number of cores, which keeps dispatches short."""
+        return self.counted_cores or self._cores_sold[0]
+
+    @property
+    def _cores_sold(self) -> tuple[int, int]:
+        return CORES.get(self.architecture[-1:], CORES["g"])
 
 
 @cache
 def _this_device() -> Device:
-    facts = mx.device_info()
-    return Device(str(facts.get("architecture", "")), int(facts.get("max_recommended_working_set_size", 4 * 2**30)))
+    # A default device that is a CPU would describe the CPU. Without a GPU there are no facts.
+    facts = mx.device_info(mx.gpu)
+    architecture = str(facts.get("architecture", ""))
+    # platform.mac_ver() gives 16.x in a Python that was built with an SDK older than macOS 26; Darwin's version is always true.
+    darwin = tuple(int(part) for part in platform.release().split(".")[:2] if part.isdigit())
+    device = Device(architecture, int(facts.get("max_recommended_working_set_size", 4 * 2**30)), _extension.gpu_core_count())
+    first = MATRIX_UNIT_GENERATION + architecture.endswith("p")  # MLX uses those of a phone's GPU one generation later
+    return replace(device, matrix_units=device.number >= first and darwin >= MATRIX_UNIT_DARWIN)
 
 
 _planned_for: list[Device] = []
@@ -130,35 +172,82 @@ class Blocks:
 @cache
 def blocks(layers: int, tokens: int, with_model: bool, generation: GpuGeneration) -> Blocks:
     """Choose the division of layers x tokens rows, and of the model's rows, that costs the least multiplication and reading."""
-    total = tokens * (layers + int(with_model))
-    if total <= VECTOR_ROWS[-1]:
-        return Blocks(next(rows for rows in VECTOR_ROWS if rows >= total), 0, 1, True)
+    of_token = layers + int(with_model)
+    total = tokens * of_token
+    few = constants.VECTOR_ROWS
+    if total <= few:
+        return Blocks(few, 0, 1, True)
 
     def division(rows: int) -> Blocks:
-        repeat_slots = int(with_model and total > rows)
+        # Blocks of whole tokens divide no token's rows.
+        repeat_slots = int(with_model and total > rows and rows % of_token != 0)
         return Blocks(rows, repeat_slots, -(-total // (rows - repeat_slots)), False)
 
-    return min(map(division, range(8, generation.largest_block + 1, 8)), key=lambda b: b.count * (b.rows + generation.rows_per_reading))
+    if division(few).count <= 2:  # U is read twice, which takes less time than tiles of sixteen rows
+        return replace(division(few), is_vector=True)
+    possible = (division(rows) for rows in STATS_BLOCKS if rows <= generation.largest_block)
+    return min(possible, key=lambda b: b.count * (b.rows + generation.rows_per_reading))
 
 
 def matmul_block(rows: int, generation: GpuGeneration) -> int:
-    """Return the rows of a tile for a matrix product of `rows` rows."""
-    return min(generation.largest_block, 8 * -(-rows // 8))
+    """Return the rows of a tile for a matrix product of `rows` rows: those that cost the least multiplication and reading."""
+    possible = (block for block in MATMUL_BLOCKS if block <= generation.largest_block)
+    return min(possible, key=lambda block: -(-rows // block) * (block + generation.rows_per_reading))
 
 
-def split_vocab(vocab: int, step: int, groups: int, gpu: Device) -> tuple[int, int]:
-    """Return (ids per split, splits): whole steps, and enough splits to fill the GPU with `groups` threadgroups for each."""
+def _groups_without_tiles(simdgroups: int, gpu: Device) -> int:
+    """Return the threadgroups, of `simdgroups` simdgroups each and with hardly any memory, that make WAVES waves."""
+    return WAVES * -(-SIMDGROUPS_PER_CORE // simdgroups) * gpu.cores
+
+
+def split_vocab(vocab: int, step: int, groups: int, gpu: Device, simdgroups: int = 4, whole_steps: int | None = None) -> tuple[int, int]:
+    """Return (ids per split, splits): whole steps, and enough splits for WAVES waves, unless the vocabulary has too few steps.
+
+    Args:
+        vocab: number of ids.
+        step: ids that must not be divided.
+        groups: threadgroups of a split.
+        gpu: the GPU to fill.
+        simdgroups: simdgroups of a threadgroup.
+        whole_steps: steps of a split that is long enough to make up for its cost. If WAVES waves leave longer splits, there may be up to MOST_WAVES:
+            the fewer and longer the threadgroups, the more cores are idle at the end. None = splits cost too much for that.
+    """
     steps = -(-vocab // step)
-    wanted = min(steps, max(1, -(-GROUPS_PER_CORE * gpu.cores // max(groups, 1))))
-    ids_per_split = -(-steps // wanted) * step
+    of_wave = -(-TILE_SIMDGROUPS_PER_CORE // simdgroups) * gpu.cores
+    wanted = -(-WAVES * of_wave // max(groups, 1))
+    if whole_steps is not None:
+        wanted = max(wanted, min(steps // whole_steps, MOST_WAVES * of_wave // max(groups, 1)))
+    ids_per_split = max(1, steps // wanted) * step
     return ids_per_split, -(-vocab // ids_per_split)
+
+
+def rows_per_group(rows: int, gpu: Device) -> int:
+    """Return the rows of a threadgroup of norm_grad: few enough for WAVES waves of threadgroups, at most as many as the kernel can take."""
+    return max(1, min(constants.NORM_ROWS, rows // _groups_without_tiles(constants.SIMDS, gpu)))
+
+
+def padded_rows(rows: int, generation: GpuGeneration) -> int:
+    """Return the rows that a matrix product of `rows` rows multiplies, and those that it could multiply while it reads U again for each block."""
+    block = matmul_block(rows, generation)
+    return -(-rows // block) * (block + generation.rows_per_reading)
 
 
 def rows_per_dispatch(vocab: int, depth: int, gpu: Device) -> int:
     """Return the rows that one product with U can take in DISPATCH_SECONDS; at least a tile."""
-    return max(32, int(DISPATCH_SECONDS * gpu.generation.core_flops * gpu.cores / (2 * vocab * depth)))
+    return max(32, int(DISPATCH_SECONDS * gpu.generation.core_flops * gpu.fewest_cores / (2 * vocab * depth)))
 
 
-def chunk_bytes(gpu: Device) -> int:
-    """Return the memory for a chunk of logits and its gradient: a hundredth of the working set, so that it never competes with the model."""
-    return max(32 * 2**20, min(2**30, gpu.working_set // 100))
+def chunk_rows(vocab: int, depth: int, gradient_bytes: int, gpu: Device, on_matrix_units: bool = False) -> int:
+    """Return the rows of a chunk of lens_kl: float32 logits, and a gradient of `gradient_bytes` for each of them.
+
+    A hundredth of the working set for both does not compete with the model. Three things may ask for more or less:
+     * lens_softmax_grad has a threadgroup for each row, and a GPU with many cores wants WAVES waves of them; a twentieth of the working set at most.
+     * LEAST_GRADIENT_BYTES of gradient make several tiles.
+     * The products are short dispatches.
+    """
+    row_bytes = vocab * (4 + gradient_bytes)
+    rows = min(2**30, gpu.working_set // 100) // row_bytes
+    filled = min(_groups_without_tiles(constants.GRAD_SIMDS, gpu), gpu.working_set // 20 // row_bytes)
+    least = -(-LEAST_GRADIENT_BYTES // (vocab * gradient_bytes))
+    short = rows_per_dispatch(vocab, depth, gpu) * (MATRIX_UNIT_SPEED if on_matrix_units else 1)
+    return max(2, min(max(rows, filled, least), short))

@@ -58,7 +58,19 @@ template <class T> MSL_INLINE T insert_bits(T base, T insert, uint offset, uint 
   return (T)((base & ~mask) | ((T)(insert << offset) & mask));
 }
 
-namespace fast { using namespace metal; }
-namespace precise { using namespace metal; }
+// Declared in these namespaces, so that kernels can add overloads there, as MLX's preamble does.
+#define MSL_MATH_NAMES \
+  using metal::exp; using metal::exp2; using metal::exp10; using metal::log; using metal::log2; using metal::log10; \
+  using metal::sin; using metal::cos; using metal::tan; using metal::sinpi; using metal::cospi; using metal::asin; using metal::acos; \
+  using metal::atan; using metal::sinh; using metal::cosh; using metal::tanh; using metal::asinh; using metal::acosh; using metal::atanh; \
+  using metal::sqrt; using metal::rsqrt; using metal::floor; using metal::ceil; using metal::trunc; using metal::round; using metal::rint; \
+  using metal::fabs; using metal::fract; using metal::saturate; using metal::sign; using metal::pow; using metal::powr; \
+  using metal::atan2; using metal::fmod; using metal::fmax; using metal::fmin; using metal::fdim; using metal::copysign; using metal::step; \
+  using metal::divide; using metal::nextafter; using metal::fma; using metal::mix; using metal::smoothstep; \
+  using metal::ldexp; using metal::frexp; using metal::ilogb; using metal::max; using metal::min; using metal::clamp; using metal::abs; \
+  using metal::max3; using metal::min3; using metal::select; using metal::isnan; using metal::isinf; using metal::isfinite; \
+  using metal::isnormal; using metal::signbit;
+namespace fast { MSL_MATH_NAMES }
+namespace precise { MSL_MATH_NAMES }
 
 }  // namespace metal

@@ -41,18 +41,28 @@ typedef int2 bool2;
 typedef int3 bool3;
 typedef int4 bool4;
 
+// A whole vector of two or four elements is one access, although it is aligned like one element. Three elements are three accesses: a vector of three
+// would access a fourth.
 #define MSL_PACKED(T, N)                                                                                 \
+  typedef T##N msl_loose_##T##N __attribute__((aligned(sizeof(T))));                                     \
   struct packed_##T##N {                                                                                 \
     T element[N];                                                                                        \
     packed_##T##N() {}                                                                                   \
     packed_##T##N(T##N v) { for (int i = 0; i < N; i++) element[i] = v[i]; }                             \
-    operator T##N() const { T##N v; for (int i = 0; i < N; i++) v[i] = element[i]; return v; }           \
+    operator T##N() const {                                                                              \
+      if (N != 3) return *(const __generic msl_loose_##T##N*)element;                                    \
+      T##N v;                                                                                            \
+      for (int i = 0; i < N; i++) v[i] = element[i];                                                     \
+      return v;                                                                                          \
+    }                                                                                                    \
     T operator[](int i) const { return element[i]; }                                                     \
     T& operator[](int i) { return element[i]; }                                                          \
   };
 #define MSL_PACKEDS(T) MSL_PACKED(T, 2) MSL_PACKED(T, 3) MSL_PACKED(T, 4)
 MSL_PACKEDS(float)
 MSL_PACKEDS(half)
+MSL_PACKEDS(bfloat)
+MSL_PACKEDS(ushort)
 MSL_PACKEDS(int)
 MSL_PACKEDS(uint)
 MSL_PACKEDS(uchar)

@@ -4,6 +4,13 @@
 
 namespace metal {
 
+// Metal's library has these functions for bfloat too, unless MLX's own preamble defines them (MSL_MLX_PREAMBLE, see build.translate).
+#ifdef MSL_MLX_PREAMBLE
+#define MSL_OF_BFLOAT(...)
+#else
+#define MSL_OF_BFLOAT(...) __VA_ARGS__
+#endif
+
 // Overloads for each type instead of one template, so that a call with mixed types is ambiguous, as it is in Metal.
 #define MSL_FLOAT_VECTORS(X) X(half2) X(half3) X(half4) X(float2) X(float3) X(float4) X(bfloat2) X(bfloat3) X(bfloat4)
 
@@ -20,30 +27,30 @@ namespace metal {
   namespace msl_float { MSL_INLINE float NAME(float x) { return RESULT; } }                                           \
   MSL_INLINE float NAME(float x) { return msl_float::NAME(x); }                                                       \
   MSL_INLINE half NAME(half x) { return (half)msl_float::NAME((float)x); }                                            \
-  MSL_INLINE bfloat NAME(bfloat x) { return (bfloat)msl_float::NAME((float)x); }                                      \
+  MSL_OF_BFLOAT(MSL_INLINE bfloat NAME(bfloat x) { return (bfloat)msl_float::NAME((float)x); }) \
   template <class V> MSL_INLINE enable_if_t<is_vector_v<V>, V> NAME(V x) MSL_FOR_EACH(V, (E)msl_float::NAME((float)x[i])) \
   template <class V> MSL_INLINE enable_if_t<is_integral_v<V>, float> NAME(V x) { return msl_float::NAME((float)x); }
 
-MSL_UNARY(exp, __builtin_expf(x))
-MSL_UNARY(exp2, __builtin_exp2f(x))
-MSL_UNARY(exp10, __builtin_powf(10.0f, x))
-MSL_UNARY(log, __builtin_logf(x))
-MSL_UNARY(log2, __builtin_log2f(x))
-MSL_UNARY(log10, __builtin_log10f(x))
-MSL_UNARY(sin, __builtin_sinf(x))
-MSL_UNARY(cos, __builtin_cosf(x))
-MSL_UNARY(tan, __builtin_tanf(x))
-MSL_UNARY(sinpi, __builtin_sinf(3.14159265358979f * x))
-MSL_UNARY(cospi, __builtin_cosf(3.14159265358979f * x))
-MSL_UNARY(asin, __builtin_asinf(x))
-MSL_UNARY(acos, __builtin_acosf(x))
-MSL_UNARY(atan, __builtin_atanf(x))
-MSL_UNARY(sinh, __builtin_sinhf(x))
-MSL_UNARY(cosh, __builtin_coshf(x))
-MSL_UNARY(tanh, __builtin_tanhf(x))
-MSL_UNARY(asinh, __builtin_asinhf(x))
-MSL_UNARY(acosh, __builtin_acoshf(x))
-MSL_UNARY(atanh, __builtin_atanhf(x))
+MSL_UNARY(exp, msl_approximated(__builtin_expf(x)))
+MSL_UNARY(exp2, msl_approximated(__builtin_exp2f(x)))
+MSL_UNARY(exp10, msl_approximated(__builtin_powf(10.0f, x)))
+MSL_UNARY(log, msl_approximated(__builtin_logf(x)))
+MSL_UNARY(log2, msl_approximated(__builtin_log2f(x)))
+MSL_UNARY(log10, msl_approximated(__builtin_log10f(x)))
+MSL_UNARY(sin, msl_approximated(__builtin_sinf(x)))
+MSL_UNARY(cos, msl_approximated(__builtin_cosf(x)))
+MSL_UNARY(tan, msl_approximated(__builtin_tanf(x)))
+MSL_UNARY(sinpi, msl_approximated(__builtin_sinf(3.14159265358979f * x)))
+MSL_UNARY(cospi, msl_approximated(__builtin_cosf(3.14159265358979f * x)))
+MSL_UNARY(asin, msl_approximated(__builtin_asinf(x)))
+MSL_UNARY(acos, msl_approximated(__builtin_acosf(x)))
+MSL_UNARY(atan, msl_approximated(__builtin_atanf(x)))
+MSL_UNARY(sinh, msl_approximated(__builtin_sinhf(x)))
+MSL_UNARY(cosh, msl_approximated(__builtin_coshf(x)))
+MSL_UNARY(tanh, msl_approximated(__builtin_tanhf(x)))
+MSL_UNARY(asinh, msl_approximated(__builtin_asinhf(x)))
+MSL_UNARY(acosh, msl_approximated(__builtin_acoshf(x)))
+MSL_UNARY(atanh, msl_approximated(__builtin_atanhf(x)))
 MSL_UNARY(sqrt, __builtin_sqrtf(x))
 MSL_UNARY(rsqrt, 1.0f / __builtin_sqrtf(x))
 MSL_UNARY(floor, __builtin_floorf(x))
@@ -60,12 +67,12 @@ MSL_UNARY(sign, x > 0 ? 1.0f : x < 0 ? -1.0f : x == 0 ? x : 0.0f)
   namespace msl_float { MSL_INLINE float NAME(float x, float y) { return RESULT; } }                                                \
   MSL_INLINE float NAME(float x, float y) { return msl_float::NAME(x, y); }                                                         \
   MSL_INLINE half NAME(half x, half y) { return (half)msl_float::NAME((float)x, (float)y); }                                        \
-  MSL_INLINE bfloat NAME(bfloat x, bfloat y) { return (bfloat)msl_float::NAME((float)x, (float)y); }                                \
+  MSL_OF_BFLOAT(MSL_INLINE bfloat NAME(bfloat x, bfloat y) { return (bfloat)msl_float::NAME((float)x, (float)y); }) \
   template <class V> MSL_INLINE enable_if_t<is_vector_v<V>, V> NAME(V x, V y) MSL_FOR_EACH(V, (E)msl_float::NAME((float)x[i], (float)y[i]))
 
-MSL_BINARY(pow, __builtin_powf(x, y))
-MSL_BINARY(powr, __builtin_powf(x, y))
-MSL_BINARY(atan2, __builtin_atan2f(x, y))
+MSL_BINARY(pow, msl_approximated(__builtin_powf(x, y)))
+MSL_BINARY(powr, msl_approximated(__builtin_powf(x, y)))
+MSL_BINARY(atan2, msl_approximated(__builtin_atan2f(x, y)))
 MSL_BINARY(fmod, __builtin_fmodf(x, y))
 MSL_BINARY(fmax, __builtin_fmaxf(x, y))
 MSL_BINARY(fmin, __builtin_fminf(x, y))
@@ -84,7 +91,7 @@ MSL_INLINE int ilogb(float x) { return __builtin_ilogbf(x); }
   namespace msl_float { MSL_INLINE float NAME(float x, float y, float z) { return RESULT; } }                              \
   MSL_INLINE float NAME(float x, float y, float z) { return msl_float::NAME(x, y, z); }                                    \
   MSL_INLINE half NAME(half x, half y, half z) { return (half)msl_float::NAME((float)x, (float)y, (float)z); }             \
-  MSL_INLINE bfloat NAME(bfloat x, bfloat y, bfloat z) { return (bfloat)msl_float::NAME((float)x, (float)y, (float)z); }   \
+  MSL_OF_BFLOAT(MSL_INLINE bfloat NAME(bfloat x, bfloat y, bfloat z) { return (bfloat)msl_float::NAME((float)x, (float)y, (float)z); }) \
   template <class V> MSL_INLINE enable_if_t<is_vector_v<V>, V> NAME(V x, V y, V z)                                         \
       MSL_FOR_EACH(V, (E)msl_float::NAME((float)x[i], (float)y[i], (float)z[i]))
 
@@ -103,7 +110,7 @@ MSL_TERNARY(smoothstep, (z = __builtin_fminf(__builtin_fmaxf((z - x) / (y - x), 
   MSL_INLINE T select(T a, T b, bool c) { return c ? b : a; }
 MSL_FLOAT_ORDER(float)
 MSL_FLOAT_ORDER(half)
-MSL_FLOAT_ORDER(bfloat)
+MSL_OF_BFLOAT(MSL_FLOAT_ORDER(bfloat))
 MSL_FLOAT_VECTORS(MSL_FLOAT_ORDER)
 
 #define MSL_CLASSIFY(T)                                                                             \

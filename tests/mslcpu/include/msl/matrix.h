@@ -36,7 +36,8 @@ MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T v
   return simdgroup_matrix<T, Columns, Rows>(value);
 }
 
-// Each lane moves its own two elements. `stride` is in elements; `origin` is (column, row).
+// Each lane moves its own two elements, with one access if they are neighbors in memory. `stride` is in elements; `origin` is (column, row).
+template <class T> struct msl_neighbors { typedef vec<T, 2> type __attribute__((aligned(sizeof(T)))); };
 #define MSL_MATRIX_ACCESS(SPACE)                                                                                              \
   template <class T> MSL_INLINE void simdgroup_load(                                                                          \
       __private simdgroup_matrix<T, 8, 8>& m, const SPACE T* p, ulong stride = 8, ulong2 origin = (ulong2)(0ul),              \
@@ -44,16 +45,24 @@ MSL_INLINE simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(T v
     msl_matrix_access();                                                                                                      \
     uint row = msl_matrix_row(), column = msl_matrix_column();                                                                \
     p += origin.x + origin.y * stride;                                                                                        \
-    m.msl_elements[0] = transpose ? p[column * stride + row] : p[row * stride + column];                                      \
-    m.msl_elements[1] = transpose ? p[(column + 1) * stride + row] : p[row * stride + column + 1];                            \
+    if (transpose) {                                                                                                          \
+      m.msl_elements[0] = p[column * stride + row];                                                                           \
+      m.msl_elements[1] = p[(column + 1) * stride + row];                                                                     \
+    } else {                                                                                                                  \
+      m.msl_elements = *(const SPACE typename msl_neighbors<T>::type*)(p + row * stride + column);                            \
+    }                                                                                                                         \
   }                                                                                                                           \
   template <class T> MSL_INLINE void simdgroup_store(                                                                         \
       simdgroup_matrix<T, 8, 8> m, SPACE T* p, ulong stride = 8, ulong2 origin = (ulong2)(0ul), bool transpose = false) {     \
     msl_matrix_access();                                                                                                      \
     uint row = msl_matrix_row(), column = msl_matrix_column();                                                                \
     p += origin.x + origin.y * stride;                                                                                        \
-    p[transpose ? column * stride + row : row * stride + column] = m.msl_elements[0];                                         \
-    p[transpose ? (column + 1) * stride + row : row * stride + column + 1] = m.msl_elements[1];                               \
+    if (transpose) {                                                                                                          \
+      p[column * stride + row] = m.msl_elements[0];                                                                           \
+      p[(column + 1) * stride + row] = m.msl_elements[1];                                                                     \
+    } else {                                                                                                                  \
+      *(SPACE typename msl_neighbors<T>::type*)(p + row * stride + column) = m.msl_elements;                                  \
+    }                                                                                                                         \
   }
 MSL_MATRIX_ACCESS(__global)
 MSL_MATRIX_ACCESS(__local)

@@ -9,5 +9,9 @@
 #include "atomic.h"
 #include "simd.h"
 #include "matrix.h"
+#ifdef MSL_MLX_PREAMBLE
+#include "builtins.h"
+#else
 #include "mlx.h"
+#endif
 #include "keywords.h"

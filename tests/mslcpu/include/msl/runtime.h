@@ -18,10 +18,16 @@ uint msl_simd_exchange(const __generic void*, uint, uint, uint, const __generic 
 void msl_matrix_multiply(const __generic float*, const __generic float*, const __generic float*, __generic float*, uint)
     MSL_CONVERGENT;
 void msl_matrix_access(void) __attribute__((nomerge));
+float msl_approximated(float result) __attribute__((const));
 void msl_atomic_access(const volatile __generic void*, ulong);
 __generic void* msl_threadgroup_variable(long id, ulong bytes, ulong name);
 uint msl_lane(void) __attribute__((const));
 }
+
+// The result of a function that a GPU only approximates. Checked launches may move it; see inexact in options.py.
+#ifndef MSL_CHECKED
+#define msl_approximated(RESULT) (RESULT)
+#endif
 
 // The line of a call identifies a collective. A return address would not, because compilers duplicate code.
 #define MSL_LINE uint msl_line = (uint)__builtin_LINE() * 512u + (uint)__builtin_COLUMN() % 512u

@@ -125,6 +125,14 @@ MSL_INLINE constexpr T msl_convert(U x) {
   else return (T)x;
 }
 
+// The vector that a packed vector converts to; any other type itself.
+template <class T> struct msl_unpacked { typedef T type; };
+#define MSL_UNPACKED(T) \
+  template <> struct msl_unpacked<packed_##T##2> { typedef T##2 type; }; \
+  template <> struct msl_unpacked<packed_##T##3> { typedef T##3 type; }; \
+  template <> struct msl_unpacked<packed_##T##4> { typedef T##4 type; };
+MSL_UNPACKED(float) MSL_UNPACKED(half) MSL_UNPACKED(bfloat) MSL_UNPACKED(int) MSL_UNPACKED(uint) MSL_UNPACKED(ushort) MSL_UNPACKED(uchar)
+
 // float4(a, b, ...) and vec<T, N>(a, b, ...): the rewriter turns them into msl_make<float4>(a, b, ...).
 template <class V, int I, class A, class... Rest>
 MSL_INLINE constexpr void msl_place(__private V& v, A a, Rest... rest) {
@@ -135,7 +143,7 @@ MSL_INLINE constexpr void msl_place(__private V& v, A a, Rest... rest) {
   if constexpr (sizeof...(Rest) > 0) msl_place<V, I + n>(v, rest...);
 }
 template <class V, class... A>
-MSL_INLINE constexpr V msl_make(A... a) {
+MSL_INLINE constexpr V msl_make_of_vectors(A... a) {
   typedef typename metal::msl_shape<V>::element E;
   V v = (V)((E)0);
   if constexpr (sizeof...(A) == 0) return v;
@@ -146,4 +154,18 @@ MSL_INLINE constexpr V msl_make(A... a) {
     return v;
   }
 }
+template <class V, class... A>
+MSL_INLINE constexpr V msl_make(A... a) {
+  return msl_make_of_vectors<V>((typename msl_unpacked<A>::type)a...);
+}
+// float4(p[i]) of packed vectors in memory. By value, the compiler would pass four floats as two pairs, and the load would be divided too.
+#define MSL_MAKE_FROM(SPACE, T, N)                                             \
+  template <class V> MSL_INLINE V msl_make(const SPACE packed_##T##N& packed) { \
+    T##N v = packed;                                                           \
+    return msl_make_of_vectors<V>(v);                                          \
+  }
+#define MSL_MAKE_FROM_PACKED(T) \
+  MSL_MAKE_FROM(__global, T, 2) MSL_MAKE_FROM(__global, T, 4) MSL_MAKE_FROM(__local, T, 2) MSL_MAKE_FROM(__local, T, 4)
+MSL_MAKE_FROM_PACKED(float) MSL_MAKE_FROM_PACKED(half) MSL_MAKE_FROM_PACKED(bfloat) MSL_MAKE_FROM_PACKED(int) MSL_MAKE_FROM_PACKED(uint)
+MSL_MAKE_FROM_PACKED(ushort) MSL_MAKE_FROM_PACKED(uchar)
 namespace metal { using ::msl_make; }  // for metal::float4(...)

@@ -1,0 +1,129 @@
+"""Where the rows of a trajectory come from: one text, read by one model through one lens, in parts of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from metalens.lenses.lens import Lens, LogitLens, TunedLens, untranslated_layers
+from metalens.models.capture import HiddenStates
+from metalens.models.language_model import LanguageModel
+from metalens.models.unembed import NormFunction
+from metalens.ops import Head
+from metalens.readings.numbering import EMBEDDING, Layer
+from metalens.readings.rows import lens_rows
+from metalens.utils.errors import InvalidValueError
+
+# Bytes of float32 rows [R, T, D] and captured hidden states [L, T, D] that are in memory at a time; a longer text is read in parts.
+ROWS_BYTES = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """A text with the model and the lens that read it.
+
+    Attributes:
+        model: the model.
+        ids: token ids [1, T] of the whole text.
+        lens: the lens.
+        norm: the final norm of the lens's rows.
+        layers: rows to read, R in number.
+        positions: positions to read, a range with step 1.
+        mask_input: rule out the tokens of the text in every prediction.
+    """
+
+    model: LanguageModel
+    ids: mx.array
+    lens: Lens
+    norm: NormFunction
+    layers: tuple[Layer, ...]
+    positions: range
+    mask_input: bool = False
+
+    @property
+    def head(self) -> Head:
+        """Return the model's head; with mask_input, the one that predicts no token of the text."""
+        head = self.model.unembed.head
+        return without(head, self.ids) if self.mask_input else head
+
+    def part_size(self) -> int:
+        """Return the tokens of a part: all if the model has no cache, else as many as fit into ROWS_BYTES, at least 16."""
+        if not self.model.source.takes_cache:
+            return int(self.ids.shape[1])
+        return max(16, ROWS_BYTES // (4 * (len(self.layers) + self.model.num_layers + 2) * self.model.unembed.hidden_dim))
+
+    def parts(self, size: int | None = None) -> Iterator[tuple[mx.array, mx.array]]:
+        """Yield the rows of one part of the positions after another: those of the lens [R, c, D], and the model's own [c, D]. Lazy.
+
+        Args:
+            size: tokens of a part. None = `part_size`.
+        """
+        size = self.part_size() if size is None else size
+        source, with_embedding = self.model.source, EMBEDDING in self.layers
+        ids = self.ids[:, : self.positions.stop]
+        if ids.shape[1] <= size or not source.takes_cache:
+            captured = [source.capture(ids, with_embedding=with_embedding)]
+        else:
+            captured = source.chunks(ids, size, with_embedding=with_embedding)  # type: ignore[assignment]
+        start = 0
+        for states in captured:
+            length = states.hidden[0].shape[1]
+            first, stop = max(self.positions.start - start, 0), min(self.positions.stop - start, length)
+            if first < stop:
+                yield self.rows(states, slice(first, stop))
+            start += length
+
+    def rows(self, states: HiddenStates, where: slice) -> tuple[mx.array, mx.array]:
+        """Return the rows of some positions of captured hidden states: those of the lens [R, c, D], and the model's own [c, D]. Lazy."""
+        hidden = [h[0, where] for h in states.hidden]
+        own = self.model.unembed.norm(hidden[-1]).astype(mx.float32)
+        blocks = [int(layer) for layer in self.layers if layer != EMBEDDING]
+        rows = lens_rows(hidden, blocks, self.lens, self.norm).astype(mx.float32) if blocks else mx.zeros((0, *own.shape))
+        if states.embedding is not None and EMBEDDING in self.layers:
+            at = self.layers.index(EMBEDDING)
+            embedded = self.norm(translated_embedding(self.lens, states.embedding[0, where])).astype(mx.float32)
+            rows = mx.concatenate([rows[:at], embedded[None], rows[at:]])
+        return rows, own
+
+    def select(self, layers: Sequence[Layer], positions: range) -> RowSource:
+        """Return the source of some of the layers and positions."""
+        return replace(self, layers=tuple(layers), positions=positions)
+
+    def extended(self, token: int) -> RowSource:
+        """Return the source of the text with one more token."""
+        ids = mx.concatenate([self.ids, mx.array([[token]], dtype=self.ids.dtype)], axis=1)
+        return replace(self, ids=ids, positions=range(ids.shape[1]))
+
+
+def translated_embedding(lens: Lens, h: mx.array) -> mx.array:
+    """Return what a lens makes of the embedding's output [..., D]: h + A h + b if it has a translator for it, else h."""
+    if isinstance(lens, TunedLens) and lens.embedding is not None:
+        a, b = lens.embedding
+        h = h.astype(mx.float32)
+        return h + h @ a.T + b
+    return h
+
+
+def untranslated_rows(lens: Lens, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return those of the layers that a lens reads as the logit lens does, because it has no translator for them."""
+    missing: set[Layer] = set(untranslated_layers(lens))
+    if not isinstance(lens, LogitLens) and (not isinstance(lens, TunedLens) or lens.embedding is None):
+        missing.add(EMBEDDING)
+    return tuple(layer for layer in layers if layer in missing)
+
+
+def without(head: Head, ids: mx.array) -> Head:
+    """Return a head that never predicts these tokens.
+
+    Raises:
+        InvalidValueError: if no token is left.
+    """
+    ruled_out = np.zeros(head.vocab_size, bool)
+    ruled_out[np.array(ids).reshape(-1)] = True
+    if ruled_out[: head.tokens].all():
+        raise InvalidValueError("mask_input rules out every token of the vocabulary: the text holds them all. Read it without mask_input.")
+    mask = mx.array(np.where(ruled_out, -np.inf, 0).astype(np.float32))
+    return replace(head, offset=mask if head.offset is None else head.offset + mask)

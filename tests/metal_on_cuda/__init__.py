@@ -1,0 +1,1 @@
+"""The unchanged Metal kernels, compiled by NVRTC and run on NVIDIA GPUs. See README.md."""
