@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt tools/metal_library.py $(shell find csrc metal python -type f ! -name '*.pyc' ! -path '*/__pycache__*')
 
-.PHONY: demo picture test docs bench lint format mac-check clean
+.PHONY: demo picture pictures test docs bench lint format mac-check clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -30,10 +30,15 @@ picture: $(VENV)/.requirements $(VENV)/.installed
 	$(BIN)/metalens demo --out build/picture --model smollm2 --tokens 3072
 	cp build/picture/lenses.png docs/lenses.png
 
+# The pictures of the viewer in README and docs: SmolLM2 and the demo model, in Chromium.
+pictures: $(VENV)/.requirements $(VENV)/.installed
+	tools/install_browser.sh
+	$(BIN)/python tools/viewer_pictures.py
+
 test: $(VENV)/.requirements $(VENV)/.installed
 	tools/install_clang.sh
 	tools/install_browser.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 # The site, in build/site, without the network. `python -m http.server -d build/site` serves it, with its search.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.requirements

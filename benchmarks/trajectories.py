@@ -1,4 +1,4 @@
-"""What comparing two sets of rows costs beside the statistics of one, and what reading every layer adds to a generated token.
+"""What comparing two sets of rows costs beside the statistics of one, and what a second lens and reading every layer of generated tokens add.
 
     python -m benchmarks.trajectories [--model demo] [--rounds 5]
 
@@ -25,6 +25,7 @@ from metalens.ops import Head, Weight, lens_compare, lens_stats
 VOCAB, DIM, LAYERS, TOKENS = 32064, 1024, 24, 8
 PROMPT = "The following example shows how to create a new"
 GENERATED = 20
+TEXT_TOKENS = 128
 
 
 def resident(which: str) -> int:
@@ -72,6 +73,28 @@ def operations(rounds: int) -> None:
         print(f"{name}: {seconds / count * 1e6:.0f} us CPU a product, {memory / 2**20:.1f} MiB (logits: {products * VOCAB * 4 / 2**20:.0f} MiB)")
 
 
+def lenses(name: str, rounds: int) -> None:
+    """Print the cost of a text through one lens, through two lenses at once, and through two lenses one after the other."""
+    model = metalens.load(name)
+    tuned = metalens.TunedLens(model.num_layers, model.unembed.hidden_dim)
+    text = (Path(metalens.__file__).parent / "assets" / "heldout.txt").read_text(encoding="utf-8")[: 5 * TEXT_TOKENS]
+    ids = model.encode(text)[:TEXT_TOKENS]
+    calls = {
+        "one lens": lambda: [model.trajectory(ids)],
+        "two lenses at once": lambda: model.trajectories(ids, [None, tuned]),
+        "two lenses, one after the other": lambda: [model.trajectory(ids), model.trajectory(ids, tuned)],
+    }
+    found: dict[str, list[float]] = {call: [] for call in calls}
+    for turn in range(rounds + 1):
+        for call, read in calls.items():
+            start = time.process_time()
+            read()
+            if turn:
+                found[call].append(time.process_time() - start)
+    for call, seconds in found.items():
+        print(f"{name}, {len(ids)} tokens, {call}: {np.median(seconds):.2f} s CPU")
+
+
 def generation(name: str, rounds: int) -> None:
     """Print the cost of a generated token: with the readings of all layers, and from the layer in the middle."""
     model = metalens.load(name)
@@ -101,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that warms up [default: %(default)s]")
     arguments = parser.parse_args()
     operations(arguments.rounds)
+    lenses(arguments.model, arguments.rounds)
     generation(arguments.model, arguments.rounds)
 
 

@@ -65,7 +65,7 @@ METAL_FUNC void lens_backward(
   const device LensBackwardProblem& problem = *reinterpret_cast<const device LensBackwardProblem*>(problem_words);
   threadgroup Operand* gs = reinterpret_cast<threadgroup Operand*>(shared);
   threadgroup Operand* us = gs + Tiles::BM * Tiles::PITCH;
-  const int me = int(simd) * LANES + int(lane);
+  const int me = thread_index(simd, lane);
   const int first_row = int(group.x) * Tiles::BM;
   const int first_column = int(group.y) * Tiles::BN;
 

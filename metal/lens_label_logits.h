@@ -1,13 +1,40 @@
-// lens_label_logits: the logit of each row's label, for lens_stats, which counts the tokens above it while it reads the vocabulary.
+// lens_label_logits: the logits of each row's labels, for lens_stats, which counts the tokens above them while it reads the vocabulary.
 //
-// The columns of a tile are the labels of the block's rows, and the diagonal gives their logits: computed exactly as in the tiles of the vocabulary.
-// It is a kernel of its own because the splits of the vocabulary would each have to compute that tile.
+// The columns of a tile are the labels of the block's rows, one of each, and the diagonal gives their logits: computed exactly as in the tiles of the
+// vocabulary. It is a kernel of its own because the splits of the vocabulary would each have to compute that tile. Each label of a row has a
+// threadgroup. lens_label_logits_vector does the same for lens_stats_vector: each label of the eight rows has a simdgroup.
 #pragma once
 
 #include "stats_rows.h"
 #include "tile.h"
+#include "vector_product.h"
 
 namespace metalens {
+
+// Label number `which` of the row in slot i of the block, or -1.
+struct LabelColumns {
+  const device StatsProblem* problem;
+  const device int* labels;
+  int block;
+  int which;
+};
+
+METAL_FUNC int id(thread const LabelColumns& columns, int j) {
+  if (j >= columns.problem->block_rows) {
+    return -1;
+  }
+  const Slot slot = slot_at(*columns.problem, columns.block, j);
+  return slot.used ? label_of(*columns.problem, columns.labels, slot.token, columns.which) : -1;
+}
+
+METAL_FUNC LabelColumns label_columns(const device StatsProblem& problem, const device int* labels, int block, int which) {
+  LabelColumns columns;
+  columns.problem = &problem;
+  columns.labels = labels;
+  columns.block = block;
+  columns.which = which;
+  return columns;
+}
 
 template <typename T, typename Format, typename Tiles>
 METAL_FUNC void lens_label_logits(
@@ -18,31 +45,63 @@ METAL_FUNC void lens_label_logits(
     const device typename Format::Biases* biases,
     const device float* head_bias,    // [V], if there is one
     const device float* head_offset,  // [V], if there is one
-    const device int* labels,         // [label_tokens]
+    const device int* labels,         // [label_tokens, labels]
     const device int* problem_words,
-    device float* label_logits,  // [blocks, BM], NaN for a row without a label
+    device float* label_logits,  // [blocks, BM, labels], NaN for what is no token
     threadgroup float* shared,
     uint3 group,
     uint simd,
     uint lane) {
   static_assert(Tiles::BM <= Tiles::BN, "the labels of all rows fit one tile");
   const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
-  LensRows<T> rows;
-  rows.problem = &problem;
-  rows.n = n;
-  rows.n_model = n_model;
-  rows.block = int(group.x);
-  LabelColumns columns;
-  columns.problem = &problem;
-  columns.labels = labels;
-  columns.block = int(group.x);
-  tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
+  const int block = int(group.x);
+  const LabelColumns columns = label_columns(problem, labels, block, int(group.y));
+  tile_product<Tiles, Format>(lens_rows(problem, n, n_model, block), columns, values, scales, biases, problem.depth, shared, simd, lane);
 
-  const int i = int(simd) * LANES + int(lane);
+  const int i = thread_index(simd, lane);
   if (i < Tiles::BM) {
     const int label = id(columns, i);
     const float product = shared[i * PITCH_Z + i];
-    label_logits[rows.block * Tiles::BM + i] = label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
+    label_logits[(long(block) * Tiles::BM + i) * problem.labels + columns.which] =
+        label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
+  }
+}
+
+template <typename T, typename Format>
+METAL_FUNC void lens_label_logits_vector(
+    const device T* n,        // [L, N, D]
+    const device T* n_model,  // [N, D], if there is a model
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    const device float* head_bias,    // [V], if there is one
+    const device float* head_offset,  // [V], if there is one
+    const device int* labels,         // [label_tokens, labels]
+    const device int* problem_words,
+    device float* label_logits,  // [blocks, VECTOR_ROWS, labels], NaN for what is no token
+    threadgroup float* shared,   // VECTOR_X
+    uint3 group,
+    uint simd,
+    uint lane) {
+  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const int block = int(group.x);
+  const int which = int(group.y) * VECTOR_SIMDS + int(simd);
+  const int my_id = fragment_row(lane);  // of the matrix: the row whose label it is
+  const bool works = which < problem.labels;
+  const LabelColumns columns = label_columns(problem, labels, block, which);
+  const int label = works ? id(columns, my_id) : -1;
+  const device T* staged = staged_row(problem, n, n_model, block, simd, lane);
+  float2 sums = float2(0.0f);
+  for (int first = 0; first < problem.depth; first += VECTOR_STAGE) {
+    stage_rows(staged, first, problem.depth, shared, simd, lane);
+    if (works) {  // the same in all lanes
+      sums = vector_products<Format>(sums, values, scales, biases, label, first, problem.depth, shared, lane);
+    }
+  }
+  if (works && my_id / 2 * 2 == fragment_column(lane)) {  // the diagonal
+    const float product = my_id % 2 == 0 ? sums.x : sums.y;
+    label_logits[(long(block) * VECTOR_ROWS + my_id) * problem.labels + which] =
+        label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
   }
 }
 

@@ -17,11 +17,9 @@
 #pragma once
 
 #include "head.h"
+#include "row_group.h"
 
 namespace metalens {
-
-constexpr constant int GRAD_SIMDS = 16;
-constexpr constant int GRAD_THREADS = GRAD_SIMDS * LANES;
 
 struct SoftmaxGradProblem {
   int rows;    // rows of the chunk
@@ -33,35 +31,6 @@ struct SoftmaxGradProblem {
   float softcap;     // 0: none
   float grad_scale;  // factor of the gradient: a power of two that keeps it within the range of half
 };
-
-// The sum over the threadgroup, in a fixed order, in every thread. `slots` holds a float for each simdgroup.
-METAL_FUNC float threadgroup_sum(float mine, threadgroup float* slots, uint simd, uint lane) {
-  const float of_simd = simd_sum(mine);
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // the slots' last values have been read
-  if (lane == 0) {
-    slots[simd] = of_simd;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float sum = 0.0f;
-  for (int i = 0; i < GRAD_SIMDS; ++i) {
-    sum += slots[i];
-  }
-  return sum;
-}
-
-METAL_FUNC float threadgroup_max(float mine, threadgroup float* slots, uint simd, uint lane) {
-  const float of_simd = simd_max(mine);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (lane == 0) {
-    slots[simd] = of_simd;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float largest = slots[0];
-  for (int i = 1; i < GRAD_SIMDS; ++i) {
-    largest = max(largest, slots[i]);
-  }
-  return largest;
-}
 
 // What the rows are compared by: the logits before the offset of one lens row and of its token's model.
 struct ComparedRows {
@@ -124,10 +93,10 @@ METAL_FUNC void lens_softmax_grad(
   rows.model = model + long(row % problem.tokens) * problem.width;
   rows.offset = offset;
   rows.lse_model = lse_model[row % problem.tokens];
-  const int me = int(simd) * LANES + int(lane);
+  const int me = thread_index(simd, lane);
 
   float total = 0.0f, weighted = 0.0f, highest = -INFINITY;
-  for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
+  for (int v = me; v < problem.vocab; v += ROW_THREADS) {
     const Compared one = compare(problem, rows, v);
     total += one.p;
     weighted += one.p > 0.0f ? one.p * one.d : 0.0f;
@@ -142,7 +111,7 @@ METAL_FUNC void lens_softmax_grad(
   const float shift = max(mean, highest - 60.0f);
 
   float beyond = 0.0f, of_q = 0.0f;
-  for (int v = me; v < problem.vocab; v += GRAD_THREADS) {
+  for (int v = me; v < problem.vocab; v += ROW_THREADS) {
     const Compared one = compare(problem, rows, v);
     const float t = one.d - shift;
     if (one.log_p == -INFINITY && one.d == 0.0f) {
@@ -159,7 +128,7 @@ METAL_FUNC void lens_softmax_grad(
   const float log_total = log_one_plus(s);
 
   float sum = 0.0f;
-  for (int base = int(simd) * LANES; base < problem.width; base += GRAD_THREADS) {
+  for (int base = int(simd) * LANES; base < problem.width; base += ROW_THREADS) {
     const int v = base + int(lane);
     float g = 0.0f;
     if (v < problem.vocab) {

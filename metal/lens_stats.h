@@ -17,10 +17,10 @@ METAL_FUNC void lens_stats(
     const device typename Format::Biases* biases,
     const device float* head_bias,     // [V], if there is one
     const device float* head_offset,   // [V], if there is one
-    const device float* label_logits,  // [blocks, BM], if there are labels
+    const device float* label_logits,  // [blocks, BM, labels], if there are labels
     const device int* problem_words,
     device float* states,      // [splits, blocks, BM, FIELDS]
-    device int* above,         // [splits, blocks, BM]
+    device int* above,         // [splits, blocks, BM, labels]
     device float* top_logits,  // [splits, blocks, BM, k]
     device int* top_ids,       // [splits, blocks, BM, k]
     threadgroup float* shared,
@@ -34,28 +34,18 @@ METAL_FUNC void lens_stats(
   const int block = int(group.x);
   const int first_slot = int(simd) * mine;
   const long first = (long(group.y) * groups.x + block) * Tiles::BM + first_slot;  // the simdgroup's first row in the results
-
-  LensRows<T> rows;
-  rows.problem = &problem;
-  rows.n = n;
-  rows.n_model = n_model;
-  rows.block = block;
+  const RowMemory memory = row_memory(problem, block, first_slot, first, label_logits, above, top_logits, top_ids);
   const RowReader<mine> reader = row_reader<mine>(problem, block, first_slot, lane);
-  LaneState state = first_state<mine>(problem, top_logits, top_ids, first, lane);
-  if (problem.label_tokens != 0) {
-    state.row.label_logit = label_logits[block * Tiles::BM + reader.slot];
-  }
+  LaneState state = first_state<mine>(problem, memory, lane);
 
   const int begin = int(group.y) * problem.ids_per_split;
   const int end = min(begin + problem.ids_per_split, problem.vocab);
   for (int base = begin; base < end; base += Tiles::BN) {
-    PlainColumns columns;
-    columns.first = base;
-    columns.count = end;
-    tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
-    read_tile<mine>(problem, head_bias, head_offset, shared, base, end, reader, state, top_logits, top_ids, first, lane);
+    const PlainColumns columns = plain_columns(base, end);
+    tile_product<Tiles, Format>(lens_rows(problem, n, n_model, block), columns, values, scales, biases, problem.depth, shared, simd, lane);
+    read_tile<mine>(problem, head_bias, head_offset, shared, base, end, reader, memory, state, lane);
   }
-  write_states<mine>(state, states, above, first, lane);
+  write_states<mine>(state, states + first * FIELDS, lane);
 }
 
 }  // namespace metalens

@@ -29,11 +29,12 @@ merged_top(const device StatsProblem& problem, const device float* top_logits, c
 }
 
 METAL_FUNC void lens_stats_merge(
-    const device float* states,      // [splits, blocks, block_rows, FIELDS]
-    const device int* above,         // [splits, blocks, block_rows]
-    const device float* top_logits,  // [splits, blocks, block_rows, k]
-    const device int* top_ids,       // [splits, blocks, block_rows, k]
-    const device int* labels,        // [label_tokens]
+    const device float* states,        // [splits, blocks, block_rows, FIELDS]
+    const device int* above,           // [splits, blocks, block_rows, labels]
+    const device float* top_logits,    // [splits, blocks, block_rows, k]
+    const device int* top_ids,         // [splits, blocks, block_rows, k]
+    const device float* label_logits,  // [blocks, block_rows, labels]
+    const device int* labels,          // [label_tokens, labels]
     const device int* problem_words,
     device float* out_lse,  // [L, N], as are all outputs without a shape here
     device float* out_entropy,
@@ -42,8 +43,9 @@ METAL_FUNC void lens_stats_merge(
     device float* out_top_logits,  // [L, N, k]
     device float* out_kl,
     device bool* out_agrees,
-    device float* out_nll,
-    device int* out_rank,
+    device float* out_reverse_kl,
+    device float* out_nll,  // [L, N, labels]
+    device int* out_rank,   // [L, N, labels]
     uint3 group,
     uint simd,
     uint lane) {
@@ -60,15 +62,12 @@ METAL_FUNC void lens_stats_merge(
   RowState state = no_state();
   for (int split = int(lane); split < problem.splits; split += LANES) {
     const long at = split * pitch + row;
-    const RowState of_split = read_state(states + at * FIELDS, above[at]);
+    const RowState of_split = read_state(states + at * FIELDS);
     state.lens = merged(state.lens, of_split.lens);
     state.model = merged(state.model, of_split.model);
-    state.label_logit = of_split.label_logit;  // the same in all splits
-    state.above += of_split.above;
   }
   state.lens = simd_merged(state.lens);
   state.model = simd_merged(state.model);
-  state.above = simd_sum(state.above);
   const TopList top = merged_top(problem, top_logits, top_ids, row, problem.k, lane);
 
   const float total = lse(state.lens);
@@ -85,13 +84,20 @@ METAL_FUNC void lens_stats_merge(
     out_max_probability[out] = isnan(total) ? NAN : precise::exp(top.logit - total);
     if (problem.with_model != 0) {
       out_kl[out] = kl_divergence(state.model, state.lens);
+      out_reverse_kl[out] = reverse_kl_divergence(state.model, state.lens);
       out_agrees[out] = top.id == best_of_model && top.id != NO_ID;
     }
-    if (problem.label_tokens != 0) {
-      const int label = labels[token % problem.label_tokens];
-      const bool known = label >= 0 && label < problem.vocab;
-      out_nll[out] = known ? total - state.label_logit : NAN;
-      out_rank[out] = known ? 1 + state.above : -1;
+  }
+  for (int i = 0; i < problem.labels; ++i) {
+    int of_lane = 0;
+    for (int split = int(lane); split < problem.splits; split += LANES) {
+      of_lane += above[(split * pitch + row) * problem.labels + i];
+    }
+    const int in_all = simd_sum(of_lane);
+    if (lane == 0) {
+      const bool known = label_of(problem, labels, token, i) >= 0;
+      out_nll[long(out) * problem.labels + i] = known ? total - label_logits[row * problem.labels + i] : NAN;
+      out_rank[long(out) * problem.labels + i] = known ? 1 + in_all : -1;
     }
   }
 }

@@ -1,4 +1,4 @@
-// linear: y = scale * (x W^T + bias), accumulated in float32 and rounded once. It computes the logits of a chunk, and translators.
+// linear: y = scale * (x W^T + bias) in float32. It computes the logits of a chunk, and translators.
 #pragma once
 
 #include "tile.h"
@@ -13,7 +13,7 @@ struct LinearProblem {
   float scale;
 };
 
-template <typename T, typename Format, typename Tiles, typename Out>
+template <typename T, typename Format, typename Tiles>
 METAL_FUNC void linear(
     const device T* x,  // [N, D]
     const device typename Format::Values* values,
@@ -21,7 +21,7 @@ METAL_FUNC void linear(
     const device typename Format::Biases* biases,
     const device float* bias,  // [V], if there is one
     const device int* problem_words,
-    device Out* y,  // [N, V]
+    device float* y,  // [N, V]
     threadgroup float* shared,
     uint3 group,
     uint simd,
@@ -32,19 +32,17 @@ METAL_FUNC void linear(
   rows.first = int(group.x) * Tiles::BM;
   rows.count = problem.rows;
   rows.depth = problem.depth;
-  PlainColumns columns;
-  columns.first = int(group.y) * Tiles::BN;
-  columns.count = problem.columns;
+  const PlainColumns columns = plain_columns(int(group.y) * Tiles::BN, problem.columns);
   tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
 
-  for (int at = int(simd) * LANES + int(lane); at < Tiles::BM * Tiles::BN / 4; at += THREADS) {
+  for (int at = thread_index(simd, lane); at < Tiles::BM * Tiles::BN / 4; at += THREADS) {
     const int i = at / (Tiles::BN / 4);
     const int part = at % (Tiles::BN / 4) * 4;
     if (rows.first + i < problem.rows) {
       const int column = columns.first + part;
       const float4 products = load_four(shared + i * PITCH_Z + part);
       const float4 of_bias = problem.with_bias != 0 ? load_four(bias, column, problem.columns) : float4(0.0f);
-      device Out* to = y + long(rows.first + i) * problem.columns;
+      device float* to = y + long(rows.first + i) * problem.columns;
       store_four((products + of_bias) * problem.scale, to, column, problem.columns);
     }
   }

@@ -38,32 +38,20 @@ METAL_FUNC void store_four(float4 four, device float* to) {
   *reinterpret_cast<device packed_float4*>(to) = packed_float4(four);
 }
 
-METAL_FUNC void store_four(float4 four, device half* to) {
-  *reinterpret_cast<device packed_half4*>(to) = packed_half4(half4(four));
-}
-
-METAL_FUNC void store_four(float4 four, device bfloat* to) {
-  to[0] = bfloat(four.x);
-  to[1] = bfloat(four.y);
-  to[2] = bfloat(four.z);
-  to[3] = bfloat(four.w);
-}
-
 // Store four elements of a row from `column` on, those before `end`.
-template <typename T>
-METAL_FUNC void store_four(float4 four, device T* row, int column, int end) {
+METAL_FUNC void store_four(float4 four, device float* row, int column, int end) {
   if (column + 4 <= end) {
     store_four(four, row + column);
     return;
   }
   if (column < end) {
-    row[column] = T(four.x);
+    row[column] = four.x;
   }
   if (column + 1 < end) {
-    row[column + 1] = T(four.y);
+    row[column + 1] = four.y;
   }
   if (column + 2 < end) {
-    row[column + 2] = T(four.z);
+    row[column + 2] = four.z;
   }
 }
 

@@ -77,7 +77,7 @@ METAL_FUNC void norm_grad(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int c = int(simd) * LANES + int(lane); c < depth; c += THREADS) {
+  for (int c = thread_index(simd, lane); c < depth; c += THREADS) {
     const float of_gain = problem.with_gain != 0 ? gain[c] : 1.0f;
     float sum = 0.0f;
     for (int i = 0; i < count; ++i) {

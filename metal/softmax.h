@@ -18,9 +18,12 @@ struct RunningSoftmax {
   float top;       // the reference: at least the largest logit, less RISE
   float sum;       // of exp(z - top)
   float weighted;  // sum of exp(z - top) (z - top)
+  float reverse;   // sum of exp(z - top) d, with d as in RunningComparison; 0 without a comparison
 };
 
-// KL(p || q) of the lens's row, logits z, against the model's, logits z*, with d = z - z*: log(sum exp z / sum exp z*) - mean of d under p.
+// The lens's row, logits z, compared with the model's, logits z*, with d = z - z*:
+//   KL(p || q) = log(sum exp z / sum exp z*) - mean of d under p      KL(q || p) = mean of d under q - log(sum exp z / sum exp z*)
+// The mean under q is kept in RunningSoftmax, whose reference suits q.
 struct RunningComparison {
   float top;    // the reference: at least the largest z*, less RISE
   float sum;    // of exp(z* - top)
@@ -33,6 +36,7 @@ METAL_FUNC RunningSoftmax no_softmax() {
   none.top = LOWEST;
   none.sum = 0.0f;
   none.weighted = 0.0f;
+  none.reverse = 0.0f;
   return none;
 }
 
@@ -45,16 +49,19 @@ METAL_FUNC RunningComparison no_comparison() {
   return none;
 }
 
-METAL_FUNC void add(thread RunningSoftmax& row, float z) {
+// `d`: z - z*, or 0 without a comparison.
+METAL_FUNC void add(thread RunningSoftmax& row, float z, float d) {
   if (z > row.top + RISE) {
     const float factor = precise::exp(row.top - z);
     row.weighted = factor > 0.0f ? factor * (row.weighted + row.sum * (row.top - z)) : 0.0f;
+    row.reverse = factor > 0.0f ? factor * row.reverse : 0.0f;
     row.sum *= factor;
     row.top = z;
   }
   const float e = precise::exp(z - row.top);
   row.sum += e;
   row.weighted += e > 0.0f ? e * (z - row.top) : 0.0f;  // 0, not NaN, for z = -inf
+  row.reverse += e > 0.0f ? e * d : 0.0f;
 }
 
 METAL_FUNC void add(thread RunningComparison& row, float z, float z_model) {
@@ -82,6 +89,7 @@ METAL_FUNC RunningSoftmax merged(RunningSoftmax a, RunningSoftmax b) {
   const float shifted_a = of_a > 0.0f ? of_a * (a.weighted + a.sum * (a.top - both.top)) : 0.0f;
   const float shifted_b = of_b > 0.0f ? of_b * (b.weighted + b.sum * (b.top - both.top)) : 0.0f;
   both.weighted = shifted_a + shifted_b;
+  both.reverse = (of_a > 0.0f ? of_a * a.reverse : 0.0f) + (of_b > 0.0f ? of_b * b.reverse : 0.0f);
   return both;
 }
 
@@ -106,6 +114,7 @@ METAL_FUNC RunningSoftmax simd_merged(RunningSoftmax mine) {
     other.top = simd_shuffle_xor(all.top, step);
     other.sum = simd_shuffle_xor(all.sum, step);
     other.weighted = simd_shuffle_xor(all.weighted, step);
+    other.reverse = simd_shuffle_xor(all.reverse, step);
     all = merged(all, other);
   }
   return all;
@@ -134,11 +143,18 @@ METAL_FUNC float entropy(RunningSoftmax row) {
   return row.sum == 0.0f ? NAN : precise::log(row.sum) - row.weighted / row.sum;
 }
 
-// If the rows nearly agree, both terms are small, and so are their rounding errors. If not, `raise` may have overflowed on the way.
-METAL_FUNC float kl_divergence(RunningComparison row, RunningSoftmax lens) {
-  const float mean = row.mean / row.sum;
+// log(sum exp z / sum exp z*). If the rows nearly agree, it is small, and so is its rounding error. If not, `raise` may have overflowed on the way.
+METAL_FUNC float lse_difference(RunningComparison row, RunningSoftmax lens) {
   const float difference = lse(lens) - (row.top + precise::log(row.sum));
-  return abs(difference) < 1.0f && isfinite(row.raise) ? log_one_plus(row.raise / row.sum) - mean : difference - mean;
+  return abs(difference) < 1.0f && isfinite(row.raise) ? log_one_plus(row.raise / row.sum) : difference;
+}
+
+METAL_FUNC float kl_divergence(RunningComparison row, RunningSoftmax lens) {
+  return lse_difference(row, lens) - row.mean / row.sum;
+}
+
+METAL_FUNC float reverse_kl_divergence(RunningComparison row, RunningSoftmax lens) {
+  return lens.reverse / lens.sum - lse_difference(row, lens);
 }
 
 }  // namespace metalens

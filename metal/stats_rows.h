@@ -26,7 +26,8 @@ struct StatsProblem {
   int ids_per_split;  // whole tiles or, for lens_stats_vector, whole steps
   int k;
   int with_model;
-  int label_tokens;  // token t has label t mod label_tokens; 0: there are no labels
+  int labels;        // labels of a token; 0: there are none
+  int label_tokens;  // token t has the labels of token t mod label_tokens
   int with_bias;
   int with_offset;
   int block_rows;  // slots of a block
@@ -70,11 +71,9 @@ METAL_FUNC long slot_of(const device StatsProblem& problem, int token, int of_to
   return long(position / room) * problem.block_rows + problem.repeat_slots + position % room;
 }
 
-METAL_FUNC int label_at(const device StatsProblem& problem, const device int* labels, Slot slot) {
-  if (problem.label_tokens == 0 || !slot.used) {
-    return -1;
-  }
-  const int label = labels[slot.token % problem.label_tokens];
+// Label number `which` of a token, or -1 if it is not a token of the vocabulary. labels: [label_tokens, problem.labels].
+METAL_FUNC int label_of(const device StatsProblem& problem, const device int* labels, int token, int which) {
+  const int label = labels[token % problem.label_tokens * problem.labels + which];
   return label >= 0 && label < problem.vocab ? label : -1;
 }
 
@@ -105,73 +104,63 @@ struct LensRows {
 };
 
 template <typename T>
-METAL_FUNC const device T* row(thread const LensRows<T>& rows, int i) {
-  return row_at(*rows.problem, rows.n, rows.n_model, slot_at(*rows.problem, rows.block, i));
+METAL_FUNC LensRows<T> lens_rows(const device StatsProblem& problem, const device T* n, const device T* n_model, int block) {
+  LensRows<T> rows;
+  rows.problem = &problem;
+  rows.n = n;
+  rows.n_model = n_model;
+  rows.block = block;
+  return rows;
 }
 
-struct LabelColumns {
-  const device StatsProblem* problem;
-  const device int* labels;
-  int block;
-};
-
-METAL_FUNC int id(thread const LabelColumns& columns, int j) {
-  return j < columns.problem->block_rows ? label_at(*columns.problem, columns.labels, slot_at(*columns.problem, columns.block, j)) : -1;
+template <typename T>
+METAL_FUNC const device T* row(thread const LensRows<T>& rows, int i) {
+  return row_at(*rows.problem, rows.n, rows.n_model, slot_at(*rows.problem, rows.block, i));
 }
 
 // The state of one row, apart from its top k.
 struct RowState {
   RunningSoftmax lens;
   RunningComparison model;
-  float label_logit;
-  int above;  // tokens above the label
 };
 
 METAL_FUNC RowState no_state() {
   RowState none;
   none.lens = no_softmax();
   none.model = no_comparison();
-  none.label_logit = NAN;
-  none.above = 0;
   return none;
 }
 
-// Merge the states of the lanes whose numbers differ only in the bits from `first` to below `last`. They have the same label.
+// Merge the states of the lanes whose numbers differ only in the bits from `first` to below `last`.
 template <ushort first, ushort last>
 METAL_FUNC RowState simd_merged(RowState mine) {
-  RowState all = mine;
+  RowState all;
   all.lens = simd_merged<first, last>(mine.lens);
   all.model = simd_merged<first, last>(mine.model);
-  METALENS_UNROLL
-  for (ushort step = first; step < last; step *= 2) {
-    all.above += simd_shuffle_xor(all.above, step);
-  }
   return all;
 }
 
-METAL_FUNC void write_state(RowState state, device float* fields, device int* above) {
+METAL_FUNC void write_state(RowState state, device float* fields) {
   fields[0] = state.lens.top;
   fields[1] = state.lens.sum;
   fields[2] = state.lens.weighted;
-  fields[3] = state.model.top;
-  fields[4] = state.model.sum;
-  fields[5] = state.model.mean;
-  fields[6] = state.model.raise;
-  fields[7] = state.label_logit;
-  *above = state.above;
+  fields[3] = state.lens.reverse;
+  fields[4] = state.model.top;
+  fields[5] = state.model.sum;
+  fields[6] = state.model.mean;
+  fields[7] = state.model.raise;
 }
 
-METAL_FUNC RowState read_state(const device float* fields, int above) {
+METAL_FUNC RowState read_state(const device float* fields) {
   RowState state;
   state.lens.top = fields[0];
   state.lens.sum = fields[1];
   state.lens.weighted = fields[2];
-  state.model.top = fields[3];
-  state.model.sum = fields[4];
-  state.model.mean = fields[5];
-  state.model.raise = fields[6];
-  state.label_logit = fields[7];
-  state.above = above;
+  state.lens.reverse = fields[3];
+  state.model.top = fields[4];
+  state.model.sum = fields[5];
+  state.model.mean = fields[6];
+  state.model.raise = fields[7];
   return state;
 }
 

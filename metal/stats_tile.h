@@ -1,8 +1,8 @@
 // From a tile of products in threadgroup memory to the states of its rows: the common end of lens_stats and lens_stats_vector.
 //
-// A simdgroup reads its rows, and each lane reads one of them in some of the tile's columns. It keeps their running softmax, their comparison with
-// the model, and the number of tokens above the label, without any exchange with other lanes: the lanes of a row merge these once, at the end of the
-// split. The row's top k lie in the results' own memory. A simdgroup loads them into its lanes only if some logit enters them.
+// A simdgroup reads its rows, and each lane reads one of them in some of the tile's columns. It keeps their running softmax and their comparison with
+// the model without any exchange with other lanes: the lanes of a row merge these once, at the end of the split. The row's top k and the numbers of
+// tokens above its labels lie in the results' own memory. A simdgroup loads the top k into its lanes only if some logit enters them.
 #pragma once
 
 #include "stats_rows.h"
@@ -38,22 +38,85 @@ METAL_FUNC RowReader<ROWS> row_reader(const device StatsProblem& problem, int bl
   return reader;
 }
 
+// The memory of a simdgroup's rows in a split. A lane reads only what it wrote itself, so no barrier is needed.
+struct RowMemory {
+  const device float* label_logits;  // [ROWS, labels]; the split reads them only
+  device int* above;                 // [ROWS, labels] tokens above the label
+  device float* top_logits;          // [ROWS, k]
+  device int* top_ids;               // [ROWS, k]
+};
+
+// The memory of the rows from slot `first_slot` of the block on. `split_row`: the first of them among the rows of all splits.
+METAL_FUNC RowMemory row_memory(
+    const device StatsProblem& problem,
+    int block,
+    int first_slot,
+    long split_row,
+    const device float* label_logits,
+    device int* above,
+    device float* top_logits,
+    device int* top_ids) {
+  RowMemory memory;
+  memory.label_logits = label_logits + long(block * problem.block_rows + first_slot) * problem.labels;
+  memory.above = above + split_row * problem.labels;
+  memory.top_logits = top_logits + split_row * problem.k;
+  memory.top_ids = top_ids + split_row * problem.k;
+  return memory;
+}
+
 // The state of the lane's row, as far as this lane has read it.
 struct LaneState {
   RowState row;
   TopList last;  // the last entry of the row's list, the same in all lanes of the row
 };
 
-// The lists of rows `first` to `first + ROWS - 1` of [rows, k] are cleared.
+// The rows' lists and counts are cleared.
 template <int ROWS>
-METAL_FUNC LaneState first_state(const device StatsProblem& problem, device float* top_logits, device int* top_ids, long first, uint lane) {
+METAL_FUNC LaneState first_state(const device StatsProblem& problem, thread const RowMemory& memory, uint lane) {
   LaneState state;
   state.row = no_state();
   state.last = empty_list();
   for (int i = 0; i < ROWS; ++i) {
-    write_list(state.last, top_logits, top_ids, first + i, problem.k, lane);
+    write_list(state.last, memory.top_logits, memory.top_ids, i, problem.k, lane);
+  }
+  for (int i = 0; int(lane) < ROWS && i < problem.labels; ++i) {
+    memory.above[int(lane) * problem.labels + i] = 0;
   }
   return state;
+}
+
+// Count the tile's tokens above each label. The logits are computed again: that costs less than a register for every label.
+template <int ROWS>
+METAL_FUNC void count_above(
+    const device StatsProblem& problem,
+    const device float* head_bias,
+    const device float* head_offset,
+    const threadgroup float* z,
+    int base,
+    int end,
+    thread const RowReader<ROWS>& reader,
+    thread const RowMemory& memory,
+    uint lane) {
+  for (int i = 0; i < problem.labels; ++i) {
+    int above = 0;
+    if (reader.reads) {
+      const float label_logit = memory.label_logits[reader.index * problem.labels + i];
+      METALENS_ROLLED
+      for (int j = 0; j < TILE_IDS; j += RowReader<ROWS>::PARTS) {
+        const int column = (reader.column + j) % TILE_IDS;
+        if (base + column < end) {
+          above += logit_of(problem, head_bias, head_offset, z[reader.slot * PITCH_Z + column], base + column) > label_logit ? 1 : 0;
+        }
+      }
+    }
+    METALENS_UNROLL
+    for (ushort step = RowReader<ROWS>::ROW_LANES; step < LANES; step *= 2) {
+      above += simd_shuffle_xor(above, step);
+    }
+    if (int(lane) < ROWS) {  // lane i reads row i
+      memory.above[int(lane) * problem.labels + i] += above;
+    }
+  }
 }
 
 template <int ROWS>
@@ -65,10 +128,8 @@ METAL_FUNC void read_tile(
     int base,
     int end,
     thread const RowReader<ROWS>& reader,
+    thread const RowMemory& memory,
     thread LaneState& state,
-    device float* top_logits,
-    device int* top_ids,
-    long first,
     uint lane) {
   bool enters = false;
   if (reader.reads) {
@@ -78,27 +139,30 @@ METAL_FUNC void read_tile(
       const int id = base + column;
       if (id < end) {
         const float logit = logit_of(problem, head_bias, head_offset, z[reader.slot * PITCH_Z + column], id);
-        add(state.row.lens, logit);
+        float d = 0.0f;
         if (reader.model >= 0) {
-          add(state.row.model, logit, logit_of(problem, head_bias, head_offset, z[reader.model * PITCH_Z + column], id));
+          const float of_model = logit_of(problem, head_bias, head_offset, z[reader.model * PITCH_Z + column], id);
+          add(state.row.model, logit, of_model);
+          d = logit - of_model;
         }
-        state.row.above += logit > state.row.label_logit ? 1 : 0;
+        add(state.row.lens, logit, d);
         enters = enters || precedes(logit, id, state.last.logit, state.last.id);
       }
     }
   }
+  count_above(problem, head_bias, head_offset, z, base, end, reader, memory, lane);
   // The rows whose lists change, a bit each: the same in all lanes.
   for (uint changing = simd_or(enters ? 1u << reader.index : 0u); changing != 0; changing &= changing - 1) {
     const int i = int(ctz(changing));
     const int slot = simd_broadcast(reader.slot, ushort(i));  // lane i reads row i
-    TopList list = read_list(top_logits, top_ids, first + i, problem.k, lane);
+    TopList list = read_list(memory.top_logits, memory.top_ids, i, problem.k, lane);
     METALENS_ROLLED
     for (int column = int(lane); column < TILE_IDS; column += LANES) {
       const int id = base + column;
       const float logit = id < end ? logit_of(problem, head_bias, head_offset, z[slot * PITCH_Z + column], id) : -INFINITY;
       offer(list, logit, id < end ? id : NO_ID, problem.k, lane);
     }
-    write_list(list, top_logits, top_ids, first + i, problem.k, lane);
+    write_list(list, memory.top_logits, memory.top_ids, i, problem.k, lane);
     const TopList last = last_entry(list, problem.k);
     if (reader.index == i) {
       state.last = last;
@@ -106,12 +170,12 @@ METAL_FUNC void read_tile(
   }
 }
 
-// Merge the lanes of each row and write the states of rows `first` to `first + ROWS - 1`.
+// Merge the lanes of each row and write the states [ROWS, FIELDS].
 template <int ROWS>
-METAL_FUNC void write_states(thread const LaneState& state, device float* states, device int* above, long first, uint lane) {
+METAL_FUNC void write_states(thread const LaneState& state, device float* states, uint lane) {
   const RowState row = simd_merged<RowReader<ROWS>::ROW_LANES, LANES>(state.row);
   if (int(lane) < ROWS) {
-    write_state(row, states + (first + lane) * FIELDS, above + first + lane);
+    write_state(row, states + int(lane) * FIELDS);
   }
 }
 

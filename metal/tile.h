@@ -149,7 +149,7 @@ METAL_FUNC void tile_product(
   constexpr int w_loads = ceil_div(T::BN * units, THREADS);
   threadgroup typename T::Operand* xs = reinterpret_cast<threadgroup typename T::Operand*>(shared);
   threadgroup typename T::Operand* ws = xs + T::BM * T::PITCH;
-  const int me = int(simd) * LANES + int(lane);
+  const int me = thread_index(simd, lane);
 
   const device typename Rows::Element* my_rows[x_loads];
   int my_ids[w_loads];
@@ -210,6 +210,13 @@ struct PlainColumns {
   int first;
   int count;
 };
+
+METAL_FUNC PlainColumns plain_columns(int first, int count) {
+  PlainColumns columns;
+  columns.first = first;
+  columns.count = count;
+  return columns;
+}
 
 METAL_FUNC int id(thread const PlainColumns& columns, int j) {
   return columns.first + j < columns.count ? columns.first + j : -1;

@@ -58,7 +58,7 @@ def test_no_module_loads_a_slow_package(run_python):
     every_module = """
 import importlib, pkgutil, metalens
 for info in pkgutil.walk_packages(metalens.__path__, "metalens."):
-    if info.name != "metalens._ext":
+    if info.name not in ("metalens._ext", "metalens.compat.lm_eval"):  # the latter is a class of lm-evaluation-harness
         importlib.import_module(info.name)
 """
     assert loaded(run_python, every_module) == NOTHING

@@ -63,9 +63,9 @@ def seen(model, monkeypatch):
     """The ids that training runs the model on."""
     sequences, original = [], ResidualCapture.capture
 
-    def capture(self, ids, *args):
+    def capture(self, ids, *args, **options):
         sequences.extend(ids.tolist())
-        return original(self, ids, *args)
+        return original(self, ids, *args, **options)
 
     _ = model.unembed  # its own check is over before the counting begins
     monkeypatch.setattr(ResidualCapture, "capture", capture)
@@ -177,8 +177,9 @@ def test_training_without_a_head(dataset):
 
 def test_training_a_damaged_model(model):
     model.model.lm_head.weight = model.model.lm_head.weight * float("nan")
-    with pytest.raises(ValueError, match="weights are damaged"):
+    with pytest.raises(ValueError, match="weights are damaged") as error:
         model.train_tuned_lens(DATASET, **QUICK)
+    assert "Could not find output projection" not in str(error.value)  # it was found
 
 
 def test_a_progress_bar_on_stderr_alone(model, capsys):

@@ -12,9 +12,12 @@ import metalens
 
 
 def modules():
-    """The public modules of the package. Modules for another package's users have its names, and the extension has no hints."""
+    """The public modules of the package. Modules for another package's users have its names, and the extension has no hints.
+
+    The bridge to lm-evaluation-harness is one of the harness's classes, so it can't be imported without the harness.
+    """
     found = [info.name for info in pkgutil.walk_packages(metalens.__path__, "metalens.")]
-    return sorted(name for name in found if not any(part.startswith("_") for part in name.split(".")))
+    return sorted(name for name in found if name != "metalens.compat.lm_eval" and not any(part.startswith("_") for part in name.split(".")))
 
 
 def functions_of(name, value):

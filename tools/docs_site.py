@@ -50,11 +50,18 @@ def _help_texts() -> Iterator[str]:
 
     parent = click.Context(main, info_name="metalens", max_content_width=100, terminal_width=100)
     yield f"```text\n{main.get_help(parent)}\n```"
-    for name in main.list_commands(parent):
-        command = main.get_command(parent, name)
+    yield from _help_of_commands(main, parent)
+
+
+def _help_of_commands(group: click.Group, parent: click.Context) -> Iterator[str]:
+    """Yield the help of every command of a group, and of those of groups in it."""
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
         assert command is not None
         context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
-        yield f"## metalens {name}\n\n```text\n{command.get_help(context)}\n```"
+        yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```"
+        if isinstance(command, click.Group):
+            yield from _help_of_commands(command, context)
 
 
 def on_post_build(config: Any) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # On an M5 plain MLX would round float32 operands to 11 bits, and be no reference. MLX reads the variable at its first product.
@@ -33,11 +34,13 @@ from metalens.ops import (  # noqa: E402
     Head,
     Weight,
     doctor,
+    lens_compare,
     lens_kl,
     lens_stats,
     lens_target,
 )
 from metalens.ops.metal import library, source, tuning  # noqa: E402
+from metalens.ops.metal.kernel import Kernel  # noqa: E402
 from metalens.training import TrainingConfig, train  # noqa: E402
 from support import metal_cells  # noqa: E402
 
@@ -89,13 +92,18 @@ def compile_all() -> tuple[list[str], int]:
         return ["no Metal compiler was found (xcode-select --install, or Xcode's Metal toolchain): kernels are compiled just in time"], 0
     units, lines, failures = library.translation_units(), [], 0
     for standard in STANDARDS:
-        options = [f"-std={standard}", *METAL_FLAGS, f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
-        if not runs([*compiler, *options], ""):
+        command = [*compiler, f"-std={standard}", *METAL_FLAGS, f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
+        if not runs(command, ""):
             lines.append(f"{standard}: this compiler does not know it")
             continue
+
+        def compiled(kernels: list[Kernel], command: list[str] = command) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(command, input=library.text(kernels), capture_output=True, text=True, check=False)
+
         broken = 0
-        for name, kernels in units.items():
-            done = subprocess.run([*compiler, *options], input=library.text(kernels), capture_output=True, text=True, check=False)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(compiled, units.values()))
+        for name, done in zip(units, results, strict=True):
             broken += done.returncode != 0
             if done.stderr:
                 told = [f"    {line}" for line in done.stderr.splitlines()[:8]]
@@ -166,7 +174,10 @@ def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[st
         def loss(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
             mx.eval(*lens_kl(n, lens_target(n_model, head), head))
 
-        for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2)):
+        def comparison(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
+            mx.eval(vars(lens_compare(n, n_model[None], head)))
+
+        for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2), ("lens_compare", comparison, 1)):
             ours, plain = in_turn(run, rounds)
             rate = 2 * products * num_layers * tokens * hidden_size * vocab_size / ours / 1e12
             case = f"{name}: L {num_layers}, T {tokens}, D {hidden_size}, V {vocab_size}"

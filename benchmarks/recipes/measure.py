@@ -38,7 +38,8 @@ def measured(case: Case) -> dict[str, Any]:
         lens = TunedLens(len(model.source), model.unembed.hidden_dim)
     else:
         name, _ = RECIPES[case.line]
-        settings = {"max_seq_len": LENGTH, "seed": case.seed, "tokens": case.tokens, "layers": chosen, **case.settings}
+        # Scores are of blocks, so no recipe trains the embedding's translator, which would change the joint clip.
+        settings = {"max_seq_len": LENGTH, "seed": case.seed, "tokens": case.tokens, "layers": chosen, "embedding": False, **case.settings}
         start, used = time.perf_counter(), time.process_time()
         lens = metalens.train(model, [training_text], recipe=name, **settings)
         entry |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}

@@ -33,7 +33,7 @@ def recipes(found: Sequence[Entry]) -> str:
         "`python -m benchmarks.recipes` trains a lens with every recipe, on four models, two texts and two seeds, and writes this page. The numbers",
         "are KL(model || lens) on held-out text, by the full vocabulary, in nats per token, as the mean over the trained layers. All runs of a",
         f"model have the same number of training tokens (`tokens=`), a warm start's included, in sequences of {LENGTH}. They train with a sampled",
-        "vocabulary, unless a line says otherwise.\n",
+        "vocabulary, unless a line says otherwise. `paper` and `adam` train without the embedding's translator here (`embedding=False`).\n",
         *(f"- Text `{name}`: {what}." for name, what in TEXTS.items()),
         "- ± is half the difference between two seeds, which shuffle the text in two ways.",
         "- *Beside `fast`*: the KL of `fast` divided by the line's, as the mean over texts and seeds, with the smallest and the largest. Below 1,",

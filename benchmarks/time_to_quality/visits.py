@@ -163,7 +163,7 @@ def _step_of(name: str, model_name: str) -> tuple[Callable[[], Any], int]:
     model = InterpretableModel(of_model.source)
     layers = of_model.layers(len(model.source))
     ids = np.array(model.training_ids([texts(TEXT)[0][:16000]]))
-    settings: dict[str, Any] = {"num_steps": 1, "guard_tokens": 0, "layers": layers}
+    settings: dict[str, Any] = {"num_steps": 1, "guard_tokens": 0, "layers": layers, "embedding": False}
     if name == PLAIN:
         config = recipe("paper", max_seq_len=PLAIN_TOKENS, tokens_per_step=PLAIN_TOKENS, **settings)
         return lambda: train_loop(model.source, model.unembed, mx.array(ids[:PLAIN_TOKENS]), config), PLAIN_TOKENS

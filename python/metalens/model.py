@@ -14,13 +14,17 @@ import numpy as np
 from metalens.lenses.lens import Lens, LogitLens, TunedLens
 from metalens.lenses.provenance import check_lens
 from metalens.models.capture import Edit
+from metalens.models.sublayers import Sublayer
 from metalens.models.tokenization import TokenInput
-from metalens.models.trace import LayerProxy, Trace, layer_index
+from metalens.models.trace import ModuleProxy, Output, Trace, latest_trace
 from metalens.models.unembed import NormFunction
 from metalens.readings.heat_map import show_lens
 from metalens.readings.readable_model import ReadableModel
+from metalens.readings.sublayers import read_sublayers
 from metalens.readings.texts import Texts, are_several
 from metalens.readings.top_tokens import Predictions, TokenPredictions, token_predictions
+from metalens.readings.trajectory import Trajectory
+from metalens.readings.trajectory_reader import TrajectoryOptions
 from metalens.training import Progress, TrainingConfig, train
 from metalens.training.data import Corpus
 from metalens.training.data.inputs import joined_ids
@@ -68,9 +72,14 @@ class InterpretableModel(ReadableModel):
     _trace: Trace | None = None
 
     @cached_property
-    def layers(self) -> list[LayerProxy]:
-        """Return one proxy per block."""
-        return [LayerProxy(self, i) for i in range(self.num_layers)]
+    def layers(self) -> list[ModuleProxy]:
+        """Return one proxy per block. Its attributes are proxies of the modules inside the block: `model.layers[3].mlp.output`."""
+        return [ModuleProxy(self, i) for i in range(self.num_layers)]
+
+    @property
+    def output(self) -> Output:
+        """Return the logits [B, T, V] of the latest trace (UnavailableError if there was none)."""
+        return Output(latest_trace(self).output)
 
     def parameters(self) -> Any:
         """Return the parameters of the wrapped model."""
@@ -85,24 +94,30 @@ class InterpretableModel(ReadableModel):
         return self.model.named_modules()
 
     def trace(self, inputs: TokenInput | list[str], interventions: Mapping[str | int, Edit] | None = None) -> Trace:
-        """Run the model once, at the start of a `with` block, and keep the output of every block.
+        """Run the model once, at the start of a `with` block, and keep the output of every block and of the modules inside.
 
         Args:
             inputs: a text, several texts (padded on the right with token 0, unmasked), token ids or an array of ids.
-            interventions: {block: function of its output [B, T, D] that returns the replacement}. A block is an index,
-                or a name that ends in layers.<i>.
+            interventions: {place: function of its output that returns the replacement}. A place is the index of a block, or a
+                name: layers.<i> for the block, layers.<i>.mlp or layers.<i>.self_attn for a module inside it.
+                `metalens.models.interventions` has such functions.
 
         Returns:
-            a context manager with `activations` {"model.model.layers.0": [B, T, D], ..., "__model_output__": [B, T, V]}
-            and `output`.
+            a context manager with `activations` {"model.model.layers.0": [B, T, D], "model.model.layers.0.mlp": ...,
+            "__model_output__": [B, T, V]} and `output`.
 
         Raises:
-            InvalidValueError: if the model has no such block.
+            InvalidValueError: if the model has no such block or module.
         """
-        edits = {layer_index(key, self.num_layers): edit for key, edit in (interventions or {}).items()}
-        return Trace(self, self.ids(inputs), edits)
+        return Trace(self, self.ids(inputs), interventions or {})
 
     # ------------------------------------------------------------------ lenses
+
+    def read_sublayers(
+        self, text: TokenInput | Texts, sublayer: Sublayer = "middle", lens: Lens | str | Path | None = None, **options: Unpack[TrajectoryOptions]
+    ) -> Trajectory | list[Trajectory]:
+        """Read what attention or the feed-forward layer adds, or the middle of each block: see `metalens.readings.read_sublayers`."""
+        return read_sublayers(self, text, sublayer, lens, **options)
 
     @overload
     def logit_lens(
@@ -328,10 +343,10 @@ class InterpretableModel(ReadableModel):
         return self.check_ids(ids)
 
     def load_tuned_lens(self, path: str | Path) -> TunedLens:
-        """Read a lens from `<path>.npz` and `<path>.json`.
+        """Read a lens for this model, as `TunedLens.load` does.
 
         Raises:
-            FileNotFoundError: if one of the two files is missing.
+            FileNotFoundError: if there is no lens at the path.
             InvalidValueError: as `TunedLens.load`, and if the lens was made for another model.
         """
         lens = TunedLens.load(path)

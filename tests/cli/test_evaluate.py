@@ -60,7 +60,12 @@ def test_eval_writes_all_its_results(run, lens, tmp_path):
         "new/c.png",
     )
     assert result.exit_code == 0, result.stderr
-    assert sorted(p.name for p in (tmp_path / "new" / "results").iterdir()) == ["aggregate_metrics.json", "evaluation.json", "logit_stats.npz"]
+    assert sorted(p.name for p in (tmp_path / "new" / "results").iterdir()) == [
+        "aggregate_metrics.json",
+        "batches.jsonl",
+        "evaluation.json",
+        "logit_stats.npz",
+    ]
     found = json.loads((tmp_path / "new" / "results" / "evaluation.json").read_text())
     assert len(found["transfer"]["kl"]) == 8
     assert (tmp_path / "new" / "c.png").read_bytes().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ def options(command):
 
 MEANINGS = {
     "--lens": ("eval", "lens", "view"),
-    "--out": ("train", "eval", "lens", "demo"),
+    "--out": ("train", "eval", "sweep", "lens", "demo"),
     "--save": ("eval", "lens", "view"),
     "--token": ("lens", "view"),
     "--max-tokens": ("train", "eval", "view"),
@@ -26,7 +26,7 @@ MEANINGS = {
     "--data": ("train", "plan", "eval"),
     "--parallel": ("train", "plan"),
     "--shard-model": ("train", "plan", "eval", "lens"),
-    "--json": ("plan", "eval", "lens", "roofline", "models", "doctor"),
+    "--json": ("plan", "eval", "lens", "roofline", "lenses", "models", "doctor"),
 }
 
 

@@ -221,6 +221,17 @@ def test_variants_and_some_layers(train):
     assert lens.provenance["tokens"] == 64  # of each layer
 
 
+def test_a_lens_goes_on(train):
+    train(*SMALL, "--steps", 2, "--layers", "0,3")
+    first = TunedLens.load("lens")
+    assert "no warm start" in train("--from", "lens", "--out", "second", "--warm-start-tokens", 64, "--tokens", 500, code=1)
+    train(*SMALL, "--from", "lens", "--steps", 2, "--layers", 3, "--out", "second")
+    second = TunedLens.load("second")
+    assert (second.layers, second.provenance["training"]["start_from"]["path"]) == ([0, 3], "lens")
+    same = [np.array_equal(np.array(a.weight), np.array(b.weight)) for a, b in zip(first.translators, second.translators, strict=True)]
+    assert same == [layer != 3 for layer in range(8)]
+
+
 def test_metrics_and_weights_and_biases(train, tmp_path, monkeypatch):
     logged = []
     wandb = types.SimpleNamespace(
@@ -315,7 +326,7 @@ SLOW = """
 import os, time
 from metalens.models.capture import ResidualCapture
 capture = ResidualCapture.capture
-ResidualCapture.capture = lambda *args: time.sleep({seconds} * os.path.exists("metrics.jsonl")) or capture(*args)
+ResidualCapture.capture = lambda *args, **options: time.sleep({seconds} * os.path.exists("metrics.jsonl")) or capture(*args, **options)
 """
 
 

@@ -35,9 +35,17 @@ def test_two_texts(run, tmp_path):
     assert [each["of"] for each in found["comparisons"]] == [[[0, 0], [1, 0]]]
 
 
+def test_layers_beside_the_next_ones(run, tmp_path, lens):
+    assert run("view", "demo", "--text", PROMPT, "--lens", lens, "--compare-layers", "--save", "page.html").exit_code == 0
+    found = document(tmp_path / "page.html")["comparisons"]
+    assert [each["of"] for each in found] == [[[0, 1], [0, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 1]]]
+    assert [each["between"] for each in found] == ["lenses", "layers", "layers"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--compare-layers"], "belong to --save"),
         (["--save", "page.html"], "needs one --text"),
         (["--save", "page.html", "--text", "a", "--text", "b", "--text", "c"], "needs one --text"),
         (["--text", "a"], "belong to --save"),

@@ -6,7 +6,7 @@ import pytest
 from support.mocks import MockModel, WordTokenizer
 from support.tuned_lens_files import CONFIG
 
-SUBMODULES = ("tuned_lens", "core", "core.module_resolver")
+SUBMODULES = ("tuned_lens", "interventions", "core", "core.module_resolver")
 
 
 @pytest.fixture(autouse=True)

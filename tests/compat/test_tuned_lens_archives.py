@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from metalens.compat import tuned_lens as files
-from metalens.compat.tuned_lens.pickled import read
-from metalens.compat.tuned_lens.torch_file import LEGACY_MAGIC, PICKLE_LIMIT
+from metalens.lenses.pickled import read
+from metalens.lenses.torch_file import LEGACY_MAGIC, PICKLE_LIMIT
 from support.tuned_lens_files import DATA, LEGACY, PICKLE, RECORDS, ZIP, legacy, refused, zipped
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from metalens import TunedLens
 from metalens.compat import load_lens
 from metalens.compat import tuned_lens as files
-from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor
-from metalens.compat.tuned_lens.torch_file import _check_view, read_tensors
+from metalens.lenses.pickled import Element, Storage, Tensor
+from metalens.lenses.torch_file import _check_view, read_tensors
 from support.tuned_lens_files import DATA, DIM, LAYERS, assert_same_map, lens_of
 
 FIXTURES = ["zip-float32", "zip-bfloat16-transposed", "zip-float64-no-bias", "legacy-float16"]
@@ -51,8 +51,9 @@ def test_files_of_the_real_torch_save(name):
         np.testing.assert_array_equal(np.array(lens.translators[layer].bias), b.astype(np.float32))
     np.testing.assert_array_equal(np.array(lens.translators[-1].weight), np.eye(DIM))
     np.testing.assert_array_equal(np.array(lens.translators[-1].bias), np.zeros(DIM))
-    for found, expected in zip(lens.embedding, reference(0, bias), strict=True):
-        np.testing.assert_array_equal(np.array(found), expected)
+    a, b = reference(0, bias)
+    np.testing.assert_array_equal(np.array(lens.embedding_translator.weight), (np.eye(DIM) + a).astype(np.float32))
+    np.testing.assert_array_equal(np.array(lens.embedding_translator.bias), b)
     assert lens.provenance == {"model": "example/tiny", "revision": "main", "tuned_lens": {"unembed_hash": "0" * 64}}
 
 
@@ -110,8 +111,8 @@ def test_what_is_known_of_one_model_is_not_said_of_another(tmp_path):
 
 
 def test_the_index_and_the_identity_are_shifted(tmp_path):
-    lens = lens_of()
-    lens.embedding = (mx.full((DIM, DIM), 0.5), mx.full((DIM,), 2.0))
+    lens = lens_of({"embedding": True})
+    lens.embedding_translator.weight, lens.embedding_translator.bias = mx.eye(DIM) + 0.5, mx.full((DIM,), 2.0)
     files.save(lens, tmp_path, "m")
     found = tensors_in(tmp_path)
     assert list(found) == [f"{i}.{part}" for i in range(LAYERS) for part in ("weight", "bias")]
@@ -124,7 +125,7 @@ def test_the_index_and_the_identity_are_shifted(tmp_path):
     without = lens_of()
     files.save(without, tmp_path, "m")
     assert not tensors_in(tmp_path)["0.weight"].any()
-    assert files.load(tmp_path).embedding is None
+    assert files.load(tmp_path).embedding_translator is None
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,20 @@ def test_numbers_that_the_type_cannot_hold(tmp_path, value, dtype):
         files.save(lens, tmp_path, "new", dtype="int8")
 
 
+def test_a_failure_leaves_both_files_of_the_earlier_lens(tmp_path, monkeypatch):
+    """A new params.pt beside an old config.json would be a lens of another model."""
+    files.save(lens_of(seed=1), tmp_path, "old")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("metalens.compat.tuned_lens.folder.asdict", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.save(lens_of(), tmp_path, "new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_the_same_lens_is_the_same_file(tmp_path):
     for name in ("a", "b"):
         files.save(lens_of(), tmp_path / name, "m")
@@ -230,8 +245,8 @@ def test_views_stay_within_their_storage_and_use_no_number_twice(offset, strides
 
 
 def test_from_ours_to_theirs_and_back(tmp_path):
-    lens = lens_of()
-    lens.embedding = (mx.full((DIM, DIM), 0.25), mx.full((DIM,), 0.5))
+    lens = lens_of({"embedding": True})
+    lens.embedding_translator.weight, lens.embedding_translator.bias = mx.eye(DIM) + 0.25, mx.full((DIM,), 0.5)
     lens.provenance = {"model": "org/model", "tokens": 5}
     lens.save(tmp_path / "ours")
     assert files.convert(tmp_path / "ours", tmp_path / "theirs") == (tmp_path / "theirs" / "params.pt", tmp_path / "theirs" / "config.json")
@@ -239,7 +254,7 @@ def test_from_ours_to_theirs_and_back(tmp_path):
     back = TunedLens.load(tmp_path / "back")
     assert_same_map(back, lens, 1e-7)
     assert back.provenance == {"model": "org/model"}
-    np.testing.assert_array_equal(np.array(back.embedding[0]), np.array(lens.embedding[0]))
+    np.testing.assert_array_equal(np.array(back.embedding_translator.weight), np.array(lens.embedding_translator.weight))
 
 
 def test_from_theirs_to_ours_and_back_loses_nothing(tmp_path):
@@ -272,9 +287,11 @@ def test_a_path_without_a_lens_of_either_format(tmp_path):
         load_lens(tmp_path / "half")
 
 
-def test_our_own_reader_names_the_other_for_a_folder_of_theirs():
-    with pytest.raises(FileNotFoundError, match=r"The folder is one of tuned-lens: read it with metalens\.compat\.load_lens"):
-        TunedLens.load(DATA / "zip-float32")
+def test_a_pair_goes_before_a_folder_of_the_same_name(tmp_path):
+    lens_of(seed=1).save(tmp_path / "x")
+    files.save(lens_of(seed=2), tmp_path / "x", "m")
+    assert_same_map(load_lens(tmp_path / "x"), lens_of(seed=1))
+    assert_same_map(load_lens(tmp_path / "x" / "params.pt"), lens_of(seed=2), 1e-7)
 
 
 def test_a_variant_becomes_what_mlxterp_reads(tmp_path):

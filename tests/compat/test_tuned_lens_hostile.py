@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from metalens import TunedLens
 from metalens.compat import tuned_lens as files
-from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
-from metalens.compat.tuned_lens.torch_file import LEGACY_MAGIC
+from metalens.lenses.pickled import Element, Storage, Tensor, read
+from metalens.lenses.torch_file import LEGACY_MAGIC
 from support.tuned_lens_files import CONFIG, LEGACY, RECORDS, ZIP, legacy, refused, zipped
 
 # ---------------------------------------------------------------- code in pickles
@@ -61,7 +61,7 @@ PAYLOADS = {
     "newobj_ex": b"\x80\x04cos\nsystem\n" + text("touch owned") + b"\x85}\x92.",
     "stack_global": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94\x93" + text("touch owned") + b"\x85R.",
     "stack_global, protocol 2": b"\x80\x02" + text("os") + text("system") + b"\x93" + text("touch owned") + b"\x85R.",
-    "global of this package": b"cmetalens.compat.tuned_lens.pickled\nread\n.",
+    "global of this package": b"cmetalens.lenses.pickled\nread\n.",
     "global through a tensor's module": b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
     "global with a longer name": b"ccollections\nOrderedDict.fromkeys\n" + text("a") + b"\x85R.",
     "another constructor of torch": b"ctorch.storage\n_load_from_bytes\n" + text("x") + b"\x85R.",

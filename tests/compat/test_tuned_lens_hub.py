@@ -1,12 +1,16 @@
 """Lenses on the Hugging Face hub, which is a stub here: nothing in these tests may depend on a network."""
 
+import json
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from metalens import TunedLens
+from metalens import MetalensError, TunedLens
+from metalens.cli import main
 from metalens.compat import tuned_lens as files
 from support.tuned_lens_files import DATA, assert_same_map, lens_of
 
@@ -79,3 +83,72 @@ def test_the_hubs_own_function_takes_these_arguments():
     hub = pytest.importorskip("huggingface_hub", reason="comes with mlx-lm")
     signature = inspect.signature(hub.hf_hub_download)
     signature.bind("repo", "file", subfolder="a", repo_type="space", revision="main", cache_dir=None)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def test_the_list_of_the_hub(monkeypatch):
+    names = ["README.md", "lens/gpt2/params.pt", "lens/gpt2/config.json", "lens/org/b/config.json", "lens/org/b/params.pt", "lens/half/params.pt"]
+    asked = []
+
+    class Api:
+        def list_repo_files(self, repo_id, *, repo_type, revision):
+            asked.append((repo_id, repo_type, revision))
+            return names if repo_id != "own/none" else 1 / 0
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Api))
+    monkeypatch.delenv("TUNED_LENS_REPO_ID", raising=False)
+    monkeypatch.delenv("TUNED_LENS_REPO_TYPE", raising=False)
+    assert files.available_lenses() == ["gpt2", "org/b"]
+    assert files.available_lenses("own/lenses", "model", "v1", "") == ["lens/gpt2", "lens/org/b"]
+    assert asked == [("AlignmentResearch/tuned-lens", "space", "main"), ("own/lenses", "model", "v1")]
+    with pytest.raises(MetalensError, match=r"space own/none could not be listed: division by zero `cached_lenses`"):
+        files.available_lenses("own/none")
+    shown = CliRunner().invoke(main, ["lenses"])
+    assert shown.stdout.split() == ["hf:gpt2", "hf:org/b"]
+    assert json.loads(CliRunner().invoke(main, ["lenses", "--json"]).stdout) == {"lenses": ["gpt2", "org/b"]}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MetalensError, match="pip install huggingface_hub"):
+        files.available_lenses()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache as the hub's own package lays it out, with a lens in one of two snapshots, and half a lens in the other."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="comes with mlx-lm")
+    root = tmp_path / "spaces--AlignmentResearch--tuned-lens"
+    for commit, wanted in (("a" * 40, ("params.pt", "config.json")), ("b" * 40, ("params.pt",))):
+        folder = root / "snapshots" / commit / "lens" / "org" / "tiny"
+        folder.mkdir(parents=True)
+        for name in wanted:
+            (root / "blobs").mkdir(exist_ok=True)
+            shutil.copy(DATA / "zip-float32" / name, root / "blobs" / name)
+            (folder / name).symlink_to(root / "blobs" / name)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("TUNED_LENS_REPO_ID", raising=False)
+    monkeypatch.delenv("TUNED_LENS_REPO_TYPE", raising=False)
+    return tmp_path
+
+
+def test_the_lenses_of_a_cache(cache):
+    expected = cache / "spaces--AlignmentResearch--tuned-lens" / "snapshots" / ("a" * 40) / "lens" / "org" / "tiny"
+    for found in (files.cached_lenses(), files.cached_lenses(cache_dir=cache)):
+        assert found == [files.CachedLens("org/tiny", "a" * 40, expected, ("main",))]
+    assert_same_map(TunedLens.load(expected), files.load(DATA / "zip-float32"))
+    assert files.cached_lenses("own/lenses") == []
+    shown = CliRunner().invoke(main, ["lenses", "--cached"]).stdout
+    assert shown == f"hf:org/tiny@{'a' * 40} ({expected}, main)\n"
+
+
+@pytest.mark.parametrize("name", ["hf:org/tiny", f"hf:org/tiny@{'a' * 40}"])
+def test_the_hub_s_own_package_reads_a_cached_lens_without_a_network(cache, name):
+    assert_same_map(TunedLens.load(name), files.load(DATA / "zip-float32"))
+
+
+def test_a_lens_that_is_not_in_the_cache(cache):
+    with pytest.raises(FileNotFoundError, match="has no lens 'org/other' .lens/org/other., or can't be reached"):
+        TunedLens.load("hf:org/other")

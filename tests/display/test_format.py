@@ -1,7 +1,10 @@
 """Numbers as people read them."""
 
+import math
+
 import pytest
 
+from metalens.analysis import Interval
 from metalens.display import format
 
 
@@ -21,6 +24,18 @@ from metalens.display import format
 )
 def test_formats(write, value, shown):
     assert write(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        (Interval(0.9123, 0.88, 0.941), "0.912 (0.880 to 0.941)"),
+        (Interval(-0.0001, math.nan, math.nan), "0.000"),
+        (Interval(math.nan, math.nan, math.nan), "-"),
+    ],
+)
+def test_intervals(found, shown):
+    assert format.interval(found) == shown
 
 
 def test_numbers_have_the_unit_that_fits():

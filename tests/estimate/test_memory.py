@@ -151,7 +151,7 @@ def test_advice_keeps_its_word():
 
 
 def test_processes_divide_layers_or_sequences():
-    facts, config = facts_of("Llama-3.1-8B-4bit"), recipe("paper", max_seq_len=512)
+    facts, config = facts_of("Llama-3.1-8B-4bit"), recipe("paper", max_seq_len=512, embedding=False)
     alone = memory_of(facts, config)
     layers, data = memory_of(facts, config, 4, "layers"), memory_of(facts, config, 4, "data")
     assert layers.optimizer_state * 4 == alone.optimizer_state == data.optimizer_state

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,7 @@ from metalens.evaluation import Evaluation, LogitStats, Scores, bias, dirichlet,
 from metalens.evaluation.marginals import LogitSums
 from metalens.readings.heat_map import save_figure
 from support import oracle
+from support.full_disk import largest_file
 
 LENGTH = 8
 CUTS = [8, 8, 9, 1, 2]  # a tail of one token that joins its neighbor, a document of one token, the shortest that predicts
@@ -186,7 +188,7 @@ def everything(rng, tiny, documents):
 
 def test_the_dictionary(everything):
     data = json.loads(json.dumps(everything.to_dict(), allow_nan=False))
-    assert data.keys() == {"tokens", "bytes_per_token", "model", "layers", "transfer"}
+    assert data.keys() == {"tokens", "bytes_per_token", "model", "layers", "transfer", "sequences", "standard_errors"}
     assert data["transfer"] == {"ce": everything.transfer.ce, "kl": everything.transfer.kl, "kl_model": everything.transfer.kl_model}
     for name in ("logit", "tuned"):
         assert data["layers"][1][name]["bias"] == everything.bias[name][1]
@@ -211,7 +213,7 @@ def test_upstream_s_names_and_units(everything):
 def test_files(everything, tmp_path):
     folder = tmp_path / "new" / "results"
     files = write_results(everything, folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["aggregate_metrics.json", "evaluation.json", "logit_stats.npz"]
+    assert sorted(p.name for p in folder.iterdir()) == ["aggregate_metrics.json", "batches.jsonl", "evaluation.json", "logit_stats.npz"]
     assert sorted(files) == sorted(folder.iterdir())
     assert json.loads((folder / "evaluation.json").read_text()) == everything.to_dict()
     assert json.loads((folder / "aggregate_metrics.json").read_text()) == everything.to_upstream()
@@ -224,8 +226,19 @@ def test_files(everything, tmp_path):
 
 def test_files_of_the_logit_lens_alone(tiny, tmp_path):
     result = evaluate(tiny, [1, 2, 3])
-    assert [p.name for p in write_results(result, tmp_path)] == ["evaluation.json", "aggregate_metrics.json"]
+    assert [p.name for p in write_results(result, tmp_path)] == ["evaluation.json", "aggregate_metrics.json", "batches.jsonl"]
     assert json.loads((tmp_path / "aggregate_metrics.json").read_text()).keys() == {"baseline", "logit"}
+
+
+def test_a_full_disk_leaves_the_earlier_evaluation(everything, tiny, tmp_path):
+    """All of it: a new evaluation.json beside old statistics would be two evaluations in one folder."""
+    write_results(replace(everything, tokens=7), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    largest = max(map(len, before.values()))
+    with pytest.raises(OSError, match=r"logit_stats\.npz"), largest_file(largest - 1):
+        write_results(everything, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(before["logit_stats.npz"]) == largest
 
 
 def test_nothing_half_written(tmp_path):
@@ -250,7 +263,8 @@ def test_the_table(everything, tiny):
     row = next(line for line in full.splitlines() if line.strip("│ ").startswith("1 "))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     logit, tuned = everything.logit[1], everything.tuned[1]
-    assert cells[1] == f"{logit.kl:.3f}"
+    errors = everything.standard_errors("logit", "kl")
+    assert cells[1] == f"{logit.kl:.3f}" + (f" ±{errors[1]:.3f}" if errors else "")
     assert cells[4:7] == [f"{100 * logit.top1:.1f} %", f"{logit.entropy:.3f}", f"{everything.bias['logit'][1]:.3f}"]
     assert cells[11:] == [f"{tuned.entropy:.3f}", f"{everything.bias['tuned'][1]:.3f}"]
     model = next(line for line in full.splitlines() if "model" in line and "KL" not in line)

@@ -321,7 +321,7 @@ def test_the_dictionary_is_the_documented_one(rng, tiny):
     ids = random_ids(rng, 12)
     result = evaluate(tiny, ids, oracle.random_lens(rng), max_seq_len=LENGTH)
     data = json.loads(json.dumps(result.to_dict()))
-    assert data.keys() == {"tokens", "bytes_per_token", "model", "layers"}
+    assert data.keys() == {"tokens", "bytes_per_token", "model", "layers", "sequences", "standard_errors"}
     assert (data["tokens"], data["model"]) == (12, vars(result.model))
     assert [entry["layer"] for entry in data["layers"]] == [0, 1, 2]
     assert all(entry.keys() == {"layer", "logit", "tuned"} for entry in data["layers"])

@@ -81,7 +81,15 @@ def test_16_bit_states_become_float32(dtype):
     np.testing.assert_allclose(np.array(found), np.array(lens(h.astype(mx.float32), 1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("layer", [2, -1, 99])
+@pytest.mark.parametrize("number", [int, np.int32, np.int64, np.uint8])
+def test_whole_numbers_of_numpy_name_layers(number):
+    lens = TunedLens(2, 4)
+    lens.translators[1].bias = mx.ones((4,))
+    assert lens(mx.zeros((4,)), number(1)).tolist() == [1, 1, 1, 1]
+    assert lens.dense(number(1))[1].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layer", [2, -1, 99, np.int64(2), 1.0, None, "0"])
 def test_layers_that_the_lens_does_not_have(layer):
     with pytest.raises(ValueError, match=rf"layer_idx {layer} out of range \[0, 2\)"):
         TunedLens(2, 3)(mx.zeros((3,)), layer)

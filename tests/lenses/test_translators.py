@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from metalens import InterpretableModel, TunedLens
 from metalens.lenses.lens_file import MAX_LAYERS
 from metalens.lenses.translators import VARIANTS, dense, parameters_of, translate
+from metalens.models.layers import EMBEDDING
 from metalens.ops import Norm, normed
 from support.mocks import DIM, LAYERS, MockModel
 
@@ -52,9 +53,6 @@ def assert_same(a, b):
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, y[name])
     assert a.provenance == b.provenance
-    assert (a.embedding is None) == (b.embedding is None)
-    for p, q in zip(a.embedding or (), b.embedding or (), strict=True):
-        np.testing.assert_array_equal(np.array(p), np.array(q))
 
 
 def in_float64(parameters, h):
@@ -163,14 +161,12 @@ def test_derived_arrays_cannot_be_set():
         lens.translators[0].bias = mx.zeros(3)
 
 
-def test_provenance_and_embedding_are_no_parameters():
+def test_the_provenance_is_no_parameter():
     lens = TunedLens(1, 2)
     lens.provenance = {"model": "x", "training": {"lr": 1.0}}
-    lens.embedding = (mx.ones((2, 2)), mx.ones(2))
     assert sorted(flat(lens)) == ["translators.0.bias", "translators.0.weight"]
     assert "provenance" not in lens.state
     assert "origin" not in lens.state
-    assert "embedding" not in lens.state
     other = copy.deepcopy(lens)
     other.provenance["model"] = "y"
     assert lens.provenance["model"] == "x"
@@ -178,15 +174,15 @@ def test_provenance_and_embedding_are_no_parameters():
 
 @each_form
 def test_the_full_form_of_any_lens(form):
-    lens = randomized(form)
-    lens.provenance, lens.embedding = {"model": "x"}, (mx.ones((5, 5)), mx.ones(5))
+    lens = randomized(form | {"embedding": True})
+    lens.provenance = {"model": "x"}
     full = lens.to_full()
     assert (full.rank, full.bias_only, full.layers) == (None, False, [0, 1, 2])
     assert all(type(translator) is nn.Linear for translator in full.translators)
     assert full.provenance == lens.provenance
-    assert full.embedding is lens.embedding
+    assert type(full.embedding_translator) is nn.Linear
     h = mx.array(np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32))
-    for layer in range(3):
+    for layer in (EMBEDDING, 0, 1, 2):
         np.testing.assert_allclose(np.array(full(h, layer)), np.array(lens(h, layer)), rtol=1e-5, atol=1e-5)
     full.provenance["model"] = "y"
     assert lens.provenance == {"model": "x"}
@@ -297,11 +293,9 @@ def test_saving_and_loading_every_form(tmp_path, form):
 @settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 6), st.data())
 def test_saving_and_loading_is_exact(tmp_path_factory, num_layers, dim, data):
-    form = {"layers": data.draw(st.none() | st.sets(st.integers(0, num_layers - 1)))}
+    form = {"layers": data.draw(st.none() | st.sets(st.integers(0, num_layers - 1))), "embedding": data.draw(st.booleans())}
     form |= data.draw(st.sampled_from([{}, {"bias_only": True}, {"rank": data.draw(st.integers(1, dim))}]))
     lens = randomized(form, num_layers, dim, data.draw(st.integers(0, 99)))
-    if data.draw(st.booleans()):
-        lens.embedding = (mx.full((dim, dim), 0.5), mx.full((dim,), 2.0))
     if data.draw(st.booleans()):
         lens.provenance = data.draw(st.dictionaries(st.text(), st.none() | st.integers(-9, 9) | st.text() | st.lists(st.booleans()), max_size=3))
     path = tmp_path_factory.mktemp("lens") / "x"
@@ -335,7 +329,7 @@ def test_the_files_of_a_variant(tmp_path):
 def test_a_full_lens_with_a_provenance_stays_in_format_1(tmp_path):
     """mlxterp reads num_layers, hidden_dim and the translators, and looks at nothing else."""
     lens = randomized({})
-    lens.provenance, lens.embedding = {"model": "m", "tokens": 3}, (mx.ones((5, 5)), mx.ones(5))
+    lens.provenance = {"model": "m", "tokens": 3}
     lens.save(tmp_path / "x")
     described = json.loads((tmp_path / "x.json").read_text())
     assert set(described.pop("checksums")) == {"weights", "description"}
@@ -363,7 +357,7 @@ def test_a_provenance_that_json_cannot_hold_is_refused_before_anything_is_writte
 @pytest.mark.parametrize(
     "change",
     [
-        {"format_version": 3},
+        {"format_version": 4},
         {"format_version": "2"},
         {"format_version": None},
         {"variant": "cubic"},
@@ -404,22 +398,6 @@ def test_a_description_that_the_arrays_do_not_bear_out(tmp_path, change):
     (tmp_path / "x.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"x\.(json|npz)|at least one|rank must be|layers must be"):
         TunedLens.load(tmp_path / "x")
-
-
-def test_half_an_embedding(tmp_path):
-    lens = randomized({})
-    lens.embedding = (mx.ones((5, 5)), mx.ones(5))
-    lens.save(tmp_path / "x")
-    with np.load(tmp_path / "x.npz") as archive:
-        stored = dict(archive)
-    for change, message in (
-        ({"embedding_bias": None}, "it also holds embedding_weight"),
-        ({"embedding_bias": np.ones(4)}, "embedding_bias has shape"),
-        ({"embedding_weight": np.full((5, 5), np.nan)}, "embedding_weight holds NaN"),
-    ):
-        np.savez(tmp_path / "x.npz", **{name: array for name, array in (stored | change).items() if array is not None})
-        with pytest.raises(ValueError, match=message):
-            TunedLens.load(tmp_path / "x")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ pytestmark = needs_clang
 
 CELLS = [
     "lens_stats-affine4g64-float32-primes", "lens_stats-affine4g64-float16-tiles", "lens_stats_vector-nvfp4-bfloat16-few",
-    "lens_kl-affine3g32-float16-primes", "lens_kl_offset-dense-float32-tiles", "linear-mxfp8-bfloat16-primes",
+    "lens_kl-affine3g32-float16-primes", "lens_kl_offset-dense-float32-tiles", "lens_compare-dense-float32-primes", "linear-mxfp8-bfloat16-primes",
     "translate_norm_layer-dense-float16-primes",
 ]  # fmt: skip
 

@@ -20,7 +20,8 @@ def same(a, b):
 def test_names_of_activations(model):
     with model.trace(TEXT) as trace:
         pass
-    assert list(trace.activations) == [*(f"model.layers.{i}" for i in range(LAYERS)), "__model_output__"]
+    inside = [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in ("norm", "up", "down")]
+    assert list(trace.activations) == [*(f"model.layers.{i}" for i in range(LAYERS)), *inside, "__model_output__"]
     assert all(trace.activations[f"model.layers.{i}"].shape == (1, 4, DIM) for i in range(LAYERS))
     assert trace.activations["__model_output__"].shape == (1, 4, VOCAB)
 
@@ -28,7 +29,10 @@ def test_names_of_activations(model):
 def test_names_in_an_mlx_lm_model():
     with InterpretableModel(tiny_llama(), WordTokenizer()).trace([1, 2]) as trace:
         pass
-    assert set(trace.activations) == {"model.model.layers.0", "model.model.layers.1", "__model_output__"}
+    outside = {"model.model.layers.0", "model.model.layers.1", "__model_output__"}
+    assert outside < set(trace.activations)
+    assert {f"model.model.layers.1.{name}" for name in ("self_attn", "mlp", "self_attn.q_proj", "mlp.down_proj")} < set(trace.activations)
+    assert all(name.startswith("model.model.layers.") for name in set(trace.activations) - outside)
 
 
 def test_values(model):
@@ -88,12 +92,35 @@ def test_an_output_before_any_trace(model):
 
 def test_proxies_reach_the_blocks(model):
     assert len(model.layers) == LAYERS
-    assert model.layers[1].up is model.model.layers[1].up
+    assert model.layers[1].up.module is model.model.layers[1].up
+    assert model.layers[1].up.weight is model.model.layers[1].up.weight
+    x = mx.ones((1, 2, DIM))
+    assert mx.array_equal(model.layers[1].norm(x), model.model.layers[1].norm(x))
     assert [layer.index for layer in model.layers] == list(range(LAYERS))
     with pytest.raises(AttributeError):
         _ = model.layers[0].nonsense
     with pytest.raises(IndexError):
         _ = model.layers[LAYERS]
+
+
+def test_what_is_set_on_a_proxy_is_set_in_the_model(model):
+    """A proxy is made anew at each access: what only the proxy took would be lost."""
+    ids = mx.array([[3, 1, 4, 1]])
+    before = model(ids)
+    weight = model.layers[1].up.weight * 2
+    model.layers[1].up.weight = weight
+    assert model.model.layers[1].up.weight is weight
+    after = model(ids)
+    assert mx.max(mx.abs(after - before)).item() > 1e-3
+    model.layers[1].up["weight"] = weight / 2
+    same(model(ids), before)
+    assert mx.array_equal(model.layers[1].up["weight"], weight / 2)
+    assert ("weight" in model.layers[1].up, "scales" in model.layers[1].up) == (True, False)
+    model.layers[1].up = model.model.layers[0].up
+    assert model.model.layers[1].up is model.model.layers[0].up
+    for name in ("output", "module"):
+        with pytest.raises(AttributeError, match=f"{name} of a module in a trace can only be read"):
+            setattr(model.layers[1], name, None)
 
 
 def test_an_exception_inside_a_trace_comes_out(model):
@@ -121,7 +148,7 @@ def test_an_intervention_ends_with_its_trace(model):
     same(model(model.ids(TEXT)), plain)
 
 
-@pytest.mark.parametrize("key", [LAYERS, -1, f"model.layers.{LAYERS}", "lm_head", "layers.1.mlp", "mylayers.1"])
+@pytest.mark.parametrize("key", [LAYERS, -1, f"model.layers.{LAYERS}", "lm_head", "layers.9.mlp", "mylayers.1"])
 def test_interventions_on_blocks_that_are_not_there(model, key):
     with pytest.raises(ValueError, match=rf"No block {key!r} to intervene on: give an index from 0 to {LAYERS - 1}"):
         model.trace(TEXT, interventions={key: lambda h: h})

@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 
 from metalens import _extension, use_backend
-from metalens.ops import Head, Norm, Weight, dispatch, lens_target
-from metalens.ops.metal import kernel
+from metalens.ops import Head, Norm, Weight, dispatch, kl, lens_target, stats
+from metalens.ops.metal import kernel, speed
 
 BACKENDS = {
     "linear": {"reference", "native"},
@@ -25,7 +25,8 @@ BACKENDS = {
     "lens_stats": {"reference", "native", "metal"},
     "lens_target": {"reference", "native", "metal"},
     "lens_kl": {"reference", "native", "metal"},
-    "lens_compare": {"reference", "native"},
+    "lens_ce": {"reference", "native"},
+    "lens_compare": {"reference", "native", "metal"},
 }
 
 ROWS, HALF, INTEGERS = mx.ones((3, 64)), mx.ones((3, 64), dtype=mx.float16), mx.ones((3, 64), dtype=mx.int32)
@@ -57,10 +58,15 @@ SUPPORTED = {
     ],
     "normed": [(ROWS, RMS)],
     "translate_norm": [(ROWS, EYE, ZERO, RMS)],
-    "lens_stats": [(ROWS[None], Head(DENSE), 2, ROWS, None), (ROWS[None], Head(QUANTIZED), 1, None, mx.arange(3))],
+    "lens_stats": [
+        (ROWS[None], Head(DENSE), 2, ROWS, None),
+        (ROWS[None], Head(QUANTIZED), 1, None, mx.arange(3)),
+        (ROWS[None], Head(DENSE), 1, ROWS, mx.zeros((3, 2), mx.int32), True),
+    ],
     "lens_compare": [(ROWS[None], ROWS[None], Head(DENSE), None), (ROWS[None], ROWS[None], Head(DENSE), Head(QUANTIZED))],
     "lens_target": [(ROWS, Head(QUANTIZED))],
     "lens_kl": [(ROWS[None], TARGET, Head(DENSE))],
+    "lens_ce": [(ROWS[None], mx.arange(3), Head(DENSE)), (ROWS[None], mx.arange(3), Head(QUANTIZED))],
 }
 
 # Fallbacks to the reference: (operation, backend, arguments, the reason)
@@ -101,13 +107,15 @@ UNSUPPORTED = [
     ("lens_stats", "native", (ROWS[None], Head(TWO_TYPES), 1, None, None), "one float type"),
     ("lens_stats", "metal", (ROWS[None], Head(TWO_TYPES), 1, None, None), "one float type"),
     ("lens_stats", "metal", (ROWS[None], WIDE, 33, None, None), "at most 32 tokens"),
-    ("lens_stats", "metal", (ROWS[None], Head(DENSE), 1, ROWS, None, True), "no reverse KL"),
-    ("lens_stats", "metal", (ROWS[None], Head(DENSE), 1, None, mx.zeros((3, 2), mx.int32)), "one label for each token"),
     ("lens_compare", "native", (ROWS[None], ROWS[None], Head(TWO_TYPES), None), "one float type"),
     ("lens_compare", "native", (ROWS[None], ROWS[None], Head(DENSE), Head(TWO_TYPES)), "one float type"),
+    ("lens_compare", "metal", (ROWS[None], ROWS[None], Head(TWO_TYPES), None), "one float type"),
+    ("lens_compare", "metal", (ROWS[None], ROWS[None], Head(DENSE), Head(TWO_TYPES)), "one float type"),
     ("lens_target", "native", (ROWS, Head(TWO_TYPES)), "one float type"),
     ("lens_target", "metal", (ROWS, Head(TWO_TYPES)), "one float type"),
     ("lens_target", "metal", (ROWS[:0], Head(DENSE)), "no rows"),
+    ("lens_ce", "native", (ROWS[None], mx.arange(3), Head(TWO_TYPES)), "one float type"),
+    ("lens_ce", "native", (ROWS[None], mx.arange(3), Head(DENSE, softcap=30.0)), "softcap"),
     ("lens_kl", "native", (ROWS[None], TARGET, Head(TWO_TYPES)), "one float type"),
     ("lens_kl", "metal", (ROWS[None], TARGET, Head(TWO_TYPES)), "one float type"),
 ]
@@ -184,11 +192,27 @@ def test_a_forced_backend_falls_back_where_it_says_so(gpu, name, backend, argume
 
 
 def test_auto_follows_the_default_device(gpu, monkeypatch):
+    for operation in (stats, kl):  # kernels are as fast
+        monkeypatch.setattr(operation, "plain_stats_are_faster", lambda *_: False)
     with use_backend("auto"):
         assert {select(name, arguments)[0] for name, arguments in CALLS} == {"native"}
         monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
         for name, arguments in CALLS:
             assert select(name, arguments)[0] == ("metal" if "metal" in BACKENDS[name] else "reference")
+
+
+def test_auto_asks_the_model_of_speed(gpu, default_gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stats, "plain_stats_are_faster", lambda *a: asked.append(a) or True)
+    monkeypatch.setattr(kl, "plain_stats_are_faster", lambda *a: asked.append(a) or True)
+    labels = mx.zeros((3, 2), mx.int32)
+    calls = [("lens_stats", (ROWS[None], Head(QUANTIZED), 2, ROWS, labels, True)), ("lens_target", (ROWS, Head(QUANTIZED)))]
+    with use_backend("auto"):
+        assert {select(*call) for call in calls} == {("reference", speed.PLAIN_IS_FASTER)}
+    matrix = speed.Matrix.of(QUANTIZED)
+    assert asked == [(speed.Asked(1, 3, True, 2, 2, True), matrix), (speed.Asked(1, 3, with_model=False), matrix)]
+    with use_backend("metal"):  # what is named is not questioned
+        assert {select(*call)[0] for call in calls} == {"metal"}
 
 
 def test_auto_on_a_gpu_without_metal_is_the_reference(default_gpu):

@@ -147,6 +147,7 @@ def test_as_json(model, tmp_path):
     found = model.trajectory(IDS).compare(model.trajectory(IDS, random_lens()))
     found.save(tmp_path / "c.json")
     data = json.loads((tmp_path / "c.json").read_text())
+    assert len(data.pop("sha256")) == 64  # of the file alone
     assert data == found.to_json()
     assert (data["format"], data["between"], data["names"]) == ("metalens.comparison", "lenses", ["logit lens", "tuned lens"])
     assert Trajectory.from_json(data["b"]).lens == "tuned lens"

@@ -12,6 +12,8 @@ import pytest
 
 from metalens import InterpretableModel, Trajectory
 from metalens.readings import STATISTICS
+from metalens.utils.errors import InvalidValueError
+from support.full_disk import largest_file
 from support.mocks import MockModel, WordTokenizer, random_lens
 
 IDS = [3, 1, 4, 1, 5]
@@ -151,6 +153,49 @@ def test_files_that_name_the_format_are_no_trajectories(trajectory, tmp_path):
         assert (tmp_path / name).read_bytes() == before
     (tmp_path / "indented.json").write_text(json.dumps(trajectory.to_json(), indent=2))
     trajectory.save(tmp_path / "indented.json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_flipped_bit_is_noticed(trajectory, tmp_path, suffix):
+    path = tmp_path / f"t.{suffix}"
+    small = trajectory.select(layers=[1], positions=-1)
+    small.save(path)
+    whole, noticed = path.read_bytes(), 0
+    for bit in range(0, 8 * len(whole), 5 if suffix == "json" else 11):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = Trajectory.load(path)
+        except InvalidValueError:
+            noticed += 1
+        else:  # a blank in place of a line end, or the name of the checksum
+            assert_equal(found, small, 0)
+    assert noticed > 0.9 * len(range(0, 8 * len(whole), 5 if suffix == "json" else 11))
+
+
+def test_a_file_without_a_checksum_is_read(trajectory, tmp_path):
+    """Files of older versions have none. One that was edited says so, until its checksum is taken out."""
+    path = tmp_path / "t.json"
+    trajectory.save(path)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "lens": {"name": "mine"}}))
+    with pytest.raises(InvalidValueError, match=r"t\.json has changed since it was written: it is damaged, or was edited.*take its 'sha256' out"):
+        Trajectory.load(path)
+    del document["sha256"]
+    path.write_text(json.dumps({**document, "lens": {"name": "mine"}}))
+    assert Trajectory.load(path).lens == "mine"
+    trajectory.save(tmp_path / "t.safetensors")
+    arrays, metadata = mx.load(str(tmp_path / "t.safetensors"), return_metadata=True)
+    mx.save_safetensors(str(tmp_path / "old.safetensors"), arrays, {"metalens": metadata["metalens"]})
+    assert_equal(Trajectory.load(tmp_path / "old.safetensors"), trajectory)
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_full_disk_names_the_file(trajectory, tmp_path, suffix):
+    with pytest.raises(OSError, match=rf"t\.{suffix}"), largest_file(1000):
+        trajectory.save(tmp_path / f"t.{suffix}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_for_pandas(trajectory, monkeypatch):

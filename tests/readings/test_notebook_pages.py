@@ -45,5 +45,9 @@ def test_two_texts_stand_side_by_side(tiny, trajectory):
     assert document["comparisons"][0]["of"] == [[0, 0], [1, 0]]
 
 
-def test_neighboring_layers_are_their_trajectory(trajectory):
-    assert shown(trajectory.compare_layers()) == shown(trajectory)
+def test_neighboring_layers_are_colors_of_their_trajectory(trajectory):
+    document = shown(trajectory.compare_layers())
+    assert document["texts"] == shown(trajectory)["texts"]
+    (comparison,) = document["comparisons"]
+    assert (comparison["of"], comparison["a"]) == ([[0, 0], [0, 0]], None)
+    assert document["statistic"] == "layers:js"

@@ -110,9 +110,11 @@ def test_the_embedding_is_the_first_row(model):
     assert model.trajectory(IDS, lens, embedding=True).untranslated == (EMBEDDING,)
     assert model.trajectory(IDS, lens, embedding=True).label(EMBEDDING) == "embedding*"
     rng = np.random.default_rng(1)
-    lens.embedding = oracle.random_array(rng, 32, 32, scale=0.2), oracle.random_array(rng, 32)
+    a, b = oracle.random_array(rng, 32, 32, scale=0.2), oracle.random_array(rng, 32)
+    lens.embedding_translator = TunedLens(1, 32).translators[0]
+    lens.embedding_translator.weight, lens.embedding_translator.bias = mx.eye(32) + a, b
     h = model.model.embed_tokens(mx.array(IDS))
-    z = oracle.wide(model.unembed(h + h @ lens.embedding[0].T + lens.embedding[1]))
+    z = oracle.wide(model.unembed(h + h @ a.T + b))
     t = model.trajectory(IDS, lens, embedding=True)
     np.testing.assert_allclose(t.entropy[0], oracle.entropy(z), rtol=1e-4)
     assert t.untranslated == ()
@@ -212,7 +214,7 @@ def test_parts_of_different_trajectories_are_not_joined(llama):
 def test_a_part_counts_the_hidden_states_of_all_blocks(monkeypatch, layers):
     model = InterpretableModel(tiny_llama(layers=5), WordTokenizer(96))
     monkeypatch.setattr(source, "ROWS_BYTES", 2**20)
-    size = model.trajectory(IDS, layers=layers).source.part_size()
+    size = source.part_size([model.trajectory(IDS, layers=layers).source])
     held = 4 * 64 * (len(layers or range(5)) + 5 + 2)  # bytes for each token: rows, captured outputs, the model's own rows
     assert 2**20 - held < size * held <= 2**20
 

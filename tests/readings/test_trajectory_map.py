@@ -48,6 +48,28 @@ def test_every_statistic_as_a_small_map(trajectory, statistic, tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
+def test_the_prediction_depth_is_a_line_between_rows(trajectory):
+    assert len(trajectory.plot("kl").axes[0].patches) == 0
+    figure = trajectory.plot("kl", "a title", depth=True)
+    depth = trajectory.prediction_depth
+    assert len(set(depth)) > 1
+    for line in figure.axes[0].patches:
+        values, edges, _ = line.get_data()
+        np.testing.assert_array_equal(values, depth - 0.5)
+        np.testing.assert_array_equal(edges, [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5])
+    assert len(figure.axes[0].patches) == 2  # dark on a light ground
+    assert "(line: prediction depth" in " ".join(figure.axes[0].get_title().split())
+    figure.canvas.draw()
+
+
+def test_the_prediction_depth_is_a_line_in_plotly(trajectory):
+    need_plotly()
+    assert len(trajectory.figure("kl").data) == 1
+    _, line = trajectory.figure("kl", depth=True).data
+    np.testing.assert_array_equal(line.y[:-1], trajectory.prediction_depth - 0.5)
+    assert (line.y[-1], line.x[0], line.x[-1], line.line.shape) == (line.y[-2], -0.5, 4.5, "hv")
+
+
 def test_the_embedding_does_not_set_the_scale(trajectory):
     values = np.ones((5, 5))
     values[0], values[1:, 0] = 40, 3
@@ -112,8 +134,12 @@ def test_right_to_left_runs_are_reversed_for_matplotlib():
 # ------------------------------------------------------------------ plotly
 
 
+def need_plotly():
+    pytest.importorskip("plotly", reason="plotly is optional and not installed: pip install 'metalens[plotly]'")
+
+
 def test_plotly_figures_have_the_tokens_in_their_hover_text(trajectory):
-    pytest.importorskip("plotly")
+    need_plotly()
     for statistic in STATISTICS:
         figure = trajectory.figure(statistic, "a title")
         heat_map = figure.data[0]
@@ -127,7 +153,7 @@ def test_plotly_figures_have_the_tokens_in_their_hover_text(trajectory):
 
 
 def test_plotly_of_comparisons_and_large_maps(trajectory, large):
-    pytest.importorskip("plotly")
+    need_plotly()
     found = trajectory.compare_layers().figure("js")
     assert "<b>layer</b>" in found.data[0].customdata[0][0]
     assert "<b>next layer</b>" in found.data[0].customdata[0][0]
@@ -138,7 +164,7 @@ def test_plotly_of_comparisons_and_large_maps(trajectory, large):
 
 
 def test_hostile_tokens_are_escaped_in_plotly(trajectory):
-    pytest.importorskip("plotly")
+    need_plotly()
     hostile = Trajectory(**{**vars(trajectory), "texts": dict.fromkeys(trajectory.texts, "<img src=x onerror=alert(1)>")})
     figure = hostile.figure("kl")
     assert "<img" not in str(figure.data[0].customdata) + str(figure.data[0].text) + str(figure.layout.xaxis.ticktext)

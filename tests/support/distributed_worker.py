@@ -24,6 +24,7 @@ from mlx_lm.models import llama
 
 from metalens import InterpretableModel
 from metalens.training import CheckpointFolder, Group, MetricsFile, TrainingConfig, TrainingInterruptedError, messages, train_loop, update
+from metalens.training.start import lens_to_start_from
 
 LENGTH, LAYERS, HIDDEN, VOCABULARY = 16, 3, 32, 67
 
@@ -67,6 +68,7 @@ def scenario(
     other_settings=None,
     poisoned=None,
     bucket=None,
+    start=None,
 ):
     """One run: {"weights": [...], "losses": [...], ...} or {"error": ...}.
 
@@ -83,6 +85,7 @@ def scenario(
         other_settings: of all ranks but 0.
         poisoned: [layer, step] whose gradient is NaN.
         bucket: bytes.
+        start: path of the lens that the run starts from.
     """
     seen, sums = [], []
     all_sum, accumulate = mx.distributed.all_sum, update.accumulate
@@ -116,6 +119,7 @@ def scenario(
             checkpoint_every=every,
             resume=resume,
             group=group,
+            start=lens_to_start_from(start, group),
             stop=lambda: stops is not None and group.rank == stops[0] and len(seen) > stops[1],
         )
     except (ValueError, TrainingInterruptedError) as error:

@@ -12,7 +12,8 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_precision
+from metalens.ops import Head, Norm, Weight, lens_compare, lens_kl, lens_stats, lens_target, translate_norm, use_precision
+from metalens.ops.compare import logits_comparison
 from metalens.ops.metal import matmul as metal_matmul
 from metalens.ops.stats import logits_stats
 from metalens.ops.weight import KERNEL_FORMATS
@@ -75,12 +76,10 @@ class Errors:
         return self.ours <= self.plain + self.epsilon
 
 
-# The kernels whose cells have an offset of the logits beside those without, in a format of each kind: the offset does not depend on the format.
+# A format of each kind, for what does not depend on the format: an offset of the logits, which has cells beside those without, and lens_compare,
+# whose product is that of lens_stats.
 WITH_OFFSET = "_offset"
-FORMATS_WITH_OFFSET = (("dense", 0, 0), ("affine", 4, 64), ("nvfp4", 4, 16))
-
-# The results of the tests, for the table at the end of their run.
-RESULTS: dict[Cell, Errors] = {}
+FEW_FORMATS = (("dense", 0, 0), ("affine", 4, 64), ("nvfp4", 4, 16))
 
 
 def formats() -> Iterator[tuple[str, int, int]]:
@@ -101,8 +100,9 @@ def cells() -> list[Cell]:
             found += [Cell("lens_stats_vector", mode, bits, group_size, dtype, shape) for shape in ("one", "few")]
             found += [Cell("linear", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes", "one")]
         found += [Cell("lens_kl", mode, bits, group_size, dtype, shape) for dtype in ("float32", "float16") for shape in ("tiles", "primes", "one")]
-    heads = [c for c in found if c.kernel != "linear" and (c.mode, c.bits, c.group_size) in FORMATS_WITH_OFFSET]
+    heads = [c for c in found if c.kernel != "linear" and (c.mode, c.bits, c.group_size) in FEW_FORMATS]
     found += [replace(cell, kernel=cell.kernel + WITH_OFFSET) for cell in heads]
+    found += [Cell("lens_compare", *form, dtype, shape) for form in FEW_FORMATS for dtype in TYPES for shape in ("primes", "one")]
     found += [Cell(f"translate_norm_{kind}", "dense", 0, 0, dtype, shape) for kind in ("rms", "layer") for dtype in TYPES for shape in SHAPES]
     return found
 
@@ -155,12 +155,12 @@ def _stats(cell: Cell) -> Callable[[], Errors]:
     dtype, k = TYPES[cell.dtype], min(5, shape.vocab)
     n_model = oracle.random_array(rng, shape.tokens, depth, dtype=dtype)
     n = (n_model[None].astype(mx.float32) + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)).astype(dtype)
-    labels = mx.array(rng.integers(0, shape.vocab, shape.tokens))
+    labels = mx.array(rng.integers(0, shape.vocab, (shape.tokens, 2)))
     with use_precision(PRECISION[cell.dtype]):
-        ours = lens_stats(n, head, k, n_model, labels)
+        ours = lens_stats(n, head, k, n_model, labels, reverse=True)
 
     def values(stats) -> list[mx.array]:
-        return [stats.lse, stats.entropy, stats.max_probability, stats.top_logits, stats.kl, stats.nll]
+        return [stats.lse, stats.entropy, stats.max_probability, stats.top_logits, stats.kl, stats.reverse_kl, stats.nll]
 
     def compare() -> Errors:
         z, z_model = oracle.head_logits(oracle.wide(n), head), oracle.head_logits(oracle.wide(n_model), head)
@@ -168,14 +168,32 @@ def _stats(cell: Cell) -> Callable[[], Errors]:
         top = np.take_along_axis(z, order, axis=-1)
         log_q = oracle.log_softmax(z)
         lse = z[..., 0] - log_q[..., 0]
-        of_label = np.take_along_axis(z, np.array(labels)[None, :, None].repeat(shape.layers, 0), axis=-1)[..., 0]
-        expected = [lse, oracle.entropy(z), np.exp(top[..., 0] - lse), top, oracle.kl(z_model[None], z), lse - of_label]
+        of_label = np.take_along_axis(z, np.array(labels)[None].repeat(shape.layers, 0), axis=-1)
+        kl, reverse_kl = oracle.kl(z_model[None], z), oracle.kl(z, z_model[None])
+        expected = [lse, oracle.entropy(z), np.exp(top[..., 0] - lse), top, kl, reverse_kl, lse[..., None] - of_label]
         if cell.dtype != "float16":  # rounded operands may swap two ids with nearly equal logits
             np.testing.assert_array_equal(np.array(ours.top_ids), order)
-            np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z > of_label[..., None], axis=-1))
+            np.testing.assert_array_equal(np.array(ours.rank), 1 + np.sum(z[..., None, :] > of_label[..., None], axis=-1))
             np.testing.assert_array_equal(np.array(ours.agrees), z.argmax(-1) == z_model.argmax(-1))
-        of_plain = logits_stats(_plain_logits(n, head), k, _plain_logits(n_model, head), labels)
+        of_plain = logits_stats(_plain_logits(n, head), k, _plain_logits(n_model, head), labels, reverse=True)
         return Errors(_worst(values(ours), expected), _worst(values(of_plain), expected), EPSILON[cell.dtype])
+
+    return compare
+
+
+def _compare(cell: Cell) -> Callable[[], Errors]:
+    rng, shape, depth = _setting(cell)
+    head, dtype = _head(rng, cell, shape, depth), TYPES[cell.dtype]
+    b = oracle.random_array(rng, 1, shape.tokens, depth, dtype=dtype)
+    a = (b.astype(mx.float32) + oracle.random_array(rng, shape.layers, shape.tokens, depth, scale=0.3)).astype(dtype)
+    with use_precision(PRECISION[cell.dtype]):
+        ours = lens_compare(a, b, head)
+
+    def compare() -> Errors:
+        expected = list(oracle.comparison(*(oracle.head_logits(oracle.wide(rows), head) for rows in (a, b))).values())
+        of_plain = logits_comparison(_plain_logits(a, head), _plain_logits(b, head))
+        found = [[stats.kl, stats.reverse_kl, stats.js, stats.tv] for stats in (ours, of_plain)]
+        return Errors(_worst(found[0], expected), _worst(found[1], expected), EPSILON[cell.dtype])
 
     return compare
 
@@ -185,7 +203,8 @@ def _linear(cell: Cell) -> Callable[[], Errors]:
     w = _weight(rng, cell, shape.vocab, depth)
     x = oracle.random_array(rng, shape.layers * shape.tokens, depth, dtype=TYPES[cell.dtype])
     bias = oracle.random_array(rng, shape.vocab)
-    ours = metal_matmul.linear(x, w, bias, 0.5, rounded=cell.dtype == "float16")
+    product = metal_matmul.linear if cell.mode == "dense" else metal_matmul.tile_linear  # which `linear` does not choose for a single row
+    ours = product(x, w, bias, 0.5, rounded=cell.dtype == "float16")
 
     def compare() -> Errors:
         expected = (oracle.product(x, w) + oracle.wide(bias)) * 0.5
@@ -252,7 +271,13 @@ def _translate(cell: Cell) -> Callable[[], Errors]:
     return compare
 
 
-_RUN: dict[str, Callable[[Cell], Callable[[], Errors]]] = {"lens_stats": _stats, "lens_stats_vector": _stats, "linear": _linear, "lens_kl": _kl}
+_RUN: dict[str, Callable[[Cell], Callable[[], Errors]]] = {
+    "lens_stats": _stats,
+    "lens_stats_vector": _stats,
+    "lens_compare": _compare,
+    "linear": _linear,
+    "lens_kl": _kl,
+}
 
 
 def launch(cell: Cell) -> Callable[[], Errors]:

@@ -189,6 +189,16 @@ def kl(z_model, z_lens):
     return kl_and_difference(z_model, z_lens)[0]
 
 
+def comparison(z_a, z_b):
+    """Return {"kl", "reverse_kl", "js", "tv"} of softmax(z_a) and softmax(z_b), as `lens_compare` defines them."""
+    z_a, z_b = np.broadcast_arrays(z_a, z_b)
+    p, q = softmax(z_a), softmax(z_b)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        m = (p + q) / 2
+        js = np.where(p > 0, p * np.log(p / m), 0).sum(-1) + np.where(q > 0, q * np.log(q / m), 0).sum(-1)
+    return {"kl": kl(z_a, z_b), "reverse_kl": kl(z_b, z_a), "js": js / 2, "tv": np.abs(p - q).sum(-1) / 2}
+
+
 def head_logits(n, head):
     """Return the logits softcap(scale * (U n + u0)) + offset of normed rows n (float64 NumPy), with -inf for padding."""
     z = capped_logits(n, head)

@@ -88,6 +88,12 @@ def comparison(of, layers, positions, seed=1):
     return {"format": "metalens.comparison", "version": 2, "of": of, "statistics": statistics}
 
 
+def layers_compared(layers=6, positions=5):
+    """Return a document of one text through one lens, whose layers are compared with the next ones."""
+    steps = comparison([[0, 0], [0, 0]], layers - 1, positions)
+    return document([{"name": "A", "trajectories": [trajectory(layers, positions)]}], "a model", [steps], statistic="layers:js")
+
+
 def two_lenses(layers=6, positions=5, **options):
     """Return a document of one text through two lenses."""
     trajectories = [trajectory(layers, positions, lens=lens, seed=seed, **options) for seed, lens in enumerate(("logit lens", "tuned lens"))]

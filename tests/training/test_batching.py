@@ -39,9 +39,9 @@ def passes(monkeypatch):
     """The shapes of the ids that go through the model."""
     original, seen = ResidualCapture.capture, []
 
-    def noted(self, ids, *others):
+    def noted(self, ids, *others, **options):
         seen.append(ids.shape)
-        return original(self, ids, *others)
+        return original(self, ids, *others, **options)
 
     monkeypatch.setattr(ResidualCapture, "capture", noted)
     return seen

@@ -25,6 +25,7 @@ from metalens.training import callbacks as module
 from metalens.training import step as training_step
 from metalens.utils import progress_bar as bars
 from metalens.utils.files import atomic_write
+from support.full_disk import largest_file
 
 LENGTH = 16
 CONFIG = TrainingConfig(num_steps=4, max_seq_len=LENGTH)
@@ -150,6 +151,11 @@ def test_every_step_is_a_line(tiny, ids, tmp_path):
     assert lines(path) == [vars(p) for p in seen]
 
 
+def test_a_full_disk_names_the_file_of_metrics(tmp_path, tiny, ids):
+    with pytest.raises(OSError, match=r"m\.jsonl"), largest_file(100):
+        run(tiny, ids, MetricsFile(tmp_path / "m.jsonl"))
+
+
 def test_a_new_run_begins_a_new_file(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl")
     for _ in range(2):
@@ -246,8 +252,8 @@ SCALARS = {
     "tokens_per_second": 1000.0,
     "tokens": 32.0,
     "skipped": 1.0,
-    "kl/layer_0": 1.0,
-    "kl/layer_2": 1.5,
+    "loss/layer_0": 1.0,
+    "loss/layer_2": 1.5,
 }
 
 

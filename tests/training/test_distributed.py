@@ -6,6 +6,7 @@ machines of different kinds; what several machines gain in speed.
 """
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -15,7 +16,7 @@ from metalens import TunedLens
 from metalens.training import CheckpointFolder, Group
 from metalens.training.messages import EXIT_STATUS
 from support import distributed_worker as worker
-from support import launching
+from support import launching, oracle
 from support.launching import ended, needs_ring
 
 LENGTH, LAYERS = worker.LENGTH, worker.LAYERS
@@ -41,6 +42,7 @@ SAME = {
     "layers-warm-adam-bfloat16": ("layers", SETTINGS | {"optimizer": "adam", "warm_start_tokens": 20 * LENGTH, "dtype": "bfloat16"}, {}),
     "layers-sampled": ("layers", SETTINGS | {"vocabulary": 24}, {}),
     "layers-some": ("layers", SETTINGS | {"layers": [2, 0]}, {}),
+    "layers-shift": ("layers", SETTINGS | {"loss": "ce"}, {}),
     "layers-at-once": ("layers", SETTINGS | {"layers_at_once": 1}, {"layers_at_once": "ranks"}),
 }
 
@@ -67,8 +69,8 @@ def flat(result):
 SAMPLED = SETTINGS | {"vocabulary": 24}
 
 # Four processes on two cores take 50 ms for a message, since ring's threads wait in a loop: they run what is different for four.
-WITH_FOUR = ["data", "data-one-sequence", "data-warm-one-sequence", "layers", "layers-some", "layers-at-once", "bad-layer", "not-alike"]
-WITH_FOUR += ["stopped-data", "resumed-data", "stopped-layers", "resumed-layers"]
+WITH_FOUR = ["data", "data-one-sequence", "data-warm-one-sequence", "layers", "layers-some", "layers-shift", "layers-at-once", "bad-layer"]
+WITH_FOUR += ["not-alike", "stopped-data", "resumed-data", "stopped-layers", "resumed-layers"]
 with_two = pytest.mark.parametrize("together", [2], indirect=True)
 with_two_and_four = pytest.mark.parametrize("together", [2, 4], indirect=True)
 
@@ -94,10 +96,21 @@ def together(request, launches, tmp_path_factory):
     return launches[n]
 
 
+# Runs of divided layers that start from a lens, by name: settings, and the blocks of process 1 of 2.
+FROM_LENS = {
+    "from-lens-embedding": (SETTINGS | {"embedding": True}, [0, 2]),
+    "from-lens-some": (SETTINGS | {"layers": [0, 2]}, [2]),
+}
+
+
 def all_scenarios(n, folder):
     last = n - 1
+    oracle.random_lens(np.random.default_rng(2), LAYERS, worker.HIDDEN).save(folder / "start")
     kept = {"settings": SETTINGS, "every": 1}
     scenarios = [{"name": name, "parallel": parallel, "settings": settings} for name, (parallel, settings, _) in SAME.items()]
+    scenarios += [
+        {"name": name, "parallel": "layers", "settings": settings, "start": str(folder / "start")} for name, (settings, _) in FROM_LENS.items()
+    ]
     scenarios += [
         {"name": "data-sampled", "parallel": "data", "settings": SAMPLED},
         {"name": "buckets", "parallel": "data", "settings": SETTINGS, "bucket": 5000},
@@ -152,6 +165,19 @@ def test_divided_layers_give_the_lens_of_one_process_bit_for_bit(together, alone
 
 @needs_ring
 @with_two
+@pytest.mark.parametrize("name", FROM_LENS)
+def test_divided_layers_start_from_their_translators_of_a_lens(together, alone, name):
+    _, folder, results = together
+    settings, of_second = FROM_LENS[name]
+    one, several = alone(settings=settings, start=str(folder / "start")), results[name]
+    assert several[0]["weights"] == one["weights"]
+    for result in several:
+        assert result["losses"] == one["losses"]
+    assert [several[1]["weights"][layer] for layer in of_second] == [one["weights"][layer] for layer in of_second]
+
+
+@needs_ring
+@with_two
 def test_divided_data_with_a_sampled_vocabulary_give_all_processes_one_lens(together, alone):
     _, _, results = together
     several, one, full = results["data-sampled"], alone(settings=SAMPLED), alone(settings=SETTINGS)
@@ -167,7 +193,7 @@ def test_divided_data_with_a_sampled_vocabulary_give_all_processes_one_lens(toge
 def test_gradients_travel_once_per_step_in_full_buckets(together):
     _, _, results = together
     whole, small = results["data"][0]["sums"], results["buckets"][0]["sums"]
-    step = 4 * LAYERS * (worker.HIDDEN**2 + worker.HIDDEN + 1)  # gradients and losses, float32
+    step = 4 * (LAYERS * (worker.HIDDEN**2 + worker.HIDDEN + 1) + 1)  # gradients, losses and the number of tokens, float32
     assert whole == [step, 4] * 3  # and whether any process wishes to stop
     assert small == ([5000] * (step // 5000) + [step % 5000, 4]) * 3
     np.testing.assert_allclose(flat(results["buckets"][0]), flat(results["data"][0]), rtol=1e-3, atol=2e-6)  # the ring adds in another order
@@ -298,7 +324,8 @@ def test_a_run_of_which_a_process_died_can_be_resumed_also_by_another_number_whe
 def test_mlx_launch_ends_the_run_when_a_process_dies(tmp_path):
     with pytest.raises(AssertionError, match="the reason") as caught:
         launching.launched(worker, 2, tmp_path, [{"name": "died", "parallel": "data", "settings": SETTINGS, "ends": [1, 2, "raise"]}])
-    assert "Node with rank 1 exited with code 1" in str(caught.value)
+    # The other process loses its group, and may end before the launcher sees the first end. It then kills the one that it still finds.
+    assert re.search(r"Node with rank [01] exited with code [1-9]", str(caught.value))
 
 
 @needs_ring

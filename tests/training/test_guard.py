@@ -21,7 +21,7 @@ from metalens.training import (
     train_loop,
 )
 from metalens.training.batching import BatchedCapture
-from metalens.training.guard import BestStates, Guard, GuardWarning, check_every, held_back_kl
+from metalens.training.guard import BestStates, Guard, GuardWarning, check_every, held_back_loss
 from metalens.training.optimizer import LensOptimizer
 
 LENGTH = 16
@@ -47,7 +47,7 @@ def on_held_back(model, ids, config, lens):
     assert sum(s.size for s in text.sequences) == text.tokens
     assert text.tokens in (LENGTH, 2 * LENGTH)
     layers = range(len(model.source))
-    *kl, tokens = held_back_kl(
+    *kl, tokens = held_back_loss(
         [parameters_of(lens.translators[i]) for i in layers], layers, text, BatchedCapture(model.source, 131), model.unembed
     ).tolist()
     return np.array(kl) / tokens

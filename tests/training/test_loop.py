@@ -27,7 +27,7 @@ def constant_gradient(monkeypatch):
     def use(*factors, losses=()):
         calls = []
 
-        def step(sums, parameters, stream, unembed, done, heads):
+        def step(sums, parameters, stream, unembed, done, heads, objective):
             i = len(calls)
             calls.append([np.array(p["weight"]) for p in parameters])
             factor, loss = factors[min(i, len(factors) - 1)], losses[min(i, len(losses) - 1)] if losses else 1.0

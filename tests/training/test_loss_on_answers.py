@@ -18,7 +18,7 @@ from metalens.training import CheckpointFolder, TrainingConfig, TrainingInterrup
 from metalens.training.batching import BatchedCapture
 from metalens.training.data import Corpus, Sampler, open_corpus, read_inputs
 from metalens.training.data.sampler import NotEnoughDataError
-from metalens.training.guard import held_back_kl
+from metalens.training.guard import held_back_loss
 from metalens.training.settle import _budget_of_minutes
 from metalens.utils.errors import InvalidValueError
 from support import oracle
@@ -167,7 +167,7 @@ def test_the_warm_start_is_on_the_rows_that_count(tiny):
 def test_the_guard_reads_the_rows_that_count(tiny):
     held = Sampler(masked(300 * LENGTH), LENGTH, held_back=64).held_back_step()
     identity = [parameters_of(TunedLens(3, 64).translators[layer]) for layer in range(3)]
-    *kl, tokens = held_back_kl(identity, range(3), held, BatchedCapture(tiny.source, VOCAB), tiny.unembed).tolist()
+    *kl, tokens = held_back_loss(identity, range(3), held, BatchedCapture(tiny.source, VOCAB), tiny.unembed).tolist()
     z = [oracle.head_logits(oracle.wide(tiny.unembed.norm(mx.array(rows_of(tiny, held, i).astype(np.float32)))), tiny.unembed.head) for i in range(3)]
     assert tokens == held.tokens == len(z[0])
     np.testing.assert_allclose(kl, [np.sum(oracle.kl(z[-1], each)) for each in z], rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel
+from metalens.models.layers import EMBEDDING
 from metalens.training import TrainingConfig, batching, recipe, train_loop
 from metalens.training.optimizer import LensMuon
 from metalens.training.polar import quintics
@@ -42,12 +43,17 @@ def chunks_of_steps(ids, tokens_per_step, num_steps):
 
 
 class Trainer:
-    """Trains A [L, D, D] and b [L, D], zeros at the start, of logits = U norm(h + A h + b)."""
+    """Trains A [L, D, D] and b [L, D], zeros at the start, of logits = U norm(h + A h + b).
 
-    def __init__(self, model, ids, *, tokens_per_step, num_steps, update, mean=False, clip=None, decay=0.0):
+    With the embedding, upstream's layers: the first is the input of block 0. One more than upstream's is the output of the last block, whose gradient
+    is 0.
+    """
+
+    def __init__(self, model, ids, *, tokens_per_step, num_steps, update, mean=False, clip=None, decay=0.0, embedding=False):
         self.model, self.head, self.mean, self.clip, self.decay = model, model.unembed.head, mean, clip, decay
         self.gain, self.eps = oracle.wide(model.unembed.norm.weight), model.unembed.norm.eps
-        self.a, self.b = np.zeros((LAYERS, WIDTH, WIDTH)), np.zeros((LAYERS, WIDTH))
+        self.layers = [*([EMBEDDING] if embedding else []), *range(LAYERS)]
+        self.a, self.b = np.zeros((len(self.layers), WIDTH, WIDTH)), np.zeros((len(self.layers), WIDTH))
         self.losses, self.norms = [], []
         state = {}
         for step, sequences in enumerate(chunks_of_steps(ids, tokens_per_step, num_steps)):
@@ -57,7 +63,7 @@ class Trainer:
             coefficient = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
             decayed = [coefficient * g + decay * p for g, p in zip(gradient, (self.a, self.b), strict=True)]
             for name, p, g in zip("ab", (self.a, self.b), decayed, strict=True):
-                for layer in range(LAYERS):
+                for layer in range(len(self.layers)):
                     change = update(g[layer], state.setdefault((name, layer), {}), step)
                     p[layer] -= (1 - step / num_steps) * change
 
@@ -68,13 +74,13 @@ class Trainer:
 
     def gradient(self, sequences):
         """Of the mean over tokens, summed over layers or their mean; and the losses, before the update."""
-        streams = [self.model.source.capture(mx.array(s[None])).hidden for s in sequences]
+        streams = [self.model.source.capture(mx.array(s[None]), with_embedding=True) for s in sequences]
         tokens = sum(map(len, sequences))
-        last = np.concatenate([oracle.wide(hidden[-1][0]) for hidden in streams])
+        last = np.concatenate([oracle.wide(stream.hidden[-1][0]) for stream in streams])
         z_model = self.normed_and_logits(last)[2]
         da, db, losses = np.zeros_like(self.a), np.zeros_like(self.b), []
-        for layer in range(LAYERS):
-            h = np.concatenate([oracle.wide(hidden[layer][0]) for hidden in streams])
+        for layer, name in enumerate(self.layers):
+            h = np.concatenate([oracle.wide((stream.embedding if name == EMBEDDING else stream.hidden[name])[0]) for stream in streams])
             y = h + h @ self.a[layer].T + self.b[layer]
             inverse, n, z = self.normed_and_logits(y)
             kl, difference = oracle.kl_and_difference(z_model, z)
@@ -83,7 +89,7 @@ class Trainer:
             dy = inverse * (dn - n * np.mean(dn * n, axis=1, keepdims=True))
             da[layer], db[layer] = dy.T @ h, dy.sum(axis=0)
         self.losses.append(losses)
-        return [g / LAYERS if self.mean else g for g in (da, db)]
+        return [g / len(self.layers) if self.mean else g for g in (da, db)]
 
 
 def nesterov(rate, momentum):
@@ -127,8 +133,10 @@ def compare(model, ids, config, trainer, *, tolerance=5e-6):
     assert [p.step for p in seen] == list(range(config.num_steps))
     np.testing.assert_allclose([p.losses for p in seen], trainer.losses, atol=tolerance)
     np.testing.assert_allclose([p.gradient_norm for p in seen], trainer.norms, rtol=1e-3)
-    np.testing.assert_allclose([oracle.wide(t.weight) - np.eye(WIDTH) for t in lens.translators], trainer.a, atol=tolerance)
-    np.testing.assert_allclose([oracle.wide(t.bias) for t in lens.translators], trainer.b, atol=tolerance)
+    assert lens.translated == seen[0].layers == trainer.layers
+    found = [tuple(map(oracle.wide, lens.dense(layer))) for layer in trainer.layers]
+    np.testing.assert_allclose([weight - np.eye(WIDTH) for weight, _ in found], trainer.a, atol=tolerance)
+    np.testing.assert_allclose([bias for _, bias in found], trainer.b, atol=tolerance)
     assert np.abs(trainer.a).max() > 1e-3  # something was learned
     return seen
 
@@ -146,21 +154,23 @@ def test_the_paper_s_recipe(make_llama, ids, scale, clipped):
     model = llama_with_norm(make_llama, scale)
     config = recipe("paper", num_steps=10, max_seq_len=LENGTH, tokens_per_step=4 * LENGTH)
     assert (config.learning_rate, config.momentum, config.gradient_clip, config.weight_decay, config.reduction) == (0.1, 0.9, 1.0, 1e-3, "sum")
-    trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=10, update=nesterov(0.1, 0.9), clip=1.0, decay=1e-3)
+    trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=10, update=nesterov(0.1, 0.9), clip=1.0, decay=1e-3, embedding=True)
     assert [norm > 1 for norm in trainer.norms] == [clipped] * 10
     seen = compare(model, ids, config, trainer)
     assert [p.learning_rate for p in seen] == pytest.approx([0.1 * (1 - s / 10) for s in range(10)])
     assert all(p.losses[-1] < 1e-9 for p in seen)  # the last block's translator stays the identity; decay does not move it
 
 
-@pytest.mark.parametrize(("missing", "scale", "least"), [("clip", 8.0, 0.1), ("decay", 8.0, 3e-5), ("sum", 1.0, 0.01)])
+@pytest.mark.parametrize(("missing", "scale", "least"), [("clip", 8.0, 0.1), ("decay", 8.0, 3e-5), ("sum", 1.0, 0.01), ("embedding", 8.0, 0.01)])
 def test_every_part_of_the_recipe_shows(make_llama, ids, missing, scale, least):
     """What the comparison above would say if one of them were missing; its tolerance is 5e-6."""
     model = llama_with_norm(make_llama, scale)
     settings = {"clip": None if missing == "clip" else 1.0, "decay": 0.0 if missing == "decay" else 1e-3, "mean": missing == "sum"}
+    settings["embedding"] = missing != "embedding"
     trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=10, update=nesterov(0.1, 0.9), **settings)
     lens = train_loop(model.source, model.unembed, mx.array(ids), recipe("paper", num_steps=10, max_seq_len=LENGTH, tokens_per_step=4 * LENGTH))
-    difference = max(np.abs(oracle.wide(t.weight) - np.eye(WIDTH) - a).max() for t, a in zip(lens.translators, trainer.a, strict=True))
+    pairs = zip(trainer.layers, trainer.a, strict=True)
+    difference = max(np.abs(oracle.wide(lens.dense(layer)[0]) - np.eye(WIDTH) - a).max() for layer, a in pairs)
     assert difference > least
 
 
@@ -173,7 +183,7 @@ def test_mlxterp_s_recipe(make_llama, ids):
 def test_adam(make_llama, ids):
     # Gradients of 1e-8 and less are to Adam's steps what rounding makes of them, so few and small steps; layers whose gradient is 0 stay at 0.
     model = llama_with_norm(make_llama, 1.0)
-    trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=3, update=adam(1e-3, 0.9), clip=1.0, decay=1e-3)
+    trainer = Trainer(model, ids, tokens_per_step=4 * LENGTH, num_steps=3, update=adam(1e-3, 0.9), clip=1.0, decay=1e-3, embedding=True)
     config = recipe("adam", num_steps=3, max_seq_len=LENGTH, tokens_per_step=4 * LENGTH)
     compare(model, ids, config, trainer)
 

@@ -90,10 +90,45 @@ def test_a_flipped_bit_in_the_cache_is_noticed(two, cache, suffix):
     assert path.read_bytes() == expected
 
 
+def flips(path):
+    """Flip one bit of a file after the other. Yield after each, and leave the file as it was."""
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        yield
+    path.write_bytes(whole)
+
+
+def test_a_flipped_bit_in_the_record_is_noticed(two, cache):
+    """It could change the type of the ids from <u2 to >u2, or the bytes of the text."""
+    key = open_corpus(two, Bytes(), cache_dir=cache).fingerprint
+    memory = TokenCache(cache)
+    whole = memory.open(key)
+    for _ in flips(cache / f"{key}.json"):
+        found = memory.open(key)
+        assert found is None or (found.ids.tolist(), found.documents.tolist(), found.counts) == (
+            whole.ids.tolist(),
+            whole.documents.tolist(),
+            whole.counts,
+        )
+
+
+def test_a_flipped_bit_in_a_fact_is_noticed(cache):
+    memory = TokenCache(cache)
+    memory.remember("file /a", {"stamp": [1, 2], "sha256": "0123"})
+    (fact,) = (cache / "facts").iterdir()
+    for _ in flips(fact):
+        assert memory.recall("file /a") in (None, {"stamp": [1, 2], "sha256": "0123"})
+    assert memory.recall("file /a") is not None
+
+
 def test_a_cache_of_an_older_version_is_used(two, cache):
     first = open_corpus(two, Bytes(), cache_dir=cache)
     path = cache / f"{first.fingerprint}.json"
     record = json.loads(path.read_text())
+    del record["record"]
     assert set(record.pop("sha256")) == {"ids", "documents"}
     path.write_text(json.dumps(record))
     tokenizer = Bytes()

@@ -110,8 +110,8 @@ def poisoned(monkeypatch):
     def poison(*passes, layer=0, value=math.nan):
         count = iter(range(10**9))
 
-        def capture(self, ids, *others):
-            stream = original(self, ids, *others)
+        def capture(self, ids, *others, **options):
+            stream = original(self, ids, *others, **options)
             if next(count) not in passes:
                 return stream
             hidden = list(stream.hidden)

@@ -165,6 +165,21 @@ with atomic_write(pathlib.Path({str(tmp_path / "a.npz")!r})) as temporary:
     assert names(tmp_path) == [".a.npz.of-a-user.npz", "a.npz"]
 
 
+def test_what_a_check_left_that_was_killed_is_removed(tmp_path, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", killed)
+    with pytest.raises(KeyboardInterrupt):
+        require_writable(tmp_path / "a.npz")
+    monkeypatch.undo()
+    (left,) = names(tmp_path)
+    os.utime(tmp_path / left, (0, 0))
+    with atomic_write(tmp_path / "a.npz") as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["a.npz"]
+
+
 def test_the_temporary_of_a_living_process_stays(tmp_path):
     with atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("mine")

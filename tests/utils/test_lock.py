@@ -8,6 +8,7 @@ import pytest
 
 from metalens.utils.errors import MetalensError
 from metalens.utils.lock import LockedError, locked
+from support.full_disk import largest_file
 
 
 def test_the_second_run_learns_who_the_first_is(tmp_path):
@@ -73,4 +74,13 @@ def test_where_there_are_no_locks_everyone_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", fail)
     with locked(tmp_path / "lock", "here"), locked(tmp_path / "lock", "here"):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_does_not_open_the_lock(tmp_path):
+    """What is written next says that the disk is full, and names its file. The lock file stayed behind."""
+    with largest_file(0), locked(tmp_path / "lock", "here"):
+        assert (tmp_path / "lock").read_bytes() == b""
+        with pytest.raises(LockedError, match="Another run .unknown."), locked(tmp_path / "lock", "here"):
+            pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == []

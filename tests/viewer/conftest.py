@@ -1,31 +1,17 @@
 """A browser for the tests of the viewer: Debian's Chromium, driven by Playwright. Without one of them these tests are skipped, and say why."""
 
-import os
-import shutil
-
 import pytest
 
-# Debian's Chromium, as root in a container, without its services.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-CHROMIUM = os.environ.get("METALENS_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WINDOW = {"width": 1440, "height": 860}
+from support.browser import MISSING, WINDOW, chromium, drawn, launched
 
 
 @pytest.fixture(scope="session")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium); METALENS_CHROMIUM names another one")
+    if chromium() is None:
+        pytest.skip(MISSING)
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        opened = launched(playwright)
         yield opened
         opened.close()
 
@@ -65,23 +51,3 @@ def show(open_page, tmp_path):
         return opened
 
     return show_
-
-
-def drawn(page):
-    """Wait until the page is ready and two frames have passed."""
-    page.locator("html[data-ready=true]").wait_for()
-    settle(page)
-
-
-def settle(page):
-    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def clipboard(page, *, holds):
-    """Return what is in the clipboard, once it holds a text. (`wait_for_function` is no help: the page's policy forbids eval.)"""
-    for _ in range(100):
-        text = page.evaluate("navigator.clipboard.readText()")
-        if holds in text:
-            return text
-        page.wait_for_timeout(50)
-    raise AssertionError(f"the clipboard has {text!r:.200}, without {holds!r}")

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from metalens.viewer.page import document, page
+from support.browser import clipboard, drawn
 from support.view_documents import WORDS, trajectory, two_lenses
 from support.viewer_page import R, T, at, inspected, numbers
 
-from .conftest import clipboard, drawn
 from .test_page import HOSTILE
 
 SVG = "{http://www.w3.org/2000/svg}"

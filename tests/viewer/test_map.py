@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from metalens.viewer.page import document
-from support.view_documents import WORDS, comparison, trajectory, two_lenses
-from support.viewer_page import R, T, at, inspected, luminances, numbers
+from support.browser import settle
+from support.view_documents import WORDS, comparison, layers_compared, trajectory, two_lenses
+from support.viewer_page import CELL, LEFT, ROW, R, T, at, inspected, luminances, numbers
 
 HASH = "zoom=60,20&lens=1"
 
@@ -142,6 +143,48 @@ def test_divergences_between_the_lenses_can_be_shown(show):
     at(page, 1, 1).hover()
     js = numbers(two_lenses()["comparisons"][0]["statistics"]["js"]["values"])[1, 1]
     assert f"Jensen-Shannon divergence: {js:.2f} nats" in page.locator("#tip p").last.inner_text()
+
+
+def test_each_layer_beside_the_next_one_can_be_shown(show):
+    page = show(layers_compared(), "zoom=60,20")
+    at(page, 2, 1).hover()
+    js = numbers(layers_compared()["comparisons"][0]["statistics"]["js"]["values"])
+    assert f"Jensen-Shannon divergence, to the next layer: {js[2, 1]:.2f} nats" in page.locator("#tip p").last.inner_text()
+    at(page, R - 1, 1).hover()
+    assert "to the next layer: –" in page.locator("#tip p").last.inner_text()  # the last layer has no next one
+    seen = luminances(page)
+    order = np.argsort(js.ravel())
+    assert np.diff(seen[: R - 1].ravel()[order]).max() < 1.5  # the more, the darker
+    np.testing.assert_allclose(seen[R - 1 :], seen[R, 0])  # no value: the ground
+    assert "KL(layer || next layer)" in page.locator("#inspector .numbers").inner_text()
+
+
+def depths(lens=1):
+    top = two_lenses()["texts"][0]["trajectories"][lens]["top"]
+    same = numbers(top["ids"])[..., 0] == numbers(top["model"]["ids"])[:, 0]
+    return [next(row for row in range(R + 1) if same[row:, t].all()) for t in range(T)]
+
+
+def test_the_prediction_depth_is_a_line_and_a_number(show):
+    page = show(two_lenses(), f"{HASH}&cell=0,3")
+    name = f"layer {depths()[3]}" if depths()[3] < R else "model"
+    assert f"the model’s answer from\t{name}" in page.locator("#inspector .numbers").inner_text()
+    column = """([left, cell, height]) => {
+      const data = document.querySelector(".box canvas").getContext("2d").getImageData(left + 2.5 * cell, 0, 1, height).data;
+      return Array.from({length: height}, (_, y) => data[4 * y]);
+    }"""
+    where = [LEFT, CELL, (R + 1) * ROW]
+    before = page.evaluate(column, where)
+    page.get_by_label("depth").check()
+    settle(page)
+    changed = np.flatnonzero(np.array(before) != page.evaluate(column, where))
+    line = (R + 1 - depths()[2]) * ROW
+    assert abs(changed.mean() - line) < 1
+    assert 1 <= len(changed) <= 6
+    page.locator("#maps").focus()
+    page.keyboard.press("p")
+    settle(page)
+    assert page.evaluate(column, where) == before
 
 
 def texts(lengths):

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from metalens.viewer.notebook import notebook_html
-from metalens.viewer.page import document, page
+from metalens.viewer.page import document, is_page, page
 from support.view_documents import trajectory, two_lenses
 
 HOSTILE = [
@@ -110,6 +110,38 @@ def test_a_notebook_has_the_page_in_a_frame_that_reaches_nothing():
     assert "allow-same-origin" not in attributes["sandbox"]
     assert attributes["srcdoc"] == page(content)
     assert html.escape("</script><script>window") not in html.unescape(notebook_html(content))
+
+
+@pytest.mark.parametrize("content", [two_lenses(), hostile_document()])
+def test_a_page_is_known_by_its_document(tmp_path, content):
+    file = tmp_path / "page.html"
+    file.write_text(page(content), encoding="utf-8")
+    assert is_page(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "my own page",
+        "<!doctype html>\n<title>another page</title>",
+        # A text about pages, and pages that quote one.
+        'It has <script type="application/json" id="document">{"format":"metalens.view"}</script>',
+        '<script type="application/json" id="document">{"format":"metalens.view"}</script>',
+        '<!doctype html>\n<pre>x <script type="application/json" id="document">{"format":"metalens.view"}</script></pre>',
+        f"<!doctype html>\n{html.escape(page(two_lenses()))}",
+        # Documents of others, and half a document.
+        '<!doctype html>\n<script type="application/json" id="document">{"format":"another"}</script>',
+        '<!doctype html>\n<script type="application/json" id="document">["metalens.view"]</script>',
+        '<!doctype html>\n<script type="application/json" id="document">{"format":"metalens.view"</script>',
+        '<!doctype html>\n<script type="application/json" id="document">{"format":"metalens.view"',
+        '<!doctype html>\n<script type="application/json" id="document">\udcff</script>',
+    ],
+)
+def test_other_files_are_no_pages(tmp_path, text):
+    file = tmp_path / "page.html"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert not is_page(file)
 
 
 def test_numbers_that_json_does_not_have_are_refused():

@@ -1,28 +1,31 @@
 """The server as a process: what it answers to good requests, to bad ones, to pages from elsewhere, and to Ctrl-C."""
 
 import concurrent.futures
-import json
 import signal
 import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 
+import numpy as np
 import pytest
 
-from metalens import TunedLens
+from metalens import TunedLens, load
+from metalens.display.server import work
+from metalens.display.server.requests import CompareRequest, FollowRequest, Limits, ReadRequest
 from metalens.display.server.serving import hosts_of, listen
 from metalens.utils.errors import UnavailableError
 from support.coroutines import run_apart
-from support.view_server import COMMAND, JSON, Server
+from support.view_server import COMMAND, JSON, Server, need_server_packages
+from support.viewer_page import numbers
 
 LIMIT = 60  # --max-tokens of the server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    pytest.importorskip("starlette")
-    pytest.importorskip("uvicorn")
+    need_server_packages()
     lens = tmp_path_factory.mktemp("lens") / "lens"
     TunedLens(8, 256).save(lens)
     running = Server("--lens", lens, "--max-tokens", LIMIT, "--top-k", 4)
@@ -36,33 +39,77 @@ def test_a_text_is_read_through_both_lenses_and_they_are_compared(server):
     parts = [line for line in lines if line["type"] == "part"]
     assert [(line["text"], line["lens"], line["trajectory"]["lens"]["name"]) for line in parts] == [(0, 0, "logit lens"), (0, 1, "tuned lens")]
     assert len(parts[0]["trajectory"]["chosen"]["ids"]) == 1
-    assert [line["comparison"]["of"] for line in lines if line["type"] == "comparison"] == [[[0, 1], [0, 0]]]
+    assert [(line["start"], line["comparison"]["of"]) for line in lines if line["type"] == "comparison"] == [(0, [[0, 1], [0, 0]])]
     progress = [line for line in lines if line["type"] == "progress" and line["what"] == "reading"]
     assert progress[0]["done"] == 0
     assert progress[-1]["done"] == progress[-1]["total"]
     assert lines[-1] == {"type": "done"}
 
 
-def test_two_texts_of_one_length_are_compared(server):
+def name_of_reading(lines):
+    return next(line["reading"] for line in lines if line["type"] == "part")
+
+
+def comparisons(lines):
+    return [line["comparison"] for line in lines if line["type"] == "comparison"]
+
+
+def test_two_texts_of_one_length_are_compared_when_that_is_asked_for(server):
     lines = server.lines("/api/read", {"texts": ["in the", "on the"]})
-    of = [line["comparison"]["of"] for line in lines if line["type"] == "comparison"]
-    assert [[0, 1], [1, 1]] in of
-    assert len(of) == 4
+    assert [each["of"] for each in comparisons(lines)] == [[[0, 1], [0, 0]], [[1, 1], [1, 0]]]
+    (found,) = comparisons(server.lines("/api/compare", {"reading": name_of_reading(lines), "of": [[0, 1], [1, 1]]}))
+    assert found["of"] == [[0, 1], [1, 1]]
+    assert found["statistics"]["js"]["values"]["shape"][0] == 8
 
 
-def test_generation_sends_a_part_for_each_token_and_then_the_other_lens(server):
+def test_every_layer_is_compared_with_the_next_one(server):
+    lines = server.lines("/api/read", {"texts": ["Click the button"]})
+    (found,) = comparisons(server.lines("/api/compare", {"reading": name_of_reading(lines), "of": [[0, 1], [0, 1]]}))
+    assert set(found["statistics"]) == {"kl", "reverse_kl", "js", "tv"}
+    assert found["statistics"]["tv"]["values"]["shape"][0] == 7
+
+
+PART = 16
+
+
+def test_a_long_text_is_read_followed_and_compared_in_parts(monkeypatch):
+    monkeypatch.setattr(work, "PART", PART)
+    model = load("demo")
+    session = work.Session(model, [None, TunedLens(8, 256)], Limits(top_k=2))
+    text = "Click the button " * 6
+    count = len(model.encode(text))
+    assert PART < count < 2 * PART
+    read = list(session.read(ReadRequest([text], [5])))
+    sizes = [[len(line["trajectory"]["token_ids"]) for line in read if line["type"] == "part" and line["lens"] == lens] for lens in (0, 1)]
+    assert sizes == [[PART, count - PART]] * 2
+    followed = [line for line in session.follow(FollowRequest([7, 5], session.reading, [(0, 1)])) if line["type"] == "chosen"]
+    assert [(line["lens"], line["start"], line["total"]) for line in followed] == [(1, 0, count), (1, PART, count)]
+    compared = [line for line in session.compare(CompareRequest(session.reading, (0, 0), (0, 0))) if line["type"] == "comparison"]
+    assert [line["start"] for line in compared] == [0, PART]
+    # The curves of token 5, which was followed from the start, are the same.
+    was = [line["trajectory"]["chosen"]["log_probabilities"] for line in read if line["type"] == "part" and line["lens"] == 1]
+    for before, line in zip(was, followed, strict=True):
+        np.testing.assert_allclose(numbers(line["chosen"]["log_probabilities"])[1], numbers(before)[0], rtol=2e-2)
+    assert not [name for name, value in vars(session).items() if "rajectory" in repr(value)]  # nothing is kept of what was read
+
+
+def test_generation_sends_a_part_of_each_lens_for_each_token(server):
     lines = server.lines("/api/generate", {"texts": ["Click the button"], "new_tokens": 4})
     tuned = [line["trajectory"] for line in lines if line["type"] == "part" and line["lens"] == 1]
     logit = [line["trajectory"] for line in lines if line["type"] == "part" and line["lens"] == 0]
     assert [len(part["token_ids"]) for part in tuned][1:] == [1, 1, 1]
-    assert [part["first_position"] for part in tuned] == [0, *range(len(tuned[0]["token_ids"]), len(tuned[0]["token_ids"]) + 3)]
-    assert [i for part in logit for i in part["token_ids"]] == [i for part in tuned for i in part["token_ids"]]
+    first = len(tuned[0]["token_ids"])
+    assert [part["first_position"] for part in tuned] == [0, *range(first, first + 3)]
+    assert [part["token_ids"] for part in logit] == [part["token_ids"] for part in tuned]
+    assert [line["start"] for line in lines if line["type"] == "comparison"] == [0, *range(first, first + 3)]
 
 
 def test_tokens_are_followed_in_the_last_text(server):
-    part = next(line for line in server.lines("/api/read", {"texts": ["Click the button"]}) if line["type"] == "part")
-    chosen = [line for line in server.lines("/api/follow", {"tokens": [" the", 5], "reading": part["reading"]}) if line["type"] == "chosen"]
+    asked = {"tokens": [" the", 5], "reading": name_of_reading(server.lines("/api/read", {"texts": ["Click the button", "Press"]}))}
+    chosen = [line for line in server.lines("/api/follow", asked | {"shown": [[0, 1], [0, 0]]}) if line["type"] == "chosen"]
     assert [(line["text"], line["lens"]) for line in chosen] == [(0, 0), (0, 1)]
+    only = [line for line in server.lines("/api/follow", asked | {"shown": [[1, 1]]}) if line["type"] == "chosen"]
+    assert [(line["text"], line["lens"]) for line in only] == [(1, 1)]
     assert chosen[0]["chosen"]["ids"][1] == 5
     assert chosen[0]["chosen"]["log_probabilities"]["shape"][0] == 2
 
@@ -72,9 +119,25 @@ def test_tokens_are_not_followed_in_a_text_that_another_tab_has_replaced(server)
         next(line["reading"] for line in server.lines(path, {"texts": ["Click the button"], **more}) if line["type"] == "part")
         for path, more in (("/api/read", {}), ("/api/generate", {"new_tokens": 1}))
     )
-    status, text, _ = server.ask("/api/follow", {"tokens": [" the"], "reading": first})
-    assert (status, "read another text since" in text) == (422, True)
-    assert server.lines("/api/follow", {"tokens": [" the"], "reading": second})[-1] == {"type": "done"}
+    for path, body in (("/api/follow", {"tokens": [" the"], "shown": [[0, 0]]}), ("/api/compare", {"of": [[0, 0], [0, 0]]})):
+        status, text, _ = server.ask(path, body | {"reading": first})
+        assert (status, "read another text since" in text) == (422, True)
+        assert server.lines(path, body | {"reading": second})[-1] == {"type": "done"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/api/follow", {"tokens": [5], "shown": [[2, 0]]}, "There is no text 2 with a lens 0"),
+        ("/api/follow", {"tokens": [5], "shown": [[0, 2]]}, "There is no text 0 with a lens 2"),
+        ("/api/compare", {"of": [[0, 0], [0, 1]]}, "compared while a text is read"),
+        ("/api/compare", {"of": [[0, 0], [1, 0]]}, "Read texts of equal length"),
+    ],
+)
+def test_what_was_not_read_is_not_followed_and_not_compared(server, path, body, says):
+    reading = name_of_reading(server.lines("/api/read", {"texts": ["Click the button", "Press"]}))
+    status, text, _ = server.ask(path, body | {"reading": reading})
+    assert (status, says in text) == (422, True), text
 
 
 @pytest.mark.parametrize(
@@ -102,7 +165,13 @@ def test_tokens_are_not_followed_in_a_text_that_another_tab_has_replaced(server)
         ("/api/generate", {"texts": ["a"], "new_tokens": LIMIT}, 422, f"at most {LIMIT}"),
         ("/api/generate", {"texts": ["a", "b"], "new_tokens": 1}, 422, "one text"),
         ("/api/follow", {"tokens": []}, 422, "'tokens' is empty"),
-        ("/api/follow", {"tokens": [" the"]}, 422, "'reading' must be"),
+        ("/api/follow", {"tokens": [" the"], "shown": [[0, 0]]}, 422, "'reading' must be"),
+        ("/api/follow", {"tokens": [" the"], "reading": "a"}, 422, "'shown' must be a list of 1 to 4 pairs"),
+        ("/api/follow", {"tokens": [" the"], "reading": "a", "shown": [[0, -1]]}, 422, "'shown' must be"),
+        ("/api/follow", {"tokens": [" the"], "reading": "a", "shown": [[0, True]]}, 422, "'shown' must be"),
+        ("/api/follow", {"tokens": [" the"], "reading": "a", "shown": [[0, 0]] * 5}, 422, "'shown' must be"),
+        ("/api/compare", {"reading": "a", "of": [[0, 0]]}, 422, "two trajectories"),
+        ("/api/compare", {"of": [[0, 0], [0, 0]]}, 422, "'reading' must be"),
         ("/api/nothing", {}, 404, ""),
     ],
 )
@@ -145,6 +214,16 @@ def test_the_page_has_its_headers_and_the_name_localhost_works_too(server):
     assert server.ask("/api/read", b"", {}, "GET")[0] == 405
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/", "/api/read"])
+def test_without_its_key_the_server_answers_nobody(server, path, method):
+    for key in ("", "x", server.key[:-1], server.key + "x", server.key.swapcase(), "%2e%2e", "%ff", "api", f"x/{server.key}"):
+        status, text, headers = server.ask(path, {"texts": ["a"]}, method=method, key=key)
+        assert (status, "lacks the key" in text) == (403, True), key
+        assert "doctype" not in text
+        assert server.key not in text + str(headers)
+
+
 def test_only_this_machine_is_listened_to(server):
     with socket.socket() as other:
         other.settimeout(2)
@@ -163,10 +242,8 @@ def test_ten_requests_at_once_get_an_answer_each(server):
 
 
 def test_a_browser_that_goes_away_frees_the_server(server):
-    body = json.dumps({"texts": ["Click the"], "new_tokens": 50}).encode()
-    head = f"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + body)
+        connection.sendall(server.written("/api/generate", {"texts": ["Click the"], "new_tokens": 50}))
         assert connection.recv(100)
     for _ in range(100):
         status, text, _ = server.ask("/api/read", {"texts": ["still here"]})
@@ -176,14 +253,13 @@ def test_a_browser_that_goes_away_frees_the_server(server):
     raise AssertionError(text)
 
 
-def test_ctrl_c_in_the_middle_of_a_job_ends_it():
-    server = Server("--max-tokens", 400)
+def test_ctrl_c_in_the_middle_of_a_job_ends_it(server):
+    first, server = server, Server("--max-tokens", 400)
+    assert server.key != first.key  # each server has its own
+    assert len(server.key) >= 22  # 128 bits in base64
+    assert server.ask(key=first.key)[0] == 403
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        body = json.dumps({"texts": ["Click the"], "new_tokens": 250}).encode()
-        head = (
-            f"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
+        connection.sendall(server.written("/api/generate", {"texts": ["Click the"], "new_tokens": 250}))
         received = connection.recv(100)
         assert server.stop() == 0
         while more := connection.recv(2**16):
@@ -206,7 +282,8 @@ def test_a_port_is_taken_as_soon_as_one_server_starts():
 
 
 def test_browsers_leave_out_port_80():
-    responses = pytest.importorskip("starlette.responses")
+    need_server_packages()
+    responses = import_module("starlette.responses")
     from metalens.display.server.application import Guard
 
     def status(port, **headers):
@@ -219,14 +296,30 @@ def test_browsers_leave_out_port_80():
             sent.append(message)
 
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": raw}
-        run_apart(Guard(responses.PlainTextResponse("the page"), hosts_of(port))(scope, receive, send))
+        scope = {"type": "http", "method": "POST", "path": "/key/", "query_string": b"", "headers": raw}
+        run_apart(Guard(responses.PlainTextResponse("the page"), hosts_of(port), "key")(scope, receive, send))
         return sent[0]["status"]
 
     assert status(80, Host="localhost", Origin="http://localhost") == 200
     assert status(80, Host="127.0.0.1:80", Origin="http://127.0.0.1") == 200
     assert status(80, Host="elsewhere.example") == 403
     assert status(8000, Host="localhost", Origin="http://localhost") == 403
+
+
+def test_no_websocket_comes_past_the_guard():
+    need_server_packages()
+    from metalens.display.server.application import Guard
+
+    sent = []
+
+    async def served(scope, receive, send):
+        sent.append("served")
+
+    async def send(message):
+        sent.append(message)
+
+    run_apart(Guard(served, ["localhost"], "key")({"type": "websocket", "path": "/"}, None, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 @pytest.mark.parametrize(("model", "code", "says"), [("no-such-model", 1, "Error: "), ("demo", 130, "")])

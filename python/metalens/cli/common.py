@@ -208,7 +208,7 @@ def lens_option(command: F) -> F:
         "lens_path",
         type=FilePath(),
         metavar="LENS",
-        help="Path of a tuned lens, as given to `train --out`.  [default: the logit lens alone]",
+        help="Tuned lens: a path as given to `train --out`, a folder of tuned-lens, or hf:ID of a lens on the hub.  [default: the logit lens alone]",
     )(command)
 
 

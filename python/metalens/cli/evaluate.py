@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ from metalens.cli.common import (
     sources_of,
 )
 from metalens.evaluation.results import RESULTS
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.opening import files_read
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
 from metalens.utils.outputs import picture_output, require_replaceable
@@ -40,9 +39,8 @@ if TYPE_CHECKING:
     from metalens import Evaluation
     from metalens.evaluation import EvaluationText
     from metalens.model import InterpretableModel
-    from metalens.training.data.corpus import Join, LossOn
+    from metalens.training.data.corpus import LossOn
 
-READ_WHOLE = 1 << 28  # bytes of files whose tokens are all counted, which takes a minute at most
 WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 
 
@@ -62,6 +60,7 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 )
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
+@click.option("--embedding", is_flag=True, help="Also measure the embedding's output, through the lens's translator for it, if it has one.")
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
 @save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
 @click.option(
@@ -87,6 +86,7 @@ def eval_command(
     loss_on: LossOn,
     entropy: bool,
     logit_stats: bool,
+    embedding: bool,
     layer_transfer: bool,
     picture: Path | None,
     curves: Path | None,
@@ -109,7 +109,7 @@ def eval_command(
     with group.together():
         if group.writes:
             _require_writable(
-                [path for path in (picture, curves) if path is not None], out, force, [*data, *([] if lens_path is None else lens_files(lens_path))]
+                [path for path in (picture, curves) if path is not None], out, force, [*data, *([] if lens_path is None else files_read(lens_path))]
             )
         read = _text(data, field, split, max_tokens, loss_on)
     lens = shared_lens(lens_path, group, whole=layer_transfer)
@@ -123,6 +123,7 @@ def eval_command(
         bos=not no_bos,
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
+        embedding=embedding,
         show_progress=group.writes,
     )
     if not group.writes:
@@ -156,21 +157,11 @@ def _require_writable(pictures: Sequence[Path], out: Path | None, force: bool, i
 
 
 def _text(data: tuple[str, ...], field: str, split: str, max_tokens: int | None, loss_on: LossOn) -> Callable[[InterpretableModel], EvaluationText]:
-    """Find the sources of a text, and return a function that reads them for a model.
+    """Find the sources of a text, and return a function that reads them for a model."""
+    from metalens.training.data import find_sources, open_held_out
 
-    One plain text has nothing before it. Other sources are joined as `train` joins them. Files of a moderate size are
-    tokenized to their ends also with --max-tokens: bits per byte are about the bytes of the whole text, as in tuned-lens. No file is in memory as a
-    whole: it is tokenized in parts, and the tokens are a memory map.
-    """
-    from metalens.training.data import find_sources, open_corpus
-    from metalens.training.data.readers import FileSource, TextFile
-
-    sources = sources_of(data)
-    found = find_sources(sources, field=field, split=split)
-    join: Join = "packed" if len(found) == 1 and isinstance(found[0], TextFile) else "eos"
-    if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in found) <= READ_WHOLE:
-        max_tokens = None
-    return lambda model: open_corpus(sources, model.tokenizer, field=field, join=join, split=split, max_tokens=max_tokens, loss_on=loss_on)
+    found = find_sources(sources_of(data), field=field, split=split)
+    return lambda model: open_held_out(found, model.tokenizer, max_tokens=max_tokens, loss_on=loss_on)
 
 
 def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: bool) -> None:

@@ -25,7 +25,7 @@ from metalens.cli.common import (
     sharding_group,
     shared_lens,
 )
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.opening import files_read
 from metalens.readings.export import require_trajectory_output
 from metalens.readings.reading import Color, Reading
 from metalens.readings.statistics import STATISTICS
@@ -100,7 +100,7 @@ def lens_command(
     given = _token_ids(prompt) if ids else None
     group = sharding_group(shard_model)
     lens = shared_lens(lens_path, group, whole=False)
-    inputs = [] if lens_path is None else lens_files(lens_path)
+    inputs = [] if lens_path is None else files_read(lens_path)
     with group.together():
         if picture is not None and group.writes:
             from metalens.readings.heat_map import picture_format

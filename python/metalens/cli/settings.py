@@ -64,12 +64,13 @@ def setting_option(field: Field[Any]) -> Callable[[F], F]:
     """Return the option of a setting: its type, range, choices and help follow from its field of TrainingConfig."""
     kind, option, smallest = _without_none(setting_types()[field.name]), spelling_of(field.name), field.metadata["at_least"]
     in_recipes = any(field.name in settings for settings in RECIPES.values())
+    on_in_recipes = any(settings.get(field.name) is True for settings in RECIPES.values())
     shown = SHOWN_DEFAULTS.get(field.name, None if in_recipes else field.metadata["unset"])
     about: dict[str, Any] = {"help": field.metadata["help"] + (f"  [default: {shown}]" if shown else ""), "default": None}
     if field.name in SPECIAL:
         about |= SPECIAL[field.name]
     elif kind is bool:
-        if field.default:
+        if field.default or on_in_recipes:
             option += f"/--no-{option.removeprefix('--')}"
         else:
             about["is_flag"] = True

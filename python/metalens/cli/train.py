@@ -111,6 +111,13 @@ class Notes(Callback):
 @bos_option
 @click.option("--cache-dir", type=FilePath(file_okay=False), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
 @click.option("--out", required=True, type=FilePath(), help="Path of the lens: OUT.npz and OUT.json are written.")
+@click.option(
+    "--from",
+    "start_from",
+    type=FilePath(),
+    metavar="LENS",
+    help="Lens whose training goes on, in place of the warm start. Layers that are not trained keep its translators.",
+)
 @training_options
 @click.option("--checkpoint-dir", type=FilePath(file_okay=False), help="Folder for checkpoints.  [default: OUT.checkpoints]")
 @click.option("--checkpoint-every", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between checkpoints.")
@@ -131,6 +138,7 @@ def train_command(
     no_bos: bool,
     cache_dir: Path | None,
     out: Path,
+    start_from: Path | None,
     recipe: str | None,
     config_file: Path | None,
     checkpoint_dir: Path | None,
@@ -165,6 +173,7 @@ def train_command(
                 model,
                 sources_of(data),
                 recipe=recipe,
+                start_from=start_from,
                 out=out,
                 resume=resume,
                 checkpoint_dir=folder,

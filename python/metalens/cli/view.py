@@ -12,14 +12,14 @@ import click
 
 from metalens.cli.common import FilePath, bos_option, force_option, lens_option, load_model, note, one_clear_error
 from metalens.display.server.requests import Limits
-from metalens.lenses.lens_file import lens_files
+from metalens.lenses.opening import files_read
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.files import atomic_write, require_writable
 from metalens.utils.outputs import Output, require_replaceable
+from metalens.viewer.page import is_page
 
 DEFAULTS = Limits()
 MOST_TOP_K = 50  # on a served page: every token that is generated brings as many for each layer
-MARK = b'<script type="application/json" id="document">{"format":"metalens.view"'
 
 
 @click.command("view")
@@ -32,6 +32,7 @@ MARK = b'<script type="application/json" id="document">{"format":"metalens.view"
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the browser.")
 @click.option("--max-tokens", default=DEFAULTS.max_tokens, show_default=True, type=click.IntRange(min=1), help="Tokens of the longest text.")
 @click.option("--top-k", default=DEFAULTS.top_k, show_default=True, type=click.IntRange(min=1), help="Number of predictions in each cell.")
+@click.option("--compare-layers", is_flag=True, help="With --save: also compare every layer with the next one, which takes longer than all the rest.")
 @bos_option
 @force_option
 @one_clear_error
@@ -45,23 +46,24 @@ def view_command(
     open_browser: bool,
     max_tokens: int,
     top_k: int,
+    compare_layers: bool,
     no_bos: bool,
     force: bool,
 ) -> None:
     """Show what every layer of MODEL predicts, in a browser.
 
     The page shows layers by tokens, colored by any statistic; texts are typed there, and continued live. With --save it is one file with the
-    readings of --text, which opens anywhere. The server answers browsers of this machine only, whoever their
-    user is.
+    readings of --text, which opens anywhere. The server answers browsers of this machine only, and only at the address that it prints: that
+    address has a key, which nobody can guess.
     """
     limits = Limits(max_tokens=max_tokens, top_k=top_k)
     if out is not None:
         if port or open_browser:
             raise InvalidValueError("--port and --open belong to the server; with --save there is none. Leave them out, or leave out --save.")
-        _save(out, model, lens_path, texts, tokens, limits, no_bos, force)
+        _save(out, model, lens_path, texts, tokens, limits, compare_layers, no_bos, force)
         return
-    if texts or tokens or no_bos or force:
-        raise InvalidValueError("--text, --token, --no-bos and --force belong to --save; on a served page you type the text and the tokens.")
+    if texts or tokens or compare_layers or no_bos or force:
+        raise InvalidValueError("--text, --token, --compare-layers, --no-bos and --force belong to --save. On a served page, type and choose.")
     if top_k > MOST_TOP_K:
         raise InvalidValueError(f"--top-k {top_k} is too many for a served page. Choose at most {MOST_TOP_K}, or write a page with --save.")
     _serve(model, lens_path, limits, port, open_browser)
@@ -109,7 +111,15 @@ def _serve(name: str, lens_path: Path | None, limits: Limits, port: int, open_br
 
 
 def _save(
-    out: Path, name: str, lens_path: Path | None, texts: tuple[str, ...], tokens: tuple[str, ...], limits: Limits, no_bos: bool, force: bool
+    out: Path,
+    name: str,
+    lens_path: Path | None,
+    texts: tuple[str, ...],
+    tokens: tuple[str, ...],
+    limits: Limits,
+    compare_layers: bool,
+    no_bos: bool,
+    force: bool,
 ) -> None:
     from metalens.display.pages import reading_page
     from metalens.lenses.lens import TunedLens
@@ -117,7 +127,7 @@ def _save(
     if not 1 <= len(texts) <= 2:
         raise InvalidValueError("--save needs one --text, or two to compare.")
     require_writable(out)
-    require_replaceable([Output(out, "a page of the viewer", _is_page)], force=force, inputs=[] if lens_path is None else lens_files(lens_path))
+    require_replaceable([Output(out, "a page of the viewer", is_page)], force=force, inputs=[] if lens_path is None else files_read(lens_path))
     lens = None if lens_path is None else TunedLens.load(lens_path)
     loaded = load_model(name)
     inputs = [loaded.encode(text, bos=not no_bos) for text in texts]
@@ -126,7 +136,9 @@ def _save(
             raise InvalidValueError(
                 f"The text has {len(ids):,} tokens; the page holds at most {limits.max_tokens:,}. Shorten it, or give --max-tokens."
             )
-    content = reading_page(loaded, inputs, lens, title=name, tokens=[_token(token) for token in tokens], top_k=limits.top_k)
+    content = reading_page(
+        loaded, inputs, lens, title=name, tokens=[_token(token) for token in tokens], top_k=limits.top_k, compare_layers=compare_layers
+    )
     with atomic_write(out) as temporary:
         temporary.write_text(content, encoding="utf-8")
     note(f"Page written to {out}.")
@@ -135,7 +147,3 @@ def _save(
 def _token(named: str) -> str | int:
     """Return the token that an option names: '#' and an id, or a text."""
     return int(named[1:]) if named[:1] == "#" and named[1:].isdigit() else named
-
-
-def _is_page(path: Path) -> bool:
-    return MARK in path.read_bytes()

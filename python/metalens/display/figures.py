@@ -78,6 +78,10 @@ def evaluation_figure(evaluation: Evaluation, title: str = "") -> Figure:
         for name, (scores, layers) in lenses.items():
             of_bias = [] if biases is None else biases[name]
             values = [(scores[i].kl, scores[i].ce, 100 * scores[i].top1, of_bias[i] if of_bias else 0.0)[place] for i in layers]
+            errors = evaluation.standard_errors(name, "kl" if place == 0 else "ce") if place < 2 else None
+            if errors is not None:
+                low, high = ([value + sign * errors[i] for value, i in zip(values, layers, strict=True)] for sign in (-1, 1))
+                axes.fill_between(layers, low, high, color=COLORS[name], alpha=0.2, linewidth=0)
             axes.plot(layers, values, marker="o" if len(layers) < 40 else None, markersize=3, color=COLORS[name], label=f"{name} lens")
         axes.set_xlabel("output of block")
         axes.set_ylabel(panel)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from metalens.analysis.resampling import Interval
+
 
 def gigabytes(count: int) -> str:
     """Return a number of bytes as '1.5 GB', '20 MB' or '3 kB'."""
@@ -46,3 +50,10 @@ def rate(value: float) -> str:
 def yes_or_no(value: bool) -> str:
     """Return 'yes' or 'no'."""
     return "yes" if value else "no"
+
+
+def interval(found: Interval) -> str:
+    """Return a value with its interval: '0.912 (0.880 to 0.941)'; without one if it has none, and '-' for no value."""
+    if math.isnan(found.value):
+        return "-"
+    return decimals(found.value) if math.isnan(found.low) else f"{decimals(found.value)} ({decimals(found.low)} to {decimals(found.high)})"

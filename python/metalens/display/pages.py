@@ -8,9 +8,10 @@ from typing import Any
 from metalens.lenses.lens import Lens
 from metalens.model import InterpretableModel
 from metalens.models.tokenization import TokenInput
-from metalens.readings import Trajectory, read_trajectory
+from metalens.readings import Comparison, join_lenses_parts, read_lenses_in_parts, read_trajectory
 from metalens.readings.export import comparison_json
-from metalens.viewer.page import document, page
+from metalens.readings.trajectory_reader import TrajectoryOptions
+from metalens.viewer.page import TextAndLens, document, page
 
 
 def reading_page(
@@ -21,6 +22,7 @@ def reading_page(
     title: str = "",
     tokens: Sequence[str | int] = (),
     top_k: int = 8,
+    compare_layers: bool = False,
 ) -> str:
     """Return one or two texts, read through the logit lens and a tuned one, as a complete HTML page.
 
@@ -31,6 +33,7 @@ def reading_page(
         title: name of the model on the page.
         tokens: tokens, as texts or ids, whose curves the page has everywhere. The model's answer at the end of each text is always one.
         top_k: most likely tokens of each cell, at most the vocabulary.
+        compare_layers: also compare every layer with the next one, which takes longer than all the rest.
 
     Raises:
         InvalidValueError, InvalidTypeError: as `read_trajectory`.
@@ -38,43 +41,44 @@ def reading_page(
     lenses: list[Lens | None] = [None] if lens is None else [None, lens]
     top_k = min(top_k, model.unembed.head.tokens)
     answers = [int(read_trajectory(model, text, None, top_k=1, layers=[-1], position=-1).model.top_ids[0, 0, 0]) for text in texts]
-    followed = list(dict.fromkeys([*tokens, *answers]))
-    trajectories = [[read_trajectory(model, text, each, top_k=top_k, tokens=followed) for each in lenses] for text in texts]
+    options: TrajectoryOptions = {"top_k": top_k, "tokens": list(dict.fromkeys([*tokens, *answers]))}
+    read = [join_lenses_parts([*read_lenses_in_parts(model, text, lenses, compare_lenses=True, **options)]) for text in texts]
     found = [
-        {"name": name, "trajectories": [each.to_json(compact=True) for each in of_text]} for name, of_text in zip("AB", trajectories, strict=False)
+        {"name": name, "trajectories": [each.to_json(compact=True) for each in of_text.trajectories]}
+        for name, of_text in zip("AB", read, strict=False)
     ]
-    return page(document(found, title or "metalens", comparisons(trajectories)))
-
-
-def comparisons(trajectories: Sequence[Sequence[Trajectory]]) -> list[dict[str, Any]]:
-    """Return how far lenses are apart on each text, and two texts of one length through each lens, as a page's document holds it.
-
-    Args:
-        trajectories: one list for each text, with one trajectory for each lens.
-    """
-    return [
-        comparison_of(trajectories[a[0]][a[1]], trajectories[b[0]][b[1]], a, b)
-        for a, b in comparable([[len(t) for t in each] for each in trajectories])
+    compared = [
+        comparison_of(comparison, *pair)
+        for text, of_text in enumerate(read)
+        for pair, comparison in zip(lenses_compared(text, len(lenses)), of_text.comparisons, strict=True)
     ]
+    if len(read) == 2 and len(read[0].trajectories[0]) == len(read[1].trajectories[0]):
+        both = zip(*(of_text.trajectories for of_text in read), strict=True)
+        compared += [comparison_of(a.compare(b), (0, lens), (1, lens)) for lens, (a, b) in enumerate(both)]
+    if compare_layers:
+        compared += [
+            comparison_of(each.compare_layers(), (text, lens), (text, lens))
+            for text, of_text in enumerate(read)
+            for lens, each in enumerate(of_text.trajectories)
+        ]
+    return page(document(found, title or "metalens", compared))
 
 
-def comparable(lengths: Sequence[Sequence[int]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the pairs (text, lens), (text, lens) that a page compares: the second lens with the first one, and texts of one length.
-
-    Args:
-        lengths: the number of tokens, for each text and lens.
-    """
-    pairs = [((text, 1), (text, 0)) for text, of_text in enumerate(lengths) if len(of_text) > 1]
-    if len(lengths) == 2 and lengths[0][0] == lengths[1][0]:
-        pairs += [((0, lens), (1, lens)) for lens in range(len(lengths[0]))]
-    return pairs
-
-
-def comparison_of(first: Trajectory, second: Trajectory, a: tuple[int, int], b: tuple[int, int]) -> dict[str, Any]:
-    """Return how far two trajectories are apart, as a page's document holds it.
+def lenses_compared(text: int, count: int) -> list[tuple[TextAndLens, TextAndLens]]:
+    """Return which lenses a page compares on a text: each but the first with the first one.
 
     Args:
-        first, second: the trajectories.
-        a, b: the numbers of their text and their lens.
+        text: number of the text.
+        count: number of lenses.
     """
-    return {**comparison_json(first.compare(second), compact=True, trajectories=False), "of": [[*a], [*b]]}
+    return [((text, lens), (text, 0)) for lens in range(1, count)]
+
+
+def comparison_of(comparison: Comparison, a: TextAndLens, b: TextAndLens) -> dict[str, Any]:
+    """Return a comparison as a page's document holds it.
+
+    Args:
+        comparison: the comparison.
+        a, b: what it compares. The same twice = every layer with the next one.
+    """
+    return {**comparison_json(comparison, compact=True, trajectories=False), "of": [[*a], [*b]]}

@@ -60,8 +60,16 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
             table.add_column(f"{lens} lens\n{SCORE_COLUMNS[name][0]}", justify="right")
             columns.append(biases[lens] if name == "bias" and biases is not None else [getattr(layer, name) for layer in scores])
     formats = [SCORE_COLUMNS[name][1] for _ in lenses for name in names]
+
+    def errors(of: str = "") -> list[list[float] | None]:
+        return [evaluation.standard_errors(lens + of, name) if name in ("kl", "ce") else None for lens in lenses for name in names]
+
+    spreads, embedding = errors(), evaluation.embedding
+    if embedding is not None:
+        measured = ["" if name == "bias" else SCORE_COLUMNS[name][1](getattr(embedding[lens], name)) for lens in lenses for name in names]
+        table.add_row("embedding", *_with_errors(measured, errors(" embedding"), 0))
     for layer, values in enumerate(zip(*columns, strict=True)):
-        cells = _cells(formats, values)
+        cells = _with_errors(_cells(formats, values), spreads, layer)
         if layer in evaluation.untranslated:
             cells[len(names) :] = ["-"] * len(names)
         table.add_row(str(layer), *cells)
@@ -69,9 +77,16 @@ def evaluation_table(evaluation: Evaluation, entropy: bool = False) -> Table:
     translated = evaluation.translated
     table.add_row("mean", *_cells(formats, [sum(column[i] for i in translated) / len(translated) for column in columns]))
     table.add_row("model", *(decimals(getattr(evaluation.model, name)) if name in MODEL_COLUMNS else "" for name in names))
+    captions = ["±: standard error, by the spread over sequences."] if any(spreads) else []
     if evaluation.untranslated:
-        table.caption = f"-: the lens does not translate this layer. The means are over the {len(translated)} layers that it translates."
+        captions.append(f"-: the lens does not translate this layer. The means are over the {len(translated)} layers that it translates.")
+    table.caption = " ".join(captions) or None
     return table
+
+
+def _with_errors(cells: list[str], errors: Sequence[list[float] | None], layer: int) -> list[str]:
+    """Return cells with the standard errors of a layer behind those that have one."""
+    return [cell if of_column is None else f"{cell} ±{decimals(of_column[layer])}" for cell, of_column in zip(cells, errors, strict=True)]
 
 
 def closed_form_table(evaluation: Evaluation, closed_form: Evaluation) -> Table:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalens.ops.metal.cost import Cost
+from metalens.ops.metal.speed import Rates
 from metalens.ops.metal.tuning import GENERATIONS, Device, GpuGeneration
 
-# FMAs of simdgroup matrices per core and clock, of 128, for half and float alike. 13 and 14: measured on M1 (metal-benchmarks). From 15 on others
-# reach 88 % of the peak in whole products (ml-explore/mlx#3196, M3 Ultra) and up to 94 % in attention (metal-flash-attention, M3): the bound is 94 %.
-MATRIX_FMAS = {13: 102, 14: 102, 15: 120, 16: 120, 17: 120}
 WORKING_SETS = {"g": 10.7, "s": 36.0, "d": 128.0}  # GB, of machines with 16, 48 and 192 GB
 
 
@@ -52,11 +50,6 @@ class Chip:
         return self.tflops * 1e12 / (self.cores * 2 * 128)
 
     @property
-    def product_cycles(self) -> float:
-        """Return the cycles of a simdgroup for a product of 8 x 8 matrices, at the rate of MATRIX_FMAS."""
-        return 4 * 8**3 / MATRIX_FMAS[self.generation]
-
-    @property
     def bytes_per_second(self) -> float:
         """Return bytes per second of the memory."""
         return self.bandwidth * 1e9
@@ -64,7 +57,7 @@ class Chip:
     @property
     def matrix_flops(self) -> float:
         """Return operations per second of simdgroup matrices, at most."""
-        return self.tflops * 1e12 * MATRIX_FMAS[self.generation] / 128
+        return self.tflops * 1e12 * self.family.matrix_fmas / 128
 
     @property
     def flops_in_16_bits(self) -> float:
@@ -72,9 +65,9 @@ class Chip:
         return self.matrix_tflops * 1e12 or self.matrix_flops
 
     @property
-    def vector_limit(self) -> int:
-        """Return the rows from which MLX multiplies a packed head as a matrix, not row by row (0.32)."""
-        return {"d": 12}.get(self.letter, 6) if self.generation < 15 else 13
+    def rates(self) -> Rates:
+        """Return what the model of the kernels' speed takes."""
+        return Rates(self.device, self.cores, self.clock, self.bytes_per_second, self.matrix_tflops * 1e12)
 
     def seconds(self, work: Cost, in_16_bits: bool = False) -> float:
         """Return the shortest time of a kernel."""

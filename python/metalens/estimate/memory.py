@@ -177,7 +177,7 @@ class _Layers:
 
 
 def _layers(facts: ModelFacts, config: TrainingConfig, processes: int, parallel: Parallel) -> _Layers:
-    trained = facts.dimensions.num_layers if config.layers is None else len(config.layers)
+    trained = len(config.trained_layers(facts.dimensions.num_layers))
     of_process = -(-trained // processes) if parallel == "layers" else trained
     return _Layers(trained, of_process, min(config.layers_at_once or of_process, of_process))
 

@@ -18,15 +18,18 @@ import numpy as np
 from metalens.evaluation.marginals import LogitSums
 from metalens.evaluation.results import Evaluation
 from metalens.evaluation.scores import Sums
+from metalens.evaluation.sequences import SequenceScores
 from metalens.evaluation.text import EvaluationText, Sequences
 from metalens.evaluation.transfer import TransferSums
 from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
+from metalens.models.layers import EMBEDDING
 from metalens.models.sharding import Sharding
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
 from metalens.readings.rows import lens_rows
+from metalens.readings.source import translated_embedding
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.progress_bar import token_bar
 
@@ -41,6 +44,7 @@ def evaluate(
     bos: bool = True,
     layer_transfer: bool = False,
     logit_stats: bool = False,
+    embedding: bool = False,
     bytes_per_token: float | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -72,6 +76,8 @@ def evaluate(
             lens.
         logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary
             and lens.
+        embedding: also measure the embedding's output, through the translator that the lens has for it, if it has one. Layer transfer and
+            logit_stats leave it out.
         bytes_per_token: UTF-8 bytes of the text for each position read. None = the mean of the whole corpus or string, also
             with max_tokens (upstream's ratio); for other texts count the bytes of the decoded tokens, special tokens as the
             tokenizer spells them. Without a tokenizer a token counts as one byte.
@@ -90,7 +96,7 @@ def evaluate(
         check_lens(tuned, model)
     elif layer_transfer:
         raise InvalidValueError("layer_transfer needs a tuned lens: the logit lens has the same translator, none, for every layer.")
-    totals = _Totals(model, tuned, layer_transfer, logit_stats)
+    totals = _Totals(model, tuned, layer_transfer, logit_stats, embedding)
     sequences = Sequences(model, text, max_seq_len, max_tokens, bos)
     with token_bar(sequences.size, "evaluating", show_progress) as bar:
         for ids, counted in sequences.masked():
@@ -115,7 +121,7 @@ def _check_settings(max_seq_len: int, max_tokens: int | None, bytes_per_token: f
 class _Totals:
     """Everything that one evaluation adds up: the model's own scores, those of each lens, and layer transfer."""
 
-    def __init__(self, model: LanguageModel, tuned: Lens | None, layer_transfer: bool, logit_stats: bool) -> None:
+    def __init__(self, model: LanguageModel, tuned: Lens | None, layer_transfer: bool, logit_stats: bool, embedding: bool) -> None:
         self.source, self.unembed, self.sharding = model.source, model.unembed, model.sharding
         num_layers = len(model.source)
         self.layers = list(range(num_layers)) if self.sharding is None else self.sharding.layers_of(range(num_layers))
@@ -123,6 +129,8 @@ class _Totals:
         self.lenses: dict[str, Lens] = {"logit": LogitLens()} | ({} if tuned is None else {"tuned": tuned})
         self.totals = {name: _LensTotals(num_layers, self.unembed, logit_stats) for name in self.lenses}
         self.transfer = TransferSums(num_layers) if layer_transfer else None
+        self.embedding = {name: _LensTotals(1, self.unembed, False) for name in self.lenses} if embedding else {}
+        self.sizes: list[tuple[int, int]] = []  # positions and labels of each sequence
 
     @property
     def positions(self) -> int:
@@ -131,11 +139,12 @@ class _Totals:
 
     def add(self, ids: mx.array, counted: np.ndarray | None) -> None:
         """Add a sequence of ids [T]. `counted` says at which the prediction counts, bool [T]; None = at every one."""
-        captured = self.source.capture(ids[None])
+        captured = self.source.capture(ids[None], with_embedding=bool(self.embedding))
         labels, unlabeled = mx.concatenate([ids[1:], ids[:1]]), 1  # the last label is a placeholder; the sums leave it out
         if counted is not None:
             captured = replace(captured, mask=mx.array(counted[None]))
             labels, unlabeled = labels[mx.array(np.flatnonzero(counted))], int(counted[-1])
+        self.sizes.append((len(labels), len(labels) - unlabeled))
         hidden = [captured.rows(layer) for layer in range(len(captured.hidden))]
         n_model = self.unembed.norm(hidden[-1])
         self.model.add(n_model[None], n_model, labels, unlabeled)
@@ -143,6 +152,11 @@ class _Totals:
             if self.layers:  # with more processes than layers, some have none
                 rows = lens_rows(hidden, self.layers, lens, self.unembed.norm)
                 self.totals[name].add(rows, n_model, labels, unlabeled, self.layers)
+            else:
+                self.totals[name].scores.add_nothing()
+        for name, totals in self.embedding.items():
+            h = translated_embedding(self.lenses[name], captured.rows(EMBEDDING))
+            totals.add(self.unembed.norm(h)[None], n_model, labels, unlabeled)
         if self.transfer is not None:
             self.transfer.add(hidden, self.lenses["tuned"], self.unembed, n_model, labels, unlabeled, self.layers)
 
@@ -165,6 +179,7 @@ class _Totals:
         """Return the means over the text."""
         nats_to_bpb = 1 / (bytes_per_token * math.log(2))
         scores = {name: each.scores.scores(nats_to_bpb) for name, each in self.totals.items()}
+        embedding = {name: each.scores.scores(nats_to_bpb)[0] for name, each in self.embedding.items()}
         marginals = {name: each.marginals.means() for name, each in {"model": self.model, **self.totals}.items() if each.marginals is not None}
         return Evaluation(
             tokens=self.positions,
@@ -175,7 +190,15 @@ class _Totals:
             transfer=None if self.transfer is None else self.transfer.means(),
             logit_stats=marginals or None,
             untranslated=untranslated_layers(self.lenses["tuned"]) if "tuned" in self.lenses else (),
+            embedding=embedding or None,
+            sequences=self._sequences(),
         )
+
+    def _sequences(self) -> SequenceScores:
+        """Return the values of every sequence."""
+        totals = {"model": self.model, **self.totals, **{f"{name} embedding": each for name, each in self.embedding.items()}}
+        positions, labels = np.array(self.sizes, np.int64).T
+        return SequenceScores(positions, labels, {name: np.stack(each.scores.by_sequence) for name, each in totals.items()})
 
 
 class _LensTotals:

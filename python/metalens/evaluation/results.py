@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import zipfile
@@ -14,6 +15,7 @@ import numpy as np
 
 from metalens.evaluation.marginals import LogitStats, bias
 from metalens.evaluation.scores import Scores
+from metalens.evaluation.sequences import SequenceScores
 from metalens.evaluation.transfer import Transfer
 from metalens.utils.files import atomic_write
 from metalens.utils.outputs import Output, require_replaceable
@@ -37,6 +39,8 @@ class Evaluation:
             None if not asked for.
         untranslated: layers of which the tuned lens has no translator. It reads them as the logit lens does, so tables, JSON
             and means of the tuned lens leave them out; `tuned` and `logit_stats` have them, to keep layer i at index i.
+        embedding: scores of the embedding's output, {"logit", and "tuned" if there is a lens}; None if not asked for. No mean has them.
+        sequences: values of every sequence, and the standard errors of the means; None if not known.
     """
 
     tokens: int
@@ -47,6 +51,8 @@ class Evaluation:
     transfer: Transfer | None = None
     logit_stats: dict[str, LogitStats] | None = field(default=None, compare=False, repr=False)
     untranslated: tuple[int, ...] = ()
+    embedding: dict[str, Scores] | None = None
+    sequences: SequenceScores | None = field(default=None, compare=False, repr=False)
 
     def __repr__(self) -> str:
         lenses = {"logit": self.logit} | ({} if self.tuned is None else {"tuned": self.tuned})
@@ -57,6 +63,8 @@ class Evaluation:
         rows = [f"{i:>6}" + "".join(self._cells(name, i) for name in lenses) for i in range(len(self.logit))]
         if len(rows) > MOST_ROWS:
             rows[MOST_ROWS // 2 : -MOST_ROWS // 2] = [f"{'...':>6}"]
+        if self.embedding is not None:
+            rows.insert(0, f"{'embed.':>6}" + "".join(_cells(self.embedding[name].kl, self.embedding[name].top1) for name in lenses))
         if rows:
             chosen = {name: [scores[i] for i in self.translated] for name, scores in lenses.items()}
             rows.append(f"{'mean':>6}" + "".join(_cells(_mean(s.kl for s in scores), _mean(s.top1 for s in scores)) for scores in chosen.values()))
@@ -93,6 +101,16 @@ class Evaluation:
         model = self.logit_stats["model"]
         return {name: bias(model, stats) for name, stats in self.logit_stats.items() if name != "model"}
 
+    def standard_errors(self, lens: str, score: str) -> list[float] | None:
+        """Return the standard errors of the means of a lens, one for each layer, by the spread over sequences; None for fewer than two sequences.
+
+        Args:
+            lens: 'model' (one layer), 'logit' or 'tuned'; with the embedding also 'logit embedding' and 'tuned embedding' (one layer).
+            score: 'kl', 'ce', 'entropy' (nats per token) or 'top1' (0 to 1).
+        """
+        found = None if self.sequences is None else self.sequences.standard_errors(lens, score)
+        return None if found is None else [float(value) for value in found]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON holds it, in nats per token unless a name gives the unit.
 
@@ -100,7 +118,8 @@ class Evaluation:
             {"tokens", "bytes_per_token", "model": {...}, "layers": [{"layer", "logit": {...}, "tuned": {...}}, ...]},
             where {...} has the fields of `Scores`. A layer that the tuned lens does not translate has no "tuned". With
             logit_stats, "logit" and "tuned" also have "bias" and "bias_bits" (bits per token). With transfer there is
-            also "transfer": {"ce", "kl", "kl_model"}, each [translator][layer].
+            also "transfer": {"ce", "kl", "kl_model"}, each [translator][layer]; with the embedding "embedding": {"logit", "tuned"}; and of
+            two sequences or more "sequences", their number, and "standard_errors": {lens: {"kl": [L], "ce": [L]}}.
         """
         layers: list[dict[str, Any]] = [{"layer": i, "logit": asdict(scores)} for i, scores in enumerate(self.logit)]
         if self.tuned is not None:
@@ -111,13 +130,18 @@ class Evaluation:
                 if name in entry:
                     entry[name] |= {"bias": value, "bias_bits": value / math.log(2)}
         result = {"tokens": self.tokens, "bytes_per_token": self.bytes_per_token, "model": asdict(self.model), "layers": layers}
+        if self.embedding is not None:
+            result["embedding"] = {name: asdict(scores) for name, scores in self.embedding.items()}
+        if self.sequences is not None and len(self.sequences) > 1:
+            result["sequences"] = len(self.sequences)
+            result["standard_errors"] = {lens: {name: self.standard_errors(lens, name) for name in ("kl", "ce")} for lens in self.sequences.sums}
         return result if self.transfer is None else result | {"transfer": asdict(self.transfer)}
 
     def to_upstream(self) -> dict[str, Any]:
         """Return the contents of the aggregate_metrics.json of upstream's `tuned-lens eval`: its names, its units and ITS numbering of layers.
 
         Upstream's layer i is the INPUT of block i. So "layer_<i + 1>" here is the output of block i, which is layer i
-        everywhere else in metalens: equal names mean equal hidden states. There is no "layer_0" (the embedding).
+        everywhere else in metalens: equal names mean equal hidden states. "layer_0", the embedding, is there if it was measured.
         "tuned" has only the layers that the lens translates.
         Upstream's file does not have the last layer (the model's own output) and "kl_model". Only upstream's file has a
         "layer_transfer" of the logit lens, whose translators are all the same.
@@ -143,6 +167,9 @@ class Evaluation:
         result: dict[str, Any] = {"baseline": own, "logit": of_lens(self.logit)}
         if self.tuned is not None:
             result["tuned"] = of_lens(self.tuned, self.untranslated)
+        for name, scores in (self.embedding or {}).items():
+            for score, value in (("ce", scores.bits_per_byte), ("entropy", scores.entropy_bits_per_byte), ("kl", scores.kl_bits_per_byte)):
+                result[name][score] = {"layer_0": value} | result[name][score]
         if self.transfer is not None:
             result["tuned"]["layer_transfer"] = {
                 name: {f"layer_{i + 1}": by_layer([v * ratio for v in row]) for i, row in enumerate(matrix) if i not in self.untranslated}
@@ -159,16 +186,18 @@ def _cells(kl: float, top1: float) -> str:
     return f"  {kl:z9.3f}  {100 * top1:5.1f}%"
 
 
-RESULTS = ("evaluation.json", "aggregate_metrics.json", "logit_stats.npz")
+LONGEST_LINE = 1 << 26  # bytes of batches.jsonl that are read to see whose it is
+RESULTS = ("evaluation.json", "aggregate_metrics.json", "batches.jsonl", "logit_stats.npz")
 
 
 def result_outputs(folder: str | Path) -> list[Output]:
     """Return the files that `write_results` may write."""
     folder = Path(folder).expanduser()
-    evaluation, metrics, stats = (folder / name for name in RESULTS)
+    evaluation, metrics, batches, stats = (folder / name for name in RESULTS)
     return [
         Output(evaluation, "an evaluation", lambda path: _has_keys(path, "tokens", "bytes_per_token", "layers")),
         Output(metrics, "the metrics of an evaluation", lambda path: _has_keys(path, "baseline", "logit")),
+        Output(batches, "the values of sequences", _is_batches),
         Output(stats, "the statistics of an evaluation", _is_logit_stats),
     ]
 
@@ -181,6 +210,16 @@ def _has_keys(file: Path, *keys: str) -> bool:
     return isinstance(found, dict) and found.keys() >= set(keys)
 
 
+def _is_batches(file: Path) -> bool:
+    with file.open("rb") as opened:
+        line = opened.readline(LONGEST_LINE)
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and type(found.get("tokens")) is int and "baseline" in found
+
+
 def _is_logit_stats(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
@@ -191,15 +230,16 @@ def _is_logit_stats(file: Path) -> bool:
 
 
 def write_results(evaluation: Evaluation, folder: str | Path, *, force: bool = False) -> list[Path]:
-    """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all.
+    """Write an evaluation into a folder. Create the folder if it is missing. Each file appears whole or not at all, and none before all are written.
 
     evaluation.json: `Evaluation.to_dict`. aggregate_metrics.json: `Evaluation.to_upstream`, in upstream's names, units
-    and numbering of layers. logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats
+    and numbering of layers. batches.jsonl: a line for each sequence, `SequenceScores.to_upstream`.
+    logit_stats.npz, with logit_stats: n, and <name>_marginal_probs and <name>_sufficient_stats
     [L, V] for the names model (L = 1), logit and tuned.
         float32; layer i is the output of block i. (Upstream writes the marginals as JSON: hundreds of megabytes for
         large vocabularies.)
 
-    A logit_stats.npz of an earlier evaluation is deleted if this one has none.
+    A batches.jsonl or logit_stats.npz of an earlier evaluation is deleted if this one has none.
 
     Args:
         evaluation: the results.
@@ -218,19 +258,24 @@ def write_results(evaluation: Evaluation, folder: str | Path, *, force: bool = F
     outputs = result_outputs(folder)
     require_replaceable(outputs, force=force)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, data in (("evaluation.json", evaluation.to_dict()), ("aggregate_metrics.json", evaluation.to_upstream())):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-        written.append(folder / name)
-    if evaluation.logit_stats is not None:
-        arrays: dict[str, Any] = {"n": np.array(evaluation.tokens)}
-        for name, stats in evaluation.logit_stats.items():
-            arrays[f"{name}_marginal_probs"] = stats.marginal_probs.astype(np.float32)
-            arrays[f"{name}_sufficient_stats"] = stats.sufficient_stats.astype(np.float32)
-        with atomic_write(folder / "logit_stats.npz") as temporary:
-            np.savez(temporary, allow_pickle=False, **arrays)
-        written.append(folder / "logit_stats.npz")
-    elif outputs[-1].path.is_file():
-        outputs[-1].path.unlink()
+    contents = {RESULTS[0]: evaluation.to_dict(), RESULTS[1]: evaluation.to_upstream()}
+    there = {RESULTS[2]: evaluation.sequences is not None, RESULTS[3]: evaluation.logit_stats is not None}
+    written = [folder / name for name in RESULTS if there.get(name, True)]
+    with contextlib.ExitStack() as stack:  # at its end all files are moved into place, one right after the other
+        temporaries = {path.name: stack.enter_context(atomic_write(path)) for path in written}
+        for name, data in contents.items():
+            temporaries[name].write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        if evaluation.sequences is not None:
+            lines = (json.dumps(entry, allow_nan=False) + "\n" for entry in evaluation.sequences.to_upstream(evaluation.nats_to_bpb))
+            with temporaries[RESULTS[2]].open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+        if evaluation.logit_stats is not None:
+            arrays: dict[str, Any] = {"n": np.array(evaluation.tokens)}
+            for name, stats in evaluation.logit_stats.items():
+                arrays[f"{name}_marginal_probs"] = stats.marginal_probs.astype(np.float32)
+                arrays[f"{name}_sufficient_stats"] = stats.sufficient_stats.astype(np.float32)
+            np.savez(temporaries[RESULTS[3]], allow_pickle=False, **arrays)
+    for output in outputs:
+        if not there.get(output.path.name, True) and output.path.is_file():
+            output.path.unlink()
     return written

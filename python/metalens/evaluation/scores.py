@@ -46,10 +46,12 @@ class Sums:
     Attributes:
         positions: number of positions so far.
         labels: number of positions with a next token so far.
+        by_sequence: [L, 4] sums of kl, nll, entropy and agreements of each sequence.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.kl, self.nll, self.entropy, self.agreements = np.zeros((4, num_layers))
+        self.by_sequence: list[np.ndarray] = []
         self.positions = 0
         self.labels = 0
 
@@ -67,17 +69,26 @@ class Sums:
         require_finite(stats)
         rows = list(range(len(self.kl)) if layers is None else layers)
         labels = stats.lse.shape[1] - unlabeled
-        self.kl[rows] += total(stats.kl)
-        self.nll[rows] += total(stats.nll, slice(labels))
-        self.entropy[rows] += total(stats.entropy)
-        self.agreements[rows] += total(stats.agrees)
+        sums = total(stats.kl), total(stats.nll, slice(labels)), total(stats.entropy), total(stats.agrees)
+        self.by_sequence.append(np.zeros((len(self.kl), len(sums))))
+        self.by_sequence[-1][rows] = np.stack(sums, axis=1)
+        for whole, part in zip((self.kl, self.nll, self.entropy, self.agreements), sums, strict=True):
+            whole[rows] += part
         self.positions += stats.lse.shape[1]
         self.labels += labels
+
+    def add_nothing(self) -> None:
+        """Add a sequence of which this process reads no layer."""
+        self.by_sequence.append(np.zeros((len(self.kl), 4)))
 
     def gather(self, sharding: Sharding) -> None:
         """Take over the sums of the layers that other processes have read."""
         table = sharding.gathered(np.stack([self.kl, self.nll, self.entropy, self.agreements], axis=1))
         self.kl, self.nll, self.entropy, self.agreements = table.T
+        sequences = np.stack(self.by_sequence, axis=1) if self.by_sequence else np.zeros((len(self.kl), 0, 4))
+        layers, count = sequences.shape[:2]
+        gathered = sharding.gathered(np.ascontiguousarray(sequences.reshape(layers, -1))).reshape(layers, count, 4)
+        self.by_sequence = list(np.moveaxis(gathered, 1, 0))
 
     def scores(self, nats_to_bpb: float) -> list[Scores]:
         """Return the means of each layer.

@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.lenses.lens_file import LensData, LensDescription, lens_outputs, read_lens, write_lens
+from metalens.lenses.lens_file import LensData, LensDescription, lens_outputs, write_lens
+from metalens.lenses.opening import read_lens_at
 from metalens.lenses.translators import (
     VARIANTS,
     BiasTranslator,
@@ -26,12 +28,21 @@ from metalens.lenses.translators import (
     parameters_of,
     translate,
 )
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.outputs import require_replaceable
+from metalens.utils.warn import warn_caller
 
 # A function (hidden [..., D], layer) -> [..., D]. TunedLens and LogitLens are such functions.
 Lens = Callable[[mx.array, int], mx.array]
 
+# Random key of the embedding's translator of low rank, plus the seed. Those of blocks are smaller.
+EMBEDDING_KEY = 1 << 32
+
+_EMBEDDING_RENAMED = (
+    "TunedLens.embedding, (A, b) of y = h + A h + b, is now TunedLens.embedding_translator, a translator like those of blocks; "
+    "the old name will be removed in the next release."
+)
 _RENAMED = "TunedLens.origin is now TunedLens.provenance; the old name will be removed in the next release."
 
 
@@ -62,12 +73,12 @@ class TunedLens(nn.Module):
             `metalens.lenses.translators`. All have `weight` and `bias` to read.
         provenance: the model, the training and the text of the lens, saved with it: see
             `metalens.lenses.provenance.provenance_of`. {} = unknown.
-        embedding: (A [D, D], b [D]) of y = h + A h + b for the embedding, which is no block's output. Nothing here uses
-            it; it is kept because tuned-lens's files may have it. None = none.
+        embedding_translator: translator of the embedding's output, the input of block 0, of the same variant. None = the lens has
+            none, and leaves that output as it is. tuned-lens's lenses have one, as their layer 0.
     """
 
     provenance: dict[str, Any]
-    embedding: tuple[mx.array, mx.array] | None
+    embedding_translator: nn.Linear | Translator | None
 
     def __init__(
         self,
@@ -77,6 +88,7 @@ class TunedLens(nn.Module):
         rank: int | None = None,
         bias_only: bool = False,
         layers: Iterable[int] | None = None,
+        embedding: bool = False,
         seed: int = 0,
     ) -> None:
         """Make a lens that is the identity.
@@ -87,6 +99,7 @@ class TunedLens(nn.Module):
             rank: rank r of translators y = h + B (A h) + b with A [r, D] and B [D, r], in place of W [D, D].
             bias_only: use translators y = h + b.
             layers: blocks that get a translator; the lens leaves the output of the others unchanged. None = all.
+            embedding: also make a translator for the embedding's output.
             seed: seed of the random A of low-rank translators.
 
         Raises:
@@ -107,20 +120,18 @@ class TunedLens(nn.Module):
         self.rank = rank
         self.bias_only = bias_only
         self.provenance = {}
-        self.embedding = None
 
-        def translator(layer: int) -> nn.Linear | Translator:
-            if layer not in chosen:
-                return NoTranslator(hidden_dim)
+        def translator(key: int) -> nn.Linear | Translator:
             if rank is not None:
-                return LowRankTranslator(hidden_dim, rank, mx.random.key(seed * num_layers + layer))
+                return LowRankTranslator(hidden_dim, rank, mx.random.key(key))
             return BiasTranslator(hidden_dim) if bias_only else identity_linear(hidden_dim)
 
-        self.translators = [translator(layer) for layer in range(num_layers)]
+        self.translators = [translator(seed * num_layers + i) if i in chosen else NoTranslator(hidden_dim) for i in range(num_layers)]
+        self.embedding_translator = translator(EMBEDDING_KEY + seed) if embedding else None
 
     def __setattr__(self, key: str, value: Any) -> None:
         # nn.Module makes every dict and tuple a part of the parameters.
-        if key in ("provenance", "origin", "embedding"):
+        if key in ("provenance", "origin", "embedding"):  # the last two are properties
             object.__setattr__(self, key, value)
         else:
             super().__setattr__(key, value)
@@ -137,6 +148,28 @@ class TunedLens(nn.Module):
         self.provenance = value
 
     @property
+    def embedding(self) -> tuple[mx.array, mx.array] | None:
+        """Return (A [D, D], b [D]) of `embedding_translator`, y = h + A h + b. Deprecated."""
+        warnings.warn(_EMBEDDING_RENAMED, DeprecationWarning, stacklevel=2)
+        if self.embedding_translator is None:
+            return None
+        weight, bias = self.dense(EMBEDDING)
+        return weight - mx.eye(self.hidden_dim), bias
+
+    @embedding.setter
+    def embedding(self, value: tuple[mx.array, mx.array] | None) -> None:
+        warnings.warn(_EMBEDDING_RENAMED, DeprecationWarning, stacklevel=3)
+        if value is not None and self.variant != "full":
+            raise InvalidValueError(
+                f"A lens of the variant {self.variant!r} can't store the whole matrix A of its embedding: set that of its to_full(), "
+                "or set embedding_translator to a translator of this variant."
+            )
+        self.embedding_translator = None
+        if value is not None:
+            self.embedding_translator = identity_linear(self.hidden_dim)
+            self.embedding_translator.update({"weight": value[0] + mx.eye(self.hidden_dim), "bias": value[1]})
+
+    @property
     def variant(self) -> str:
         """Return 'full', 'low-rank' or 'bias'."""
         return "bias" if self.bias_only else "full" if self.rank is None else "low-rank"
@@ -146,12 +179,34 @@ class TunedLens(nn.Module):
         """Return the indices of the blocks that have a translator, in rising order: at most `num_layers` of them."""
         return [i for i, translator in enumerate(self.translators) if not isinstance(translator, NoTranslator)]
 
-    def __call__(self, h: mx.array, layer_idx: int) -> mx.array:
-        """Translate the output of block `layer_idx`.
+    @property
+    def translated(self) -> list[Layer]:
+        """Return all layers that have a translator: 'embedding' first, if it has one, then `layers`."""
+        blocks: list[Layer] = [*self.layers]
+        return blocks if self.embedding_translator is None else [EMBEDDING, *blocks]
+
+    def __len__(self) -> int:
+        """Return L, the number of blocks."""
+        return self.num_layers
+
+    def __iter__(self) -> Iterator[nn.Linear | Translator]:
+        """Iterate over the translators of the blocks, from block 0 on."""
+        return iter(self.translators)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the translator of a block by its number, negative from the end, or a list of them for a slice; for a name, what nn.Module has."""
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        if isinstance(key, int) and not -self.num_layers <= key < self.num_layers:
+            raise IndexError(f"The lens has no layer {key}: its layers are 0 to {self.num_layers - 1}.")
+        return self.translators[key]
+
+    def __call__(self, h: mx.array, layer_idx: Layer) -> mx.array:
+        """Translate the output of block `layer_idx`, or of the embedding.
 
         Args:
             h: [..., D], any float type.
-            layer_idx: 0 <= layer_idx < num_layers.
+            layer_idx: 0 <= layer_idx < num_layers, or 'embedding'.
 
         Returns:
             [..., D] float32.
@@ -161,28 +216,34 @@ class TunedLens(nn.Module):
         """
         return translate(parameters_of(self.translator(layer_idx, h.shape[-1] if h.ndim else 0)), h)
 
-    def translator(self, layer_idx: int, width: int) -> nn.Linear | Translator:
-        """Return the translator of block `layer_idx`, with `weight` [D, D] and `bias` [D], after a check of the width.
+    def translator(self, layer_idx: Layer, width: int) -> nn.Linear | Translator:
+        """Return the translator of block `layer_idx`, or of the embedding, with `weight` [D, D] and `bias` [D], after a check of the width.
 
         Raises:
             InvalidValueError: if the lens does not have this layer or this width.
         """
-        if not 0 <= layer_idx < self.num_layers:
+        if layer_idx != EMBEDDING and _index(layer_idx) not in range(self.num_layers):
             raise InvalidValueError(f"layer_idx {layer_idx} out of range [0, {self.num_layers})")
         if width != self.hidden_dim:
             raise InvalidValueError(f"The lens translates vectors of width {self.hidden_dim}, not {width}. It belongs to another model.")
-        return self.translators[layer_idx]
+        return self.translator_of(layer_idx)
 
-    def dense(self, layer_idx: int) -> tuple[mx.array, mx.array]:
-        """Return (W [D, D], b [D]) of y = W h + b for block `layer_idx`, for every variant. Lazy."""
+    def translator_of(self, layer: Layer) -> nn.Linear | Translator:
+        """Return the translator of a layer that the lens has. A lens without one for the embedding has there the identity."""
+        if layer != EMBEDDING:
+            return self.translators[layer]
+        return NoTranslator(self.hidden_dim) if self.embedding_translator is None else self.embedding_translator
+
+    def dense(self, layer_idx: Layer) -> tuple[mx.array, mx.array]:
+        """Return (W [D, D], b [D]) of y = W h + b for block `layer_idx`, or for the embedding, for every variant. Lazy."""
         return dense(parameters_of(self.translator(layer_idx, self.hidden_dim)), self.hidden_dim)
 
     def to_full(self) -> TunedLens:
         """Return the same lens with every W stored whole, which mlxterp can load. The provenance and the embedding are copied."""
-        full = TunedLens(self.num_layers, self.hidden_dim)
-        for i, translator in enumerate(full.translators):
-            translator["weight"], translator["bias"] = self.dense(i)
-        full.provenance, full.embedding = dict(self.provenance), self.embedding
+        full = TunedLens(self.num_layers, self.hidden_dim, embedding=self.embedding_translator is not None)
+        for layer in full.translated:
+            full.translator_of(layer).update(dict(zip(("weight", "bias"), self.dense(layer), strict=True)))
+        full.provenance = dict(self.provenance)
         return full
 
     def check_fits(self, num_layers: int, hidden_dim: int) -> None:
@@ -210,33 +271,73 @@ class TunedLens(nn.Module):
             force: replace files of these names that are not a lens.
 
         Raises:
-            InvalidValueError: if an array holds NaN or infinity, if JSON cannot hold the provenance, or if a file of this
-                name is not a lens. Nothing is written then.
+            InvalidValueError: if an array holds NaN or infinity, if a translator is of another variant than the lens, if JSON
+                cannot hold the provenance, or if a file of this name is not a lens. Nothing is written then.
             OSError: if a file cannot be written.
         """
         require_replaceable(lens_outputs(path), force=force)
         layers = self.layers
         chosen = None if len(layers) == self.num_layers else layers
         described = LensDescription(self.num_layers, self.hidden_dim, self.variant, self.rank, chosen, self.provenance)
-        parameters = {i: {part: self.translators[i][part] for part in VARIANTS[self.variant]} for i in layers}
-        write_lens(path, LensData(described, parameters, self.embedding))
+        embedding = None if self.embedding_translator is None else self._stored(EMBEDDING)
+        write_lens(path, LensData(described, {i: self._stored(i) for i in layers}, embedding))
+
+    def _stored(self, layer: Layer) -> dict[str, mx.array]:
+        """Return the arrays of a translator that the file holds (InvalidValueError if it has others than those of the lens's variant)."""
+        found, parts = parameters_of(self.translator_of(layer)), VARIANTS[self.variant]
+        name = "the embedding" if layer == EMBEDDING else f"layer {layer}"
+        if found.keys() != set(parts):
+            raise InvalidValueError(
+                f"The translator of {name} holds {', '.join(found)}, and a lens of the variant {self.variant!r} stores "
+                f"{', '.join(parts)}. Nothing is written. Save the lens's to_full(), which stores every translator whole."
+            )
+        return {part: found[part] for part in parts}
 
     @classmethod
     def load(cls, path: str | Path) -> TunedLens:
-        """Read a lens that this class or mlxterp saved.
+        """Read a lens that this class, mlxterp or tuned-lens saved.
+
+        Args:
+            path: the pair NAME.npz and NAME.json, with or without a suffix; a folder of tuned-lens, with params.pt and config.json; or
+                'hf:' and the id of a lens of tuned-lens's collection on the Hugging Face hub.
 
         Raises:
-            FileNotFoundError: if one of the two files is missing.
+            FileNotFoundError: if there is no lens at the path, or one of its two files is missing, or the hub has no such lens.
             InvalidValueError: if the files are damaged, are not a lens, disagree, or hold NaN or infinity.
         """
-        stored = read_lens(path)
-        described = stored.description
-        lens = cls(described.num_layers, described.hidden_dim, rank=described.rank, bias_only=described.variant == "bias", layers=described.layers)
-        for i, parameters in stored.translators.items():
-            for name, array in parameters.items():
-                setattr(lens.translators[i], name, array)
-        lens.provenance, lens.embedding = described.provenance, stored.embedding
+        return cls.from_data(read_lens_at(path))
+
+    @classmethod
+    def from_data(cls, stored: LensData) -> TunedLens:
+        """Return the lens that files hold. Warn if a variant has the whole matrix of its embedding, as before version 3: return a full lens then."""
+        described, embedding = stored.description, stored.embedding
+        kind: dict[str, Any] = {"rank": described.rank, "bias_only": described.variant == "bias", "layers": described.layers}
+        lens = cls(described.num_layers, described.hidden_dim, embedding=embedding is not None, **kind)
+        _set(lens, stored.translators)
+        if embedding is not None and embedding.keys() != set(VARIANTS[described.variant]):
+            warn_caller(
+                f"This lens of the variant {described.variant!r} has the whole matrix of its embedding, as older versions wrote it. "
+                "It is read as a full lens, and stored as one when you save it."
+            )
+            lens = lens.to_full()
+        _set(lens, {} if embedding is None else {EMBEDDING: embedding})
+        lens.provenance = described.provenance
         return lens
+
+
+def _set(lens: TunedLens, parameters: Mapping[Any, Mapping[str, mx.array]]) -> None:
+    """Give translators of a lens their parameters, by layer."""
+    for layer, of_layer in parameters.items():
+        for name, array in of_layer.items():
+            setattr(lens.translator_of(layer), name, array)
+
+
+def _index(layer: Any) -> int | None:
+    """Return the number of a layer as Python's whole number: NumPy has others. None = it is no whole number."""
+    try:
+        return operator.index(layer)
+    except TypeError:
+        return None
 
 
 def as_lens(lens: Lens | str | Path | None) -> Lens:

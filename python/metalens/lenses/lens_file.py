@@ -1,7 +1,8 @@
 """The files of a lens: `<name>.npz` holds the arrays, `<name>.json` says what they are.
 
     x.npz    translators_<i>_weight [D, D] and translators_<i>_bias [D] of every layer i, float32. A variant stores the arrays that
-             `lenses.translators.VARIANTS` lists. embedding_weight [D, D] and embedding_bias [D] are optional.
+             `lenses.translators.VARIANTS` lists. The arrays of the embedding's translator, translators_embedding_weight and so on, are
+             optional. Before version 3 they were embedding_weight, which is W - I, and embedding_bias.
     x.json   num_layers and hidden_dim. On demand also format_version, variant, rank, layers, and the provenance under the key "origin".
              "checksums" has the SHA-256 of x.npz, which binds the two files, and that of the other keys.
 
@@ -11,7 +12,6 @@ mlxterp writes and reads the pair of a full lens. This module knows files and ar
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import zipfile
@@ -24,16 +24,17 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.lenses.translators import VARIANTS, shape_of
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import atomic_write, sha256_of
+from metalens.utils.files import atomic_write, sha256_of, sha256_of_values
 from metalens.utils.outputs import Output
 from metalens.utils.warn import warn_caller
 
-# Version 1 is a full lens: mlxterp and every metalens read it, whatever else the file says. Version 2 knows the variants.
-FORMAT_VERSION = 2
+# Version 1 is a full lens: mlxterp and every metalens read it, whatever else the file says. Version 2 knows the variants, version 3 a translator of
+# the embedding, which mlxterp does not read.
+FORMAT_VERSION = 3
 # The largest number of layers that a file may claim without having arrays for them.
 MAX_LAYERS = 10_000
-EMBEDDING = ("embedding_weight", "embedding_bias")
 # The provenance keeps its old key, so that older versions read it.
 PROVENANCE = "origin"
 # {"weights": SHA-256 of the .npz file, "description": that of the other keys}. Older versions and mlxterp ignore it.
@@ -82,12 +83,12 @@ class LensData:
     Attributes:
         description: contents of the .json file.
         translators: {layer: {parameter: array}}, as `lenses.translators.parameters_of` returns them.
-        embedding: (A [D, D], b [D]), or None.
+        embedding: parameters of the embedding's translator, like those of a layer. None = it has none.
     """
 
     description: LensDescription
     translators: Mapping[int, Mapping[str, mx.array]]
-    embedding: tuple[mx.array, mx.array] | None = None
+    embedding: Mapping[str, mx.array] | None = None
 
 
 def lens_files(path: str | Path) -> tuple[Path, Path]:
@@ -124,7 +125,7 @@ def write_lens(path: str | Path, lens: LensData) -> None:
     json.dumps(about, allow_nan=False, default=_refuse)
     arrays = {array_name(layer, part): _finite(array, f"layer {layer}") for layer, parts in lens.translators.items() for part, array in parts.items()}
     if lens.embedding is not None:
-        arrays |= {name: _finite(array, "the embedding") for name, array in zip(EMBEDDING, lens.embedding, strict=True)}
+        arrays |= {array_name(EMBEDDING, part): _finite(array, "the embedding") for part, array in lens.embedding.items()}
     weights.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(config) as description, contextlib.ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(weights))
@@ -147,9 +148,8 @@ def _finite(array: mx.array, what: str) -> np.ndarray:
 
 
 def _sha256_of_description(about: Mapping[str, Any]) -> str:
-    """Return the hash of a .json file's values, the checksums left out, independent of the layout."""
-    values = {key: value for key, value in about.items() if key != CHECKSUMS}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=_refuse).encode()).hexdigest()
+    """Return the hash of a .json file's values, the checksums left out."""
+    return sha256_of_values({key: value for key, value in about.items() if key != CHECKSUMS}, _refuse)
 
 
 def read_lens(path: str | Path) -> LensData:
@@ -163,7 +163,7 @@ def read_lens(path: str | Path) -> LensData:
     weights, config = lens_files(path)
     for file in (weights, config):
         if not file.is_file():
-            raise FileNotFoundError(f"No lens at {path}: {file} is missing. A lens is the pair {weights.name} and {config.name}.{_hint(Path(path))}")
+            raise FileNotFoundError(f"No lens at {path}: {file} is missing. A lens is the pair {weights.name} and {config.name}.")
     described, checksum = _read_config(config)
     expected = f"a lens of {described.num_layers} layers, as {config.name} says"
     arrays = read_arrays(weights, lambda stored: _expected_arrays(described, stored), expected)
@@ -174,12 +174,10 @@ def read_lens(path: str | Path) -> LensData:
             "Copy both files again, or train the lens again; with --resume, a run that has finished only writes them."
         )
     translators = {i: {part: arrays[array_name(i, part)] for part in VARIANTS[described.variant]} for i in described.translated_layers}
-    embedding = (arrays[EMBEDDING[0]], arrays[EMBEDDING[1]]) if EMBEDDING[0] in arrays else None
-    return LensData(described, translators, embedding)
-
-
-def _hint(path: Path) -> str:
-    return " The folder is one of tuned-lens: read it with metalens.compat.load_lens." if (path / "params.pt").is_file() else ""
+    embedding = {part: arrays[name] for part in VARIANTS[described.variant] if (name := array_name(EMBEDDING, part)) in arrays}
+    if _OLD_EMBEDDING[0] in arrays:
+        embedding = {"weight": mx.eye(described.hidden_dim) + arrays[_OLD_EMBEDDING[0]], "bias": arrays[_OLD_EMBEDDING[1]]}
+    return LensData(described, translators, embedding or None)
 
 
 # ------------------------------------------------------------------ the .json file
@@ -189,9 +187,11 @@ def _config_of(lens: LensData) -> dict[str, Any]:
     described = lens.description
     config: dict[str, Any] = {"num_layers": described.num_layers, "hidden_dim": described.hidden_dim}
     if not described.is_full:
-        config |= {"format_version": FORMAT_VERSION, "variant": described.variant, "rank": described.rank, "layers": described.translated_layers}
-    elif described.provenance or lens.embedding is not None:
+        config |= {"format_version": 2, "variant": described.variant, "rank": described.rank, "layers": described.translated_layers}
+    elif described.provenance:
         config |= {"format_version": 1}
+    if lens.embedding is not None:
+        config |= {"format_version": 3}
     return config | ({PROVENANCE: described.provenance} if described.provenance else {})
 
 
@@ -254,18 +254,19 @@ def is_lens_archive(file: Path) -> bool:
             found = [name.removesuffix(".npy") for name in archive.namelist()]
     except (ValueError, zipfile.BadZipFile, NotImplementedError):
         return False
-    return bool(found) and all(_ARRAY.fullmatch(name) or name in EMBEDDING for name in found)
+    return bool(found) and all(_ARRAY.fullmatch(name) for name in found)
 
 
 # ------------------------------------------------------------------ the .npz file
 
 
-def array_name(layer: int, parameter: str) -> str:
+def array_name(layer: Layer, parameter: str) -> str:
     """Return the name of a translator's parameter in the .npz file."""
     return f"translators_{layer}_{parameter}"
 
 
-_ARRAY = re.compile(r"translators_\d+_(weight|down|up|bias)")
+_ARRAY = re.compile(r"translators_(\d+|embedding)_(weight|down|up|bias)|embedding_(weight|bias)")
+_OLD_EMBEDDING = ("embedding_weight", "embedding_bias")
 
 
 def _expected_arrays(described: LensDescription, stored: set[str]) -> dict[str, tuple[int, ...]]:
@@ -273,9 +274,10 @@ def _expected_arrays(described: LensDescription, stored: set[str]) -> dict[str, 
     d = described.hidden_dim
     layers = range(described.num_layers) if described.layers is None else described.layers
     expected = {array_name(i, part): shape_of(part, d, described.rank) for i in layers[: len(stored) + 1] for part in VARIANTS[described.variant]}
-    if set(EMBEDDING) <= stored:
-        expected |= {EMBEDDING[0]: (d, d), EMBEDDING[1]: (d,)}
-    return expected
+    of_embedding = {array_name(EMBEDDING, part): shape_of(part, d, described.rank) for part in VARIANTS[described.variant]}
+    if set(_OLD_EMBEDDING) <= stored:
+        of_embedding = {_OLD_EMBEDDING[0]: (d, d), _OLD_EMBEDDING[1]: (d,)}
+    return expected | of_embedding if of_embedding.keys() & stored else expected
 
 
 class WrongArraysError(InvalidValueError):

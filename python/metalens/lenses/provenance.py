@@ -13,7 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.lenses.lens import Lens, TunedLens
+from metalens.lenses.translators import parameters_of
 from metalens.models.language_model import LanguageModel
+from metalens.models.layers import Layer
 from metalens.models.unembed import Unembed
 from metalens.ops import Head
 from metalens.utils.errors import InvalidTypeError
@@ -42,6 +44,23 @@ def head_hash(head: Head) -> str:
             for start in range(0, flat.size, 1 << 24):
                 digest.update(np.array(flat[start : start + (1 << 24)].view(mx.uint8)).data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def lens_hash(lens: TunedLens) -> str:
+    """Return 'sha256:...' of a lens's translators: their sizes, their variant and their numbers in float32. The provenance takes no part."""
+    digest = hashlib.sha256(json.dumps([lens.num_layers, lens.hidden_dim, lens.variant, lens.rank, lens.translated]).encode())
+    for layer in lens.translated:
+        digest.update(translator_hash(lens, layer).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def translator_hash(lens: TunedLens, layer: Layer) -> str:
+    """Return the SHA-256 of one translator of a lens: the names of its parameters and their numbers in float32."""
+    digest = hashlib.sha256()
+    for name, array in sorted(parameters_of(lens.translator_of(layer)).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array.astype(mx.float32)).data)
+    return digest.hexdigest()
 
 
 def _hash_of(unembed: Unembed) -> str:

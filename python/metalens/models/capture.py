@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from metalens.models.context import context_of, learned_positions
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.models.observing import replaced_methods, snapshot
 from metalens.models.sharding import Sharding
 from metalens.ops.sums import run_sums_natively
@@ -33,6 +34,10 @@ class ResidualStreamError(MetalensError, RuntimeError):
     """The blocks of the model do not each return one residual stream."""
 
 
+class EmbeddingStreamError(ResidualStreamError):
+    """The input of block 0 is not the residual stream after the embedding."""
+
+
 class ContextError(InvalidValueError):
     """A sequence is longer than the model's table of positions."""
 
@@ -41,7 +46,20 @@ class LayersNotFoundError(MetalensError, AttributeError):
     """The model has no list of blocks at the paths that were searched."""
 
 
+# A function of a block's output [B, T, D] that returns the output to use instead.
 Edit = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class BlockEdit:
+    """An edit of a block's output that also needs the block's input: an edit of what the block adds to the residual stream.
+
+    Attributes:
+        function: a function of the block's input and output, [B, T, D] each, that returns the output to use instead. No gradient flows
+            through the input that it gets.
+    """
+
+    function: Callable[[mx.array, mx.array], mx.array]
 
 
 def follow(root: Any, path: str) -> Any:
@@ -95,33 +113,48 @@ class HiddenStates:
         logits: the model's own logits, [B, T, V]. They are lazy, so they cost nothing unless they are used.
         mask: [B, T], true for the tokens that count: false for padding, and for those that take no part in a loss. None = all count.
         embedding: the input of block 0, [B, T, D], if it was asked for.
+        ids: token ids [B, T] of the pass.
     """
 
     hidden: list[mx.array]
     logits: mx.array
     mask: mx.array | None = None
     embedding: mx.array | None = None
+    ids: mx.array | None = None
 
     @cached_property
-    def _indices(self) -> mx.array | None:
+    def counted_tokens(self) -> mx.array | None:
         """Return the numbers of the tokens that count, [N], None if all do."""
         return None if self.mask is None else mx.array(np.flatnonzero(np.array(self.mask)))
 
     @property
     def num_rows(self) -> int:
         """Return N, the number of tokens that count."""
-        return int(self._indices.size if self._indices is not None else math.prod(self.hidden[-1].shape[:-1]))
+        return int(self.counted_tokens.size if self.counted_tokens is not None else math.prod(self.hidden[-1].shape[:-1]))
 
-    def rows(self, layer: int) -> mx.array:
-        """Return the output of a block at the tokens that count, [N, D]."""
-        h = self.hidden[layer]
-        h = h.reshape(-1, h.shape[-1])
-        return h if self._indices is None else h[self._indices]
+    def rows(self, layer: Layer, at: mx.array | None = None) -> mx.array:
+        """Return the output of a block, or of the embedding, at the tokens that count, [N, D].
+
+        Args:
+            layer: number of the block, negative from the end, or 'embedding'.
+            at: [N] numbers of the tokens to return instead, counted through all B T.
+
+        Raises:
+            ResidualStreamError: if the embedding was not captured.
+        """
+        if layer != EMBEDDING:
+            h = self.hidden[layer]
+        elif self.embedding is not None:
+            h = self.embedding
+        else:
+            raise ResidualStreamError("The embedding's output was not captured: capture with with_embedding=True.")
+        h, chosen = h.reshape(-1, h.shape[-1]), self.counted_tokens if at is None else at
+        return h if chosen is None else h[chosen]
 
     def of_sequences(self, which: slice) -> HiddenStates:
         """Return the part that belongs to some of the B sequences."""
-        mask, embedding = (None if part is None else part[which] for part in (self.mask, self.embedding))
-        return HiddenStates([h[which] for h in self.hidden], self.logits[which], mask, embedding)
+        mask, embedding, ids = (None if part is None else part[which] for part in (self.mask, self.embedding, self.ids))
+        return HiddenStates([h[which] for h in self.hidden], self.logits[which], mask, embedding, ids)
 
 
 class ResidualCapture:
@@ -184,13 +217,14 @@ class ResidualCapture:
             )
 
     def capture(
-        self, ids: mx.array, edits: Mapping[int, Edit] | None = None, mask: mx.array | None = None, *, with_embedding: bool = False
+        self, ids: mx.array, edits: Mapping[int, Edit | BlockEdit] | None = None, mask: mx.array | None = None, *, with_embedding: bool = False
     ) -> HiddenStates:
         """Run the model on token ids and keep the output of every block.
 
         Args:
             ids: token ids [B, T].
-            edits: {block: function of its output [B, T, D] that returns the output to use instead}.
+            edits: {block: function of its output [B, T, D] that returns the output to use instead, or a `BlockEdit`}. An edit sees what the
+                edits of earlier blocks have left.
             mask: [B, T], true for tokens and false for padding; None = no padding. Padding must follow the tokens of its sequence. A causal
                 model then computes the tokens as if there were no padding, so the model does not need the mask.
             with_embedding: also keep the input of block 0.
@@ -219,12 +253,21 @@ class ResidualCapture:
         cache: list[Any] = make_prompt_cache(self.model)
         return cache
 
-    def capture_next(self, ids: mx.array, cache: list[Any], *, with_embedding: bool = False, last_block: int | None = None) -> HiddenStates:
+    def capture_next(
+        self,
+        ids: mx.array,
+        cache: list[Any],
+        *,
+        edits: Mapping[int, Edit | BlockEdit] | None = None,
+        with_embedding: bool = False,
+        last_block: int | None = None,
+    ) -> HiddenStates:
         """Capture the tokens that follow those in a cache, which takes them in.
 
         Args:
             ids: token ids [B, T].
             cache: the result of `new_cache`, with the tokens before.
+            edits: as in `capture`.
             with_embedding: also keep the input of block 0.
             last_block: stop after this block: no later block runs, nor does the head, and their entries of the cache stay empty. The result
                 has `hidden` up to this block, and its `logits` have no elements. None = run the model.
@@ -232,7 +275,7 @@ class ResidualCapture:
         Raises:
             ResidualStreamError: as in `capture`.
         """
-        return self._capture(ids, {}, None, with_embedding, last_block, cache=cache)
+        return self._capture(ids, edits or {}, None, with_embedding, last_block, cache=cache)
 
     def chunks(self, ids: mx.array, tokens: int, *, with_embedding: bool = False) -> Iterator[HiddenStates]:
         """Capture long sequences in chunks, so that only one chunk is in memory at a time.
@@ -260,7 +303,7 @@ class ResidualCapture:
     def _capture(
         self,
         ids: mx.array,
-        edits: Mapping[int, Edit],
+        edits: Mapping[int, Edit | BlockEdit],
         mask: mx.array | None,
         with_embedding: bool = False,
         last_block: int | None = None,
@@ -278,7 +321,21 @@ class ResidualCapture:
         run_sums_natively([*hidden, logits])
         if self.sharding is not None:
             self.sharding.wait(hidden)
-        return HiddenStates(hidden, logits, mask, recorder.embedding() if with_embedding else None)
+        return HiddenStates(hidden, logits, mask, recorder.embedding() if with_embedding else None, ids)
+
+
+def residual_stream_in(values: Iterable[Any]) -> mx.array | None:
+    """Return the residual stream among the arguments of a block: the first float array [B, T, D]. None = there is none."""
+    return next((v for v in values if isinstance(v, mx.array) and v.ndim == 3 and mx.issubdtype(v.dtype, mx.floating)), None)
+
+
+def _edited(edit: Edit | BlockEdit, given: mx.array | None, hidden: mx.array, block: int) -> mx.array:
+    """Return the output of a block after its edit (ResidualStreamError if the edit needs an input that is no residual stream)."""
+    if not isinstance(edit, BlockEdit):
+        return edit(hidden)
+    if given is None or given.shape != hidden.shape:
+        raise ResidualStreamError(f"The input of block {block} is no residual stream [B, T, D], so what the block adds to it can't be edited.")
+    return edit.function(given, hidden)
 
 
 def _require_padding_at_the_end(mask: mx.array, ids: mx.array) -> None:
@@ -298,7 +355,7 @@ class _LastBlock(Exception):  # noqa: N818 (no error: the end of a pass that sto
 class _Recorder:
     """Records, and edits, the outputs of the blocks during one forward pass."""
 
-    def __init__(self, layers: Sequence[nn.Module], edits: Mapping[int, Edit], last_block: int | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], edits: Mapping[int, Edit | BlockEdit], last_block: int | None = None) -> None:
         self.layers = layers if last_block is None else layers[: last_block + 1]
         self.edits = edits
         self.last_block = last_block
@@ -313,32 +370,36 @@ class _Recorder:
 
         def recording(original: type) -> dict[str, Callable[..., Any]]:
             def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                recorder.record_input(block, *args, *kwargs.values())
-                return recorder.record(block, original.__call__(block, *args, **kwargs))
+                given = recorder.record_input(block, *args, *kwargs.values())
+                return recorder.record(block, original.__call__(block, *args, **kwargs), given)
 
             return {"__call__": call}
 
         return replaced_methods(self.layers, recording)
 
-    def record_input(self, block: nn.Module, *values: Any) -> None:
-        """Keep the residual stream before block 0: its first argument that is a float array [B, T, D]."""
-        if self._index[id(block)] == 0:
-            found = (v for v in values if isinstance(v, mx.array) and v.ndim == 3 and mx.issubdtype(v.dtype, mx.floating))
-            self.input = snapshot(next(found, None))
+    def record_input(self, block: nn.Module, *values: Any) -> mx.array | None:
+        """Return the residual stream before a block, if it is needed, and keep that before block 0."""
+        i = self._index[id(block)]
+        if i > 0 and not isinstance(self.edits.get(i), BlockEdit):
+            return None
+        given: mx.array | None = snapshot(residual_stream_in(values))
+        if i == 0:
+            self.input = given
+        return given
 
     def embedding(self) -> mx.array:
-        """Return the input of block 0 (ResidualStreamError if it was not seen, or has another shape than the block's output)."""
+        """Return the input of block 0 (EmbeddingStreamError if it was not seen, or has another shape than the block's output)."""
         if self.input is None or self.input.shape != self.outputs[0][0].shape:
-            raise ResidualStreamError("The input of block 0 is no residual stream [B, T, D], so the embedding of this model can't be read.")
+            raise EmbeddingStreamError("The input of block 0 is no residual stream [B, T, D], so the embedding of this model can't be read.")
         return self.input
 
-    def record(self, block: nn.Module, output: Any) -> Any:
-        """Keep the hidden state in the output of a block. Return the output, edited if there is an edit."""
+    def record(self, block: nn.Module, output: Any, given: mx.array | None) -> Any:
+        """Keep the hidden state in the output of a block, whose input was `given`. Return the output, edited if there is an edit."""
         i = self._index[id(block)]
         has_more = isinstance(output, (tuple, list))
         hidden = output[0] if has_more else output
         if i in self.edits:
-            hidden = self.edits[i](hidden)
+            hidden = _edited(self.edits[i], given, hidden, i)
             output = type(output)([hidden, *output[1:]]) if has_more else hidden
         self.outputs[i].append(snapshot(hidden))
         if i == self.last_block:

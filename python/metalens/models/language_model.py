@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
-from metalens.models.capture import Edit, HiddenStates, ResidualCapture, follow
+from metalens.models.capture import BlockEdit, Edit, HiddenStates, ResidualCapture, follow
 from metalens.models.loading import load, load_part
 from metalens.models.probe import GIVEN, Overrides
 from metalens.models.registry import path_of
@@ -167,12 +167,12 @@ class LanguageModel(Tokenization):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.num_layers} layers, tokenizer {'✓' if self.tokenizer is not None else '✗'})"
 
-    def capture(self, text: TokenInput | TokenBatch, edits: Mapping[int, Edit] | None = None) -> HiddenStates:
+    def capture(self, text: TokenInput | TokenBatch, edits: Mapping[int, Edit | BlockEdit] | None = None) -> HiddenStates:
         """Capture the output of every block [B, T, D] in one forward pass. The padding of several texts is masked.
 
         Args:
             text: one text, several texts, or token ids.
-            edits: {block: function of its output [B, T, D] that returns the output to use instead}.
+            edits: {block: function of its output [B, T, D] that returns the output to use instead, or a `BlockEdit`}.
         """
         ids, mask = self.ids_and_mask(text)
         return self.source.capture(ids, edits, mask)

@@ -7,6 +7,7 @@ one of them, `backends` the settings that it reads.
 from metalens.ops.activation import gelu_approx, swiglu
 from metalens.ops.backends import backend, precision, use_backend, use_precision
 from metalens.ops.compare import LensComparison, lens_compare
+from metalens.ops.cross_entropy import lens_ce
 from metalens.ops.head import Head
 from metalens.ops.kl import LensTarget, lens_kl, lens_target
 from metalens.ops.logits import head_logits
@@ -32,6 +33,7 @@ __all__ = [
     "gram",
     "head_logits",
     "layer_norm",
+    "lens_ce",
     "lens_compare",
     "lens_kl",
     "lens_stats",

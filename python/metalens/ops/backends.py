@@ -39,7 +39,8 @@ def backend() -> Backend:
 def use_backend(name: Backend) -> AbstractContextManager[None]:
     """Run the operations that are called inside the `with` block on this backend.
 
-    'auto' selects the fastest backend for the default device: 'native' on a CPU, 'metal' on a GPU. 'reference' is plain MLX.
+    'auto' selects the fastest backend for the default device: 'native' on a CPU; 'metal' on a GPU, or plain MLX if the model in
+    ops/metal/speed.py says that it takes less time. 'reference' is plain MLX.
     An operation that the backend has no kernel for, or whose arguments the kernel does not support, runs in plain MLX.
     The backend is selected when an operation is called, not when its result is evaluated.
 

@@ -1,9 +1,9 @@
 """lens_compare: KL divergences, Jensen-Shannon divergence and total variation of two sets of rows, without holding their logits.
 
-A total variation is a sum of |p - q|, which is unknown until both normalizers are known. So the native kernels read U twice: once for
-the log-sum-exp of the rows of both sides together (`lens_target`), once for the sums. Two heads are read twice each. Every term of
-these sums is positive, and vanishes where p = q: small divergences have small errors. The reference subtracts log-probabilities,
-with the error of float32 in each.
+A total variation is a sum of |p - q|, which is unknown until both normalizers are known. So the native kernels read U twice: once
+for the log-sum-exp of the rows of both sides together, once for the sums. Two heads are read twice each. On a GPU a chunk of logits
+is read twice instead, as in `lens_kl`. Every term of these sums is positive, and vanishes where p = q: small divergences have small
+errors. The reference subtracts log-probabilities, with the error of float32 in each.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from metalens.ops.backends import extension, extension_precision
+from metalens.ops.backends import extension, extension_precision, rounds_operands
 from metalens.ops.chunks import in_chunks
 from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
 from metalens.ops.logits import head_logits, native_head
+from metalens.ops.metal import compare as on_metal
 from metalens.ops.softmax import kl_divergence, log_softmax_and_lse, row_sum
 from metalens.ops.weight import unreadable
 from metalens.utils.errors import InvalidValueError
@@ -106,8 +107,12 @@ def _native(a: mx.array, b: mx.array, head: Head, head_b: Head | None) -> list[m
     return found
 
 
-def _why_not_native(a: mx.array, b: mx.array, head: Head, head_b: Head | None) -> str:
+def _why_not(a: mx.array, b: mx.array, head: Head, head_b: Head | None) -> str:
     return unreadable(head.weight) or ("" if head_b is None else unreadable(head_b.weight))
 
 
-_LENS_COMPARE = Operation("lens_compare", _reference, native=(_why_not_native, _native))
+def _metal(a: mx.array, b: mx.array, head: Head, head_b: Head | None) -> list[mx.array]:
+    return on_metal.lens_compare(a, b, head, head if head_b is None else head_b, rounds_operands())
+
+
+_LENS_COMPARE = Operation("lens_compare", _reference, native=(_why_not, _native), metal=(_why_not, _metal))

@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from metalens.ops.backends import extension, extension_precision, rounds_operands
+from metalens.ops.backends import backend, extension, extension_precision, rounds_operands
 from metalens.ops.chunks import in_chunks
 from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
@@ -22,6 +22,7 @@ from metalens.ops.logits import capped_logits, head_logits, head_vjp, native_hea
 from metalens.ops.metal import kl as on_metal
 from metalens.ops.metal import matrix_units
 from metalens.ops.metal.matrix_units import MATRIX_UNITS_ARE_FASTER
+from metalens.ops.metal.speed import PLAIN_IS_FASTER, Asked, Matrix, plain_stats_are_faster
 from metalens.ops.softmax import entropy, kl_divergence, log_softmax_and_lse
 from metalens.ops.weight import unreadable
 from metalens.utils.errors import InvalidValueError
@@ -117,7 +118,12 @@ def _target_why_not_native(n_model: mx.array, head: Head) -> str:
 def _target_why_not_metal(n_model: mx.array, head: Head) -> str:
     if not n_model.size:
         return "there are no rows"
-    return MATRIX_UNITS_ARE_FASTER if matrix_units.fit(n_model.shape[0], rounds_operands()) else unreadable(head.weight)
+    if matrix_units.fit(n_model.shape[0], rounds_operands()):
+        return MATRIX_UNITS_ARE_FASTER
+    if reason := unreadable(head.weight):
+        return reason
+    asked = Asked(1, n_model.shape[0], with_model=False)
+    return PLAIN_IS_FASTER if backend() == "auto" and plain_stats_are_faster(asked, Matrix.of(head.weight)) else ""
 
 
 _LENS_TARGET = Operation(

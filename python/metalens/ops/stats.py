@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalens.ops.backends import extension, extension_precision, rounds_operands
+from metalens.ops.backends import backend, extension, extension_precision, rounds_operands
 from metalens.ops.chunks import in_chunks
 from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
@@ -16,6 +16,7 @@ from metalens.ops.logits import head_logits, native_head
 from metalens.ops.metal import matrix_units
 from metalens.ops.metal import stats as on_metal
 from metalens.ops.metal.matrix_units import MATRIX_UNITS_ARE_FASTER
+from metalens.ops.metal.speed import PLAIN_IS_FASTER, Asked, Matrix, plain_stats_are_faster
 from metalens.ops.softmax import entropy, kl_divergence, log_softmax_and_lse
 from metalens.ops.weight import unreadable
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
@@ -206,7 +207,7 @@ def _native(n: mx.array, head: Head, top_k: int, n_model: mx.array | None, label
 
 
 def _metal(n: mx.array, head: Head, top_k: int, n_model: mx.array | None, labels: mx.array | None, reverse: bool = False) -> list[mx.array]:
-    return on_metal.lens_stats(n, head, top_k, n_model, labels, rounds_operands())
+    return on_metal.lens_stats(n, head, top_k, n_model, labels, rounds_operands(), reverse)
 
 
 def _why_not_native(n: mx.array, head: Head, top_k: int, n_model: mx.array | None, labels: mx.array | None, reverse: bool = False) -> str:
@@ -216,12 +217,14 @@ def _why_not_native(n: mx.array, head: Head, top_k: int, n_model: mx.array | Non
 def _why_not_metal(n: mx.array, head: Head, top_k: int, n_model: mx.array | None, labels: mx.array | None, reverse: bool = False) -> str:
     if top_k > on_metal.LARGEST_K:
         return f"the Metal kernels return at most {on_metal.LARGEST_K} tokens"
-    if reverse:
-        return "the Metal kernels compute no reverse KL"
-    if labels is not None and labels.ndim > 1:
-        return "the Metal kernels take one label for each token"
     rows = n.shape[1] * (n.shape[0] + (n_model is not None))
-    return MATRIX_UNITS_ARE_FASTER if matrix_units.fit(rows, rounds_operands()) else unreadable(head.weight)
+    if matrix_units.fit(rows, rounds_operands()):
+        return MATRIX_UNITS_ARE_FASTER
+    if reason := unreadable(head.weight):
+        return reason
+    of_token = 0 if labels is None else labels.size // labels.shape[0]
+    asked = Asked(n.shape[0], n.shape[1], n_model is not None, top_k, of_token, reverse)
+    return PLAIN_IS_FASTER if backend() == "auto" and plain_stats_are_faster(asked, Matrix.of(head.weight)) else ""
 
 
 _LENS_STATS = Operation("lens_stats", _reference, native=(_why_not_native, _native), metal=(_why_not_metal, _metal))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,3 +60,42 @@ def unreadable(w: Weight) -> str:
     if w.mode == "affine" and (w.biases is None or w.scales.dtype not in FLOATS or w.biases.dtype != w.scales.dtype):
         return "the kernels read affine weights only if scales and biases have one float type"
     return ""
+
+
+def unpacked_rows(w: Weight, ids: mx.array) -> mx.array:
+    """Return some rows of a matrix as numbers [len(ids), I], float32. Only these rows are unpacked. Lazy.
+
+    Args:
+        w: the matrix W [O, I].
+        ids: [N] numbers of rows, 0 <= id < O.
+    """
+    scales, biases = (None if a is None else mx.take(a, ids, axis=0) for a in (w.scales, w.biases))
+    return _unpacked(replace(w, values=mx.take(w.values, ids, axis=0), scales=scales, biases=biases))
+
+
+def unpacked_columns(w: Weight, start: int, stop: int) -> mx.array:
+    """Return some neighboring columns of a matrix as rows [stop - start, O], float32. Only their groups are unpacked. Lazy.
+
+    Args:
+        w: the matrix W [O, I].
+        start, stop: the columns, 0 <= start < stop <= I.
+    """
+    if w.scales is None:
+        return w.values[:, start:stop].T.astype(mx.float32)
+    step = math.lcm(w.group_size, 32)  # 32 codes of any number of bits fill whole words
+    first, last = start // step * step, min(-(-stop // step) * step, w.shape[1])
+    words = slice(first * w.bits // 32, last * w.bits // 32)
+    groups = slice(first // w.group_size, last // w.group_size)
+    biases = None if w.biases is None else w.biases[:, groups]
+    part = replace(w, values=w.values[:, words], scales=w.scales[:, groups], biases=biases)
+    return _unpacked(part)[:, start - first : stop - first].T
+
+
+def _unpacked(w: Weight) -> mx.array:
+    """Return a whole matrix as numbers, float32."""
+    if w.scales is None:
+        return w.values.astype(mx.float32)
+    scales, biases = w.scales, w.biases
+    if w.mode == "affine" and biases is not None:  # MLX computes in their type
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w.values, scales, biases, w.group_size, w.bits, w.mode, dtype=mx.float32)

@@ -1,7 +1,8 @@
-"""Compute the cells of a source: what to compute, and the one pass over the unembedding that does it."""
+"""Compute the cells of the lenses that read a text: what to compute, and the one pass over the unembedding that does it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import numpy as np
 
 from metalens.ops import lens_stats
 from metalens.readings.rows import require_finite
-from metalens.readings.source import RowSource
+from metalens.readings.source import RowSource, parts_of
 from metalens.readings.statistics import Cells, cells_of, join_cells, select_cells
 
 
@@ -45,28 +46,38 @@ class Request:
         return mx.array(np.stack(columns, axis=1))
 
 
-def read_cells(source: RowSource, request: Request) -> tuple[Cells, Cells]:
-    """Compute the cells of a source: those of the lens [R, T], and of the model [1, T]. `request` has the labels of the source's positions.
+def read_cells(sources: Sequence[RowSource], request: Request) -> list[tuple[Cells, Cells]]:
+    """Compute the cells of the lenses that read one text, from one forward pass: for each lens its own [R, T], and the model's [1, T].
+
+    Args:
+        sources: the lenses, as in `parts_of`.
+        request: the statistics, with the labels of the sources' positions.
 
     Raises:
         InvalidValueError: if a row of logits has no softmax.
     """
     parts, start = [], 0
-    for rows, own in source.parts():
-        parts.append(part_cells(source, request, rows, own, start))
+    for rows, own in parts_of(sources):
+        parts.append(part_cells(sources, request, rows, own, start))
         start += own.shape[0]
-    return split_rows(join_cells(parts))
+    return split_rows(sources, join_cells(parts))
 
 
-def split_rows(cells: Cells) -> tuple[Cells, Cells]:
-    """Return the rows of the lens, and the model's own, which is the last one."""
-    return select_cells(cells, slice(None, -1), slice(None)), select_cells(cells, slice(-1, None), slice(None))
+def split_rows(sources: Sequence[RowSource], cells: Cells) -> list[tuple[Cells, Cells]]:
+    """Return for each lens its rows, and the model's own row, which is the last one of the cells."""
+    own, found, start = select_cells(cells, slice(-1, None), slice(None)), [], 0
+    for source in sources:
+        stop = start + len(source.layers)
+        found.append((select_cells(cells, slice(start, stop), slice(None)), own))
+        start = stop
+    return found
 
 
-def part_cells(source: RowSource, request: Request, rows: mx.array, own: mx.array, start: int = 0) -> Cells:
-    """Compute the cells [R + 1, c] of a part that begins at column `start`: those of the lens, then the model's own."""
+def part_cells(sources: Sequence[RowSource], request: Request, rows: Sequence[mx.array], own: mx.array, start: int = 0) -> Cells:
+    """Compute the cells of a part that begins at column `start`: those of the lenses, one after another, then the model's own row."""
     labels = request.labels(slice(start, start + own.shape[0]))
-    every = mx.concatenate([rows, own[None]])
-    stats = lens_stats(every, source.head, request.top_k, own if request.compare else None, labels, reverse=request.compare)
+    stats = lens_stats(
+        mx.concatenate([*rows, own[None]]), sources[0].head, request.top_k, own if request.compare else None, labels, reverse=request.compare
+    )
     require_finite(stats)
     return cells_of(stats, int(request.targets is not None), int(request.anti_targets is not None))

@@ -7,9 +7,10 @@ file, tensors beside the document in a .safetensors file.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from metalens.readings.numbering import Layer
 from metalens.readings.statistics import DIVERGENCES, STATISTICS, Cells
 from metalens.readings.trajectory_data import TrajectoryData
 from metalens.utils.errors import InvalidValueError, MissingPackageError
-from metalens.utils.files import atomic_write
+from metalens.utils.files import atomic_write, sha256_of_values
 from metalens.utils.outputs import Output, require_replaceable
 from metalens.utils.token_display import visible
 
 FORMAT, COMPARISON, VERSION = "metalens.trajectory", "metalens.comparison", 2
 DTYPES = ("float32", "float16", "int32", "uint32")
 TENSOR = "tensor"  # key of a leaf in a .safetensors file
+CHECKSUM = "sha256"  # of the other keys of a .json file, and of the document and the tensors of a .safetensors file
 
 Pack = Callable[[np.ndarray], dict[str, Any]]
 Unpack = Callable[[Any], np.ndarray]
@@ -59,7 +61,6 @@ def comparison_json(comparison: ComparisonData, *, compact: bool = False, trajec
         trajectories: leave the trajectories out if false.
     """
     pack, c = _packer(compact), comparison
-    statistics = {name: {**info._asdict(), "values": pack(getattr(c, name))} for name, info in DIVERGENCES.items()}
     layers = [{"layer": layer, "label": label} for layer, label in zip(c.a.layers, c.labels, strict=False)]
     return {
         "format": COMPARISON,
@@ -70,10 +71,16 @@ def comparison_json(comparison: ComparisonData, *, compact: bool = False, trajec
         "layers": layers,
         "token_ids": c.a.token_ids.tolist(),
         "other_token_ids": c.b.token_ids.tolist(),
-        "statistics": statistics,
+        "statistics": divergences_json(c.to_numpy(), compact=compact),
         "a": _document(c.a, pack) if trajectories else None,
         "b": _document(c.b, pack) if trajectories and c.b is not c.a else None,
     }
+
+
+def divergences_json(values: Mapping[str, np.ndarray], *, compact: bool = False) -> dict[str, Any]:
+    """Return the divergences {name: [R, T]} of a comparison, or of a part of one, as `comparison_json` has them under "statistics"."""
+    pack = _packer(compact)
+    return {name: {**info._asdict(), "values": pack(values[name])} for name, info in DIVERGENCES.items()}
 
 
 def _packer(compact: bool) -> Pack:
@@ -224,9 +231,17 @@ def save_trajectory(trajectory: TrajectoryData, path: str | Path, *, force: bool
         tensors[name] = mx.array(np.ascontiguousarray(a)) if a.size else mx.array(np.zeros(1, a.dtype))  # safetensors holds no empty arrays here
         return {TENSOR: name, "shape": list(a.shape)}
 
-    metadata = {"metalens": json.dumps(_document(trajectory, pack))}
-    with atomic_write(path) as temporary:
-        mx.save_safetensors(str(temporary), tensors, metadata)
+    document = json.dumps(_document(trajectory, pack))
+    metadata = {"metalens": document, CHECKSUM: _sha256_of_tensors(document, tensors)}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a full disk is an OSError of the file, and a RuntimeError of MLX's own
+        mx.save_safetensors(file, tensors, metadata)
+
+
+def _sha256_of_tensors(document: str, tensors: Mapping[str, mx.array]) -> str:
+    found = hashlib.sha256(document.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + np.array(tensor).tobytes())
+    return found.hexdigest()
 
 
 def require_trajectory_output(path: str | Path, *, force: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
@@ -245,6 +260,8 @@ def require_trajectory_output(path: str | Path, *, force: bool = False, inputs: 
 def load_fields(path: str | Path) -> dict[str, Any]:
     """Return the fields of a trajectory that `save_trajectory` wrote. It has no source: it can be shown, not read again.
 
+    A file of an older version has no checksum, and is not compared with it.
+
     Raises:
         OSError: if there is no such file.
         InvalidValueError: if it is no trajectory, or damaged.
@@ -256,9 +273,12 @@ def load_fields(path: str | Path) -> dict[str, Any]:
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        data = json.loads(metadata.get("metalens", "null"))
+        document = metadata.get("metalens", "null")
+        data = json.loads(document)
     except (RuntimeError, ValueError) as error:
         raise InvalidValueError(f"{path} is no trajectory of metalens: {error!s:.100}.") from error
+    if metadata.get(CHECKSUM) not in (None, _sha256_of_tensors(document, arrays)):
+        raise InvalidValueError(_changed(path))
 
     def unpack(leaf: Any) -> np.ndarray:
         found = np.array(arrays[leaf[TENSOR]])
@@ -302,14 +322,21 @@ def _has_format(path: Path, form: str) -> bool:
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(data, allow_nan=False, ensure_ascii=True), encoding="ascii")
+        temporary.write_text(json.dumps(data | {CHECKSUM: sha256_of_values(data)}, allow_nan=False, ensure_ascii=True), encoding="ascii")
 
 
 def _parsed(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InvalidValueError(f"{path} is no trajectory of metalens: {error!s:.100}.") from error
+    if isinstance(data, dict) and data.pop(CHECKSUM, None) not in (None, sha256_of_values(data)):
+        raise InvalidValueError(_changed(path))
+    return data
+
+
+def _changed(path: Path) -> str:
+    return f"{path} has changed since it was written: it is damaged, or was edited. Write it again, or take its {CHECKSUM!r} out if you edited it."
 
 
 # ------------------------------------------------------------------ pandas

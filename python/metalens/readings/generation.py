@@ -2,8 +2,8 @@
 
 Both go on from the model's own cache, so a token costs one token's pass through the blocks.
 
-`generate_with_lens` sends the rows of all R layers for this one token through the unembedding together (the kernels for few rows), with
-the model's own row, once as a row and once to compare with; and one row to choose the token: R + 3 rows a token.
+`generate_with_lenses` sends the rows of all R layers for this one token through the unembedding together (the kernels for few rows), with
+the model's own row, once as a row and once to compare with; and one row to choose the token: n R + 3 rows a token for n lenses.
 
 `generate_from_layer` stops every pass after the chosen block. What is right then: the token after a text is drawn from the lens's prediction
 at this block, for the whole text as it stands. Each block sees the text through its own keys and values alone. So a pass that adds one token
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -30,13 +30,14 @@ from metalens.ops import head_logits
 from metalens.ops.stats import check_top_k
 from metalens.readings.cells_reader import Request, part_cells, split_rows
 from metalens.readings.chosen_tokens import token_ids_of
+from metalens.readings.comparison import Comparison, compare_lenses, divergences_from_first, join_divergences
 from metalens.readings.numbering import EMBEDDING, Layer
 from metalens.readings.rows import is_whole, lens_rows, select_layers
-from metalens.readings.source import RowSource
+from metalens.readings.source import RowSource, next_rows, part_size
 from metalens.readings.statistics import join_cells
 from metalens.readings.texts import are_several
 from metalens.readings.trajectory import Trajectory
-from metalens.readings.trajectory_reader import assemble
+from metalens.readings.trajectory_reader import assemble, checked_lenses
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
@@ -60,19 +61,57 @@ class GenerationStep:
 
     Attributes:
         token_id, text: as in `GeneratedToken`.
-        trajectory: the positions that this step read. Its last column is the prediction that the token was drawn from, and its last
-            target is the token. The first step has the whole prompt, the others have one position.
+        trajectories: for each lens the positions that this step read. The last column is the prediction that the token was drawn from, and
+            its last target is the token. The first step has the whole prompt, the others have one position.
+        comparisons: of each lens but the first with the first one, if they were asked for.
     """
 
     token_id: int
     text: str
-    trajectory: Trajectory
+    trajectories: list[Trajectory]
+    comparisons: list[Comparison]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Return the trajectory of the first lens."""
+        return self.trajectories[0]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The options of `generate_with_lenses`."""
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    top_k: int
+    layers: Sequence[int] | None
+    embedding: bool
+    tokens: Sequence[str | int]
+    compare: bool
 
 
 def generate_with_lens(
     model: LanguageModel,
     prompt: TokenInput,
     lens: Lens | str | Path | None = None,
+    **options: Unpack[GenerationOptions],
+) -> Iterator[GenerationStep]:
+    """Generate text with the model, and yield each token with the readings of all layers. The arguments are checked at once.
+
+    Args:
+        model, prompt, options: as in `generate_with_lenses`.
+        lens: as in `read_trajectory`.
+
+    Raises:
+        InvalidValueError, InvalidTypeError: as `generate_with_lenses`.
+    """
+    return generate_with_lenses(model, prompt, [lens], **options)
+
+
+def generate_with_lenses(
+    model: LanguageModel,
+    prompt: TokenInput,
+    lenses: Sequence[Lens | str | Path | None],
     *,
     max_tokens: int = 100,
     temperature: float = 0.0,
@@ -82,13 +121,18 @@ def generate_with_lens(
     embedding: bool = False,
     tokens: Sequence[str | int] = (),
     compare: bool = True,
+    compare_lenses: bool = False,
 ) -> Iterator[GenerationStep]:
-    """Generate text with the model, and yield each token with the readings of all layers. The arguments are checked at once.
+    """Generate text with the model, and yield each token with the readings of all layers through several lenses.
+
+    The model runs once for each token, however many lenses read it. The arguments are checked at once.
 
     Args:
         model: a model with a cache, as all of mlx-lm have.
         prompt: a string, a list of token ids, or an array of ids [T].
-        lens, top_k, layers, embedding, tokens, compare: as in `read_trajectory`.
+        lenses: as in `read_lenses`.
+        top_k, layers, embedding, tokens, compare: as in `read_trajectory`.
+        compare_lenses: also compare each lens but the first with the first one.
         max_tokens: tokens to generate at most. The text ends before, at an end token of the tokenizer, which is yielded, or where
             the model has no more positions.
         temperature: 0 = the most likely token; else tokens are drawn from softmax(logits / temperature).
@@ -98,8 +142,7 @@ def generate_with_lens(
         InvalidValueError: as `read_trajectory`, and for max_tokens or a temperature out of range, or a model without a cache.
         InvalidTypeError: as `read_trajectory`.
     """
-    lens = as_lens(lens)
-    check_lens(lens, model)
+    read_by = checked_lenses(model, lenses)
     check_top_k(top_k, model.unembed.head.tokens)
     blocks = select_layers(layers, model.num_layers)
     rows: tuple[Layer, ...] = (EMBEDDING, *blocks) if embedding else tuple(blocks)
@@ -108,33 +151,38 @@ def generate_with_lens(
     chosen = token_ids_of(model, tokens)
     ids = _prompt(model, prompt)
     choose = _Choice(max_tokens, temperature, seed)
-    source = RowSource(model, ids, lens, model.unembed.norm, rows, range(ids.shape[1]))
-    return _steps(source, Request(top_k, None, None, chosen, compare), choose)
+    sources = [RowSource(model, ids, lens, model.unembed.norm, rows, range(ids.shape[1])) for lens in read_by]
+    return _steps(sources, Request(top_k, None, None, chosen, compare), choose, compare_lenses)
 
 
-def _steps(source: RowSource, request: Request, choose: _Choice) -> Iterator[GenerationStep]:
-    model, head = source.model, source.head
+def _steps(sources: list[RowSource], request: Request, choose: _Choice, compared: bool) -> Iterator[GenerationStep]:
+    model, head = sources[0].model, sources[0].head
     cache, text, ends = model.source.new_cache(), _Text(model), end_tokens(model)
-    size, read = source.part_size(), 0
-    for left in reversed(range(choose.count(model, source.ids.shape[1]))):
-        whole, parts = source.ids, []
+    size, read = part_size(sources), 0
+    for left in reversed(range(choose.count(model, sources[0].ids.shape[1]))):
+        whole, parts = sources[0].ids, []
         for start in range(read, whole.shape[1], size):
             ids = whole[:, start : start + size]
-            states = model.source.capture_next(ids, cache, with_embedding=EMBEDDING in source.layers)
-            rows, own = source.rows(states, slice(0, ids.shape[1]))
+            rows, own = next_rows(sources, ids, cache)
             token = choose(head_logits(own[-1:], head)[0, : head.tokens]) if start + size >= whole.shape[1] else -1
             following = np.append(np.array(whole[0, start + 1 : start + size + 1]), token)[: ids.shape[1]].astype(np.int32)
-            parts.append((part_cells(source, _with_targets(request, following), rows, own), following))
+            cells = part_cells(sources, _with_targets(request, following), rows, own)
+            parts.append((cells, following, divergences_from_first(rows, head) if compared else []))
             mx.eval([entry.state for entry in cache])
-        cells, targets = join_cells([part for part, _ in parts]), np.concatenate([part for _, part in parts])
-        here = source.select(source.layers, range(read, whole.shape[1]))
-        lens, own_cells = split_rows(cells)
-        added = text.add(token, last=not left or token in ends)
-        yield GenerationStep(token, added, assemble(here, _with_targets(request, targets), lens, own_cells))
+        targets = np.concatenate([part for _, part, _ in parts])
+        of_lenses = split_rows(sources, join_cells([part for part, _, _ in parts]))
+        positions = range(read, whole.shape[1])
+        trajectories = [
+            assemble(source.select(source.layers, positions), _with_targets(request, targets), *cells)
+            for source, cells in zip(sources, of_lenses, strict=True)
+        ]
+        apart = [join_divergences(of_pair) for of_pair in zip(*(part for _, _, part in parts), strict=True)]
+        comparisons = compare_lenses(trajectories, apart) if compared else []
+        yield GenerationStep(token, text.add(token, last=not left or token in ends), trajectories, comparisons)
         if token in ends:
             return
         read = whole.shape[1]
-        source = source.extended(token)
+        sources = [source.extended(token) for source in sources]
 
 
 def _with_targets(request: Request, targets: np.ndarray) -> Request:

@@ -8,12 +8,11 @@ output of the last block, which is the model itself. `upstream_layer` and `layer
 
 from __future__ import annotations
 
-from typing import Final, Literal, TypeAlias
-
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.utils.errors import InvalidValueError
 
-EMBEDDING: Final = "embedding"
-Layer: TypeAlias = int | Literal["embedding"]
+__all__ = ["EMBEDDING", "UNTRANSLATED", "Layer", "layer_name", "layer_of_upstream", "upstream_layer"]
+
 # The meaning of the star in `layer_name`.
 UNTRANSLATED = "*: no translator of this layer; read as by the logit lens"
 

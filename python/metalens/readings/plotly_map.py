@@ -10,7 +10,7 @@ import numpy as np
 
 from metalens.readings.comparison_data import ComparisonData
 from metalens.readings.trajectory_data import TrajectoryData
-from metalens.readings.trajectory_map import MapContents, contents_of, contents_of_comparison, scale_limits
+from metalens.readings.trajectory_map import DEPTH, MapContents, contents_of, contents_of_comparison, scale_limits
 from metalens.utils.errors import MissingPackageError
 from metalens.utils.token_display import cut, readable, visible
 
@@ -22,19 +22,20 @@ HOVER_TOKENS = 5
 HOVER_WIDTH = 24  # columns of a token in the hover text
 
 
-def trajectory_plotly(trajectory: TrajectoryData, statistic: str = "entropy", title: str = "") -> Any:
+def trajectory_plotly(trajectory: TrajectoryData, statistic: str = "entropy", title: str = "", *, depth: bool = False) -> Any:
     """Return a plotly figure of a trajectory. Hover shows the token that was read, the values, and the most likely next tokens.
 
     Args:
         trajectory: the trajectory.
         statistic: name of a statistic in `metalens.readings.STATISTICS`.
         title: text above the picture.
+        depth: also draw the prediction depth, as a line.
 
     Raises:
         InvalidValueError: if there is no such statistic, or it was not computed.
         MissingPackageError: if plotly is not installed.
     """
-    return _figure(contents_of(trajectory, statistic), title, _hover(trajectory))
+    return _figure(contents_of(trajectory, statistic, depth=depth), title, _hover(trajectory))
 
 
 def comparison_plotly(comparison: ComparisonData, divergence: str = "js", title: str = "") -> Any:
@@ -108,6 +109,11 @@ def _figure(contents: MapContents, title: str, hover: list[list[str]]) -> Any:
         zmax=high,
     )
     figure = go.Figure(heat_map)
+    if contents.depth is not None:
+        edges = np.arange(columns + 1) - 0.5
+        level = np.append(contents.depth, contents.depth[-1]) - 0.5
+        line = {"shape": "hv", "color": "black", "width": 2}
+        figure.add_trace(go.Scatter(x=edges.tolist(), y=level.tolist(), mode="lines", line=line, name=DEPTH, hoverinfo="skip"))
     width = max(480, min(TOKEN_WIDTH * columns, 1800) + 200)
     figure.update_layout(
         title={"text": html.escape(title)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -49,44 +50,16 @@ class RowSource:
         head = self.model.unembed.head
         return without(head, self.ids) if self.mask_input else head
 
-    def part_size(self) -> int:
-        """Return the tokens of a part: all if the model has no cache, else as many as fit into ROWS_BYTES, at least 16."""
-        if not self.model.source.takes_cache:
-            return int(self.ids.shape[1])
-        return max(16, ROWS_BYTES // (4 * (len(self.layers) + self.model.num_layers + 2) * self.model.unembed.hidden_dim))
-
-    def parts(self, size: int | None = None) -> Iterator[tuple[mx.array, mx.array]]:
-        """Yield the rows of one part of the positions after another: those of the lens [R, c, D], and the model's own [c, D]. Lazy.
-
-        Args:
-            size: tokens of a part. None = `part_size`.
-        """
-        size = self.part_size() if size is None else size
-        source, with_embedding = self.model.source, EMBEDDING in self.layers
-        ids = self.ids[:, : self.positions.stop]
-        if ids.shape[1] <= size or not source.takes_cache:
-            captured = [source.capture(ids, with_embedding=with_embedding)]
-        else:
-            captured = source.chunks(ids, size, with_embedding=with_embedding)  # type: ignore[assignment]
-        start = 0
-        for states in captured:
-            length = states.hidden[0].shape[1]
-            first, stop = max(self.positions.start - start, 0), min(self.positions.stop - start, length)
-            if first < stop:
-                yield self.rows(states, slice(first, stop))
-            start += length
-
-    def rows(self, states: HiddenStates, where: slice) -> tuple[mx.array, mx.array]:
-        """Return the rows of some positions of captured hidden states: those of the lens [R, c, D], and the model's own [c, D]. Lazy."""
+    def rows(self, states: HiddenStates, where: slice) -> mx.array:
+        """Return the rows [R, c, D] of some positions of captured hidden states. Lazy."""
         hidden = [h[0, where] for h in states.hidden]
-        own = self.model.unembed.norm(hidden[-1]).astype(mx.float32)
         blocks = [int(layer) for layer in self.layers if layer != EMBEDDING]
-        rows = lens_rows(hidden, blocks, self.lens, self.norm).astype(mx.float32) if blocks else mx.zeros((0, *own.shape))
+        rows = lens_rows(hidden, blocks, self.lens, self.norm).astype(mx.float32) if blocks else mx.zeros((0, *hidden[-1].shape))
         if states.embedding is not None and EMBEDDING in self.layers:
             at = self.layers.index(EMBEDDING)
             embedded = self.norm(translated_embedding(self.lens, states.embedding[0, where])).astype(mx.float32)
             rows = mx.concatenate([rows[:at], embedded[None], rows[at:]])
-        return rows, own
+        return rows
 
     def select(self, layers: Sequence[Layer], positions: range) -> RowSource:
         """Return the source of some of the layers and positions."""
@@ -98,19 +71,68 @@ class RowSource:
         return replace(self, ids=ids, positions=range(ids.shape[1]))
 
 
+def part_size(sources: Sequence[RowSource]) -> int:
+    """Return the tokens of a part: all if the model has no cache, else as many as fit into ROWS_BYTES, at least 16.
+
+    Args:
+        sources: the lenses that read one text, as in `parts_of`.
+    """
+    model, ids = sources[0].model, sources[0].ids
+    if not model.source.takes_cache:
+        return int(ids.shape[1])
+    rows = sum(len(source.layers) for source in sources)
+    return max(16, ROWS_BYTES // (4 * (rows + model.num_layers + 2) * model.unembed.hidden_dim))
+
+
+def parts_of(sources: Sequence[RowSource], size: int | None = None) -> Iterator[tuple[list[mx.array], mx.array]]:
+    """Yield one part of the positions after another, from one forward pass: the rows of each lens [R, c, D], and the model's own [c, D]. Lazy.
+
+    Args:
+        sources: the lenses that read one text: sources with one model, one text and the same positions.
+        size: tokens of a part. None = `part_size`.
+    """
+    size = part_size(sources) if size is None else size
+    first = sources[0]
+    model, positions, with_embedding = first.model.source, first.positions, _read_embedding(sources)
+    ids = first.ids[:, : positions.stop]
+    if ids.shape[1] <= size or not model.takes_cache:
+        captured = iter([model.capture(ids, with_embedding=with_embedding)])
+    else:
+        captured = model.chunks(ids, size, with_embedding=with_embedding)
+    begin = 0
+    for states in captured:
+        length = states.hidden[0].shape[1]
+        start, stop = max(positions.start - begin, 0), min(positions.stop - begin, length)
+        if start < stop:
+            yield rows_of(sources, states, slice(start, stop))
+        begin += length
+
+
+def next_rows(sources: Sequence[RowSource], ids: mx.array, cache: Any) -> tuple[list[mx.array], mx.array]:
+    """Return the rows of tokens [1, c] that follow those of a cache, which gets them too. Otherwise as a part of `parts_of`."""
+    states = sources[0].model.source.capture_next(ids, cache, with_embedding=_read_embedding(sources))
+    return rows_of(sources, states, slice(0, ids.shape[1]))
+
+
+def rows_of(sources: Sequence[RowSource], states: HiddenStates, where: slice) -> tuple[list[mx.array], mx.array]:
+    """Return the rows of some positions of captured hidden states: those of each lens [R, c, D], and the model's own [c, D]. Lazy."""
+    own = sources[0].model.unembed.norm(states.hidden[-1][0, where]).astype(mx.float32)
+    return [source.rows(states, where) for source in sources], own
+
+
+def _read_embedding(sources: Sequence[RowSource]) -> bool:
+    return any(EMBEDDING in source.layers for source in sources)
+
+
 def translated_embedding(lens: Lens, h: mx.array) -> mx.array:
-    """Return what a lens makes of the embedding's output [..., D]: h + A h + b if it has a translator for it, else h."""
-    if isinstance(lens, TunedLens) and lens.embedding is not None:
-        a, b = lens.embedding
-        h = h.astype(mx.float32)
-        return h + h @ a.T + b
-    return h
+    """Return what a lens makes of the embedding's output [..., D]: h, unless it has a translator for it."""
+    return lens(h, EMBEDDING) if isinstance(lens, TunedLens) and lens.embedding_translator is not None else h
 
 
 def untranslated_rows(lens: Lens, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     """Return those of the layers that a lens reads as the logit lens does, because it has no translator for them."""
     missing: set[Layer] = set(untranslated_layers(lens))
-    if not isinstance(lens, LogitLens) and (not isinstance(lens, TunedLens) or lens.embedding is None):
+    if not isinstance(lens, LogitLens) and (not isinstance(lens, TunedLens) or lens.embedding_translator is None):
         missing.add(EMBEDDING)
     return tuple(layer for layer in layers if layer in missing)
 

@@ -134,6 +134,12 @@ def _array(a: mx.array | None) -> np.ndarray | None:
     return None if a is None else np.array(a)
 
 
+def settled_from(same: np.ndarray) -> np.ndarray:
+    """Return for each column [N] the first of S rows from which on every entry of same [S, N] is true; S if the last one is false."""
+    depth: np.ndarray = same.shape[0] - np.minimum.accumulate(same[::-1], axis=0).sum(axis=0)
+    return depth
+
+
 def select_cells(cells: Cells, rows: Any, columns: Any) -> Cells:
     """Return some rows and columns. Both are indices of NumPy that keep the axis: slices or lists."""
     arrays = {}

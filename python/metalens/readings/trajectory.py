@@ -62,7 +62,7 @@ class Trajectory(TrajectoryData):
         """
         source = self.require_source()
         ids = token_ids_of(source.model, tokens)
-        lens, own = read_cells(source, Request(top_k=1, chosen=ids, compare=False))
+        ((lens, own),) = read_cells([source], Request(top_k=1, chosen=ids, compare=False))
         texts = {**self.texts, **token_texts(source.model, np.array(ids))}
         model = replace(self.model, chosen_log_probs=own.chosen_log_probs, chosen_ranks=own.chosen_ranks)
         return replace(self, chosen_log_probs=lens.chosen_log_probs, chosen_ranks=lens.chosen_ranks, chosen_ids=ids, texts=texts, model=model)
@@ -79,22 +79,23 @@ class Trajectory(TrajectoryData):
 
     # ------------------------------------------------------------------ pictures
 
-    def plot(self, statistic: str = "entropy", title: str = "", **look: Any) -> Figure:
+    def plot(self, statistic: str = "entropy", title: str = "", *, depth: bool = False, **look: Any) -> Figure:
         """Draw a statistic by matplotlib, layers by positions: see `metalens.readings.trajectory_map.map_figure`, which has the options.
 
         Args:
             statistic: name of a statistic in `metalens.readings.STATISTICS`.
             title: text above the picture.
+            depth: also draw the prediction depth, as a line.
             look: `cmap`, `figsize`.
 
         Raises:
             InvalidValueError: if there is no such statistic, or it was not computed.
         """
-        return map_figure(contents_of(self, statistic), title, **look)
+        return map_figure(contents_of(self, statistic, depth=depth), title, **look)
 
-    def figure(self, statistic: str = "entropy", title: str = "") -> Any:
+    def figure(self, statistic: str = "entropy", title: str = "", *, depth: bool = False) -> Any:
         """Return an interactive figure by plotly: see `metalens.readings.plotly_map.trajectory_plotly`."""
-        return trajectory_plotly(self, statistic, title)
+        return trajectory_plotly(self, statistic, title, depth=depth)
 
     # ------------------------------------------------------------------ files and tables
 

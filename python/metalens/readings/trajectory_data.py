@@ -12,7 +12,7 @@ import numpy as np
 from metalens.readings.numbering import Layer, layer_name
 from metalens.readings.rows import is_whole
 from metalens.readings.source import RowSource
-from metalens.readings.statistics import Cells, cell_arrays, select_cells
+from metalens.readings.statistics import Cells, cell_arrays, select_cells, settled_from
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 FROM_FILE = "This trajectory was read from a file, without its model and lens. Read the text again: model.trajectory(text, lens)."
@@ -80,9 +80,7 @@ class TrajectoryData(Cells):
     @property
     def prediction_depth(self) -> np.ndarray:
         """Return for each position [T] the first row from which on every most likely token is the model's; R if the last row's is another."""
-        same = self.top_ids[..., 0] == self.model.top_ids[..., 0]
-        depth: np.ndarray = same.shape[0] - np.minimum.accumulate(same[::-1], axis=0).sum(axis=0)
-        return depth
+        return settled_from(self.top_ids[..., 0] == self.model.top_ids[..., 0])
 
     def label(self, layer: Layer) -> str:
         """Return the name of a layer's row: 'layer 3' or 'embedding', with a star if the lens does not translate it."""

@@ -28,6 +28,7 @@ else:
 CELLS_WITH_TEXT = (24, 40)
 # The most names along an axis of a large map.
 NAMES = 40
+DEPTH = "prediction depth: from here on the top token is the model's"
 
 
 class MapContents(NamedTuple):
@@ -43,6 +44,7 @@ class MapContents(NamedTuple):
         scale: 'linear', 'log' (for ranks) or 'signed' (0 in the middle).
         limits: ends of the scale, or None for those of the values.
         bright_is_low: whether low values are the certain ones.
+        depth: [T] prediction depth, as a row; None = no line for it.
     """
 
     values: np.ndarray
@@ -54,10 +56,16 @@ class MapContents(NamedTuple):
     scale: str
     limits: tuple[float, float] | None
     bright_is_low: bool
+    depth: np.ndarray | None = None
 
 
-def contents_of(trajectory: TrajectoryData, statistic: str) -> MapContents:
+def contents_of(trajectory: TrajectoryData, statistic: str, *, depth: bool = False) -> MapContents:
     """Return what the map of a trajectory shows: its rows, and the model's own on top.
+
+    Args:
+        trajectory: the trajectory.
+        statistic: name of a statistic in STATISTICS.
+        depth: also show the prediction depth, as a line.
 
     Raises:
         InvalidValueError: if there is no such statistic, or it was not computed.
@@ -75,7 +83,8 @@ def contents_of(trajectory: TrajectoryData, statistic: str) -> MapContents:
     limits = (0.0, 1.0) if statistic in ("max_probability", "agrees") else None
     low = statistic not in ("max_probability", "agrees", "log_prob_difference")
     rows = [*(trajectory.label(layer) for layer in trajectory.layers), "model"]
-    return MapContents(values, texts, rows, trajectory.tokens, trajectory.positions, label_of(*STATISTICS[statistic]), scale, limits, low)
+    label, line = label_of(*STATISTICS[statistic]), trajectory.prediction_depth if depth else None
+    return MapContents(values, texts, rows, trajectory.tokens, trajectory.positions, label, scale, limits, low, line)
 
 
 def contents_of_comparison(comparison: ComparisonData, divergence: str) -> MapContents:
@@ -133,6 +142,10 @@ def map_figure(contents: MapContents, title: str = "", *, cmap: str | None = Non
         axes.set_xlabel("token read" + (f" (every {_ordinal(steps[0])} of {columns} is named)" if steps[0] > 1 else ""))
         if contents.rows[-1] == "model":
             axes.axhline(rows - 1.5, color="white", linewidth=2.5 if small else 1)
+        if contents.depth is not None:
+            edges = np.arange(columns + 1) - 0.5
+            for color, width in (("white", 4.0), ("black", 1.6)):
+                axes.stairs(contents.depth - 0.5, edges, baseline=None, color=color, linewidth=width if small else width / 2, label=DEPTH)
         if small and contents.texts is not None:
             for y, row in enumerate(contents.texts):
                 for x, text in enumerate(row):
@@ -140,7 +153,8 @@ def map_figure(contents: MapContents, title: str = "", *, cmap: str | None = Non
                     color = ink(*image.cmap(np.asarray(image.norm(values[y, x])).item())[:3]) if known else "black"
                     axes.text(x, y, drawable(readable(text)), ha="center", va="center", fontsize=9, color=color, parse_math=False)
         starred = any(name.endswith("*") for name in contents.rows)
-        title = " ".join(filter(None, [title, f"({UNTRANSLATED})" if starred else ""]))
+        notes = [f"({UNTRANSLATED})" if starred else "", f"(line: {DEPTH})" if contents.depth is not None else ""]
+        title = " ".join(filter(None, [title, *notes]))
         if title:
             axes.set_title("\n".join(textwrap.wrap(title, 90)), parse_math=False)
         beyond = np.nanmax(np.where(np.isposinf(values), np.nan, values), initial=-np.inf) > (image.norm.vmax or 0)

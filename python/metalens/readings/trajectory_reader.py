@@ -22,7 +22,7 @@ from metalens.readings.cells_reader import Request, part_cells, read_cells, spli
 from metalens.readings.chosen_tokens import token_ids_of
 from metalens.readings.numbering import EMBEDDING, Layer
 from metalens.readings.rows import select_layers, select_position
-from metalens.readings.source import RowSource, untranslated_rows
+from metalens.readings.source import RowSource, parts_of, untranslated_rows
 from metalens.readings.statistics import Cells, cell_arrays, join_cells
 from metalens.readings.texts import Texts, are_several
 from metalens.readings.trajectory import Trajectory
@@ -107,9 +107,9 @@ def read_trajectory(
         InvalidTypeError: if the text is no text, or the lens no lens.
     """
     prepared, several = _prepared(
-        model, text, lens, top_k, layers, embedding, position, targets, anti_targets, tokens, mask_input, compare, final_norm, skip_norm
+        model, text, [lens], top_k, layers, embedding, position, targets, anti_targets, tokens, mask_input, compare, final_norm, skip_norm
     )
-    found = [assemble(source, request, *read_cells(source, request)) for source, request in prepared]
+    found = [trajectory for sources, request in prepared for trajectory in read_sources(sources, request)]
     return found if several else found[0]
 
 
@@ -134,24 +134,48 @@ def read_trajectory_parts(
     Raises:
         InvalidValueError, InvalidTypeError, FileNotFoundError: as `read_trajectory`, and for a part_size below 1.
     """
+    sources, request = one_text(model, text, [lens], options)
+    return (trajectory for (trajectory,), _ in source_parts(sources, request, checked_part_size(part_size)))
+
+
+def one_text(
+    model: LanguageModel, text: TokenInput, lenses: Sequence[Lens | str | Path | None], options: TrajectoryOptions
+) -> tuple[list[RowSource], Request]:
+    """Return what to read in one text, through one lens or several: their sources, and the statistics.
+
+    Raises:
+        InvalidValueError, InvalidTypeError, FileNotFoundError: as `read_trajectory`, and for several texts or an unknown option.
+    """
     if are_several(text):
-        raise InvalidTypeError("One text is read in parts, not a list of texts.")
-    if part_size is not None and part_size < 1:
-        raise InvalidValueError(f"part_size must be at least 1, got {part_size}.")
+        raise InvalidTypeError("One text is read here, not a list of texts.")
     given = {**_DEFAULTS, **options}
     if unknown := given.keys() - _DEFAULTS.keys():
         raise InvalidTypeError(f"read_trajectory has no option {', '.join(sorted(unknown))}; it has {', '.join(_DEFAULTS)}.")
-    ((source, request),), _ = _prepared(model, text, lens, *given.values())
-    return _parts(source, request, part_size)
+    (found,), _ = _prepared(model, text, lenses, *given.values())
+    return found
 
 
-def _parts(source: RowSource, request: Request, size: int | None) -> Iterator[Trajectory]:
+def checked_part_size(size: int | None) -> int | None:
+    """Return the positions of a part (InvalidValueError if they are fewer than 1)."""
+    if size is not None and size < 1:
+        raise InvalidValueError(f"part_size must be at least 1, got {size}.")
+    return size
+
+
+def read_sources(sources: Sequence[RowSource], request: Request) -> list[Trajectory]:
+    """Return the trajectories of the lenses that read one text."""
+    cells = read_cells(sources, request)
+    return [assemble(source, request, *each) for source, each in zip(sources, cells, strict=True)]
+
+
+def source_parts(sources: Sequence[RowSource], request: Request, size: int | None) -> Iterator[tuple[list[Trajectory], list[mx.array]]]:
+    """Yield for one part of the positions after another the trajectories of the lenses that read one text, and their rows [R, c, D]."""
     start = 0
-    for rows, own in source.parts(size):
+    for rows, own in parts_of(sources, size):
         where = slice(start, start + own.shape[0])
-        cells = part_cells(source, request, rows, own, start)
-        here = source.select(source.layers, source.positions[where])
-        yield assemble(here, request.part(where), *split_rows(cells))
+        cells = split_rows(sources, part_cells(sources, request, rows, own, start))
+        here, asked = [source.select(source.layers, source.positions[where]) for source in sources], request.part(where)
+        yield [assemble(source, asked, *each) for source, each in zip(here, cells, strict=True)], rows
         start = where.stop
 
 
@@ -216,7 +240,7 @@ def _differences(a: Trajectory, b: Trajectory) -> list[str]:
 def _prepared(
     model: LanguageModel,
     text: Any,
-    lens: Lens | str | Path | None,
+    lenses: Sequence[Lens | str | Path | None],
     top_k: int,
     layers: Sequence[int] | None,
     embedding: bool,
@@ -228,10 +252,13 @@ def _prepared(
     compare: bool,
     final_norm: NormFunction | None,
     skip_norm: bool,
-) -> tuple[list[tuple[RowSource, Request]], bool]:
-    """Check the arguments of `read_trajectory`. Return what to read for each text, and whether there are several."""
-    lens = as_lens(lens)
-    check_lens(lens, model)
+) -> tuple[list[tuple[list[RowSource], Request]], bool]:
+    """Check the arguments of `read_trajectory`. Return for each text its sources, one for each lens, and the statistics; whether texts are several.
+
+    Raises:
+        InvalidValueError, InvalidTypeError, FileNotFoundError: as `read_trajectory`, and if there is no lens.
+    """
+    read_by = checked_lenses(model, lenses)
     vocabulary = model.unembed.head.tokens
     check_top_k(top_k, vocabulary)
     norm = NO_NORM if skip_norm else model.unembed.norm if final_norm is None else final_norm
@@ -247,13 +274,31 @@ def _prepared(
     for each, (own_targets, own_anti) in zip(texts, pairs, strict=True):
         ids = model.ids(each)[:1]
         where = select_position(position, ids.shape[1])
-        source = RowSource(model, ids, lens, norm, rows, range(ids.shape[1])[where], mask_input)
+        sources = [RowSource(model, ids, lens, norm, rows, range(ids.shape[1])[where], mask_input) for lens in read_by]
         target_ids = _targets(own_targets, ids, vocabulary, mask_input)
         anti_ids = None if own_anti is None else _target_ids(own_anti, ids, vocabulary, "anti_targets")
         if anti_ids is not None and target_ids is None:
             raise InvalidValueError("anti_targets are compared with targets; with mask_input there are none by default. Pass targets too.")
-        found.append((source, Request(top_k, target_ids, anti_ids, chosen, compare).part(where)))
+        found.append((sources, Request(top_k, target_ids, anti_ids, chosen, compare).part(where)))
     return found, several
+
+
+def checked_lenses(model: LanguageModel, lenses: Sequence[Lens | str | Path | None]) -> list[Lens]:
+    """Return lenses that fit a model, from what callers name them by.
+
+    Raises:
+        FileNotFoundError: if there is no lens at a path.
+        InvalidValueError: if there is no lens at all, or one is of another model.
+        InvalidTypeError: if one is no lens, or they are no list.
+    """
+    if isinstance(lenses, (str, Path)) or not isinstance(lenses, Sequence):
+        raise InvalidTypeError(f"lenses must be a list of lenses like [None, lens], got {lenses!r:.100}.")
+    if not lenses:
+        raise InvalidValueError("There is no lens to read with. Give [None] for the logit lens.")
+    found = [as_lens(lens) for lens in lenses]
+    for lens in found:
+        check_lens(lens, model)
+    return found
 
 
 def assemble(source: RowSource, request: Request, lens: Cells, own: Cells) -> Trajectory:

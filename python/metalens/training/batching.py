@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metalens.models.capture import HiddenStates, ResidualCapture
+from metalens.models.capture import EmbeddingStreamError, HiddenStates, ResidualCapture
 from metalens.models.language_model import DEFAULT_SEQUENCE
+from metalens.models.layers import Layer
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Sampler, Step, batches
 from metalens.utils.errors import InvalidValueError
@@ -71,12 +72,14 @@ class BatchedCapture:
     Args:
         source: captures the model's hidden states.
         embedding_rows: number of token ids that the model knows.
+        with_embedding: also capture the embedding's output.
     """
 
-    def __init__(self, source: ResidualCapture, embedding_rows: int) -> None:
+    def __init__(self, source: ResidualCapture, embedding_rows: int, *, with_embedding: bool = False) -> None:
         self.source, self.embedding_rows = source, embedding_rows
+        self.with_embedding = with_embedding
 
-    def runs_for(self, layers: Sequence[int]) -> bool:
+    def runs_for(self, layers: Sequence[Layer]) -> bool:
         """Tell whether this process runs forward passes: for layers that it trains, or for other processes, with which it shares the model."""
         return bool(layers) or self.source.sharding is not None
 
@@ -114,6 +117,13 @@ class BatchedCapture:
                 found[owner].append(captured.of_sequences(slice(rows[0], rows[-1] + 1)))
         yield from found
 
+    def _captured(self, batch: np.ndarray) -> HiddenStates:
+        """Run the model on sequences [B, T] of one length."""
+        try:
+            return self.source.capture(mx.array(batch), with_embedding=self.with_embedding)
+        except EmbeddingStreamError as error:
+            raise EmbeddingStreamError(f"{error} Train the blocks alone: set embedding=False (--no-embedding).") from error
+
     def _passes(self, steps: Sequence[Step], pause: Callable[[], None] | None) -> Iterator[tuple[list[int], HiddenStates]]:
         """Yield batches of numbers of sequences, counted through all steps, with their hidden states."""
         sequences = [sequence for step in steps for sequence in step.sequences]
@@ -125,7 +135,7 @@ class BatchedCapture:
                     f"The text has token ids from {batch.min()} to {batch.max()}; the model knows 0 to {self.embedding_rows - 1}. "
                     "Tokenize it with the model's own tokenizer."
                 )
-            captured = self.source.capture(mx.array(batch))
+            captured = self._captured(batch)
             if counted:
                 captured = replace(captured, mask=mx.array(np.stack([counted[i] for i in members])))
             if pause is not None and mx.default_device() == mx.Device(mx.cpu):

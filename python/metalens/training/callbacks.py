@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.training.config import TrainingConfig
 from metalens.utils.errors import InvalidTypeError, MissingPackageError
-from metalens.utils.files import atomic_write
+from metalens.utils.files import atomic_write, naming
 from metalens.utils.outputs import Output, require_replaceable
 
 
@@ -27,7 +28,7 @@ class Progress:
         loss: mean loss over layers.
         losses: loss of each trained layer, in the order of `layers`.
         tokens: tokens seen so far, those of this step and of the warm start included.
-        layers: layers that are trained in this pass.
+        layers: layers that are trained in this pass: numbers of blocks, and 'embedding'.
         gradient_norm: norm of the gradient over all layers together, before clipping.
         learning_rate: learning rate of the step.
         tokens_per_second: speed of the step, the forward pass of the model included.
@@ -38,7 +39,7 @@ class Progress:
     loss: float
     losses: list[float]
     tokens: int
-    layers: list[int]
+    layers: list[Layer]
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float
@@ -140,7 +141,7 @@ class MetricsFile(Callback):
 
     def on_step(self, progress: Progress) -> None:
         """Append a line."""
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({name: _finite(value) for name, value in asdict(progress).items()}) + "\n")
 
 
@@ -212,7 +213,8 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(progress: Progress) -> dict[str, float]:
-    by_layer = {f"kl/layer_{layer}": loss for layer, loss in zip(progress.layers, progress.losses, strict=True)}
+    layers = [layer if layer == EMBEDDING else f"layer_{layer}" for layer in progress.layers]
+    by_layer = {f"loss/{layer}": loss for layer, loss in zip(layers, progress.losses, strict=True)}
     names = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "tokens", "skipped")
     return {**{name: float(getattr(progress, name)) for name in names}, **by_layer}
 

@@ -8,7 +8,6 @@ all the same, the checkpoint before it is used, with a warning.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
-from metalens.utils.files import require_writable, sha256_of
+from metalens.utils.files import require_writable, sha256_of, sha256_of_values
 
 STATE, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
@@ -186,8 +185,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _sha256_of(record: dict[str, Any]) -> str:
-    """Return the hash of the values of a record, independent of its layout."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=_plain_number).encode()).hexdigest()
+    """Return the hash of the values of a record."""
+    return sha256_of_values(record, _plain_number)
 
 
 def _plain_number(value: Any) -> Any:

@@ -16,11 +16,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.utils.errors import InvalidValueError
 
 Vocabulary = Literal["full", "sampled"] | int
 MIN_SEQUENCE = 10  # tokens: mlxterp's bound
 HELD_BACK = 16  # the guard's part of the tokens of a run, and of the sequences of a text, is at most a sixteenth
+
+
+def natural_shift(loss: str) -> int:
+    """Return the token_shift of a loss by its name: 0 for the model's prediction at the same position, 1 for the next token."""
+    return int(loss == "ce")
 
 
 def _setting(default: Any, help: str, *, at_least: int | None = None, unset: str | None = None, example: Any = None) -> Any:
@@ -116,6 +122,16 @@ class TrainingConfig:
         at_least=16,
     )
     ns_steps: int | None = _setting(None, "Iterations of Muon's orthogonalization.", at_least=1, unset="chosen by the size of the matrix", example=4)
+    embedding: bool = _setting(False, "Also train a translator for the embedding's output, the layer 0 of tuned-lens.")
+    loss: Literal["kl", "ce"] = _setting(
+        "kl", "Loss of a layer: kl = KL(model || lens), the model's own prediction; ce = cross-entropy of the tokens of the text."
+    )
+    token_shift: int | None = _setting(
+        None,
+        "Compare the lens at position t with the model's prediction (kl) or the text's token (ce) at position t + this.",
+        unset="0 for kl, 1 for ce",
+        example=0,
+    )
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -140,8 +156,29 @@ class TrainingConfig:
             raise InvalidValueError("The warm start gives full matrices: set warm_start_tokens to 0 for rank or bias_only.")
         if self.step_size == "loss" and self.optimizer != "muon":
             raise InvalidValueError(f"step_size 'loss' is of the optimizer muon, not of {self.optimizer}: give step_size='rate'.")
+        self._check_loss()
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise InvalidValueError(f"layers must name at least one layer, each once, got {list(self.layers)}.")
+
+    def _check_loss(self) -> None:
+        """Check the settings of a loss that is not 0 for the model itself (InvalidValueError)."""
+        if abs(self.shift) >= self.max_seq_len:
+            raise InvalidValueError(
+                f"token_shift must be smaller than max_seq_len ({self.max_seq_len}), got {self.shift}: no position would be left."
+            )
+        if self.loss == "kl" and not self.shift:
+            return
+        what = f"loss '{self.loss}'" if self.loss != "kl" else "A token_shift"
+        if self.step_size == "loss" or (self.loss == "ce" and self.vocabulary != "full"):
+            raise InvalidValueError(
+                f"{what} needs step_size 'rate' (its least loss is not 0)"
+                f"{' and the full vocabulary (a sample may lack the token)' if self.loss == 'ce' else ''}: "
+                "give the recipe paper, adam or muon, or these settings."
+            )
+        if self.warm_start_tokens and self.shift != natural_shift(self.loss):
+            raise InvalidValueError(
+                "The warm start solves for the model's prediction at the same position: set warm_start_tokens to 0, or leave token_shift out."
+            )
 
     def _check_types(self) -> None:
         """Check the type of every setting, so that no wrong one is found out in the middle of a run."""
@@ -164,6 +201,16 @@ class TrainingConfig:
             if smallest is not None and value is not None and not isinstance(value, str) and not value >= smallest:
                 or_none = ", or None" if each.metadata["unset"] else ""
                 raise InvalidValueError(f"{each.name} must be at least {smallest}{or_none}, got {value}.")
+
+    @property
+    def shift(self) -> int:
+        """Return the positions between a prediction of the lens and what it is compared with."""
+        return natural_shift(self.loss) if self.token_shift is None else self.token_shift
+
+    def trained_layers(self, num_layers: int) -> list[Layer]:
+        """Return the layers that a run trains on a model of so many blocks: 'embedding' first, if it is one of them."""
+        blocks = range(num_layers) if self.layers is None else sorted(self.layers)
+        return [*([EMBEDDING] if self.embedding else []), *blocks]
 
     @property
     def sequences_per_step(self) -> int:

@@ -13,12 +13,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from metalens.models.capture import ResidualCapture
+from metalens.models.layers import Layer
 from metalens.training.messages import TIMEOUT, Messenger
 from metalens.training.optimizer import Parameters
 from metalens.utils.arrays import to_float, to_list
@@ -32,6 +33,8 @@ _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MLX_WORLD_SIZE")
 
 _LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # files of mlx.launch with an entry for each process, for ring and JACCL
 
+L = TypeVar("L", int, Layer)
+
 
 class LayerPass(NamedTuple):
     """The layers that are trained in one pass over the text.
@@ -41,8 +44,8 @@ class LayerPass(NamedTuple):
         of_all: layers of all processes together.
     """
 
-    layers: list[int]
-    of_all: list[int]
+    layers: list[Layer]
+    of_all: list[Layer]
 
 
 class Group:
@@ -123,11 +126,11 @@ class Group:
         """Tell whether the processes train different layers."""
         return self.parallel == "layers" and self.size > 1
 
-    def layers_of(self, layers: Sequence[int], rank: int | None = None) -> list[int]:
+    def layers_of(self, layers: Sequence[L], rank: int | None = None) -> list[L]:
         """Return the layers that a process trains (None = this one). With more processes than layers some have none."""
         return list(layers) if self.parallel == "data" else list(layers)[self.rank if rank is None else rank :: self.size]
 
-    def passes(self, layers: Sequence[int], at_once: int | None) -> list[LayerPass]:
+    def passes(self, layers: Sequence[Layer], at_once: int | None) -> list[LayerPass]:
         """Return the passes over the text that train all layers. Every process makes the same number of passes.
 
         Args:
@@ -155,7 +158,7 @@ class Group:
         Beside the gradients a few buckets and one parameter are in memory.
 
         Args:
-            losses: losses [layers].
+            losses: losses of the layers, then the number of tokens, [layers + 1].
             gradients: gradient of every layer, float32.
         """
         if self.size == 1 or self.parallel == "layers":
@@ -174,9 +177,9 @@ class Group:
         return total
 
     def gather_layers(
-        self, mine: Sequence[int], layers: Sequence[int], losses: list[float], gradients: list[Parameters], names: int
-    ) -> tuple[list[float], float]:
-        """Return the losses of all layers and the norm of their gradient, in every process, as if one had all layers, bit for bit.
+        self, mine: Sequence[Layer], layers: Sequence[Layer], losses: list[float], gradients: list[Parameters], names: int, tokens: int
+    ) -> tuple[list[float], float, int]:
+        """Return the losses of all layers, the norm of their gradient and the tokens, in every process, as if one had all layers, bit for bit.
 
         Args:
             mine: layers of this process.
@@ -184,13 +187,14 @@ class Group:
             losses: loss of each of this process's layers, in float32 precision.
             gradients: gradient of each of this process's layers.
             names: number of parameters of a layer.
+            tokens: number of tokens that the losses are sums over, below 2^24. A process without layers has counted none.
         """
-        table = np.zeros((len(layers), 1 + names), np.float32)
+        table = np.zeros((len(layers), 2 + names), np.float32)
         for layer, loss, gradient in zip(mine, losses, gradients, strict=True):
-            table[list(layers).index(layer)] = [loss, *(to_float(mx.sum(mx.square(g))) for g in gradient.values())]
+            table[list(layers).index(layer)] = [loss, tokens, *(to_float(mx.sum(mx.square(g))) for g in gradient.values())]
         (total,) = self.all_sum(mx.array(table))
         rows = to_list(total)
-        return [row[0] for row in rows], math.sqrt(math.fsum(square for row in rows for square in row[1:]))
+        return [row[0] for row in rows], math.sqrt(math.fsum(square for row in rows for square in row[2:])), round(rows[0][1])
 
     def all_gather(self, array: mx.array) -> mx.array:
         """Return the rows of all processes, by rank, evaluated. The arrays must have the same shape and dtype."""

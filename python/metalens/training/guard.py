@@ -14,12 +14,15 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.lenses.translators import translated
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats, normed
+from metalens.readings.numbering import layer_name
 from metalens.training.batching import BatchedCapture
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Step
 from metalens.training.distributed import Group
+from metalens.training.objective import KL, Objective
 from metalens.training.optimizer import Parameters
 from metalens.training.step import piece_tokens
 from metalens.utils.arrays import to_list
@@ -44,16 +47,17 @@ def check_every(config: TrainingConfig, tokens: int) -> int:
     return -(-config.num_steps // checks)
 
 
-def held_back_kl(
+def held_back_loss(
     parameters: Sequence[Parameters],
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     text: Step,
     capture: BatchedCapture,
     unembed: Unembed,
     pause: Callable[[], None] | None = None,
     done: Callable[[int], None] = lambda _: None,
+    objective: Objective = KL,
 ) -> mx.array:
-    """Return the sum of KL(model || lens) over the tokens of a text that count, in nats, and the number of tokens: [len(layers) + 1]. Evaluated.
+    """Return the sum of the loss over the tokens of a text that count, in nats, and the number of tokens: [len(layers) + 1]. Evaluated.
 
     Args:
         parameters: parameters of each layer.
@@ -63,19 +67,26 @@ def held_back_kl(
         unembed: the model's norm and head.
         pause: function that is called after each part of the work, see `BatchedCapture.hidden_states`. None = none.
         done: function of a number of tokens that is called when they have gone through the head.
+        objective: the loss.
     """
     total = mx.zeros((len(layers) + 1,))
     for batch in capture.hidden_states(text, pause):
-        last = normed(batch.rows(-1).astype(mx.float32), unembed.norm)
-        rows = mx.stack([translated(p, batch.rows(layer).astype(mx.float32), unembed.norm) for p, layer in zip(parameters, layers, strict=True)])
+        at, to = objective.pairs(batch)
+        if at is not None and not at.size:
+            continue
+        last, labels = normed(batch.rows(-1, to).astype(mx.float32), unembed.norm), objective.labels(batch, to)
+        rows = mx.stack([translated(p, batch.rows(layer, at).astype(mx.float32), unembed.norm) for p, layer in zip(parameters, layers, strict=True)])
         tokens = last.shape[0]
         size = piece_tokens(len(layers), unembed.head) or tokens
         for start in range(0, tokens, size):
             part = slice(start, start + size)
-            kl = lens_stats(rows[:, part], unembed.head, 1, last[part]).kl
-            assert kl is not None
+            if labels is None:
+                loss = lens_stats(rows[:, part], unembed.head, 1, last[part]).kl
+            else:
+                loss = lens_stats(rows[:, part], unembed.head, 1, labels=labels[part]).nll
+            assert loss is not None
             count = min(size, tokens - start)
-            total = total + mx.concatenate([mx.sum(kl, axis=1), mx.array([float(count)])])
+            total = total + mx.concatenate([mx.sum(loss, axis=1), mx.array([float(count)])])
             mx.eval(total)
             done(count)
             if pause is not None:
@@ -92,10 +103,10 @@ class BestStates:
         parameters: parameters of each layer.
     """
 
-    kl: dict[int, float] = field(default_factory=dict)
-    parameters: dict[int, Parameters] = field(default_factory=dict)
+    kl: dict[Layer, float] = field(default_factory=dict)
+    parameters: dict[Layer, Parameters] = field(default_factory=dict)
 
-    def worse(self, found: Mapping[int, float], parameters: Mapping[int, Parameters]) -> list[int]:
+    def worse(self, found: Mapping[Layer, float], parameters: Mapping[Layer, Parameters]) -> list[Layer]:
         """Take over the layers that are better than before. Return the layers that are clearly worse.
 
         Args:
@@ -123,10 +134,15 @@ class BestStates:
         for name, array in arrays.items():
             first, _, rest = name.partition(".")
             if first == "kl":
-                found.kl[int(rest)] = float(np.array(array).view(np.float64)[0])
+                found.kl[_layer_named(rest)] = float(np.array(array).view(np.float64)[0])
             else:
-                found.parameters.setdefault(int(first), {})[rest] = array
+                found.parameters.setdefault(_layer_named(first), {})[rest] = array
         return found
+
+
+def _layer_named(name: str) -> Layer:
+    """Return the layer that the name of an array of a checkpoint has in it."""
+    return EMBEDDING if name == EMBEDDING else int(name)
 
 
 class Guard:
@@ -149,6 +165,7 @@ class Guard:
         counted = None if held_back.counted is None else held_back.counted[rank::world]
         self._text = replace(held_back, sequences=held_back.sequences[rank::world], counted=counted)
         self._config, self._capture, self._unembed, self._group = config, capture, unembed, group
+        self._objective = Objective.of(config)
         self._every = check_every(config, self.tokens)
 
     def due(self, step: int) -> bool:
@@ -157,29 +174,30 @@ class Guard:
 
     def kl(
         self,
-        layers: Sequence[int],
-        parameters: Mapping[int, Parameters],
+        layers: Sequence[Layer],
+        parameters: Mapping[Layer, Parameters],
         pause: Callable[[], None] | None = None,
         done: Callable[[int], None] = lambda _: None,
-    ) -> dict[int, float]:
-        """Return the mean KL of layers on the held-back text, nats per token, the same in all processes that train a layer.
+    ) -> dict[Layer, float]:
+        """Return the mean loss of layers on the held-back text, nats per token, the same in all processes that train a layer.
 
-        `pause` and `done` are as in `held_back_kl`.
+        `pause` and `done` are as in `held_back_loss`.
         """
         if not layers:
             if self._capture.runs_for(layers):
                 for _ in self._capture.hidden_states(self._text, pause):
                     pass
             return {}
-        mine = held_back_kl([parameters[layer] for layer in layers], layers, self._text, self._capture, self._unembed, pause, done)
+        chosen = [parameters[layer] for layer in layers]
+        mine = held_back_loss(chosen, layers, self._text, self._capture, self._unembed, pause, done, self._objective)
         (total,) = self._group.sum_over_data(mine)
         *sums, tokens = to_list(total)
         return {layer: kl / tokens for layer, kl in zip(layers, sums, strict=True)}
 
 
-def message(layers: Sequence[int], found: Mapping[int, float], best: Mapping[int, float], step: int, ended: bool) -> str:
+def message(layers: Sequence[Layer], found: Mapping[Layer, float], best: Mapping[Layer, float], step: int, ended: bool, loss: str = "KL") -> str:
     """Return what happened to the layers that were set back, in one line."""
-    each = [f"layer {layer} (KL {found[layer]:.3f}, at its best {best[layer]:.3f})" for layer in layers[:SHOWN]]
+    each = [f"{layer_name(layer)} ({loss} {found[layer]:.3f}, at its best {best[layer]:.3f})" for layer in layers[:SHOWN]]
     more = f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
     then = "The lens has the best state." if ended else "It goes on from its best state with half the rate."
     if len(layers) > 1 and not ended:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metalens.models.capture import HiddenStates
+from metalens.models.layers import Layer
 
 LEAST = 1e-3  # least rms of a dimension, relative to that of all dimensions together: a dimension that is always 0 has no scale
 
@@ -52,8 +53,8 @@ def input_scale(squares: mx.array, of_last: mx.array, rows: mx.array) -> InputSc
 
 
 def measured_scales(
-    hidden_states: Iterable[HiddenStates], layers: Sequence[int], size: int, total: Callable[..., list[mx.array]]
-) -> dict[int, InputScale]:
+    hidden_states: Iterable[HiddenStates], layers: Sequence[Layer], size: int, total: Callable[..., list[mx.array]]
+) -> dict[Layer, InputScale]:
     """Return the scale of each layer.
 
     Args:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.translators import parameters_of
+from metalens.models.layers import EMBEDDING
 from metalens.training.distributed import Group
 
 
@@ -15,7 +16,7 @@ def shared_lens(path: str | Path, group: Group, whole: bool = True) -> TunedLens
     """Read a lens in the first process, and send it to the others, which may have no disk in common with it. All processes must make this call.
 
     Args:
-        path: path of the lens, as in `TunedLens.load`.
+        path: path or name of the lens, as in `TunedLens.load`.
         group: the processes.
         whole: send all layers. False = keep in the others only their own layers, `group.layers_of`; the rest is the identity.
 
@@ -31,15 +32,16 @@ def shared_lens(path: str | Path, group: Group, whole: bool = True) -> TunedLens
     facts = None
     if lens is not None:
         names = ("num_layers", "hidden_dim", "rank", "bias_only")
-        facts = [{name: getattr(lens, name) for name in names} | {"layers": list(lens.layers)}, lens.provenance]
+        options = {name: getattr(lens, name) for name in names} | {"layers": list(lens.layers), "embedding": lens.embedding_translator is not None}
+        facts = [options, lens.provenance]
     options, provenance = group.gather_json(facts)[0]
     found = lens or TunedLens(**options)
     found.provenance = provenance
-    own = set(found.layers if whole else group.layers_of(range(found.num_layers)))
-    for layer in found.layers:
-        arrays = group.broadcast(parameters_of(found.translators[layer]) if group.writes else None)
+    own = {EMBEDDING, *(found.layers if whole else group.layers_of(range(found.num_layers)))}
+    for layer in found.translated:
+        arrays = group.broadcast(parameters_of(found.translator_of(layer)) if group.writes else None)
         if not group.writes and layer in own:
             for name, value in arrays.items():
-                setattr(found.translators[layer], name, value)
-            mx.eval(parameters_of(found.translators[layer]))
+                setattr(found.translator_of(layer), name, value)
+            mx.eval(parameters_of(found.translator_of(layer)))
     return found

@@ -22,6 +22,7 @@ import numpy as np
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.translators import parameters_of
 from metalens.models.capture import HiddenStates, ResidualCapture
+from metalens.models.layers import Layer
 from metalens.models.unembed import Unembed
 from metalens.training.batching import BatchedCapture, step_groups
 from metalens.training.callbacks import Callback, Progress, callbacks_of_process
@@ -34,6 +35,7 @@ from metalens.training.guard import Guard, GuardWarning, message
 from metalens.training.pass_start import started
 from metalens.training.resume import RunCheckpoints, RunFacts, with_older_defaults
 from metalens.training.run_context import RunContext
+from metalens.training.start import hash_of_start, kept_layers, require_start, start_parameters
 from metalens.training.state import TrainingState, in_training_dtype
 from metalens.training.update import Update, sums_over_tokens, update_layers
 from metalens.training.vocabulary import sampler_of
@@ -70,6 +72,7 @@ def train_loop(
     checkpoint_every: int | None = None,
     resume: bool = False,
     group: Group | None = None,
+    start: TunedLens | None = None,
     stop: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
 ) -> TunedLens:
@@ -87,6 +90,7 @@ def train_loop(
         checkpoint_every: steps between checkpoints, at least 1. None = only at the end of each pass and when the run is stopped.
         resume: go on from the newest checkpoint, if there is one.
         group: the processes of the run, each of which must make the same call. None = those that hold the model, or this process alone.
+        start: the lens that the run starts from. None = the identity. Layers that the run does not train keep its translators.
         stop: function that is called after every step. True, in any process, writes a checkpoint and ends the run in all. A run of one process
             also calls it within steps and within the warm start, and drops what it has of them unless they end within a second: resuming repeats
             them.
@@ -114,10 +118,12 @@ def train_loop(
     config = with_older_defaults(config, None if checkpoints is None else checkpoints.path, group) if resume else config
     told = callbacks_of_process(callbacks, group.rank)
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
-    of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed))
+    of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed, hash_of_start(start, group)))
     vocabulary = sampler_of(config, unembed.head, corpus.ids, group.data_rank[0])
-    context = RunContext(config, BatchedCapture(source, unembed.embedding_rows), unembed, group, Clock(stop, group), vocabulary)
-    run = _Run(context, corpus, of_run, checkpoint_every, told, stop)
+    context = RunContext(
+        config, BatchedCapture(source, unembed.embedding_rows, with_embedding=config.embedding), unembed, group, Clock(stop, group), vocabulary
+    )
+    run = _Run(context, corpus, of_run, checkpoint_every, told, stop, start)
     try:
         return run.train(resume, show_progress)
     finally:
@@ -136,15 +142,19 @@ class _Run:
         checkpoint_every: int | None,
         callbacks: Sequence[Callback],
         stop: Callable[[], bool],
+        start: TunedLens | None = None,
     ) -> None:
         self.context, self.corpus, self.config, self.group, self.clock = context, corpus, context.config, context.group, context.clock
         self.checkpoints, self.checkpoint_every, self.callbacks, self.stop = checkpoints, checkpoint_every, callbacks, stop
         self.saved: tuple[int, int] | None = None  # pass and step of the newest checkpoint
-        start = context.identity()  # checks that rank and layers fit the model
+        fresh = context.identity()  # checks that rank and layers fit the model
+        if start is not None:
+            require_start(start, fresh)
+        self.kept = {layer: start_parameters(start, fresh, layer) for layer in kept_layers(start, context.layers)}
         self.passes = self.group.passes(context.layers, self.config.layers_at_once)
         mine = self.group.layers_of(context.layers)
-        self.guard = Guard(self._new_sampler().held_back_step(), self.config, context.capture, context.unembed, self.group)
-        self.state = TrainingState({layer: in_training_dtype(parameters_of(start.translators[layer]), self.config) for layer in mine})
+        self.guard = Guard(self._new_sampler().held_back_step(self.config.shift), self.config, context.capture, context.unembed, self.group)
+        self.state = TrainingState({layer: in_training_dtype(start_parameters(start, fresh, layer), self.config) for layer in mine})
 
     def train(self, resume: bool, show_progress: bool) -> TunedLens:
         """Make all passes, from the newest checkpoint on if asked."""
@@ -229,7 +239,7 @@ class _Run:
                     self._check(layers.layers, group.resumable(i))
                     self._save_or_stop(group.resumable(i))
 
-    def _start_pass(self, layers: Sequence[int], sampler: Sampler) -> None:
+    def _start_pass(self, layers: Sequence[Layer], sampler: Sampler) -> None:
         """Make the closed-form solution of the layers, if the settings ask for it, and the optimizer. Keep the solution in a checkpoint."""
         config, state = self.config, self.state
         try:
@@ -244,7 +254,7 @@ class _Run:
             return  # its number is that of the checkpoint before it, and another process may have that one as its newest
         self._save(sampler.state())
 
-    def _check(self, layers: Sequence[int], position: dict[str, Any]) -> None:
+    def _check(self, layers: Sequence[Layer], position: dict[str, Any]) -> None:
         """Let the guard check the layers, if it is time. Set back those that have become worse, and after the last step all to their best state.
 
         If the run is to stop, it ends without the check, which a resumed run makes first. `position` is where it goes on.
@@ -262,7 +272,7 @@ class _Run:
         for layer in layers if ended else risen:
             state.set_back(layer)
         if risen and (self.group.writes or self.group.divides_layers):
-            warnings.warn(message(risen, found, state.best.kl, state.step, ended), GuardWarning, stacklevel=2)
+            warnings.warn(message(risen, found, state.best.kl, state.step, ended, self.config.loss.upper()), GuardWarning, stacklevel=2)
 
     def _stopped_within_a_step(self, position: dict[str, Any]) -> NoReturn:
         """End the run. The sums of the step, or of a check, are dropped; `position` is where the run goes on."""
@@ -292,7 +302,7 @@ class _Run:
         state.step += 1
         progress = Progress(number, loss, found.losses, state.tokens, layers.of_all, found.norm, rate, speed, state.skipped)
         total = len(self.passes) * config.num_steps
-        self.clock.bar.reach(self._steps_done * config.step_tokens, step=f"{number + 1}/{total}", KL=f"{loss:.3f}")
+        self.clock.bar.reach(self._steps_done * config.step_tokens, step=f"{number + 1}/{total}", **{config.loss.upper(): f"{loss:.3f}"})
         log.debug("step %d loss %.4f gradient norm %.4f", number, loss, found.norm)
         for callback in self.callbacks:
             callback.on_step(progress)
@@ -317,13 +327,17 @@ class _Run:
 
     def _trained_lens(self) -> TunedLens:
         """Return the lens in float32. Divided layers are gathered in rank 0, one at a time; other processes keep their own."""
-        lens, group = self.context.identity(), self.group
+        lens, group = self.context.identity(self.kept), self.group
         for i, layer in enumerate(self.context.layers):
             parameters = self.state.parameters.get(layer, {})
             if group.divides_layers:
                 everywhere = group.broadcast(parameters, root=i % group.size)
                 parameters = everywhere if group.writes else parameters
             for name, value in parameters.items():
-                setattr(lens.translators[layer], name, value.astype(mx.float32))
-            mx.eval(parameters_of(lens.translators[layer]) if parameters else [])
+                setattr(lens.translator_of(layer), name, value.astype(mx.float32))
+            mx.eval(parameters_of(lens.translator_of(layer)) if parameters else [])
+        for layer, parameters in self.kept.items():
+            for name, value in parameters.items():
+                setattr(lens.translator_of(layer), name, value.astype(mx.float32))
+            mx.eval(parameters_of(lens.translator_of(layer)))
         return lens

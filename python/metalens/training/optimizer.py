@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.ops.backends import Precision
 from metalens.training.config import TrainingConfig
 from metalens.training.input_scale import InputScale, unknown_scale
@@ -133,16 +134,16 @@ class LensOptimizer:
         scales: rms of the hidden states of each layer, for steps as long as the loss asks for. None = a `restore` follows.
     """
 
-    def __init__(self, config: TrainingConfig, parameters: dict[int, Parameters], scales: Mapping[int, InputScale] | None = None) -> None:
+    def __init__(self, config: TrainingConfig, parameters: dict[Layer, Parameters], scales: Mapping[Layer, InputScale] | None = None) -> None:
         self.config = config
-        self.scales: dict[int, InputScale] = {}
+        self.scales: dict[Layer, InputScale] = {}
         if config.step_size == "loss":
             self.scales = {layer: scales[layer] if scales else unknown_scale() for layer in parameters}
         self.by_layer = {layer: self._made(of_layer) for layer, of_layer in parameters.items()}
         by_distance = config.layer_rates == "distance" and config.warm_start_tokens > 0
         self.rates = {layer: mx.array(_distance(p["weight"]) if by_distance else 1.0) for layer, p in parameters.items()}
 
-    def set_back(self, layer: int, parameters: Parameters) -> None:
+    def set_back(self, layer: Layer, parameters: Parameters) -> None:
         """Halve the rate of a layer, and forget its momentum."""
         self.rates[layer] = self.rates[layer] * 0.5
         self.by_layer[layer] = self._made(parameters)
@@ -159,7 +160,7 @@ class LensOptimizer:
         """Return the factor for gradients of this norm over all layers together."""
         return 1.0 if self.config.optimizer == "muon" else min(1.0, self.config.gradient_clip / (norm + 1e-6))
 
-    def update(self, layer: int, parameters: Parameters, gradient: Parameters, step: int, scale: float, loss: float = 0.0) -> Parameters:
+    def update(self, layer: Layer, parameters: Parameters, gradient: Parameters, step: int, scale: float, loss: float = 0.0) -> Parameters:
         """Return the parameters of a layer after one step. Evaluated.
 
         Args:
@@ -186,7 +187,7 @@ class LensOptimizer:
             updated = {name: p - rate * config.weight_decay * _from_identity(name, wide[name]) for name, p in updated.items()}
         if config.dtype == "bfloat16":
             key = mx.random.key(0x1E25 + (config.seed or 0))
-            for number_of in (step, layer):
+            for number_of in (step, -1 if layer == EMBEDDING else layer):
                 key = mx.random.split(key, number_of + 2)[number_of + 1]
             of_parameters, of_state = mx.random.split(key, 2)
             updated = _as_bfloat16(updated, of_parameters)

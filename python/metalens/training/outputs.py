@@ -8,6 +8,7 @@ from pathlib import Path
 
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.lens_file import lens_files, lens_outputs
+from metalens.lenses.opening import files_read
 from metalens.training.checkpoint import LOCK, CheckpointFolder, default_folder, mark_finished, numbers_of_newest, prepare_folder
 from metalens.training.data import Corpus
 from metalens.training.data.readers import FileSource, Source
@@ -51,13 +52,16 @@ class RunOutputs:
         """Open the folder of the checkpoints, which makes it. Call `claim` before: it refuses to write beside what is not ours."""
         return None if self.folder is None else self.given or CheckpointFolder(self.folder)
 
-    def claim(self, locks: contextlib.ExitStack, inputs: Corpus | list[Source], config: object, resume: bool, force: bool) -> None:
+    def claim(
+        self, locks: contextlib.ExitStack, inputs: Corpus | list[Source], config: object, start_from: object, resume: bool, force: bool
+    ) -> None:
         """Check that a run may write its results, and keep other runs from writing there while `locks` is open.
 
         Args:
             locks: takes the locks.
             inputs: the text, whose files must not be replaced.
             config: the settings, as given to `train`; a file of them must not be replaced.
+            start_from: the lens that the run starts from, as given to `train`; its files must not be replaced.
             resume: whether the run goes on from a checkpoint.
             force: whether files that are not a lens may be replaced.
         """
@@ -65,6 +69,8 @@ class RunOutputs:
             read: list[str | Path] = [] if isinstance(inputs, Corpus) else [source.path for source in inputs if isinstance(source, FileSource)]
             if isinstance(config, (str, Path)):
                 read.append(config)
+            if isinstance(start_from, (str, Path)):
+                read += files_read(start_from)
             for file in lens_files(self.out):
                 require_writable(file)
             require_replaceable(lens_outputs(self.out), force=force, inputs=read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from metalens.models.layers import Layer
 from metalens.training.data import Sampler
 from metalens.training.input_scale import InputScale, measured_scales
 from metalens.training.run_context import RunContext
@@ -11,7 +12,7 @@ from metalens.training.state import TrainingState, in_training_dtype
 from metalens.training.warm_start import regressions
 
 
-def started(run: RunContext, state: TrainingState, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+def started(run: RunContext, state: TrainingState, layers: Sequence[Layer], sampler: Sampler) -> dict[Layer, InputScale]:
     """Make the closed-form solution of layers, if the settings ask for it. Return the scale of their hidden states, {} if none is needed.
 
     The sampler is then at the first step.
@@ -28,7 +29,7 @@ def started(run: RunContext, state: TrainingState, layers: Sequence[int], sample
         sampler.restore(start)  # the tokens of the scales are those of the first step
 
 
-def _scales(run: RunContext, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+def _scales(run: RunContext, layers: Sequence[Layer], sampler: Sampler) -> dict[Layer, InputScale]:
     """Return the scale of the hidden states of the next step, if the optimizer needs it."""
     config, clock = run.config, run.clock
     if config.step_size != "loss" or not config.num_steps:
@@ -39,7 +40,7 @@ def _scales(run: RunContext, layers: Sequence[int], sampler: Sampler) -> dict[in
         return measured_scales(hidden_states, layers, run.unembed.hidden_dim, run.group.sum_over_data)
 
 
-def _solved(run: RunContext, state: TrainingState, layers: Sequence[int], sampler: Sampler) -> dict[int, InputScale]:
+def _solved(run: RunContext, state: TrainingState, layers: Sequence[Layer], sampler: Sampler) -> dict[Layer, InputScale]:
     """Replace the parameters of layers by the closed-form solution on the next tokens. Return the scale of their hidden states."""
     config, group, clock = run.config, run.group, run.clock
     data = sampler.take_step(config.warm_start_tokens, *group.data_rank)

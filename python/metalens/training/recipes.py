@@ -12,7 +12,8 @@ from metalens.utils.errors import InvalidValueError
 
 # {name: settings}. Learning rates belong to a reduction: a sum over layers gives every layer the gradient of its own loss.
 RECIPES: dict[str, dict[str, Any]] = {
-    # Belrose et al. 2023 as tuned-lens's code runs it: lr 1.0 (1 - momentum), joint clip, decay of 1e-3 toward the identity, sum over layers.
+    # Belrose et al. 2023 as tuned-lens's code runs it: lr 1.0 (1 - momentum), decay of 1e-3 toward the identity, sum over layers, and a
+    # joint clip, which the embedding's translator takes part in.
     "paper": {
         "optimizer": "sgd",
         "learning_rate": 0.1,
@@ -22,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
         "num_steps": 250,
         "tokens_per_step": 2**18,
+        "embedding": True,
         "guard_tokens": 512,
     },
     # mlxterp's Tutorial 2, which holds nothing back: one sequence per step, in the order of the text, lr 1.0 on the mean over layers.
@@ -36,6 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
         "num_steps": 250,
         "tokens_per_step": 2**18,
+        "embedding": True,
         "guard_tokens": 512,
     },
     # The closed form, then Muon in many small steps that are as long as the loss asks for, pulled toward the identity. With few tokens the number of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ def require_result(lens: TunedLens, skipped: int, steps: int) -> None:
     )
     if steps and skipped >= steps:
         raise TrainingDivergedError(f"The training has failed: the loss or the gradient of all {steps} steps was not finite. {remedy}")
-    spoiled = [layer for layer in lens.layers if not all(map(_is_finite, parameters_of(lens.translators[layer]).values()))]
+    spoiled = [layer for layer in lens.translated if not all(map(_is_finite, parameters_of(lens.translator_of(layer)).values()))]
     if spoiled:
         raise TrainingDivergedError(f"The training has diverged: the translators of layers {spoiled} hold NaN or infinity. {remedy}")
 
@@ -36,15 +37,25 @@ def _is_finite(array: mx.array) -> bool:
     return bool(mx.all(mx.isfinite(array)).item())
 
 
-def remember(lens: TunedLens, model: LanguageModel, settled: Settled, tokens: int | None, skipped: int) -> None:
-    """Write into a lens which model, recipe, settings and text it was trained with, and how many steps were skipped.
+def remember(
+    lens: TunedLens, model: LanguageModel, settled: Settled, tokens: int | None, skipped: int, start: Mapping[str, Any] | None = None
+) -> None:
+    """Write into a lens what it was trained with.
 
-    `tokens` are those that each layer has seen.
+    Args:
+        lens: the lens.
+        model: the model.
+        settled: recipe, settings and text.
+        tokens: number of tokens that each layer has seen in this run.
+        skipped: number of steps that were skipped.
+        start: facts of the lens that the run started from, or None.
     """
     training = {**settled.config.to_dict(), "data": settled.corpus.identity()}
     if math.isinf(settled.config.gradient_clip):
         training["gradient_clip"] = "inf"  # JSON has no infinity
     if skipped:
         training["skipped_steps"] = skipped
+    if start is not None:
+        training["start_from"] = dict(start)
     facts: dict[str, Any] = {"weights": model.weights_hash, "tokens": tokens, "recipe": settled.recipe, "training": training}
     lens.provenance = {**lens.provenance, **provenance_of(model.unembed, model.name, **facts)}

@@ -36,11 +36,13 @@ class RunFacts:
         config: the settings.
         source: captures the model's hidden states.
         unembed: the model's norm and head.
+        start: hash of the lens that the run starts from. None = the identity, or the warm start.
     """
 
     config: TrainingConfig
     source: ResidualCapture
     unembed: Unembed
+    start: str | None = None
 
     @cached_property
     def weights(self) -> str:
@@ -58,7 +60,8 @@ class RunFacts:
 
         "capture" says what a position in the text means, and how sums are rounded.
         """
-        return {"config": self.config.to_dict(), "model": self.model(), "capture": {"steps captured together": steps_together(self.config)}}
+        capture = {"steps captured together": steps_together(self.config)}
+        return {"config": self.config.to_dict(), "model": self.model(), "capture": capture, "start": self.start}
 
     def require_record(self, record: Mapping[str, Any]) -> None:
         """Check that the record of a checkpoint has the facts of this run.
@@ -78,6 +81,10 @@ class RunFacts:
                 raise InvalidValueError(
                     f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Use the same, or start anew in another folder."
                 )
+
+        if record.get("start") != self.start:
+            before, now = ("no lens" if start is None else f"the lens {start}" for start in (record.get("start"), self.start))
+            raise InvalidValueError(f"The checkpoint is of a run that started from {before}, and this one starts from {now}. Start from the same.")
 
     def require_same_in_group(self, group: Group, corpus: Corpus, **arguments: Any) -> None:
         """Check that all processes of a group run with the same facts, text, package versions and arguments.

@@ -26,6 +26,7 @@ from metalens.training.loop import train_loop
 from metalens.training.outputs import RunOutputs
 from metalens.training.result import TrainingDivergedError, remember, require_result
 from metalens.training.settle import TextOptions, Wishes, settle
+from metalens.training.start import lens_to_start_from, start_facts
 from metalens.utils.errors import InvalidValueError
 
 __all__ = ["TrainingDivergedError", "train"]
@@ -60,6 +61,7 @@ def train(
     data: TrainingData,
     *,
     recipe: str | None = None,
+    start_from: TunedLens | str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     checkpoint_dir: str | Path | CheckpointFolder | None = None,
@@ -93,6 +95,9 @@ def train(
             a space or a line break in it. Token ids are a list, an array, or a list of these. A Corpus is taken as it is.
             `metalens.training.data.read_inputs` has the rules in full: a mistyped name is an error, not a text.
         recipe: name of a recipe, see `metalens.training.RECIPES`. None = the one that `config` names, else 'fast'.
+        start_from: a TunedLens, or the path of one, whose training goes on: after more text, for a fine-tuned model, for some layers. There is no
+            warm start then, which would replace it, and layers that the run does not train keep its translators. None = the warm start of the
+            recipe, or the identity.
         out: path of the lens: OUT.npz and OUT.json are written. None = only return the lens.
         resume: go on from the newest checkpoint, if there is one.
         checkpoint_dir: folder for checkpoints. None = OUT.checkpoints, or without `out` no checkpoints.
@@ -135,7 +140,7 @@ def train(
         GroupLostError: if another process of the group has ended.
         OSError: if a file can't be read or written.
     """
-    wishes = Wishes.of(recipe, config, settings, tokens, minutes)
+    wishes = Wishes.of(recipe, config, settings, tokens, minutes, start_from is not None)
     wishes.require_valid()
     inputs = read_inputs(data, field=field, split=split)
     if shard_model:
@@ -147,7 +152,8 @@ def train(
     with contextlib.ExitStack() as locks:
         with group.together():
             if group.writes:
-                outputs.claim(locks, inputs, config, resume, force)
+                outputs.claim(locks, inputs, config, start_from, resume, force)
+        start = lens_to_start_from(start_from, group)
         model = model if isinstance(model, LanguageModel) else LanguageModel(model, tensor_group=group if shard_model else None)
         text = TextOptions(field, split, join, max_tokens, cache_dir, model.prefix if bos else (), keep_prefix=bos and inputs is data)
         settled = settle(wishes, model, inputs, text, group, outputs.folder if resume else None, show_progress and group.writes)
@@ -162,13 +168,15 @@ def train(
             checkpoint_every=checkpoint_every,
             resume=resume,
             group=group,
+            start=start,
             stop=stop or (lambda: False),
             show_progress=show_progress,
         )
-        passes = len(group.passes(lens.layers, settled.config.layers_at_once))
+        passes = len(group.passes(settled.config.trained_layers(model.num_layers), settled.config.layers_at_once))
         seen, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else outputs.numbers_of_newest()
         require_result(lens, skipped, passes * settled.config.num_steps)
-        remember(lens, model, settled, None if seen is None else seen // passes, skipped)
+        before = None if start_from is None or start is None else start_facts(start_from, start)
+        remember(lens, model, settled, None if seen is None else seen // passes, skipped, before)
         if group.writes:
             outputs.write(lens, force)
         return lens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.translators import parameters_of
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.models.unembed import Unembed
 from metalens.training.batching import BatchedCapture
 from metalens.training.clock import Clock
@@ -35,21 +37,30 @@ class RunContext:
     clock: Clock
     vocabulary: VocabularySampler | None = None
 
-    def identity(self) -> TunedLens:
-        """Return the lens that training starts from. Its arrays take no memory before they are used.
+    def identity(self, kept: Iterable[Layer] = ()) -> TunedLens:
+        """Return the identity, with a translator for every layer that the run trains, and for `kept` layers. It takes no memory before it is used.
 
         Raises:
             InvalidValueError: if the rank or the layers do not fit the model.
         """
-        config, layers = self.config, len(self.capture.source)
-        return TunedLens(layers, self.unembed.hidden_dim, rank=config.rank, bias_only=config.bias_only, layers=config.layers, seed=config.seed or 0)
+        config, kept = self.config, set(kept)
+        layers = None if config.layers is None else [*config.layers, *(layer for layer in kept if layer != EMBEDDING)]
+        return TunedLens(
+            len(self.capture.source),
+            self.unembed.hidden_dim,
+            rank=config.rank,
+            bias_only=config.bias_only,
+            layers=layers,
+            embedding=config.embedding or EMBEDDING in kept,
+            seed=config.seed or 0,
+        )
 
     @cached_property
-    def layers(self) -> list[int]:
+    def layers(self) -> list[Layer]:
         """Return the layers that the run trains, in all passes and processes."""
-        return list(self.identity().layers)
+        return self.config.trained_layers(len(self.capture.source))
 
     @cached_property
     def parameters_per_layer(self) -> int:
         """Return the number of arrays of a translator."""
-        return len(parameters_of(self.identity().translators[self.layers[0]]))
+        return len(parameters_of(self.identity().translator_of(self.layers[0])))

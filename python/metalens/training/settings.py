@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from metalens.models.language_model import DEFAULT_SEQUENCE
 from metalens.training.budget import divided
-from metalens.training.config import TrainingConfig, in_words, setting_types
+from metalens.training.config import TrainingConfig, in_words, natural_shift, setting_types
 from metalens.training.recipes import RECIPES, settings_of
 from metalens.utils.errors import InvalidValueError
 
@@ -35,12 +35,14 @@ def resolve(
     settings: Mapping[str, Any],
     context: int | None = None,
     hidden_size: int | None = None,
+    *,
+    from_lens: bool = False,
 ) -> tuple[str | None, TrainingConfig]:
     """Return the name of the recipe and the configuration of a run.
 
     `settings` replace those of `config`, which replace those of the recipe. Two defaults follow from others: sequences are as long as the model's
     context and the step allow, up to 512 tokens; and translators of low rank or of biases alone begin without the warm start, which gives full
-    matrices.
+    matrices. So does a run that starts from a lens.
 
     Args:
         recipe: name of a recipe. None = the one that `config` names with 'recipe', else 'fast'.
@@ -48,6 +50,7 @@ def resolve(
         settings: settings by name. 'tokens' is a budget instead of a setting: see `metalens.training.budget`.
         context: longest sequence of the model, in tokens, if it is known.
         hidden_size: dimension of the model's hidden states, if it is known.
+        from_lens: whether the run starts from a lens.
 
     Raises:
         InvalidValueError: for unknown settings, for values out of range, and for settings that exclude each other.
@@ -66,6 +69,12 @@ def resolve(
     merged = ({} if name is None else DEFAULTS | settings_of(name)) | given
     if (merged.get("rank") or merged.get("bias_only")) and "warm_start_tokens" not in given and merged.get("num_steps") != 0:
         merged["warm_start_tokens"] = 0
+    shift, natural = merged.get("token_shift"), natural_shift(merged.get("loss", "kl"))
+    if shift not in (None, natural) and "warm_start_tokens" not in given:
+        merged["warm_start_tokens"] = 0
+    if from_lens:
+        _require_steps_alone(merged, given)
+        merged["warm_start_tokens"] = 0
     longest = min(limit or sys.maxsize for limit in (merged.get("max_seq_len", DEFAULT_SEQUENCE), context))
     chosen: Mapping[str, Any] = given
     if tokens is not None:
@@ -76,6 +85,14 @@ def resolve(
     if "max_seq_len" not in chosen:
         merged["max_seq_len"] = min(longest, merged.get("tokens_per_step") or sys.maxsize)
     return name, TrainingConfig.from_dict(merged)
+
+
+def _require_steps_alone(merged: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check the settings of a run that starts from a lens (InvalidValueError): it has steps, and no closed form, which would replace the lens."""
+    if given.get("warm_start_tokens"):
+        raise InvalidValueError("A run that starts from a lens has no warm start, which would replace the lens: set warm_start_tokens to 0.")
+    if merged.get("num_steps") == 0:
+        raise InvalidValueError("A run that starts from a lens needs steps, and these settings have none: give num_steps, or a recipe with steps.")
 
 
 def budget_in_minutes(
@@ -134,15 +151,25 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise InvalidValueError(f"{file} can't be read as {'TOML' if is_toml else 'JSON'}: {error}.") from error
     if not isinstance(found, dict):
         raise InvalidValueError(f'{file} must hold one object with settings, like {{"recipe": "paper", "num_steps": 100}}.')
+    require_known(found, str(file))
+    return found
+
+
+def require_known(found: Mapping[str, Any], where: str) -> None:
+    """Check that settings, 'recipe' and a budget have known names and values of their types (InvalidValueError).
+
+    Args:
+        found: the settings by name, as JSON or TOML holds them.
+        where: where they stand, for the error.
+    """
     kinds = setting_types() | {"recipe": str} | BUDGETS
     if unknown := sorted(set(found) - set(kinds)):
         raise InvalidValueError(
-            f"{file}: unknown setting {', '.join(unknown)}. Known settings: recipe, {', '.join(BUDGETS)}, {', '.join(sorted(setting_types()))}."
+            f"{where}: unknown setting {', '.join(unknown)}. Known settings: recipe, {', '.join(BUDGETS)}, {', '.join(sorted(setting_types()))}."
         )
     for name, value in found.items():
         if not is_of_type(value, kinds[name]):
-            raise InvalidValueError(f"{file}: {name} can't be {value!r}; it takes {type_in_words(kinds[name])}.")
-    return found
+            raise InvalidValueError(f"{where}: {name} can't be {value!r}; it takes {type_in_words(kinds[name])}.")
 
 
 def is_of_type(value: Any, kind: Any) -> bool:

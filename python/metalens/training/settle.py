@@ -37,12 +37,14 @@ class Wishes:
         config: more settings: a file, a dict or a TrainingConfig.
         settings: settings by name, 'tokens' (a budget) among them.
         minutes: budget in minutes, or None.
+        from_lens: whether the run starts from a lens.
     """
 
     recipe: str | None
     config: TrainingConfig | Mapping[str, Any] | str | Path | None
     settings: Mapping[str, Any]
     minutes: float | None
+    from_lens: bool = False
 
     @classmethod
     def of(
@@ -52,10 +54,11 @@ class Wishes:
         settings: Mapping[str, Any],
         tokens: int | None,
         minutes: float | None,
+        from_lens: bool = False,
     ) -> Wishes:
         """Return the wishes of the arguments of `train`, whose budget replaces that of `config`."""
         config, minutes = budget_in_minutes(config, tokens, minutes)
-        return cls(recipe, config, settings if tokens is None else {**settings, "tokens": tokens}, minutes)
+        return cls(recipe, config, settings if tokens is None else {**settings, "tokens": tokens}, minutes, from_lens)
 
     def require_valid(self) -> None:
         """Check all that can be checked without the model (InvalidValueError)."""
@@ -64,7 +67,7 @@ class Wishes:
     def resolved(self, model: LanguageModel | None = None, **changed: Any) -> tuple[str | None, TrainingConfig]:
         """Return the name of the recipe and the settings, for a model if there is one. `changed` settings replace the caller's."""
         of_model = () if model is None else (model.default_sequence_length, model.unembed.hidden_dim)
-        return resolve(self.recipe, self.config, {**self.settings, **changed}, *of_model)
+        return resolve(self.recipe, self.config, {**self.settings, **changed}, *of_model, from_lens=self.from_lens)
 
 
 @dataclass(frozen=True)

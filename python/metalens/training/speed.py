@@ -91,7 +91,7 @@ def seconds_of(
     """
     d, hidden_size = facts.dimensions, facts.dimensions.hidden_size
     if layers is None:
-        layers = d.num_layers if config.layers is None else len(config.layers)
+        layers = len(config.trained_layers(d.num_layers))
     forward = (2 * d.block_params / speed.forward + d.num_layers * speed.beside) / share
     warm_token = passes * forward + layers * regression_flops(hidden_size) / speed.sums
     solution = layers * hidden_size**3 / speed.solution if config.warm_start_tokens else 0.0

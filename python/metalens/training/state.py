@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalens.models.layers import Layer
 from metalens.training.config import TrainingConfig
 from metalens.training.guard import BestStates
 from metalens.training.input_scale import InputScale
@@ -35,7 +36,7 @@ class TrainingState:
         checked: step of this pass after which the guard has checked the layers last. -1 = it has not.
     """
 
-    parameters: dict[int, Parameters]
+    parameters: dict[Layer, Parameters]
     optimizer: LensOptimizer | None = None
     pass_index: int = 0
     step: int = 0
@@ -44,7 +45,7 @@ class TrainingState:
     best: BestStates = field(default_factory=BestStates)
     checked: int = -1
 
-    def start_pass(self, config: TrainingConfig, layers: Sequence[int], scales: Mapping[int, InputScale] | None = None) -> LensOptimizer:
+    def start_pass(self, config: TrainingConfig, layers: Sequence[Layer], scales: Mapping[Layer, InputScale] | None = None) -> LensOptimizer:
         """Make the optimizer for the layers of a pass. `scales` as in `LensOptimizer`."""
         self.optimizer = LensOptimizer(config, {layer: self.parameters[layer] for layer in layers}, scales)
         return self.optimizer
@@ -61,7 +62,7 @@ class TrainingState:
         found |= {f"optimizer.{name}": a for name, a in self.optimizer.state().items()}
         return found | {f"best.{name}": a for name, a in self.best.arrays().items()}
 
-    def set_back(self, layer: int) -> None:
+    def set_back(self, layer: Layer) -> None:
         """Return a layer to its best checked state, with half the rate and without momentum."""
         assert self.optimizer is not None
         self.parameters[layer] = dict(self.best.parameters[layer])
@@ -71,7 +72,7 @@ class TrainingState:
         """Return the numbers of a checkpoint, by name."""
         return {"pass": self.pass_index, "pass_step": self.step, "tokens": self.tokens, "skipped": self.skipped, "checked": self.checked}
 
-    def restore(self, arrays: Mapping[str, mx.array], numbers: Mapping[str, Any], config: TrainingConfig, passes: Sequence[Sequence[int]]) -> None:
+    def restore(self, arrays: Mapping[str, mx.array], numbers: Mapping[str, Any], config: TrainingConfig, passes: Sequence[Sequence[Layer]]) -> None:
         """Take over the `arrays` and `numbers` of a checkpoint.
 
         Args:

@@ -14,9 +14,11 @@ import mlx.core as mx
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.translators import parameters_of, translated
 from metalens.models.capture import HiddenStates
+from metalens.models.layers import Layer
 from metalens.models.unembed import Unembed
-from metalens.ops import Head, Norm, lens_kl, lens_target, normed, use_precision
+from metalens.ops import Head, Norm, lens_ce, lens_kl, lens_target, normed, use_precision
 from metalens.ops.backends import Precision, precision
+from metalens.training.objective import KL, Objective
 from metalens.training.optimizer import Parameters
 from metalens.training.vocabulary import PIECE
 from metalens.utils.renamed import renamed_arguments
@@ -37,18 +39,18 @@ class Sums:
 
     Attributes:
         layers: layers that are trained.
-        losses: sum of KL(model || lens) over tokens, nats, [len(layers)].
+        losses: sum of the loss over tokens, nats, [len(layers)].
         gradients: gradient of that sum for the parameters of each layer, in the order of `layers`; empty before the first batch.
         tokens: number of tokens.
     """
 
-    layers: list[int]
+    layers: list[Layer]
     losses: mx.array
     gradients: list[Parameters] = field(default_factory=list)
     tokens: int = 0
 
 
-def no_sums(layers: Sequence[int]) -> Sums:
+def no_sums(layers: Sequence[Layer]) -> Sums:
     """Return the sums before the first batch."""
     return Sums(list(layers), mx.zeros((len(layers),)))
 
@@ -71,6 +73,7 @@ def accumulate(
     unembed: Unembed,
     done: Callable[[int], None] = lambda _: None,
     heads: Callable[[mx.array, int], Iterable[Head]] | None = None,
+    objective: Objective = KL,
 ) -> None:
     """Add the losses and gradients of a batch to the sums. The gradients of one layer at a time are in memory twice.
 
@@ -82,16 +85,20 @@ def accumulate(
         done: function of a number of tokens that is called when they have gone through the head. If it raises, the sums are as they were.
         heads: function of the model's normed rows [T, D], and of the number of tokens in the sums, that yields the head for every PIECE tokens
             (see `VocabularySampler.heads`). None = the unembedding's own, with the full vocabulary.
+        objective: the loss.
     """
     norm = unembed.norm
-    hidden = [mx.stop_gradient(batch.rows(layer)).astype(mx.float32) for layer in sums.layers]
-    last = mx.stop_gradient(batch.rows(-1)).astype(mx.float32)
+    at, to = objective.pairs(batch)
+    if at is not None and not at.size:  # no token has a partner
+        return
+    hidden = [mx.stop_gradient(batch.rows(layer, at)).astype(mx.float32) for layer in sums.layers]
+    last = mx.stop_gradient(batch.rows(-1, to)).astype(mx.float32)
     n = mx.stack([translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)])
     n_model = normed(last, norm)
     pieces = ([unembed.head], last.shape[0]) if heads is None else (heads(n_model, sums.tokens), PIECE)
     operands = precision() if heads is None else OF_SAMPLES
     with use_precision(operands):
-        kl, dn = _kl_in_pieces(n, n_model, *pieces, done)
+        loss, dn = _loss_in_pieces(n, n_model, objective.labels(batch, to), *pieces, done)
     for i, (of_layer, h) in enumerate(zip(parameters, hidden, strict=True)):
         with use_precision(operands):
             gradient = _backward(of_layer, h, norm, dn[i])
@@ -101,13 +108,24 @@ def accumulate(
         else:
             sums.gradients.append(gradient)
         mx.eval(gradient)
-    sums.losses = sums.losses + mx.sum(kl, axis=1)
+    sums.losses = sums.losses + mx.sum(loss, axis=1)
     mx.eval(sums.losses)
     sums.tokens += last.shape[0]
 
 
-def _kl_in_pieces(n: mx.array, n_model: mx.array, heads: Iterable[Head], length: int, done: Callable[[int], None]) -> tuple[mx.array, mx.array]:
-    """Return `lens_kl` of rows [L, T, D] beside the model's rows [T, D], evaluated piece by piece. `heads` has a head for every `length` tokens."""
+def _loss_in_pieces(
+    n: mx.array, n_model: mx.array, labels: mx.array | None, heads: Iterable[Head], length: int, done: Callable[[int], None]
+) -> tuple[mx.array, mx.array]:
+    """Return the loss of rows [L, T, D] and its gradient, evaluated piece by piece.
+
+    Args:
+        n: rows of the lens.
+        n_model: the model's rows [T, D].
+        labels: [T] token ids for `lens_ce`. None = `lens_kl` beside the model's rows.
+        heads: a head for every `length` tokens.
+        length: number of tokens of a head.
+        done: as in `accumulate`.
+    """
     tokens = n_model.shape[0]
     found = []
     for i, head in enumerate(heads):
@@ -115,13 +133,14 @@ def _kl_in_pieces(n: mx.array, n_model: mx.array, heads: Iterable[Head], length:
         size = piece_tokens(n.shape[0], head) or length
         for start in range(i * length, end, size):
             part = slice(start, min(start + size, end))
-            found.append(lens_kl(n[:, part], lens_target(n_model[part], head), head))
+            rows = n[:, part]
+            found.append(lens_kl(rows, lens_target(n_model[part], head), head) if labels is None else lens_ce(rows, labels[part], head))
             mx.eval(found[-1])
             done(part.stop - start)
     if len(found) == 1:
         return found[0]
-    kl, dn = (mx.concatenate(list(each), axis=1) for each in zip(*found, strict=True))
-    return kl, dn
+    loss, dn = (mx.concatenate(list(each), axis=1) for each in zip(*found, strict=True))
+    return loss, dn
 
 
 def _backward(parameters: Parameters, h: mx.array, norm: Norm, dn: mx.array) -> Parameters:
@@ -149,7 +168,7 @@ def loss_and_gradient(lens: TunedLens, batch: HiddenStates, unembed: Unembed) ->
         losses [L] in nats per token, and the gradient as a tree like `lens.parameters()`. Evaluated.
     """
     sums = no_sums(range(lens.num_layers))
-    accumulate(sums, [parameters_of(lens.translators[layer]) for layer in sums.layers], batch, unembed)
+    accumulate(sums, [parameters_of(lens.translator_of(layer)) for layer in sums.layers], batch, unembed)
     scale = 1 / (sums.tokens * lens.num_layers)
     gradients = [{name: g * scale for name, g in gradient.items()} for gradient in sums.gradients]
     losses = sums.losses / sums.tokens

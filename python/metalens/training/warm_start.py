@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalens.models.capture import HiddenStates
+from metalens.models.layers import Layer
 from metalens.ops import Weight, gram, linear
 from metalens.training.input_scale import InputScale, input_scale
 from metalens.utils.arrays import to_float
@@ -108,8 +109,8 @@ def _outer(a: mx.array, b: mx.array) -> mx.array:
 
 
 def warm_start(
-    hidden_states: Iterable[HiddenStates], layers: Sequence[int], hidden_size: int, ridge: float, total: Callable[..., list[mx.array]]
-) -> dict[int, dict[str, mx.array]]:
+    hidden_states: Iterable[HiddenStates], layers: Sequence[Layer], hidden_size: int, ridge: float, total: Callable[..., list[mx.array]]
+) -> dict[Layer, dict[str, mx.array]]:
     """Return the closed-form translators, {layer: {"weight": [D, D], "bias": [D]}}. Arguments and errors as for `regressions`.
 
     Args:
@@ -123,8 +124,8 @@ def warm_start(
 
 
 def regressions(
-    hidden_states: Iterable[HiddenStates], layers: Sequence[int], hidden_size: int, total: Callable[..., list[mx.array]]
-) -> dict[int, Regression]:
+    hidden_states: Iterable[HiddenStates], layers: Sequence[Layer], hidden_size: int, total: Callable[..., list[mx.array]]
+) -> dict[Layer, Regression]:
     """Return the sums of the regression of every layer.
 
     Args:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # In the names of temporary files. A file with this mark that nobody has locked was left by a killed process.
 MARK = "metalens-"
@@ -56,6 +58,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file name `path`: what the disk refuses when a file is flushed has no name."""
+    try:
+        yield
+    except OSError as error:
+        raise _about(path, None, error) from error
+
+
 def _about(path: Path, temporary: Path | None, error: OSError) -> OSError:
     """Return an error of the system with the name of the file. An error that names another file is returned as it is."""
     if error.filename is not None and temporary is not None and os.fspath(error.filename) != os.fspath(temporary):
@@ -97,6 +108,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_values(values: Mapping[str, Any], default: Callable[[Any], Any] | None = None) -> str:
+    """Return the SHA-256 of values that JSON holds, independent of their order and layout.
+
+    Args:
+        values: the values.
+        default: function that returns the JSON form of other values, as in `json.dumps`.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=default).encode()).hexdigest()
+
+
 def require_writable(path: Path) -> None:
     """Check before the work that `path` can be written: make missing parents and try a temporary file.
 
@@ -109,7 +130,8 @@ def require_writable(path: Path) -> None:
             raise IsADirectoryError(f"{path} is a directory")
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is a device or a pipe, which can't be replaced by a file")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Named like those of atomic_write, which deletes it if this process is killed here.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{MARK}", suffix=path.suffix)
         os.close(handle)
         Path(name).unlink(missing_ok=True)  # missing_ok: TokenCache.lock deletes files that look left behind
     except OSError as error:

@@ -56,7 +56,13 @@ def _acquire(path: Path, where: str) -> int | None:
         # The holder before may have deleted the file between the two calls: then this lock is of a file without a name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+                _sign(handle)
                 return handle
         os.close(handle)
+
+
+def _sign(handle: int) -> None:
+    """Write into the file of a lock who holds it, for the error of others. On a full disk it stays unknown, and the lock holds all the same."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -34,11 +34,12 @@ def trajectory_html(trajectory: Mapping[str, Any]) -> str:
 def comparison_html(comparison: Mapping[str, Any]) -> str:
     """Return the page with a comparison, as `Comparison.to_json` returns it with its trajectories.
 
-    Two lenses are shown on one text, two texts or models side by side, and of neighboring layers their trajectory.
+    Two lenses are shown on one text, two texts or models side by side, and neighboring layers on their trajectory.
     """
     a, b = comparison["a"], comparison["b"]
     if comparison["between"] == "layers":
-        return trajectory_html(a)
+        of_layers = {**comparison, "a": None, "of": [[0, 0], [0, 0]]}
+        return notebook_html(document([{"name": "A", "trajectories": [a]}], _title(a), [of_layers], statistic="layers:js"))
     lenses = comparison["between"] == "lenses"
     texts = [{"name": "A", "trajectories": [b, a]}] if lenses else [{"name": "A", "trajectories": [a]}, {"name": "B", "trajectories": [b]}]
     of = [[0, 1], [0, 0]] if lenses else [[0, 0], [1, 0]]

@@ -19,23 +19,35 @@ from typing import Any
 STATIC = Path(__file__).parent / "static"
 FORMAT, VERSION = "metalens.view", 1
 
+TextAndLens = tuple[int, int]  # a trajectory of a page: the numbers of its text and its lens
+
 # `import { a, b } from "./module.js";` and `export ` before a declaration: all that the modules use of the module system.
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([a-z]+)\.js";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=const |let |class |function |async function)", re.MULTILINE)
+_DOCTYPE = b"<!doctype html>\n"
+# The document of a page: a line of its own, which no other part of the page can hold, because "<" is escaped in it.
+_DOCUMENT = re.compile(rb'^<script type="application/json" id="document">([^<]*)</script>$', re.MULTILINE)
 
 
 def document(
-    texts: Sequence[Mapping[str, Any]], title: str, comparisons: Sequence[Mapping[str, Any]] = (), live: Mapping[str, Any] | None = None
+    texts: Sequence[Mapping[str, Any]],
+    title: str,
+    comparisons: Sequence[Mapping[str, Any]] = (),
+    live: Mapping[str, Any] | None = None,
+    statistic: str | None = None,
 ) -> dict[str, Any]:
     """Return what a page shows, as JSON holds it.
 
     Args:
         texts: one or two of {"name": text, "trajectories": [one for each lens]}, as `Trajectory.to_json` returns them.
         title: name of the model and the lens.
-        comparisons: results of `Comparison.to_json`, each with "of": [[text, lens], [text, lens]], the indices of what it compares.
+        comparisons: results of `Comparison.to_json`, each with "of": [[text, lens], [text, lens]], the indices of what it compares. The same
+            twice = every layer with the next one.
         live: what a served page has to know of its server: "lenses", "max_tokens" and "max_new_tokens". None = the page has no server.
+        statistic: name of the statistic that the colors show at first, as "kl" or "layers:js". None = the probability of the top token.
     """
-    return {"format": FORMAT, "version": VERSION, "title": title, "texts": [*texts], "comparisons": [*comparisons], "live": live}
+    shown = {"texts": [*texts], "comparisons": [*comparisons], "live": live, "statistic": statistic}
+    return {"format": FORMAT, "version": VERSION, "title": title, **shown}
 
 
 def page(content: Mapping[str, Any]) -> str:
@@ -56,6 +68,19 @@ def page(content: Mapping[str, Any]) -> str:
     }
     template = (STATIC / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda found: parts[found[1]], template)
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that `page` wrote, of any version: it begins as one, and its document says that it is one."""
+    with path.open("rb") as file:
+        if file.read(len(_DOCTYPE)) != _DOCTYPE:
+            return False
+        found = _DOCUMENT.search(file.read())
+    try:
+        content = None if found is None else json.loads(found[1])
+    except ValueError:  # also of bytes that are no text
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def policy(*, live: bool) -> str:

@@ -2,11 +2,15 @@
 
 from collections import defaultdict
 
-from support import metal_cells
+from support.metal_cells import Cell, Errors, cells
 
 
 def pytest_terminal_summary(terminalreporter):
-    table = metal_cells.RESULTS
+    # The report of each test carries its cell and errors: with several workers, the process that prints has run no test.
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    properties = [dict(getattr(report, "user_properties", [])) for report in reports]
+    results = {Cell(*found["cell"]): Errors(*found["errors"]) for found in properties if {"cell", "errors"} <= found.keys()}
+    table = {cell: results[cell] for cell in cells() if cell in results}
     if not table:
         return
     shapes = list(dict.fromkeys(cell.shape for cell in table))

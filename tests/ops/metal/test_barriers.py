@@ -22,7 +22,7 @@ def stats(rng):
 def few_rows(rng):
     head = oracle.make_head(rng, 72, 544)  # more columns than are staged at once
     n, n_model = oracle.random_array(rng, 3, 2, 544), oracle.random_array(rng, 2, 544)
-    mx.eval(vars(lens_stats(n, head, 3, n_model, mx.arange(2))))
+    mx.eval(vars(lens_stats(n, head, 3, n_model, mx.arange(4).reshape(2, 2))))
 
 
 def loss(rng):
@@ -48,9 +48,10 @@ def one_wave(monkeypatch):
 
 RUNS = {
     "tile.h": stats,
+    "vector_product.h": few_rows,
     "lens_stats_vector.h": few_rows,
     "lens_backward.h": loss,
-    "lens_softmax_grad.h": loss,
+    "row_group.h": loss,
     "norm_grad.h": translator,
 }
 

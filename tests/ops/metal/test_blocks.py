@@ -28,14 +28,45 @@ def test_every_division_gives_the_same_statistics(rng, layers, tokens, is_vector
     head = oracle.make_head(rng, 131, 64, bias=True)
     n_model = oracle.random_array(rng, tokens, 64)
     n = n_model[None] + oracle.random_array(rng, layers, tokens, 64, scale=0.3)
-    labels = mx.array(rng.integers(0, 131, tokens))
+    labels = rng.integers(0, 131, (tokens, 10))  # more than the simdgroups of a threadgroup
+    labels[0, :3] = -1, 131, 2**40  # no tokens
+    labels = mx.array(labels)
     with use_backend("reference"):
-        expected = vars(lens_stats(n, head, 3, n_model, labels))
+        expected = vars(lens_stats(n, head, 3, n_model, labels, reverse=True))
         mx.eval(expected)
     with emulated():
-        found = vars(lens_stats(n, head, 3, n_model, labels))
+        found = vars(lens_stats(n, head, 3, n_model, labels, reverse=True))
         mx.eval(found)
+    assert np.isnan(np.array(found["nll"])[:, 0, :3]).all()
     for name in ("top_ids", "rank", "agrees"):
         assert np.array_equal(np.array(found[name]), np.array(expected[name])), name
-    for name in ("lse", "entropy", "max_probability", "top_logits", "kl", "nll"):
+    for name in ("lse", "entropy", "max_probability", "top_logits", "kl", "nll", "reverse_kl"):
         np.testing.assert_allclose(np.array(found[name]), np.array(expected[name]), rtol=2e-5, atol=3e-6, err_msg=name)
+
+
+def test_labels_without_a_model_and_rows_with_nan(rng):
+    # Without a model the rows of all layers are tokens of one layer, and every layer has the labels of its tokens.
+    head, n, labels = oracle.make_head(rng, 131, 64), oracle.random_array(rng, 2, 3, 64), mx.array(rng.integers(0, 131, (3, 2)))
+    n[1, 2, 5] = mx.nan
+    with emulated():
+        found = lens_stats(n, head, 1, None, labels)
+        nll, rank = oracle.wide(found.nll), np.array(found.rank)
+    z = oracle.head_logits(oracle.wide(n), head)
+    of_label = np.take_along_axis(z, np.array(labels)[None].repeat(2, 0), axis=-1)
+    expected = 1 + np.sum(z[..., None, :] > of_label[..., None], axis=-1)
+    lost = np.zeros((2, 3), bool)
+    lost[1, 2] = True
+    assert (np.isnan(nll).all(-1) == lost).all()
+    np.testing.assert_array_equal(rank[~lost], expected[~lost])
+
+
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 3.0])
+def test_the_reverse_kl_of_rows_near_and_far(rng, distance):
+    head, n_model = oracle.make_head(rng, 131, 64), oracle.random_array(rng, 3, 64)
+    n = n_model[None] + oracle.random_array(rng, 2, 3, 64, scale=distance / 8)
+    with emulated():
+        found = lens_stats(n, head, 1, n_model, reverse=True)
+        ours = [oracle.wide(found.kl), oracle.wide(found.reverse_kl)]
+    z, z_model = oracle.head_logits(oracle.wide(n), head), oracle.head_logits(oracle.wide(n_model), head)[None]
+    for values, expected in zip(ours, (oracle.kl(z_model, z), oracle.kl(z, z_model)), strict=True):
+        assert (np.abs(values - expected) <= 3e-6 * np.sqrt(expected) + 2e-6 * expected).all()

@@ -97,6 +97,26 @@ def test_training_and_reading(model, ids, device):
     assert len(numbers(evaluation)) > 3 * 3  # KL, cross-entropy, agreement, ... of three layers
 
 
+def test_a_trajectory_with_chosen_tokens_and_comparisons(rng, model, ids):
+    lens = oracle.random_lens(rng, 3, 64)
+
+    def read():
+        found = model.trajectory(ids[:7], lens, top_k=3, tokens=[5, 9, 130])
+        comparisons = [found.compare(model.trajectory(ids[:7])), found.compare_layers()]
+        return found.to_json(), [getattr(c, name) for c in comparisons for name in ("kl", "reverse_kl", "js", "tv")]
+
+    with use_backend("reference"):
+        expected, expected_values = read()
+    with emulated(), mslcpu.recording() as reports:
+        found, values = read()
+    names = " ".join(r.name for r in reports)
+    assert all(part in names for part in ("lens_stats", "label_logits", "lens_compare"))
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-4, atol=1e-5)
+    assert len(numbers(found)) > 3 * 7 * 3
+    for ours, theirs in zip(values, expected_values, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def numbers(tree):
     """Return all numbers in nested dictionaries and lists, in order."""
     if isinstance(tree, (dict, list)):

@@ -43,7 +43,7 @@ def test_a_problem_must_be_stated_whole():
     [
         ("MAP_WIDTH", "common.h", constants.MAP_WIDTH),
         ("NORM_ROWS", "norm_grad.h", constants.NORM_ROWS),
-        ("GRAD_SIMDS", "lens_softmax_grad.h", constants.GRAD_THREADS // 32),
+        ("ROW_SIMDS", "row_group.h", constants.ROW_THREADS // 32),
         ("SIMDS", "common.h", constants.SIMDS),
         ("SIMDS", "common.h", constants.THREADS // 32),
         ("LANES", "common.h", constants.LANES),

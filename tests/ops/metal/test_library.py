@@ -11,11 +11,11 @@ import pytest
 
 import mslcpu
 from metalens import _extension
-from metalens.ops.metal import descriptors, kernel, library, source
+from metalens.ops.metal import descriptors, kernel, library, source, tuning
 from metalens.ops.metal.formats import format_of
-from metalens.ops.metal.matmul import linear
+from metalens.ops.metal.matmul import tile_linear
 from support import oracle
-from support.metal_emulation import needs_clang
+from support.metal_emulation import M1, needs_clang
 
 UNITS = library.translation_units()
 TOOL = Path(__file__).parents[3] / "tools" / "metal_library.py"
@@ -52,7 +52,7 @@ def test_names_are_unique_over_everything_that_differs():
         for x in (mx.float32, mx.float16, mx.bfloat16)
         for rows in (8, 32)
         for rounded in (False, True)
-        for make in (descriptors.lens_stats(x, f, rows, rounded), descriptors.linear(x, f, rows, rounded, mx.float32))
+        for make in (descriptors.lens_stats(x, f, rows, rounded), descriptors.linear(x, f, rows, rounded))
     ]
     assert len({k.name for k in every}) == len({k.body for k in every})
 
@@ -73,20 +73,21 @@ def with_library(monkeypatch):
         launched.append(SimpleNamespace(name=name, inputs=inputs, grid=grid, threadgroup=threadgroup, reuse=reuse))
         return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
-    monkeypatch.setattr(_extension, "metallib_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m16_float_float"}))
+    monkeypatch.setattr(_extension, "metallib_kernels", lambda: frozenset({"metalens_linear_float_affine_b4_g32_float_m16_float"}))
     monkeypatch.setattr(_extension, "find", lambda: (SimpleNamespace(launch_metal=launch_metal), ""))
-    return launched
+    with tuning.planned_for(M1):
+        yield launched
 
 
 def product(rng, rows):
     w = oracle.random_weight(rng, 70, 64)
-    return linear(oracle.random_array(rng, rows, 64), w, None, 1.0, rounded=False)
+    return tile_linear(oracle.random_array(rng, rows, 64), w, None, 1.0, rounded=False)
 
 
 def test_the_library_is_used_where_it_holds_the_kernel(rng, with_library):
     assert product(rng, 5).shape == (5, 70)
     (launch,) = with_library
-    assert launch.name == "metalens_linear_float_affine_b4_g32_float_m16_float_float"
+    assert launch.name == "metalens_linear_float_affine_b4_g32_float_m16_float"
     assert (launch.grid, launch.threadgroup, launch.reuse) == ((128, 2, 1), (128, 1, 1), [-1])
     assert all(a.size >= kernel.FEWEST for a in launch.inputs)
 
@@ -101,7 +102,7 @@ def test_other_kernels_are_compiled_just_in_time(rng, with_library, monkeypatch)
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
     product(rng, 17)
     product(rng, 20)  # the same kernel: made once
-    assert made == ["metalens_linear_float_affine_b4_g32_float_m32_float_float"]
+    assert made == ["metalens_linear_float_affine_b4_g32_float_m32_float"]
     assert with_library == []
 
 

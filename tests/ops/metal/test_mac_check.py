@@ -20,8 +20,9 @@ def test_it_goes_through_all_steps(tmp_path):
     report = out.read_text()
     assert "nothing was measured on Apple hardware" in report
     assert [line for line in report.splitlines() if line.startswith("## ")] == ["## Facts", "## Compile", "## Compare", "## Measure"]
-    assert "17 of 17 cells good" in report
+    assert "19 of 19 cells good" in report
     assert "lens_kl" in report
+    assert "lens_compare" in report
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="here it would run")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 import mslcpu
-from metalens.ops import Head, Weight, lens_kl, lens_stats, lens_target
+from metalens.ops import lens_compare, lens_kl, lens_stats, lens_target
 from metalens.ops.metal import constants, cost, tuning
 from metalens.ops.metal import stats as metal_stats
 from support import oracle
@@ -46,17 +46,50 @@ def test_lens_stats_writes_no_logits_and_reads_the_head_once_per_block(rng, devi
     assert report.buffers["scales"].read == blocks.count * V * D // 8 * 4
     assert report.matrix_ops == cost.lens_stats(layers, tokens, V, D, head_bytes(head), with_model, device.generation).matrix_ops
     written = sum(t.unique_written for t in report.buffers.values())
-    _, splits = tuning.split_vocab(V, constants.TILE_IDS, blocks.count, device)
-    assert written == splits * blocks.count * blocks.rows * 4 * (8 + 1 + 2 * 5) < layers * tokens * V * 4
+    _, splits = tuning.tile_split(V, blocks.count, device)
+    assert written == splits * blocks.count * blocks.rows * 4 * (constants.FIELDS + 2 * 5) < layers * tokens * V * 4
 
 
-def test_labels_cost_one_tile_for_each_block_however_many_splits(rng):
+@pytest.mark.parametrize("labels", [1, 3])
+def test_labels_cost_one_tile_for_each_block_however_many_splits(rng, labels):
     head, n = oracle.make_head(rng, V, D), oracle.random_array(rng, 3, 8, D)
     with emulated(), mslcpu.recording() as reports:
-        mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(8)).lse)
+        mx.eval(lens_stats(n, head).lse, lens_stats(n, head, labels=mx.arange(8 * labels).reshape(8, labels)).lse)
     without, with_labels = (r for r in reports if "lens_stats_float" in r.name)
-    assert only(reports, "lens_label_logits").matrix_ops == cost.tile_product(24, 1, D)
+    assert only(reports, "lens_label_logits").matrix_ops == cost.label_logits(1, 24, False, labels, D, M1.generation).matrix_ops
     assert with_labels.matrix_ops == without.matrix_ops == cost.tile_product(24, V, D)
+    # A split counts the tokens above every label; once it has read the vocabulary, nothing more is written.
+    assert with_labels.buffers["above"].unique_written == 4 * labels * 24 * tuning.tile_split(V, 1, M1)[1]
+
+
+@pytest.mark.parametrize("labels", [1, 9])
+def test_labels_of_few_rows_cost_a_matrix_each(rng, labels):
+    head, n = oracle.make_head(rng, V, D), oracle.random_array(rng, 1, 3, D)
+    ids = mx.array(rng.integers(0, V, (3, labels)))
+    with emulated(), mslcpu.recording() as reports:
+        mx.eval(vars(lens_stats(n, head, 1, None, ids)))
+    report = only(reports, "lens_label_logits_vector")
+    assert report.matrix_ops == cost.label_logits(1, 3, False, labels, D, M1.generation).matrix_ops
+    assert report.buffers["values"].read == 3 * labels * D // 2
+    assert report.buffers["n"].read == -(-labels // constants.VECTOR_SIMDS) * 3 * D * 4
+
+
+@pytest.mark.parametrize(("layers", "tokens", "one"), [(3, 7, True), (3, 7, False)])
+def test_a_comparison_writes_each_chunk_once_and_reads_it_twice(rng, layers, tokens, one):
+    head = oracle.make_head(rng, V, D, offset=1.0)
+    a, b = oracle.random_array(rng, layers, tokens, D), oracle.random_array(rng, 1 if one else layers, tokens, D)
+    rows, rows_b = layers * tokens, b.shape[0] * tokens
+    with emulated(), mslcpu.recording() as reports:
+        mx.eval(vars(lens_compare(a, b, head)))
+    assert len(reports) == 3
+    expected = cost.lens_compare(rows, rows_b, V, D, head_bytes(head), M1.generation, with_offset=True)
+    assert sum(r.matrix_ops for r in reports) == expected.matrix_ops
+    report = only(reports, "lens_compare").buffers
+    assert (report["a"].read, report["a"].unique_read) == (2 * rows * V * 4, rows * V * 4)
+    assert (report["b"].read, report["b"].unique_read) == (2 * rows * V * 4, rows_b * V * 4)  # the layers of a share a row of b, from the cache
+    # Both sides read the offset, which has two names.
+    counted = sum(t.unique_read + t.unique_written for r in reports for t in r.buffers.values()) - report["offset_b"].unique_read
+    assert expected.bytes <= counted <= expected.bytes + 3 * 64
 
 
 @pytest.mark.parametrize(("layers", "tokens"), [(1, 1), (7, 1), (3, 2), (1, 4)])
@@ -78,10 +111,8 @@ def test_few_rows_read_the_head_exactly_once_and_the_rows_once_per_threadgroup(r
 def test_few_rows_of_a_large_head_cost_little_beside_the_head(architecture, vocab):
     """The test above shows that each threadgroup reads X once in a pass. Eight rows in float32 then add a ninth to the bytes of a 4-bit head."""
     gpu, depth = tuning.Device(architecture, 2**34), 2048
-    scales = mx.zeros((vocab, depth // 64), mx.bfloat16)
-    head = Head(Weight(mx.zeros((vocab, depth // 8), mx.uint32), scales, scales, 64, 4))
     with tuning.planned_for(gpu):
-        plan = metal_stats._plan(mx.zeros((7, 1, depth)), head, True, rounded=False)
+        plan = metal_stats.division(7, 1, vocab, True)
     passes = -(-plan.ids_per_split // constants.VECTOR_PASS)
     rows = plan.groups * passes * 8 * depth * 4
     largest = constants.VECTOR_SIMDS * constants.VECTOR_PASS
@@ -92,12 +123,12 @@ def test_few_rows_of_a_large_head_cost_little_beside_the_head(architecture, voca
 def test_a_pass_serves_every_id_of_a_split(rng, monkeypatch):
     # 72 ids in a split of their own simdgroup: a whole pass and a second one, each of which reads the rows once.
     head, n = oracle.make_head(rng, 72, D), oracle.random_array(rng, 1, 3, D)
-    monkeypatch.setattr(tuning, "split_vocab", lambda *_, **__: (128 * constants.VECTOR_SIMDS, 1))
+    monkeypatch.setattr(tuning, "vector_split", lambda *_: (128, 1))
     with emulated(), mslcpu.recording() as reports:
         found = lens_stats(n, head, 5, n[0], mx.arange(3))
         mx.eval(vars(found))
     report = only(reports, "lens_stats_vector")
-    assert report.buffers["values"].read == (72 + 6) * D // 2  # and once more for the label of each row
+    assert report.buffers["values"].read == 72 * D // 2
     assert report.buffers["n"].read + report.buffers["n_model"].read == 2 * 6 * D * 4
     z = oracle.head_logits(oracle.wide(n), head)
     assert (mx.array(z.argsort(-1)[..., ::-1][..., :5].copy()) == found.top_ids).all()
@@ -105,7 +136,7 @@ def test_a_pass_serves_every_id_of_a_split(rng, monkeypatch):
 
 @pytest.mark.parametrize("device", [M1, M3], ids=["M1", "M3"])
 def test_training_multiplies_twice_and_holds_one_chunk(rng, device):
-    layers, tokens = 5, 9
+    layers, tokens = 4, 16  # one chunk of whole tiles; MLX multiplies fewer rows of the model itself
     rows, generation = layers * tokens, device.generation
     head = oracle.make_head(rng, V, D)
     n_model = oracle.random_array(rng, tokens, D)

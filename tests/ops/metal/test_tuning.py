@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from metalens import _extension
-from metalens.ops import Head, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend, use_precision
-from metalens.ops.metal import constants, kernel, library, tuning
+from metalens.ops import Head, LensTarget, Norm, Weight, lens_kl, lens_stats, lens_target, translate_norm, use_backend, use_precision
+from metalens.ops.metal import constants, kernel, library, speed, tuning
 from metalens.ops.metal import kl as metal_kl
+from metalens.ops.metal import stats as metal_stats
 from support.metal_emulation import M1, M3
 
 GB = 2**30
@@ -63,7 +64,15 @@ def quantized_head(vocab, depth):
 
 
 def wanted_groups(name, threads, rows, vocab, gpu, cores):
-    """Return the threadgroups that a launch must have: three waves, or as many as its rows and ids can be divided among."""
+    """Return the threadgroups that a launch must have: three waves, or as many as its rows and ids can be divided among.
+
+    Args:
+        name, threads: of the kernel.
+        rows: rows that it divides among threadgroups.
+        vocab: number of ids.
+        gpu: the GPU as it is planned for.
+        cores: cores that it has.
+    """
     if "lens_stats_vector" in name:
         return min(3 * (16 * 32 // threads) * cores, vocab // (constants.VECTOR_IDS * constants.VECTOR_SIMDS))
     if "lens_stats" in name:
@@ -83,16 +92,30 @@ def test_every_dispatch_has_three_waves(launched, chip, counted):
             head = quantized_head(vocab, 2048)
             for layers in (1, 16, 32, 80):
                 for tokens in (1, 7, 64):
-                    n, n_model = mx.zeros((layers, tokens, 2048)), mx.zeros((tokens, 2048))
-                    del found[:]
-                    lens_stats(n, head, 10, n_model)
-                    lens_kl(n, lens_target(n_model, head), head)
-                    chunk = smallest_chunk(layers, tokens, head)
-                    for name, groups, threads in found:
-                        if "merge" in name or "linear" in name or "label" in name:
-                            continue
-                        rows = chunk if "lens_softmax_grad" in name else 1
-                        assert groups >= wanted_groups(name, threads, rows, vocab, gpu, cores), (name, layers, tokens, vocab)
+                    for rows, call in calls(layers, tokens, head):
+                        del found[:]
+                        call()
+                        for name, groups, threads in found:
+                            if not ("merge" in name or "linear" in name or "label" in name):
+                                assert groups >= wanted_groups(name, threads, rows, vocab, gpu, cores), (name, layers, tokens, vocab)
+
+
+def calls(layers, tokens, head):
+    """Return (rows of the smallest dispatch or chunk, call) of the statistics, the target and the loss."""
+    n, n_model = mx.zeros((layers, tokens, 2048)), mx.zeros((tokens, 2048))
+    target = LensTarget(n_model, n_model[:, 0], n_model[:, 0])
+    return (
+        (smallest_dispatch(n, head, True), lambda: lens_stats(n, head, 10, n_model)),
+        (smallest_dispatch(n_model[None], head, False), lambda: lens_target(n_model, head)),
+        (smallest_chunk(layers, tokens, head), lambda: lens_kl(n, target, head)),
+    )
+
+
+def smallest_dispatch(n, head, with_model):
+    """Return the rows of the smallest dispatch of the statistics."""
+    layers, tokens = n.shape[:2]
+    slices = [(ls.indices(layers), ts.indices(tokens)) for ls, of_tokens in metal_stats._dispatches(n, head, with_model) for ts in of_tokens]
+    return min((ls[1] - ls[0] + with_model) * (ts[1] - ts[0]) for ls, ts in slices)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -126,7 +149,7 @@ def test_a_whole_chunk_fills_the_gpu_and_stays_small(chip, vocab):
     gpu = device(chip)
     for rounded in (False, True):
         rows = tuning.chunk_rows(vocab, 2048, 2 if rounded else 4, gpu)
-        assert rows >= min(3 * (24 * 32 // constants.GRAD_THREADS) * gpu.cores, tuning.rows_per_dispatch(vocab, 2048, gpu))
+        assert rows >= min(3 * (24 * 32 // constants.ROW_THREADS) * gpu.cores, tuning.rows_per_dispatch(vocab, 2048, gpu))
         size = rows * vocab * (6 if rounded else 8)
         assert size <= max(gpu.working_set / 20, 3 * tuning.LEAST_GRADIENT_BYTES) + 8 * vocab
         assert rows * vocab * (2 if rounded else 4) > 50 * 2**20 or rows == tuning.rows_per_dispatch(vocab, 2048, gpu)
@@ -226,6 +249,7 @@ def test_dispatches_stay_short(chip):
 def test_the_model_is_multiplied_a_tile_at_a_time(launched, monkeypatch, tokens, rows):
     found, factory = launched
     monkeypatch.setattr(tuning, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(speed, "mlx_multiplies_faster", lambda *_: False)  # the kernel's launches are counted
     head, n = quantized_head(1000, 64), mx.zeros((12, tokens, 64))
     with kernel.emulation(factory, device("M1")), use_backend("metal"):
         target = lens_target(n[0], head)

@@ -9,5 +9,6 @@ tuned_lens.convert("my-lens", "lens-for-mlxterp", to="metalens")
 
 from metalens.compat.tuned_lens.conversion import Format, convert, load_lens
 from metalens.compat.tuned_lens.folder import LensConfig, is_tuned_lens, load, save
+from metalens.lenses.hub import CachedLens, available_lenses, cached_lenses
 
-__all__ = ["Format", "LensConfig", "convert", "is_tuned_lens", "load", "load_lens", "save"]
+__all__ = ["CachedLens", "Format", "LensConfig", "available_lenses", "cached_lenses", "convert", "is_tuned_lens", "load", "load_lens", "save"]

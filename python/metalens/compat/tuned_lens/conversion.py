@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from metalens.compat.tuned_lens.folder import folder_outputs, is_tuned_lens, load, save
+from metalens.compat.tuned_lens.folder import folder_outputs, save
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.lens_file import lens_files, lens_outputs
+from metalens.lenses.opening import files_read, lens_kind_at, read_lens_at
 from metalens.models.gguf import convert_gguf, is_gguf
 from metalens.utils.outputs import require_replaceable
 
@@ -15,18 +16,18 @@ Format = Literal["tuned-lens", "metalens"]
 
 
 def load_lens(path: str | Path, *, hub: bool = False) -> TunedLens:
-    """Read a lens: a pair of metalens or mlxterp, or a folder of tuned-lens.
+    """Read a lens, as `TunedLens.load` does.
 
     Args:
-        path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or with `hub`
-            an id.
-        hub: if no file has this name, read the lens with this id from tuned-lens's collection on the Hugging Face hub.
+        path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or 'hf:' and the id of a
+            lens of tuned-lens's collection on the Hugging Face hub.
+        hub: if there is no lens at the path, take it as such an id, without 'hf:'.
 
     Raises:
         FileNotFoundError: if there is no lens at the path, or none with this id on the hub.
         InvalidValueError: if the files are damaged or are not a lens.
     """
-    return load(path) if _is_theirs(path, hub) else TunedLens.load(path)
+    return TunedLens.from_data(read_lens_at(path, hub=hub))
 
 
 def convert(
@@ -45,13 +46,12 @@ def convert(
     mlxterp can load the result.
 
     Args:
-        source: a pair of .npz and .json, a folder of tuned-lens, or a GGUF file.
+        source: a lens, as in `load_lens`, or a GGUF file.
         target: the pair or the folder to write.
         to: 'tuned-lens' or 'metalens'; None = the format that the source does not have.
         model_name: path or hub id of the model, for tuned-lens's config.json and for the provenance; None = the name in
             the source.
-        hub: if no file has the name of `source`, read the lens with this id from tuned-lens's collection on the Hugging
-            Face hub.
+        hub: as in `load_lens`.
         dtype: number format of the tensors in tuned-lens's file (None = float32), or of a model (see
             `metalens.models.gguf.convert_gguf`, which also returns a report).
         force: replace files of the target's names that are not a lens, or the folder of a model that an earlier conversion
@@ -70,9 +70,8 @@ def convert(
     if is_gguf(source):
         folder = convert_gguf(source, target, dtype, force=force).folder
         return folder / "config.json", folder / "model.safetensors"
-    theirs = _is_theirs(source, hub)
     lens = load_lens(source, hub=hub)
-    sources = [*lens_files(source), *(output.path for output in folder_outputs(source))]
+    theirs, sources = lens_kind_at(source) != "pair", files_read(source)
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
         require_replaceable(folder_outputs(target), force=True, inputs=sources)
         save(lens, target, model_name, dtype=dtype or "float32", force=force)
@@ -83,19 +82,3 @@ def convert(
         full.provenance["model"] = model_name
     full.save(target, force=force)
     return lens_files(target)
-
-
-def _is_theirs(path: str | Path, hub: bool) -> bool:
-    """Return whether a lens is in tuned-lens's format.
-
-    Raises:
-        FileNotFoundError: if there is no lens at the path, and `hub` is off.
-    """
-    if is_tuned_lens(path):
-        return True
-    pair, config = lens_files(path)
-    if pair.is_file() or config.is_file():
-        return False
-    if not hub:
-        raise FileNotFoundError(f"No lens at {path}: neither {pair.name} and {config.name}, nor a folder with params.pt and config.json.")
-    return True

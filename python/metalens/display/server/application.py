@@ -1,19 +1,20 @@
-"""The web application: one page, three jobs, and a guard before all of them."""
+"""The web application: one page, four jobs, and a guard before all of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from secrets import compare_digest
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metalens.display.server.jobs import BusyError, Job, ModelThread, Work
-from metalens.display.server.requests import LARGEST_BODY, Limits, follow_request, read_request
+from metalens.display.server.requests import LARGEST_BODY, Limits, compare_request, follow_request, read_request
 from metalens.display.server.work import Session
 from metalens.utils.errors import InvalidValueError
 from metalens.viewer.page import document, page, policy
@@ -33,7 +34,7 @@ class TooLargeError(InvalidValueError):
     """A request has too many bytes."""
 
 
-def application(model: ModelThread[Session], title: str, lenses: list[str], limits: Limits, hosts: list[str]) -> ASGIApp:
+def application(model: ModelThread[Session], title: str, lenses: list[str], limits: Limits, hosts: list[str], key: str) -> ASGIApp:
     """Return the application.
 
     Args:
@@ -42,6 +43,7 @@ def application(model: ModelThread[Session], title: str, lenses: list[str], limi
         lenses: names of the lenses.
         limits: what a request may ask for.
         hosts: the names and ports, as 'localhost:8000', under which the server may be asked.
+        key: the first part of every path. Who does not know it gets no answer.
     """
     shown = page(document([], title, live={"lenses": lenses, "max_tokens": limits.max_tokens, "max_new_tokens": limits.max_new_tokens}))
     headers = {"Content-Security-Policy": f"{policy(live=True)}; frame-ancestors 'none'"}
@@ -79,9 +81,13 @@ def application(model: ModelThread[Session], title: str, lenses: list[str], limi
         asked = follow_request(body)
         return lambda session: session.follow(asked)
 
-    jobs = {"read": read, "generate": generate, "follow": follow}
+    def compare(body: bytes) -> Work[Session]:
+        asked = compare_request(body)
+        return lambda session: session.compare(asked)
+
+    jobs = {"read": read, "generate": generate, "follow": follow, "compare": compare}
     routes = [Route("/", index), *(Route(f"/api/{name}", job(parse), methods=["POST"]) for name, parse in jobs.items())]
-    return Guard(Starlette(routes=routes), hosts)
+    return Guard(Starlette(routes=[Mount(f"/{key}", routes=routes)]), hosts, key)
 
 
 async def _body(request: Request) -> bytes:
@@ -119,24 +125,28 @@ def _line(line: dict[str, Any]) -> str:
 
 
 class Guard:
-    """Answers only the browser of this machine, and only for its own page.
+    """Answers only the browser of this machine, only for its own page, and only who knows its key.
 
     A page from elsewhere can make a browser send requests here, also under a name that it has pointed at 127.0.0.1. The header Host then has that
-    name, and Origin that page.
+    name, and Origin that page. Other users of this machine can send any header, but do not know the key. There is no cookie: a browser would send it
+    for every page.
 
     Args:
         app: the application behind it.
-        hosts: as in `application`.
+        hosts, key: as in `application`.
     """
 
-    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
-        self.app, self.hosts = app, frozenset(hosts)
+    def __init__(self, app: ASGIApp, hosts: list[str], key: str) -> None:
+        self.app, self.hosts, self.key = app, frozenset(hosts), key.encode()
         self.origins = frozenset(f"http://{host}" for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or pass it on and add the headers that all answers have."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a WebSocket: none is served, and none may come past the key
+            await send({"type": "websocket.close", "code": 1008})
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -156,4 +166,7 @@ class Guard:
             return "This server answers only its own page, and no page from elsewhere."
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and request.method != "GET":
             return "This server answers only its own page, and no page from elsewhere."
+        given = request.scope["path"].removeprefix("/").partition("/")[0]
+        if not compare_digest(given.encode("utf-8", "replace"), self.key):  # takes as long for a wrong key, whatever of it is right
+            return "This address lacks the key of this server. Open the address that `metalens view` printed when it started."
         return ""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from metalens.utils.errors import InvalidValueError
+from metalens.viewer.page import TextAndLens
 
 MOST_TEXTS = 2
 MOST_TOKENS = 6  # followed at once
+MOST_TRAJECTORIES = 4
 LARGEST_BODY = 2**20  # bytes
 
 
@@ -51,10 +53,26 @@ class FollowRequest:
     Attributes:
         tokens: texts or ids of the tokens.
         reading: name of the job that read the texts, as its parts have it.
+        shown: what the page shows.
     """
 
     tokens: list[str | int]
     reading: str
+    shown: list[TextAndLens]
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """Compare two trajectories of texts that were read before; each layer with the next one, if both are the same.
+
+    Attributes:
+        reading: as in `FollowRequest`.
+        a, b: the trajectories.
+    """
+
+    reading: str
+    a: TextAndLens
+    b: TextAndLens
 
 
 def parsed(body: bytes) -> Mapping[str, Any]:
@@ -98,14 +116,41 @@ def followed(asked: Mapping[str, Any]) -> list[str | int]:
 def follow_request(body: bytes) -> FollowRequest:
     """Return a request to follow tokens (InvalidValueError if it is none)."""
     asked = parsed(body)
-    _only(asked, {"reading", "tokens"})
+    _only(asked, {"reading", "shown", "tokens"})
     tokens = followed(asked)
     if not tokens:
         raise InvalidValueError("'tokens' is empty: name a token to follow.")
+    return FollowRequest(tokens, _reading(asked), _trajectories(asked, "shown"))
+
+
+def compare_request(body: bytes) -> CompareRequest:
+    """Return a request to compare (InvalidValueError if it is none)."""
+    asked = parsed(body)
+    _only(asked, {"reading", "of"})
+    found = _trajectories(asked, "of")
+    if len(found) != 2:
+        raise InvalidValueError(f"'of' must name two trajectories, got {len(found)}.")
+    return CompareRequest(_reading(asked), found[0], found[1])
+
+
+def _reading(asked: Mapping[str, Any]) -> str:
     reading = asked.get("reading")
     if not isinstance(reading, str):
         raise InvalidValueError("'reading' must be the name that the parts of the text came with.")
-    return FollowRequest(tokens, reading)
+    return reading
+
+
+def _trajectories(asked: Mapping[str, Any], name: str) -> list[TextAndLens]:
+    """Return the trajectories that a request names (InvalidValueError if they are none, or too many)."""
+
+    def is_index(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    given = asked.get(name)
+    pairs = given if isinstance(given, list) else []
+    if not 1 <= len(pairs) <= MOST_TRAJECTORIES or not all(isinstance(pair, list) and len(pair) == 2 and all(map(is_index, pair)) for pair in pairs):
+        raise InvalidValueError(f"'{name}' must be a list of 1 to {MOST_TRAJECTORIES} pairs [text, lens], counted from 0.")
+    return [(text, lens) for text, lens in pairs]
 
 
 def _only(asked: Mapping[str, Any], known: set[str]) -> None:

@@ -7,12 +7,14 @@ import errno
 import socket
 from collections.abc import Callable
 from importlib import import_module
+from secrets import token_urlsafe
 
 from metalens.display.server.requests import Limits
 from metalens.utils.errors import MissingPackageError, UnavailableError
 
 ADDRESS = "127.0.0.1"
 GRACE = 1  # seconds for answers that are on their way, after Ctrl-C
+KEY_BYTES = 16  # 128 random bits
 STEP = 3.0  # seconds for the step that the model is in, after that
 
 
@@ -68,7 +70,7 @@ def serve(load: Callable[[], object], title: str, lenses: list[str], limits: Lim
         load: function that returns a `Session`; it runs in the thread of the model.
         title, lenses, limits: as in `application`.
         listening: result of `listen`.
-        ready: is called with the address when the model is loaded and the server answers.
+        ready: is called with the address when the model is loaded and the server answers. The address has a new key.
 
     Raises:
         MetalensError: if the model can't be loaded.
@@ -79,10 +81,10 @@ def serve(load: Callable[[], object], title: str, lenses: list[str], limits: Lim
     from metalens.display.server.application import application
     from metalens.display.server.jobs import ModelThread
 
-    port = listening.getsockname()[1]
+    port, key = listening.getsockname()[1], token_urlsafe(KEY_BYTES)
     model: ModelThread = ModelThread(load)  # type: ignore[type-arg]
     config = uvicorn.Config(
-        application(model, title, lenses, limits, hosts_of(port)),
+        application(model, title, lenses, limits, hosts_of(port), key),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -96,7 +98,7 @@ def serve(load: Callable[[], object], title: str, lenses: list[str], limits: Lim
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
-            ready(f"http://{ADDRESS}:{port}/")
+            ready(f"http://{ADDRESS}:{port}/{key}/")
 
         def handle_exit(self, sig: int, frame: object) -> None:
             model.cancel()

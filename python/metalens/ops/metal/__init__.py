@@ -6,7 +6,7 @@ tuning       the table of choices that depend on the GPU: tiles, splits, chunks
 kernel       a kernel as plain data; its launch just in time, ahead of time, or in emulation
 formats      a weight's format as a Metal type
 descriptors  from the specialization of each kernel to its descriptor
-matmul, stats, kl, translate   the operations, as `ops` calls them
+matmul, stats, compare, kl, translate   the operations, as `ops` calls them
 cost         what the kernels multiply, read and write, as formulas
 library      the kernels of the ahead-of-time library
 """

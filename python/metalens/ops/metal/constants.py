@@ -15,14 +15,14 @@ HEADERS = {
     "TILE_IDS": "tile.h",  # width of a tile: ids, if the matrix is the head
     "TILE_DEPTH": "tile.h",  # terms of the reduction in a step of a tile
     "FIELDS": "stats_rows.h",  # floats in the state of a row
-    "VECTOR_ROWS": "lens_stats_vector.h",  # rows of the block of lens_stats_vector
-    "VECTOR_SIMDS": "lens_stats_vector.h",  # simdgroups of a threadgroup of lens_stats_vector; each takes a split of its own
-    "VECTOR_THREADS": "lens_stats_vector.h",  # threads of a threadgroup of lens_stats_vector
-    "VECTOR_IDS": "lens_stats_vector.h",  # ids that a split of lens_stats_vector must not divide
+    "VECTOR_ROWS": "vector_product.h",  # rows of the block of lens_stats_vector
+    "VECTOR_SIMDS": "vector_product.h",  # simdgroups of a threadgroup of lens_stats_vector; each takes a split of its own
+    "VECTOR_THREADS": "vector_product.h",  # threads of a threadgroup of lens_stats_vector
+    "VECTOR_IDS": "vector_product.h",  # ids that a split of lens_stats_vector must not divide
     "VECTOR_PASS": "lens_stats_vector.h",  # ids of a split of lens_stats_vector in one pass over the rows
-    "VECTOR_STEP": "lens_stats_vector.h",  # columns that a step of lens_stats_vector multiplies
-    "GRAD_SIMDS": "lens_softmax_grad.h",  # simdgroups of a threadgroup of lens_softmax_grad
-    "GRAD_THREADS": "lens_softmax_grad.h",  # threads of a threadgroup of lens_softmax_grad
+    "VECTOR_STEP": "vector_product.h",  # columns that a step of lens_stats_vector multiplies
+    "ROW_SIMDS": "row_group.h",  # simdgroups of a threadgroup that reads a row of logits
+    "ROW_THREADS": "row_group.h",  # threads of a threadgroup that reads a row of logits
     "NORM_ROWS": "norm_grad.h",  # largest number of rows of a threadgroup of norm_grad
 }
 

@@ -74,6 +74,14 @@ def lens_stats(
     return Cost(blocks.count * tile_product(blocks.rows, vocab, depth), 0, read)
 
 
+def label_logits(layers: int, tokens: int, with_model: bool, labels: int, depth: int, generation: GpuGeneration) -> Cost:
+    """Return the cost of the logits of `labels` labels of each row of lens_stats: a tile of each block, or a matrix, for each label."""
+    blocks = tuning.blocks(*((layers, tokens) if with_model else (1, layers * tokens)), with_model, generation)
+    if blocks.is_vector:
+        return Cost(blocks.count * labels * (up(depth, constants.VECTOR_STEP) // 8))
+    return Cost(blocks.count * labels * tile_product(blocks.rows, 1, depth))
+
+
 def linear(rows: int, columns: int, depth: int, weight: int, generation: GpuGeneration) -> Cost:
     """Return the cost of x W^T for float32 rows, written as float32."""
     block = tuning.matmul_block(rows, generation)
@@ -87,6 +95,13 @@ def softmax_grad(rows: int, tokens: int, vocab: int, gradient_bytes: int, with_o
     """
     per_row = vocab * (4 + gradient_bytes) + 4 * -(-vocab // constants.MAP_WIDTH)
     return Cost(0, 0, rows * per_row + tokens * vocab * 4 + offset_bytes(vocab, with_offset))
+
+
+def lens_compare(rows: int, rows_b: int, vocab: int, depth: int, head_bytes: int, generation: GpuGeneration, with_offset: bool = False) -> Cost:
+    """Return the cost of the comparison of two chunks of rows of one head: each chunk of logits is read once from memory."""
+    read = 4 * (rows + rows_b) * vocab + offset_bytes(vocab, with_offset)
+    products = linear(rows, vocab, depth, head_bytes, generation) + linear(rows_b, vocab, depth, head_bytes, generation)
+    return products + Cost(0, 0, read + 16 * rows)
 
 
 def lens_backward(rows: int, vocab: int, depth: int, weight: int, gradient_bytes: int, generation: GpuGeneration) -> Cost:

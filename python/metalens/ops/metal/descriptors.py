@@ -34,8 +34,8 @@ def _weight(f: Format) -> dict[str, str]:
 _STATES = {"states": "float", "above": "int", "top_logits": "float", "top_ids": "int"}
 
 
-def _stats_inputs(element: str, f: Format, **labels: str) -> tuple[Argument, ...]:
-    return _buffers(n=element, n_model=element, **_weight(f), head_bias="float", head_offset="float", **labels, problem="int")
+def _stats_inputs(element: str, f: Format, **of_labels: str) -> tuple[Argument, ...]:
+    return _buffers(n=element, n_model=element, **_weight(f), head_bias="float", head_offset="float", **of_labels, problem="int")
 
 
 @cache
@@ -50,6 +50,22 @@ def lens_label_logits(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kerne
         _stats_inputs(element, f, labels="int"),
         _buffers(label_logits="float"),
         shared=f"{tile}::FLOATS",
+    )
+
+
+@cache
+def lens_label_logits_vector(x: mx.Dtype, f: Format) -> Kernel:
+    """Describe the logits of the labels of at most eight rows; see metal/lens_label_logits.h."""
+    element = ELEMENTS[x]
+    return Kernel(
+        "lens_label_logits_vector",
+        "lens_label_logits.h",
+        (element, f.type),
+        f"{element}_{f.label}",
+        _stats_inputs(element, f, labels="int"),
+        _buffers(label_logits="float"),
+        shared="metalens::VECTOR_X",
+        threads=constants.VECTOR_THREADS,
     )
 
 
@@ -78,7 +94,7 @@ def lens_stats_vector(x: mx.Dtype, f: Format) -> Kernel:
         "lens_stats_vector.h",
         (element, f.type),
         f"{element}_{f.label}",
-        _stats_inputs(element, f, labels="int"),
+        _stats_inputs(element, f, label_logits="float"),
         _buffers(**_STATES),
         shared="metalens::VECTOR_FLOATS",
         groups=True,
@@ -94,7 +110,7 @@ def lens_stats_merge() -> Kernel:
         "lens_stats_merge.h",
         (),
         "",
-        _buffers(**_STATES, labels="int", problem="int"),
+        _buffers(**_STATES, label_logits="float", labels="int", problem="int"),
         _buffers(
             lse="float",
             entropy="float",
@@ -103,6 +119,7 @@ def lens_stats_merge() -> Kernel:
             best_logits="float",
             kl="float",
             agrees="bool",
+            reverse_kl="float",
             nll="float",
             rank="int",
         ),
@@ -110,16 +127,16 @@ def lens_stats_merge() -> Kernel:
 
 
 @cache
-def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool, out: mx.Dtype) -> Kernel:
+def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
     """Describe scale * (x W^T + bias); see metal/linear.h."""
     element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
     return Kernel(
         "linear",
         "linear.h",
-        (element, f.type, tile, ELEMENTS[out]),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}_{ELEMENTS[out]}",
+        (element, f.type, tile),
+        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
         _buffers(x=element, **_weight(f), bias="float", problem="int"),
-        _buffers(y=ELEMENTS[out]),
+        _buffers(y="float"),
         shared=f"{tile}::FLOATS",
     )
 
@@ -135,8 +152,23 @@ def lens_softmax_grad(gradient: mx.Dtype) -> Kernel:
         element,
         _buffers(chunk="float", model="float", lse_model="float", offset="float", problem="int"),
         _buffers(gradient=element, tile_absmax="float", row_l1="float", kl="float", lse="float", entropy="float"),
-        shared="metalens::GRAD_SIMDS",
-        threads=constants.GRAD_THREADS,
+        shared="metalens::ROW_SIMDS",
+        threads=constants.ROW_THREADS,
+    )
+
+
+@cache
+def lens_compare() -> Kernel:
+    """Describe the step from two chunks of logits to what compares them; see metal/lens_compare.h."""
+    return Kernel(
+        "lens_compare",
+        "lens_compare.h",
+        (),
+        "",
+        _buffers(a="float", b="float", offset_a="float", offset_b="float", problem="int"),
+        _buffers(kl="float", reverse="float", js="float", tv="float"),
+        shared="metalens::ROW_SIMDS",
+        threads=constants.ROW_THREADS,
     )
 
 

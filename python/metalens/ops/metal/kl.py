@@ -7,18 +7,20 @@ tokens and ids there are. The layers of a chunk share the model's own logits of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
 from metalens.ops.head import Head
-from metalens.ops.metal import constants, descriptors, encoding, matrix_units, tuning
+from metalens.ops.metal import constants, cost, descriptors, encoding, matrix_units, tuning
 from metalens.ops.metal.encoding import Array
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import launch
 from metalens.ops.metal.matmul import linear
 from metalens.ops.metal.source import pack
+from metalens.ops.metal.speed import WIDENED, Matrix, mlx_multiplies_faster, parts
 from metalens.ops.metal.stats import lens_stats, row_of_head
 
 # The fraction of a row's sum |q - p| that the tiles which the second product skips may hold together: half a unit in the last place of the operands.
@@ -53,6 +55,14 @@ class HeadSizes:
         """Elements of the arrays of U: words of packed numbers, scales and biases."""
         return self.vocab * self.depth * self.bits // 32 + self.scales if self.group_size else self.vocab * self.depth
 
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix as the model of speed sees it, with scales of 16 bits."""
+        values = self.vocab * self.depth * self.bits // 8
+        of_scales = 2 * self.scales
+        widened = WIDENED * (of_scales if self.group_size else values if self.bits == 16 else 0)
+        return Matrix(self.vocab, self.depth, values + of_scales, widened, self.group_size > 0)
+
 
 def lens_target(n_model: mx.array, head: Head, rounded: bool = False) -> tuple[mx.array, mx.array]:
     """Return (lse, entropy) [N] of the model's rows [N, D]. Lazy."""
@@ -71,26 +81,52 @@ def lens_kl(n: mx.array, n_model: mx.array, lse_model: mx.array, head: Head, rou
         rounded: whether operands may be rounded to half.
         skip: whether the second product skips tiles that would change it by no more than rounding does.
     """
-    layers, tokens, _ = n.shape
-    per_layers, per_tokens, of_model = chunk_shape(layers, tokens, *head.weight.shape, rounded)
     n, n_model = n.astype(mx.float32), n_model.astype(mx.float32)
-    parts: list[list[tuple[mx.array, mx.array]]] = []
+
+    def of_chunk(rows: mx.array, ts: slice, z_model: mx.array) -> tuple[mx.array, mx.array]:
+        return _chunk(rows, n_model[ts], z_model, lse_model[ts], head, rounded, skip)
+
+    (layers, tokens, depth), vocab = n.shape, head.vocab_size
+    kl, gradient = in_chunks(of_chunk, n, n_model, chunk_shape(layers, tokens, vocab, depth, rounded), head, rounded)
+    return kl, gradient
+
+
+def in_chunks(
+    of_chunk: Callable[[mx.array, slice, mx.array], Sequence[mx.array]],
+    n: mx.array,
+    n_model: mx.array,
+    shape: tuple[int, int, int],
+    head: Head,
+    rounded: bool,
+) -> list[mx.array]:
+    """Compute arrays [L, N, ...] chunk by chunk, so that the logits of one chunk are freed before those of the next are made. Lazy.
+
+    Args:
+        of_chunk: takes rows [l, c, D], the slice of their tokens, and the products [c, V] of the model's rows; returns arrays [l, c, ...].
+        n: [L, N, D] rows.
+        n_model: [N, D'] the rows that those of all layers are compared with.
+        shape: that of the chunks (`chunk_shape`).
+        head: the unembedding of n_model.
+        rounded: whether operands may be rounded to half.
+    """
+    layers, tokens = n.shape[:2]
+    per_layers, per_tokens, of_model = shape
+    parts: list[list[Sequence[mx.array]]] = []
     z_model, last = mx.zeros((0, 0)), None
     for t in range(0, tokens, per_tokens):
         if t % of_model == 0:
             z_model = linear(_after(last, n_model[t : t + of_model]), head.weight, head.bias, head.scale, rounded)
         ts, of_group = slice(t, t + per_tokens), slice(t % of_model, t % of_model + per_tokens)
-        of_tokens: list[tuple[mx.array, mx.array]] = []
+        of_tokens: list[Sequence[mx.array]] = []
         for first in range(0, layers, per_layers):
-            rows = _after(last, n[first : first + per_layers, ts])
-            last = _chunk(rows, n_model[ts], z_model[of_group], lse_model[ts], head, rounded, skip)
+            last = of_chunk(_after(last, n[first : first + per_layers, ts]), ts, z_model[of_group])
             of_tokens.append(last)
         parts.append(of_tokens)
-    joined = [[mx.concatenate([chunk[i] for chunk in of_tokens]) for of_tokens in parts] for i in range(2)]
-    return mx.concatenate(joined[0], axis=1), mx.concatenate(joined[1], axis=1)
+    joined = [[mx.concatenate(list(values)) for values in zip(*of_tokens, strict=True)] for of_tokens in parts]
+    return [mx.concatenate(list(values), axis=1) for values in zip(*joined, strict=True)]
 
 
-def _after(last: tuple[mx.array, mx.array] | None, rows: mx.array) -> mx.array:
+def _after(last: Sequence[mx.array] | None, rows: mx.array) -> mx.array:
     """Return rows that MLX encodes after the results of the chunk before, so that it can free that chunk's logits first."""
     return rows if last is None else mx.depends([rows], list(last))[0]
 
@@ -102,18 +138,34 @@ def chunk_shape(layers: int, tokens: int, vocab: int, depth: int, rounded: bool)
     """
     gpu = tuning.device()
     on_units = rounded and matrix_units.round_float32()
-    rows = tuning.chunk_rows(vocab, depth, _gradient_type(rounded).size, gpu, on_units)
-    per_layers = _evenly(layers, rows)
+    return _divided(layers, tokens, tuning.chunk_rows(vocab, depth, _gradient_type(rounded).size, gpu, on_units), gpu.generation, on_units)
 
-    def padded(tokens: int) -> float:
-        return tuning.padded_rows(per_layers * tokens, gpu.generation) / tokens
+
+@cache
+def _divided(layers: int, tokens: int, rows: int, generation: tuning.GpuGeneration, on_units: bool) -> tuple[int, int, int]:
+    """Return the shape of chunks of at most `rows` rows, or of one token of one layer."""
+
+    def padded(rows: int) -> int:
+        """Return the rows that a product multiplies. A chunk's kernels end with idle cores, which costs about as much as reading U."""
+        return generation.rows_per_reading + (cost.up(rows, 32) if on_units else tuning.padded_rows(rows, generation))
+
+    def of_chunks(shape: tuple[int, int]) -> int:
+        return sum(m * n * padded(a * b) for a, m in parts(layers, shape[0]) for b, n in parts(tokens, shape[1]))
+
+    def of_model(together: int) -> int:
+        return sum(count * padded(size) for size, count in parts(tokens, together * per_tokens))
 
     # Two tiles' worth of sizes hold the best remainder; a chunk of a small vocabulary has too many rows to try them all.
     tried = 2 * max(tuning.MATMUL_BLOCKS)
-    most = _evenly(tokens, max(1, rows // per_layers))
-    per_tokens = tokens if most == tokens else min(range(most, max(most // 2, most - tried), -1), key=padded)
+
+    def sizes(most: int, tried: int) -> range:
+        return range(most, max(most // 2, most - tried), -1)
+
+    of_layers = sizes(min(layers, rows), tried)
+    shapes = [(m, n) for m in of_layers for n in sizes(min(tokens, max(1, rows // m)), -(-tried // m))]
+    per_layers, per_tokens = min(shapes, key=of_chunks)
     groups = range(1, 1 + min(max(1, rows // (2 * per_tokens)), -(-tokens // per_tokens), tried))
-    return per_layers, per_tokens, per_tokens * min(groups, key=lambda n: tuning.padded_rows(n * per_tokens, gpu.generation) / n)
+    return per_layers, per_tokens, per_tokens * min(groups, key=of_model)
 
 
 def loss_bytes(layers: int, tokens: int, head: HeadSizes, rounded: bool) -> int:
@@ -133,12 +185,12 @@ def _operations(layers: int, tokens: int, head: HeadSizes, rounded: bool) -> Ite
     """Yield the operations of a loss, with their large arrays. A long loss repeats itself, so it ends after MOST_CHUNKS chunks."""
     vocab, depth = head.vocab, head.depth
     per_layers, per_tokens, of_model = chunk_shape(layers, tokens, vocab, depth, rounded)
-    u, scales = Array(("U", 0), head.elements, 0), head.scales if rounded and matrix_units.round_float32() else 0
+    u, scales, matrix = Array(("U", 0), head.elements, 0), head.scales, head.matrix
     chunks = 0
 
     def product(rows: int, z: Array) -> tuple[Array, ...]:
         copies = Array((f"scales for {z.name[0]}", z.name[1]), scales, 4 * scales)
-        return (u, z, copies) if matrix_units.fit(rows, rounded) else (u, z)
+        return (u, z, copies) if matrix_units.fit(rows, rounded) or mlx_multiplies_faster(rows, matrix) else (u, z)
 
     for t in range(0, tokens, per_tokens):
         if t % of_model == 0:
@@ -168,11 +220,6 @@ def _operations(layers: int, tokens: int, head: HeadSizes, rounded: bool) -> Ite
 
 def _backward_on_units(rows: int, rounded: bool) -> bool:
     return rows >= matrix_units.FEWEST_ROWS_BACKWARD and matrix_units.fit(rows, rounded)
-
-
-def _evenly(total: int, most: int) -> int:
-    """Return the size of the parts of `total`: at most `most`, and the last part hardly smaller than the others."""
-    return -(-total // -(-total // most))
 
 
 def _gradient_type(rounded: bool) -> mx.Dtype:

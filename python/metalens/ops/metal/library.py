@@ -23,12 +23,12 @@ def usual_formats() -> list[Format]:
 
 def of_format(f: Format) -> list[Kernel]:
     """Return the kernels for a head of this format. Rows are float32, as metalens.ops passes them."""
-    kernels = [descriptors.lens_stats_vector(mx.float32, f)]
+    kernels = [descriptors.lens_stats_vector(mx.float32, f), descriptors.lens_label_logits_vector(mx.float32, f)]
     for rounded in (False, True):
         kernels += [descriptors.lens_stats(mx.float32, f, rows, rounded) for rows in STATS_BLOCKS]
         kernels += [descriptors.lens_label_logits(mx.float32, f, rows, rounded) for rows in STATS_BLOCKS]
         if not (f.mode == "dense" and f.values == "float"):  # products with it are MLX's
-            kernels += [descriptors.linear(mx.float32, f, rows, rounded, mx.float32) for rows in MATMUL_BLOCKS]
+            kernels += [descriptors.linear(mx.float32, f, rows, rounded) for rows in MATMUL_BLOCKS]
         kernels += [descriptors.lens_backward(mx.float16 if rounded else mx.float32, f, rows) for rows in MATMUL_BLOCKS]
     return kernels
 
@@ -39,6 +39,7 @@ def of_no_format() -> list[Kernel]:
         descriptors.lens_stats_merge(),
         descriptors.lens_softmax_grad(mx.float32),
         descriptors.lens_softmax_grad(mx.float16),
+        descriptors.lens_compare(),
         descriptors.norm_grad(),
     ]
 

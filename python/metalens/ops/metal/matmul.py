@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalens.ops.metal import constants, descriptors, matrix_units, tuning
+from metalens.ops.metal import constants, descriptors, matrix_units, speed, tuning
 from metalens.ops.metal.formats import arrays, format_of
 from metalens.ops.metal.kernel import absent, launch
 from metalens.ops.metal.source import pack
+from metalens.ops.metal.speed import Matrix
 from metalens.ops.weight import Weight
 
 
@@ -21,16 +22,21 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
         scale: the factor of the sum.
         rounded: whether operands may be rounded to half.
     """
-    rows, depth = x.shape
-    columns, gpu = weight.shape[0], tuning.device()
-    if matrix_units.fit(rows, rounded):
+    rows = x.shape[0]
+    if matrix_units.fit(rows, rounded) or speed.mlx_multiplies_faster(rows, Matrix.of(weight)):
         return matrix_units.linear(x, weight, bias, scale)
     if weight.scales is None and weight.values.dtype == mx.float32:
         return _dense(x.astype(mx.float32), weight.values, bias, scale)
-    block = tuning.matmul_block(rows, gpu.generation)
+    return tile_linear(x, weight, bias, scale, rounded)
+
+
+def tile_linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rounded: bool) -> mx.array:
+    """Return the same by our kernel, for any number of rows. Lazy."""
+    (rows, depth), columns = x.shape, weight.shape[0]
+    block = tuning.matmul_block(rows, tuning.device().generation)
     problem = {"rows": rows, "depth": depth, "columns": columns, "with_bias": int(bias is not None), "scale": scale}
     (y,) = launch(
-        descriptors.linear(x.dtype, format_of(weight), block, rounded, mx.float32),
+        descriptors.linear(x.dtype, format_of(weight), block, rounded),
         [
             x,
             *arrays(weight),

@@ -74,7 +74,7 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
 def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float) -> mx.array:
     """Return scale * (x W^T + bias), [N, O] float32, by MLX. Lazy. Arguments as in `matmul.linear`.
 
-    Operands are rounded to 11 bits.
+    From FEWEST_ROWS rows on, matrix units round operands to 11 bits. MLX multiplies fewer rows without them.
     """
     x = x.astype(mx.float32)
     if weight.scales is None:

@@ -18,17 +18,24 @@ LARGEST_K = 32  # the top k lie across the lanes of a simdgroup
 
 
 def lens_stats(
-    n: mx.array, head: Head, k: int, n_model: mx.array | None = None, labels: mx.array | None = None, rounded: bool = False
+    n: mx.array,
+    head: Head,
+    k: int,
+    n_model: mx.array | None = None,
+    labels: mx.array | None = None,
+    rounded: bool = False,
+    reverse: bool = False,
 ) -> list[mx.array]:
-    """Return [lse, entropy, max_probability, top_ids, top_logits], then [kl, agrees] with n_model, then [nll, rank] with labels. Lazy.
+    """Return [lse, entropy, max_probability, top_ids, top_logits], then [kl, agrees] with n_model, [nll, rank] with labels, [reverse_kl]. Lazy.
 
     Args:
         n: [L, N, D] rows after the final norm.
         head: the unembedding, of a format that the kernels read.
         k: number of top tokens, at most LARGEST_K.
         n_model: [N, D] the model's own rows, or None.
-        labels: [N] token ids, or None.
+        labels: [N] or [N, C] token ids, or None.
         rounded: whether operands may be rounded to half.
+        reverse: whether to return reverse_kl. Needs n_model.
     """
     of_n = {n.dtype} | (set() if n_model is None else {n_model.dtype})
     if len(of_n) > 1 or not of_n <= set(FLOATS):
@@ -36,13 +43,13 @@ def lens_stats(
     if labels is not None:  # compare in a type that holds every id and every label, then narrow to 32 bits
         wide = labels.astype(mx.int64)
         labels = mx.where((wide >= 0) & (wide < head.tokens), wide, -1).astype(mx.int32)
-    by_layers = [
-        [
-            _one_dispatch(n[ls, ts], head, k, None if n_model is None else n_model[ts], None if labels is None else labels[ts], rounded)
-            for ts in token_slices
-        ]
-        for ls, token_slices in _dispatches(n, head, n_model is not None)
-    ]
+    names = [*ALWAYS, *(WITH_MODEL if n_model is not None else ()), *(WITH_LABELS if labels is not None else ()), *(WITH_REVERSE if reverse else ())]
+
+    def one(ls: slice, ts: slice) -> list[mx.array]:
+        found = _one_dispatch(n[ls, ts], head, k, None if n_model is None else n_model[ts], None if labels is None else labels[ts], rounded)
+        return [found[name] for name in names]
+
+    by_layers = [[one(ls, ts) for ts in token_slices] for ls, token_slices in _dispatches(n, head, n_model is not None)]
     of_tokens = [[mx.concatenate(list(parts), axis=1) for parts in zip(*results, strict=True)] for results in by_layers]
     return [mx.concatenate(list(parts)) for parts in zip(*of_tokens, strict=True)]
 
@@ -58,20 +65,16 @@ def _dispatches(n: mx.array, head: Head, with_model: bool) -> Iterator[tuple[sli
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The launch of the first kernel.
+class Division:
+    """The division of a problem's rows and vocabulary among threadgroups.
 
     Attributes:
-        kernel: lens_stats or lens_stats_vector.
-        of_labels: the kernel that computes the labels' logits for lens_stats. lens_stats_vector computes them itself.
         layers, tokens: the problem's. Without a model every row stands alone: all rows are tokens of one layer.
         blocks: the division of the rows.
         ids_per_split, splits: the division of the vocabulary.
-        groups: threadgroups along the vocabulary.
+        groups: threadgroups along the vocabulary. Each simdgroup of lens_stats_vector takes a split, each threadgroup of the others.
     """
 
-    kernel: Kernel
-    of_labels: Kernel | None
     layers: int
     tokens: int
     blocks: tuning.Blocks
@@ -80,80 +83,40 @@ class _Plan:
     groups: int
 
 
-def _plan(n: mx.array, head: Head, with_model: bool, rounded: bool) -> _Plan:
-    layers, tokens = n.shape[:2] if with_model else (1, n.shape[0] * n.shape[1])
-    gpu, weight_format = tuning.device(), format_of(head.weight)
-    blocks = tuning.blocks(layers, tokens, with_model, gpu.generation)
-    if blocks.is_vector:  # each simdgroup takes a split
-        kernel = descriptors.lens_stats_vector(n.dtype, weight_format)
-        step, simdgroups = constants.VECTOR_IDS * constants.VECTOR_SIMDS, constants.VECTOR_SIMDS
-        ids_per_split = tuning.split_vocab(head.tokens, step, blocks.count, gpu, simdgroups)[0] // simdgroups
-        if ids_per_split > constants.VECTOR_PASS:  # whole passes, as each reads the rows
-            ids_per_split -= ids_per_split % constants.VECTOR_PASS
-        groups = -(-head.tokens // (ids_per_split * simdgroups))
-        return _Plan(kernel, None, layers, tokens, blocks, ids_per_split, groups * simdgroups, groups)
-    of_labels = descriptors.lens_label_logits(n.dtype, weight_format, blocks.rows, rounded)
-    kernel = descriptors.lens_stats(n.dtype, weight_format, blocks.rows, rounded)
-    ids_per_split, splits = tuning.split_vocab(head.tokens, constants.TILE_IDS, blocks.count, gpu, whole_steps=tuning.WHOLE_TILES)
-    return _Plan(kernel, of_labels, layers, tokens, blocks, ids_per_split, splits, splits)
+def division(layers: int, tokens: int, vocab: int, with_model: bool) -> Division:
+    """Divide the statistics of L x N rows."""
+    gpu = tuning.device()
+    problem = (layers, tokens) if with_model else (1, layers * tokens)
+    blocks = tuning.blocks(*problem, with_model, gpu.generation)
+    if blocks.is_vector:
+        ids_per_split, groups = tuning.vector_split(vocab, blocks.count, gpu)
+        return Division(*problem, blocks, ids_per_split, groups * constants.VECTOR_SIMDS, groups)
+    ids_per_split, splits = tuning.tile_split(vocab, blocks.count, gpu)
+    return Division(*problem, blocks, ids_per_split, splits, splits)
 
 
-def _problem(plan: _Plan, head: Head, k: int, with_model: bool, label_tokens: int) -> mx.array:
+def _problem(of: Division, head: Head, k: int, with_model: bool, labels: int, label_tokens: int) -> mx.array:
     """Return the words of metal/stats_rows.h's StatsProblem."""
     values = {
-        "layers": plan.layers,
-        "tokens": plan.tokens,
+        "layers": of.layers,
+        "tokens": of.tokens,
         "depth": head.weight.shape[1],
         "vocab": head.tokens,
-        "repeat_slots": plan.blocks.repeat_slots,
-        "ids_per_split": plan.ids_per_split,
+        "repeat_slots": of.blocks.repeat_slots,
+        "ids_per_split": of.ids_per_split,
         "k": k,
         "with_model": int(with_model),
+        "labels": labels,
         "label_tokens": label_tokens,
         "with_bias": int(head.bias is not None),
         "with_offset": int(head.offset is not None),
-        "block_rows": plan.blocks.rows,
-        "blocks": plan.blocks.count,
-        "splits": plan.splits,
+        "block_rows": of.blocks.rows,
+        "blocks": of.blocks.count,
+        "splits": of.splits,
         "scale": head.scale,
         "softcap": head.softcap or 0.0,
     }
     return mx.array(pack("stats_rows.h", "StatsProblem", values))
-
-
-def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None, rounded: bool) -> list[mx.array]:
-    plan = _plan(n, head, n_model is not None, rounded)
-    problem = _problem(plan, head, k, n_model is not None, 0 if labels is None else n.shape[1])
-    known_labels = absent(mx.int32) if labels is None else labels
-    states = _states(plan, n, n if n_model is None else n_model, head, known_labels, labels is not None, problem, k)
-    results = _merged(states, known_labels, problem, n.shape[:2], k)
-    wanted = [*ALWAYS, *(WITH_MODEL if n_model is not None else ()), *(WITH_LABELS if labels is not None else ())]
-    return [results[name] for name in wanted]
-
-
-def _states(
-    plan: _Plan, n: mx.array, n_model: mx.array, head: Head, labels: mx.array, with_labels: bool, problem: mx.array, k: int
-) -> list[mx.array]:
-    """Return what each split found about each row: states, counts above the label, top logits, top ids."""
-    slots = (plan.splits, plan.blocks.count, plan.blocks.rows)
-    rows_and_head = [n, n_model, *arrays(head.weight), row_of_head(head.bias), row_of_head(head.offset)]
-    if plan.of_labels is not None:
-        labels = _label_logits(plan, rows_and_head, labels, problem) if with_labels else absent()
-    return launch(
-        plan.kernel,
-        [*rows_and_head, labels, problem],
-        (plan.blocks.count, plan.groups, 1),
-        [(*slots, constants.FIELDS), slots, (*slots, k), (*slots, k)],
-        [mx.float32, mx.int32, mx.float32, mx.int32],
-    )
-
-
-def _label_logits(plan: _Plan, rows_and_head: list[mx.array], labels: mx.array, problem: mx.array) -> mx.array:
-    """Return the logit of each row's label [blocks, rows of a block]: once, instead of once for each split."""
-    assert plan.of_labels is not None
-    shape = (plan.blocks.count, plan.blocks.rows)
-    (label_logits,) = launch(plan.of_labels, [*rows_and_head, labels, problem], (plan.blocks.count, 1, 1), [shape], [mx.float32])
-    return label_logits
 
 
 def row_of_head(values: mx.array | None) -> mx.array:
@@ -161,21 +124,72 @@ def row_of_head(values: mx.array | None) -> mx.array:
     return absent() if values is None else values.astype(mx.float32)
 
 
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of a dispatch: C of each of N tokens. Without labels C is 0."""
+
+    ids: mx.array  # [N, C] int32
+    count: int
+    tokens: int
+
+
+def _one_dispatch(n: mx.array, head: Head, k: int, n_model: mx.array | None, labels: mx.array | None, rounded: bool) -> dict[str, mx.array]:
+    """Return the results by name. Those without their input are undefined."""
+    with_model, (layers, tokens) = n_model is not None, n.shape[:2]
+    of = division(layers, tokens, head.tokens, with_model)
+    of_labels = _Labels(absent(mx.int32), 0, 0) if labels is None else _Labels(labels, labels.size // tokens, tokens)
+    problem = _problem(of, head, k, with_model, of_labels.count, of_labels.tokens)
+    inputs = [n, n if n_model is None else n_model, *arrays(head.weight), row_of_head(head.bias), row_of_head(head.offset)]
+    first, label_kernel = _kernels(of.blocks, n.dtype, head, rounded)
+    label_logits = _label_logits(label_kernel, of.blocks, inputs, of_labels, problem)
+    slots = (of.splits, of.blocks.count, of.blocks.rows)
+    states = launch(
+        first,
+        [*inputs, label_logits, problem],
+        (of.blocks.count, of.groups, 1),
+        [(*slots, constants.FIELDS), (*slots, max(of_labels.count, 1)), (*slots, k), (*slots, k)],
+        [mx.float32, mx.int32, mx.float32, mx.int32],
+    )
+    return _merged([*states, label_logits, of_labels.ids, problem], (layers, tokens), k, () if labels is None else labels.shape[1:])
+
+
+def _kernels(blocks: tuning.Blocks, x: mx.Dtype, head: Head, rounded: bool) -> tuple[Kernel, Kernel]:
+    """Return the kernel that reads the vocabulary, and the one that computes the labels' logits as it does."""
+    weight_format = format_of(head.weight)
+    if blocks.is_vector:
+        return descriptors.lens_stats_vector(x, weight_format), descriptors.lens_label_logits_vector(x, weight_format)
+    of_tile = (x, weight_format, blocks.rows, rounded)
+    return descriptors.lens_stats(*of_tile), descriptors.lens_label_logits(*of_tile)
+
+
+def _label_logits(kernel: Kernel, blocks: tuning.Blocks, inputs: list[mx.array], labels: _Labels, problem: mx.array) -> mx.array:
+    """Return the logits of each row's labels [blocks, rows of a block, C]: once, instead of once for each split."""
+    if labels.count == 0:
+        return absent()
+    shape = (blocks.count, blocks.rows, labels.count)
+    of_group = constants.VECTOR_SIMDS if blocks.is_vector else 1  # labels of a row
+    groups = (blocks.count, -(-labels.count // of_group), 1)
+    (label_logits,) = launch(kernel, [*inputs, labels.ids, problem], groups, [shape], [mx.float32])
+    return label_logits
+
+
 ALWAYS = ("lse", "entropy", "max_probability", "top_ids", "top_logits")
 WITH_MODEL = ("kl", "agrees")
 WITH_LABELS = ("nll", "rank")
+WITH_REVERSE = ("reverse_kl",)
 _TYPES = {"top_ids": mx.int32, "agrees": mx.bool_, "rank": mx.int32}  # of the results that are not float32
 
 
-def _merged(states: list[mx.array], labels: mx.array, problem: mx.array, shape: tuple[int, ...], k: int) -> dict[str, mx.array]:
-    """Return all results by name, of `shape` [L, N], or [L, N, k] for the top tokens. Those without their input are undefined."""
-    names = (*ALWAYS, *WITH_MODEL, *WITH_LABELS)
+def _merged(inputs: list[mx.array], shape: tuple[int, ...], k: int, of_labels: tuple[int, ...]) -> dict[str, mx.array]:
+    """Return all results by name, of `shape` [L, N], [L, N, k] for the top tokens, or [L, N, *of_labels]."""
+    names = (*ALWAYS, "kl", "agrees", "reverse_kl", *WITH_LABELS)
+    more = {"top_ids": (k,), "top_logits": (k,), **dict.fromkeys(WITH_LABELS, of_labels)}
     layers, tokens = shape
     outputs = launch(
         descriptors.lens_stats_merge(),
-        [*states, labels, problem],
+        inputs,
         (-(-layers * tokens // constants.SIMDS), 1, 1),  # one row for each simdgroup
-        [(*shape, k) if name in ("top_ids", "top_logits") else shape for name in names],
+        [(*shape, *more.get(name, ())) for name in names],
         [_TYPES.get(name, mx.float32) for name in names],
     )
     return dict(zip(names, outputs, strict=True))

@@ -37,9 +37,11 @@ from metalens.ops.metal import constants
 STATS_BLOCKS = (16, 24, 32, 40, 48, 64)
 MATMUL_BLOCKS = (16, 32, 64)
 WAVES, MOST_WAVES = 3, 12
-WHOLE_TILES = 8  # tiles of a split of lens_stats: merging the lanes at its end costs a hundredth of that
-# Simdgroups that keep a core's arithmetic units busy (metal-benchmarks), and those that run at once with tiles: four threadgroups of four, each with
-# 13.8 KB (32 rows) of a core's 60 KB of threadgroup memory.
+# Tiles of a split of lens_stats. By estimate/kernel_model.py merging the lanes at a split's end takes a simdgroup 133 cycles for each row. From
+# D = 512 on, that is less than a hundredth of its products for eight tiles.
+WHOLE_TILES = 8
+# Simdgroups that keep a core's arithmetic units busy, and those that run at once with tiles: four threadgroups of four, each with 13.8 KB (32 rows)
+# of a core's 60 KB of threadgroup memory. 24 and 60 KB are the numbers of philipturner/metal-benchmarks for M1 and M2.
 SIMDGROUPS_PER_CORE = 24
 TILE_SIMDGROUPS_PER_CORE = 16
 DISPATCH_SECONDS = 0.1
@@ -54,21 +56,38 @@ class GpuGeneration:
         number: the number in MLX's architecture name, such as 13 in applegpu_g13s; 13 is M1, 17 is M5.
         largest_block: largest number of rows of a tile.
         rows_per_reading: rows whose multiplication takes as long as reading and dequantizing U; with fewer rows, memory bounds the speed.
-        core_flops: sustained multiplications and additions per second and core, at 60 % of the peak.
+        clock: cycles per second. A core has 128 units for an FMA.
+        matrix_fmas: FMAs of simdgroup matrices per core and clock, of 128, for half and float alike.
+        core_bandwidth: bytes per second of the memory for each core, roughly; the base M1 and M4 have less.
     """
 
     number: int
     largest_block: int
     rows_per_reading: int
-    core_flops: float
+    clock: float
+    matrix_fmas: int
+    core_bandwidth: float
+
+    @property
+    def core_flops(self) -> float:
+        """Sustained multiplications and additions per second and core, at 60 % of the peak."""
+        return 0.6 * 2 * 128 * self.clock
+
+    @property
+    def product_cycles(self) -> float:
+        """Cycles of a simdgroup for a product of 8 x 8 matrices; a core runs four simdgroups at once."""
+        return 4 * 8**3 / self.matrix_fmas
 
 
+# Clocks and bandwidths are those of the chips in estimate/chips.py, with their sources. matrix_fmas of 13 and 14: measured on M1 (metal-benchmarks).
+# From 15 on others reach 88 % of the peak in whole products (ml-explore/mlx#3196, M3 Ultra) and up to 94 % in attention (metal-flash-attention, M3):
+# the bound is 94 %.
 GENERATIONS = {
-    13: GpuGeneration(13, 40, 9, 0.20e12),  # M1: 128 FMA per clock and core, 1.28 GHz
-    14: GpuGeneration(14, 40, 8, 0.21e12),  # M2: 1.40 GHz
-    15: GpuGeneration(15, 64, 8, 0.21e12),  # M3: 1.40 GHz
-    16: GpuGeneration(16, 64, 7, 0.25e12),  # M4: 1.60 GHz
-    17: GpuGeneration(17, 64, 7, 0.25e12),  # M5 without its matrix units, which have no kernels here (matrix_units.py)
+    13: GpuGeneration(13, 40, 9, 1.28e9, 102, 12.5e9),  # M1
+    14: GpuGeneration(14, 40, 8, 1.40e9, 102, 10.5e9),  # M2
+    15: GpuGeneration(15, 64, 8, 1.40e9, 120, 10e9),  # M3
+    16: GpuGeneration(16, 64, 7, 1.60e9, 120, 13.5e9),  # M4
+    17: GpuGeneration(17, 64, 7, 1.65e9, 120, 15.3e9),  # M5 without its matrix units, which have no kernels here (matrix_units.py)
 }
 DEFAULT = GENERATIONS[14]  # an unknown GPU counts as a slow one of the simplest kind
 
@@ -221,6 +240,20 @@ def split_vocab(vocab: int, step: int, groups: int, gpu: Device, simdgroups: int
     return ids_per_split, -(-vocab // ids_per_split)
 
 
+def tile_split(vocab: int, blocks: int, gpu: Device) -> tuple[int, int]:
+    """Return (ids per split, splits) of the statistics of `blocks` blocks of rows in tiles."""
+    return split_vocab(vocab, constants.TILE_IDS, blocks, gpu, whole_steps=WHOLE_TILES)
+
+
+def vector_split(vocab: int, blocks: int, gpu: Device) -> tuple[int, int]:
+    """Return (ids per split, threadgroups along the vocabulary) of lens_stats_vector, in which each simdgroup takes a split."""
+    simdgroups = constants.VECTOR_SIMDS
+    ids = split_vocab(vocab, constants.VECTOR_IDS * simdgroups, blocks, gpu, simdgroups)[0] // simdgroups
+    if ids > constants.VECTOR_PASS:  # whole passes, as each reads the rows
+        ids -= ids % constants.VECTOR_PASS
+    return ids, -(-vocab // (ids * simdgroups))
+
+
 def rows_per_group(rows: int, gpu: Device) -> int:
     """Return the rows of a threadgroup of norm_grad: few enough for WAVES waves of threadgroups, at most as many as the kernel can take."""
     return max(1, min(constants.NORM_ROWS, rows // _groups_without_tiles(constants.SIMDS, gpu)))
@@ -247,7 +280,7 @@ def chunk_rows(vocab: int, depth: int, gradient_bytes: int, gpu: Device, on_matr
     """
     row_bytes = vocab * (4 + gradient_bytes)
     rows = min(2**30, gpu.working_set // 100) // row_bytes
-    filled = min(_groups_without_tiles(constants.GRAD_SIMDS, gpu), gpu.working_set // 20 // row_bytes)
+    filled = min(_groups_without_tiles(constants.ROW_SIMDS, gpu), gpu.working_set // 20 // row_bytes)
     least = -(-LEAST_GRADIENT_BYTES // (vocab * gradient_bytes))
     short = rows_per_dispatch(vocab, depth, gpu) * (MATRIX_UNIT_SPEED if on_matrix_units else 1)
     return max(2, min(max(rows, filled, least), short))

@@ -15,10 +15,11 @@ from typing import IO, Any
 import numpy as np
 
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import atomic_write, require_writable, sha256_of
+from metalens.utils.files import atomic_write, require_writable, sha256_of, sha256_of_values
 
 DOCUMENTS = np.dtype("<u8")
 COUNTED = np.dtype(np.bool_)
+RECORD = "record"  # key of a record's own SHA-256
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
@@ -46,8 +47,8 @@ class StoredTokens:
 class TokenCache:
     """A folder with three files per corpus: KEY.ids (little-endian), KEY.documents (uint64), and KEY.json, which exists when the others are whole.
 
-    A corpus of which some tokens count has KEY.counted too (a byte for each token, 0 or 1). KEY.json has the SHA-256 of the others; files of older
-    versions have none, and are not checked.
+    A corpus of which some tokens count has KEY.counted too (a byte for each token, 0 or 1). KEY.json has the SHA-256 of the others and of its own
+    values; files of older versions lack one or both, and are not checked so far.
 
     Args:
         folder: the folder, see `cache_folder`. It is made when the first file is written.
@@ -66,6 +67,8 @@ class TokenCache:
         """
         try:
             record = json.loads(self._path(key, "json").read_text(encoding="utf-8"))
+            if not _is_whole(record):
+                return None
             dtype = np.dtype(str(record["dtype"]))
             counts = {str(name): int(value) for name, value in record["counts"].items()}
             maps, hashes = [], record.get("sha256", {})
@@ -122,7 +125,7 @@ class TokenCache:
             hashes |= {"ids": sha256_of(ids_path), "documents": sha256_of(documents_path)}
         record = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts), "counts": counts, "sha256": hashes}
         with atomic_write(self._path(key, "json")) as path:
-            path.write_text(json.dumps(record), encoding="utf-8")
+            path.write_text(json.dumps(record | {RECORD: sha256_of_values(record)}), encoding="utf-8")
         stored = self.open(key)
         if stored is None:
             raise OSError(f"The tokens that were written to {self.folder} can't be read back. Check whether another program deletes files there.")
@@ -150,12 +153,12 @@ class TokenCache:
         return self.folder / "facts" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
 
     def recall(self, name: str) -> Any:
-        """Return the value under a name, or None."""
+        """Return the value under a name, or None: a damaged one counts as forgotten."""
         try:
             fact = json.loads(self._fact(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return fact.get("value") if isinstance(fact, dict) and fact.get("name") == name else None
+        return fact.get("value") if isinstance(fact, dict) and fact.get("name") == name and _is_whole(fact) else None
 
     def remember(self, name: str, value: Any) -> None:
         """Keep a JSON value under a name. In a folder that can't be written nothing is kept, which costs time only."""
@@ -163,4 +166,11 @@ class TokenCache:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps({"name": name, "value": value}), encoding="utf-8")
+                fact = {"name": name, "value": value}
+                temporary.write_text(json.dumps(fact | {RECORD: sha256_of_values(fact)}), encoding="utf-8")
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Return whether a record is as it was written. One of an older version has no hash of its own, and counts as whole."""
+    values = dict(record)
+    return bool(values.pop(RECORD, None) in (None, sha256_of_values(values)))

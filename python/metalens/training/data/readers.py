@@ -246,6 +246,16 @@ class JsonLines(FileSource):
 
     def pieces(self) -> Iterator[Piece]:
         """Yield one document per line, long ones in parts."""
+        for where, record in self.records():
+            yield from pieces_of(record, self.field, where)
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Yield the JSON value of every line that is not blank, after its place ("tasks.jsonl, line 3") for errors.
+
+        Raises:
+            InvalidValueError: for a line that is not JSON, not UTF-8 or too long, and for a file without any line.
+            OSError: if the file can't be read.
+        """
         empty = True
         with self._open() as file:
             for number, line in enumerate(self._lines(file), 1):
@@ -264,7 +274,7 @@ class JsonLines(FileSource):
                     raise InvalidValueError(f"{where}: not JSON ({error.msg} at column {error.colno}). Each line must be one JSON object.") from error
                 except (ValueError, RecursionError) as error:  # a number of too many digits, lists that are nested too deep
                     raise InvalidValueError(f"{where}: can't be read as JSON ({error}). Fix or remove that document.") from error
-                yield from pieces_of(record, self.field, where)
+                yield where, record
         if empty:
             raise self._empty()
 

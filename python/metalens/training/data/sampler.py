@@ -116,17 +116,27 @@ class Sampler:
         count = min(MOST_HELD, tokens // MIN_HELD, n // HELD_BACK)
         return np.sort(np.argsort(np.random.PCG64(np.random.SeedSequence([n])).random_raw(n), kind="stable")[:count])
 
-    def held_back_step(self) -> Step:
-        """Return the sequences that no epoch has, cut so that they hold at most `held_back` tokens together; none where the text is too short."""
+    def held_back_step(self, shift: int = 0) -> Step:
+        """Return the sequences that no epoch has, cut so that at most `held_back` tokens of them count; none where the text is too short.
+
+        Args:
+            shift: positions from a token to its partner in the loss, see `training.objective`. Only tokens with a partner count then, and a cut
+                leaves them theirs. Sequences without such a token are left out.
+        """
         share = self.held_back // max(len(self._held), 1)
         sequences, counted = [self._sequence(int(i)) for i in self._held], self._counted(self._held)
-        if counted is None:
+        if counted is None and not shift:
             sequences = [sequence[:share] for sequence in sequences]
             return Step(sequences, sum(sequence.size for sequence in sequences), self.state())
-        ends = [int(np.searchsorted(np.cumsum(mask), min(share, int(mask.sum())))) + 1 for mask in counted]
-        counted = [mask[:end] for mask, end in zip(counted, ends, strict=True)]
-        sequences = [sequence[:end] for sequence, end in zip(sequences, ends, strict=True)]
-        return Step(sequences, int(sum(mask.sum() for mask in counted)), self.state(), counted)
+        cut, masks = [], []
+        for sequence, mask in zip(sequences, counted or [np.ones(each.size, bool) for each in sequences], strict=True):
+            partner = np.arange(sequence.size) + shift
+            chosen = np.flatnonzero(mask & (partner >= 0) & (partner < sequence.size))[:share]
+            if chosen.size:
+                end = int(chosen[-1]) + 1 + max(shift, 0)
+                cut.append(sequence[:end])
+                masks.append(np.isin(np.arange(end), chosen))
+        return Step(cut, int(sum(mask.sum() for mask in masks)), self.state(), masks)
 
     def __len__(self) -> int:
         """Return the number of sequences in an epoch."""

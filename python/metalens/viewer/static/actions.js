@@ -15,6 +15,7 @@ const KEYS = [
   ["1 2 3 4", "first lens, second lens, difference, side by side"],
   ["t", "show the numbers as a table"],
   ["v", "tokens or values in the cells"],
+  ["p", "the line of the prediction depth"],
   ["d", "light or dark"],
   ["?", "these keys"],
   ["Ctrl + wheel", "zoom; with Shift only the columns, with Alt only the rows"],

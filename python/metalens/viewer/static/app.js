@@ -1,22 +1,23 @@
 // The page: it holds the document and the reader's choices, and keeps everything that is drawn in step with them.
 
 import { controls, statistics } from "./controls.js";
-import { byId, el, tokenElement } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
-import { guesses, inspect, lineColors } from "./inspector.js";
+import { inspect, lineColors } from "./inspector.js";
 import { BOTTOM, LEFT } from "./painter.js";
 import { DifferencePanel, Panel } from "./panel.js";
 import { MOST_FOLLOWED, clampedZoom, toHash } from "./state.js";
 import { formatted, percent } from "./statistics.js";
 import { readingTable } from "./table.js";
-import { colorTable, css } from "./color.js";
+import { fillTip } from "./tip.js";
 
 /** @typedef {import("./document.js").Doc} Doc */
 /** @typedef {import("./painter.js").Cell} Cell */
 /** @typedef {import("./painter.js").Look} Look */
 /** @typedef {import("./state.js").State} State */
 /** @typedef {import("./trajectory.js").Trajectory} Trajectory */
-/** @typedef {{name: string, trajectory: Trajectory}} Named */
+/** @typedef {import("./document.js").Pair} Pair */
+/** A trajectory with the numbers of its text and its lens. @typedef {{name: string, of: [number, number], trajectory: Trajectory}} Named */
 
 const NAMES = ["A", "B"]; // of texts
 
@@ -39,6 +40,8 @@ export class App {
     this.arranged = null;
     /** Ask the server for the curves of tokens, and follow them; null = there is none. @type {((tokens: (number | string)[], follow: boolean) => void) | null} */
     this.askFor = null;
+    /** Ask the server for a comparison; null = there is none. @type {((of: Pair) => void) | null} */
+    this.askToCompare = null;
     this.scheme = matchMedia("(prefers-color-scheme: dark)");
     this.scheme.addEventListener("change", () => this.update());
     this.reduced = { x: state.x, y: state.y };
@@ -71,11 +74,12 @@ export class App {
     const both = choice === "difference" || choice === "side";
     if (this.state.text === "compare" && this.doc.texts.length > 1) {
       const lens = both ? (this.doc.of(0).at(-1)?.lens ?? 0) : Number(choice);
-      return this.doc.texts.flatMap((list, n) => (list[lens] ? [{ name: `text ${NAMES[n]}, ${list[lens].lens}`, trajectory: list[lens] }] : []));
+      return this.doc.texts.flatMap((list, n) => (list[lens] ? [{ name: `text ${NAMES[n]}, ${list[lens].lens}`, of: /** @type {[number, number]} */ ([n, lens]), trajectory: list[lens] }] : []));
     }
     const prefix = this.doc.texts.length > 1 ? `text ${NAMES[this.textNumber]}, ` : "";
-    const here = this.doc.of(this.textNumber).map(({ lens, trajectory }) => ({ lens, name: prefix + trajectory.lens, trajectory }));
-    return both ? here.toReversed() : here.filter(({ lens }) => String(lens) === choice);
+    const text = this.textNumber;
+    const here = this.doc.of(text).map(({ lens, trajectory }) => ({ name: prefix + trajectory.lens, of: /** @type {[number, number]} */ ([text, lens]), trajectory }));
+    return both ? here.toReversed() : here.filter(({ of }) => String(of[1]) === choice);
   }
 
   /** Return the chosen cell: where the reader has put it, else where the last token's answer first comes on top. @returns {Cell | null} */
@@ -98,11 +102,28 @@ export class App {
     return [...new Set(answers)];
   }
 
-  /** Return the comparison that belongs to what is shown. */
+  /** Return which trajectories are compared on the maps: those whose difference they show. @returns {Pair | null} */
+  compared() {
+    const [a, b] = this.shown();
+    const differ = this.state.text === "compare" ? a?.trajectory.length === b?.trajectory.length : this.lensChoice === "difference" || this.lensChoice === "side";
+    return a && b && differ ? [a.of, b.of] : null;
+  }
+
+  /** Return the divergences of the trajectories that are compared. */
   activeComparison() {
-    const lenses = this.doc.of(this.textNumber).map(({ lens }) => lens);
-    if (this.state.text === "compare") return this.doc.comparison([0, Number(this.lensChoice)], [1, Number(this.lensChoice)]);
-    return lenses.length > 1 ? this.doc.comparison([this.textNumber, lenses[1]], [this.textNumber, lenses[0]]) : null;
+    const of = this.compared();
+    return of && this.doc.comparison(of);
+  }
+
+  /** Return the comparisons that the color shows, and that are not here in full. @returns {Pair[]} */
+  missing() {
+    const [kind, name] = this.state.statistic.split(":");
+    if (kind === "layers") {
+      const steps = this.shown().filter(({ trajectory }) => trajectory.rows.length > 2 && (trajectory.statistics.get(this.state.statistic)?.columns.length ?? 0) < trajectory.length);
+      return steps.map(({ of }) => [of, of]);
+    }
+    const of = kind === "between" ? this.compared() : null;
+    return of && (this.doc.comparison(of)?.get(name)?.columns.length ?? 0) < this.shown()[0].trajectory.length ? [of] : [];
   }
 
   /** Return the panels of the maps. */
@@ -142,7 +163,7 @@ export class App {
     const [ground, ink, muted, line, accent] = ["--ground", "--ink", "--muted", "--line", "--accent"].map((name) => style.getPropertyValue(name).trim());
     const colors = lineColors(this.followed, this.dark);
     const followed = [...colors].map(([id, color]) => ({ id, color }));
-    return { dark: this.dark, palette: this.state.palette, ground, ink, muted, line, accent, tokens: this.state.words === "token", hovered: this.hovered, cursor: this.cursor, followed };
+    return { dark: this.dark, palette: this.state.palette, ground, ink, muted, line, accent, tokens: this.state.words === "token", hovered: this.hovered, cursor: this.cursor, followed, depth: this.state.depth };
   }
 
   /** Return what pictures say above the maps. */
@@ -164,6 +185,7 @@ export class App {
   set(change) {
     Object.assign(this.state, change);
     this.update();
+    this.complete();
   }
 
   /** Show a line where screen readers hear it. @param {string} text */
@@ -277,14 +299,15 @@ export class App {
     this.note = "";
     if (!before.includes(id) && before.length >= MOST_FOLLOWED) return this.say(`${MOST_FOLLOWED} tokens can be followed at once. Remove one first.`);
     this.set({ follow: before.includes(id) ? before.filter((each) => each !== id) : [...before, id] });
-    this.complete();
   }
 
-  /** Ask for the curves that are not known everywhere yet. */
+  /** Ask for what is shown and not known everywhere yet: curves first, then a comparison. */
   complete() {
     if (!this.askFor) return;
-    const missing = this.followed.filter((id) => this.shown().some(({ trajectory }) => !trajectory.knows(id)));
-    if (missing.length) this.askFor(missing, false);
+    const tokens = this.followed.filter((id) => this.shown().some(({ trajectory }) => !trajectory.knows(id)));
+    if (tokens.length) return this.askFor(tokens, false);
+    const [of] = this.missing();
+    if (of) this.askToCompare?.(of);
   }
 
   /**
@@ -318,29 +341,10 @@ export class App {
     if (changed) for (const each of this.maps) each.draw();
     tip.hidden = !cell;
     if (!cell) return;
-    if (changed) this.#fillTip(tip, cell, map);
+    if (changed) fillTip(tip, cell, map.panel, { palette: this.state.palette, dark: this.dark, lines: lineColors(this.followed, this.dark) });
     const [width, height] = [tip.offsetWidth, tip.offsetHeight];
     tip.style.left = `${x + 18 + width > innerWidth ? x - width - 14 : x + 18}px`;
     tip.style.top = `${Math.max(6, Math.min(y + 14, innerHeight - height - 6))}px`;
-  }
-
-  /**
-   * @param {HTMLElement} tip
-   * @param {Cell} cell
-   * @param {HeatMap} map
-   */
-  #fillTip(tip, cell, map) {
-    const { panel } = map;
-    const color = css(colorTable(this.state.palette, this.dark, false)[this.dark ? 130 : 110]);
-    const lines = lineColors(this.followed, this.dark);
-    const both = panel instanceof DifferencePanel ? [panel.trajectory, panel.other] : [panel.trajectory];
-    const { vocabulary, tokens, firstPosition } = panel.trajectory;
-    tip.replaceChildren(el("h2", {}, panel.rows[cell.row].label, el("span", { class: "quiet" }, " after "), tokenElement(vocabulary.display(tokens[cell.position])), el("span", { class: "quiet" }, ` · ${cell.position + firstPosition}`)));
-    both.forEach((trajectory) => {
-      if (both.length > 1) tip.append(el("p", {}, trajectory.lens));
-      tip.append(guesses(trajectory, cell, color, null, lines, both.length > 1 ? 3 : 5));
-    });
-    tip.append(el("p", {}, `${panel.label}: ${panel.word(cell.row, cell.position, false)}${panel.unit ? ` ${panel.unit}` : ""}`));
   }
 
   /** @param {HeatMap} from */

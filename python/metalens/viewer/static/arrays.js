@@ -99,12 +99,12 @@ export class Columns {
   }
 
   /**
-   * Return one number.
+   * Return one number; NaN at a position that has not arrived.
    * @param {number} row
    * @param {number} position
    * @param {number} [i] which number of the cell
    */
   at(row, position, i = 0) {
-    return this.values[(position * this.rows + row) * this.each + i];
+    return position < this.length ? this.values[(position * this.rows + row) * this.each + i] : NaN;
   }
 }

@@ -2,7 +2,7 @@
 
 import { PALETTES } from "./color.js";
 import { el, segments } from "./dom.js";
-import { statisticOf } from "./statistics.js";
+import { DIVERGENCES, statisticOf } from "./statistics.js";
 
 /** @typedef {import("./app.js").App} App */
 
@@ -30,8 +30,13 @@ export function statistics(app) {
   for (const id of app.followed) {
     for (const what of ["probability", "rank"]) options.push({ value: `token:${what}:${id}`, label: statisticOf(`token:${what}:${id}`, first).label });
   }
-  const comparison = app.state.lens === "difference" || app.state.text === "compare" ? app.activeComparison() : null;
-  for (const [name, { label }] of Object.entries(comparison?.statistics ?? {})) options.push({ value: `between:${name}`, label: `${label} (difference)` });
+  const live = app.doc.live !== null;
+  if (app.lensChoice === "difference" || app.state.text === "compare") {
+    const known = app.compared() && live ? Object.entries(DIVERGENCES) : [...(app.activeComparison() ?? [])];
+    for (const [name, { label }] of known) options.push({ value: `between:${name}`, label: `${label} (difference)` });
+  }
+  const steps = Object.keys(DIVERGENCES).map((name) => `layers:${name}`).filter((value) => live && first.rows.length > 2 && !first.statistics.has(value));
+  for (const value of steps) options.push({ value, label: statisticOf(value, first).label });
   return options;
 }
 
@@ -62,6 +67,8 @@ export function controls(place, app) {
   parts.push(choice("statistic", "Color", statistics(app), state.statistic, (statistic) => app.set({ statistic })));
   parts.push(choice("words", "Cells", [{ value: "token", label: "top token" }, { value: "value", label: "value" }], state.words, (words) => app.set({ words: words === "value" ? "value" : "token" })));
   parts.push(choice("palette", "Map", PALETTES.map((each) => ({ value: each, label: each })), state.palette, (palette) => app.set({ palette })));
+  const line = el("input", { type: "checkbox", name: "depth", checked: state.depth, onchange: () => app.set({ depth: line.checked }) });
+  parts.push(el("label", { title: "A line where the top token becomes the model’s answer (p)" }, line, "depth"));
   const zoom = el("span", { class: "zoom", role: "group", "aria-label": "Zoom" });
   zoom.append(
     el("button", { type: "button", title: "Smaller cells (−)", "aria-label": "Smaller cells", onclick: () => app.zoomBy(1 / 1.25) }, "−"),

@@ -1,11 +1,14 @@
 // All that a page shows: one or two texts, each through one or two lenses, and how far they are apart.
 
+import { Columns, unpack } from "./arrays.js";
 import { Trajectory, Vocabulary } from "./trajectory.js";
 
 /** @typedef {import("./trajectory.js").TrajectoryJson} TrajectoryJson */
-/** @typedef {import("./panel.js").ComparisonJson} ComparisonJson */
+/** @typedef {import("./trajectory.js").ComparisonJson} ComparisonJson */
+/** @typedef {import("./trajectory.js").Statistic} Statistic */
+/** @typedef {[[number, number], [number, number]]} Pair two trajectories, as the numbers of their text and their lens */
 /** @typedef {{lenses: string[], max_tokens: number, max_new_tokens: number}} LiveJson */
-/** @typedef {{format: string, version: number, title: string, texts: {name: string, trajectories: TrajectoryJson[]}[], comparisons: ComparisonJson[], live: LiveJson | null}} DocumentJson */
+/** @typedef {{format: string, version: number, title: string, texts: {name: string, trajectories: TrajectoryJson[]}[], comparisons: ComparisonJson[], live: LiveJson | null, statistic?: string | null}} DocumentJson */
 
 /** The texts of a page. */
 export class Doc {
@@ -18,10 +21,10 @@ export class Doc {
     this.vocabulary = new Vocabulary();
     /** @type {(Trajectory | undefined)[][]} one list for each text, one entry for each lens */
     this.texts = [];
-    /** @type {ComparisonJson[]} */
-    this.comparisons = [];
+    /** {trajectories that are compared: their divergences}. @type {Map<string, Map<string, Statistic>>} */
+    this.comparisons = new Map();
     json.texts.forEach(({ trajectories }, text) => trajectories.forEach((each, lens) => this.add(text, lens, each)));
-    this.comparisons = json.comparisons;
+    for (const comparison of json.comparisons) this.compare(comparison, 0);
   }
 
   /** Forget all texts. */
@@ -29,7 +32,7 @@ export class Doc {
     this.reading = "";
     this.vocabulary = new Vocabulary();
     this.texts = [];
-    this.comparisons = [];
+    this.comparisons = new Map();
   }
 
   /**
@@ -43,6 +46,25 @@ export class Doc {
     const known = list[lens];
     if (known) known.append(json);
     else list[lens] = new Trajectory(json, this.vocabulary);
+  }
+
+  /**
+   * Add a comparison, or the next part of one. Of a trajectory with itself, it is that of every layer with the next one.
+   * @param {ComparisonJson} json
+   * @param {number} start 0, or the position after those that are here
+   */
+  compare(json, start) {
+    const [[text, lens], other] = json.of;
+    if (other.join() === [text, lens].join()) return this.texts[text]?.[lens]?.addSteps(json, start);
+    const key = json.of.join(";");
+    const known = (start ? this.comparisons.get(key) : undefined) ?? new Map();
+    this.comparisons.set(key, known);
+    for (const [name, { label, unit, values }] of Object.entries(json.statistics)) {
+      const [rows, count] = values.shape;
+      const entry = known.get(name) ?? { label, unit, columns: new Columns(rows + 1) };
+      known.set(name, entry);
+      if (entry.columns.length === start) entry.columns.append(unpack(values), null, count);
+    }
   }
 
   /** Return the names of the lenses. */
@@ -60,11 +82,10 @@ export class Doc {
   }
 
   /**
-   * Return the comparison of two trajectories.
-   * @param {[number, number]} a text and lens
-   * @param {[number, number]} b
+   * Return the divergences of two trajectories that are here.
+   * @param {Pair} of
    */
-  comparison(a, b) {
-    return this.comparisons.find(({ of }) => of[0].join() === a.join() && of[1].join() === b.join()) ?? null;
+  comparison(of) {
+    return this.comparisons.get(of.join(";")) ?? null;
   }
 }

@@ -83,6 +83,8 @@ function numbers({ cell, trajectories }) {
     const values = trajectories.map(({ trajectory }) => el("td", {}, formatted(name, trajectory.value(name, cell.row, cell.position))));
     table.append(el("tr", {}, el("th", { scope: "row" }, label, unit ? el("span", { class: "quiet" }, ` ${unit}`) : ""), ...values));
   }
+  const depths = trajectories.map(({ trajectory }) => el("td", {}, trajectory.rows[trajectory.depth(cell.position)].label));
+  table.append(el("tr", {}, el("th", { scope: "row" }, "the model’s answer from"), ...depths));
   return table;
 }
 

@@ -33,7 +33,7 @@ export function keyboard(app) {
     const keys = {
       "+": () => app.zoomBy(1.25), "=": () => app.zoomBy(1.25), "-": () => app.zoomBy(0.8), "0": () => app.zoomToFit(),
       "1": () => app.set({ lens: "0" }), "2": () => app.set({ lens: "1" }), "3": () => app.set({ lens: "difference" }), "4": () => app.set({ lens: "side" }),
-      t: () => app.set({ table: !app.state.table }), v: () => app.set({ words: app.state.words === "token" ? "value" : "token" }), d: () => app.toggleTheme(), "?": help,
+      t: () => app.set({ table: !app.state.table }), p: () => app.set({ depth: !app.state.depth }), v: () => app.set({ words: app.state.words === "token" ? "value" : "token" }), d: () => app.toggleTheme(), "?": help,
       Escape: () => app.set({ cursor: null, zoom: null, follow: null }),
     };
     if (!(event.key in keys)) return;

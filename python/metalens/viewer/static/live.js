@@ -1,13 +1,13 @@
 // The page's side of `metalens view`: one job at a time, whose results arrive line by line.
 
 /** @typedef {import("./trajectory.js").TrajectoryJson} TrajectoryJson */
-/** @typedef {import("./panel.js").ComparisonJson} ComparisonJson */
+/** @typedef {import("./trajectory.js").ComparisonJson} ComparisonJson */
 /**
  * A line of the answer.
  * @typedef {{type: "progress", done: number, total: number, what: string}
  *   | {type: "part", text: number, lens: number, reading: string, trajectory: TrajectoryJson}
- *   | {type: "chosen", text: number, lens: number, chosen: TrajectoryJson["chosen"], vocabulary: TrajectoryJson["vocabulary"]}
- *   | {type: "comparison", comparison: ComparisonJson}
+ *   | {type: "chosen", text: number, lens: number, start: number, total: number, chosen: TrajectoryJson["chosen"], vocabulary: TrajectoryJson["vocabulary"]}
+ *   | {type: "comparison", start: number, comparison: ComparisonJson}
  *   | {type: "done"}
  *   | {type: "error", message: string}} Line
  */

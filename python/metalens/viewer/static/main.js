@@ -12,7 +12,7 @@ import { fromHash } from "./state.js";
 
 try {
   const json = /** @type {DocumentJson} */ (JSON.parse(byId("document").textContent ?? ""));
-  const app = new App(new Doc(json), fromHash(location.hash));
+  const app = new App(new Doc(json), fromHash(location.hash, json.statistic ? { statistic: json.statistic } : {}));
   actions(byId("actions"), app);
   keyboard(app);
   app.update();

@@ -13,7 +13,7 @@ import { MONO } from "./surfaces.js";
  * Colors of the page, and what is marked.
  * @typedef {{
  *   dark: boolean, palette: string, ground: string, ink: string, muted: string, line: string, accent: string, tokens: boolean,
- *   hovered: Cell | null, cursor: Cell | null, followed: {id: number, color: string}[],
+ *   hovered: Cell | null, cursor: Cell | null, followed: {id: number, color: string}[], depth: boolean,
  * }} Look
  */
 
@@ -108,12 +108,37 @@ export function paint(on, panel, picture, view, look) {
         }
       }
     }
+    if (look.depth) depth(on, panel, first, end, x0, y0, view, look);
     for (const [at, color, width] of /** @type {[Cell | null, string, number][]} */ ([[look.hovered, look.muted, 1], [look.cursor, look.ink, 2]])) {
       if (at && at.position < panel.length) on.frame(x0 + at.position * cell, y0 + (rows - 1 - at.row) * row, cell - 1, row - 1, color, width);
     }
   });
   names(on, panel, { top, bottom }, y0, view, look);
   tokens(on, panel, { first, end }, x0, view, look);
+}
+
+/**
+ * Draw the prediction depth as a line: above it, the top token is the model's answer.
+ * @param {Surface} on
+ * @param {Panel} panel
+ * @param {number} first
+ * @param {number} end
+ * @param {number} x0
+ * @param {number} y0
+ * @param {View} view
+ * @param {Look} look
+ */
+function depth(on, panel, first, end, x0, y0, { cell, row }, look) {
+  const level = (/** @type {number} */ t) => y0 + (panel.rows.length - panel.trajectory.depth(t)) * row;
+  for (const [color, width] of /** @type {[string, number][]} */ ([[look.ground, 5], [look.ink, 2]])) {
+    const half = width / 2;
+    for (let t = first; t < end; t++) {
+      const [x, y] = [x0 + t * cell, level(t)];
+      on.rect(x - half, y - half, cell + width, width, color);
+      const before = t > first ? level(t - 1) : y;
+      if (before !== y) on.rect(x - half, Math.min(y, before) - half, width, Math.abs(y - before) + width, color);
+    }
+  }
 }
 
 /** @typedef {{first: number, end: number, top: number, bottom: number}} Seen */

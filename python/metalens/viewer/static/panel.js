@@ -1,13 +1,11 @@
 // What one heat map shows: a statistic of one trajectory, or of the difference of two.
 
 import { colorTable } from "./color.js";
-import { formatted, placeOf, robustMaximum, scalingOf, statisticOf } from "./statistics.js";
-import { unpack } from "./arrays.js";
+import { DIVERGENCES, formatted, placeOf, robustMaximum, scalingOf, statisticOf } from "./statistics.js";
 
 /** @typedef {import("./statistics.js").Scale} Scale */
 /** @typedef {import("./trajectory.js").Trajectory} Trajectory */
-/** @typedef {import("./trajectory.js").StatisticJson} StatisticJson */
-/** @typedef {{of: [[number, number], [number, number]], statistics: Record<string, StatisticJson>}} ComparisonJson */
+/** @typedef {import("./trajectory.js").Statistic} Statistic */
 
 export const SAME = "="; // both have the same top token
 
@@ -66,7 +64,7 @@ export class Panel {
   /** Return all values, [positions, rows]. */
   values() {
     const known = this.trajectory.statistics.get(this.statistic);
-    if (known) return known.columns.values.subarray(0, this.length * this.rows.length);
+    if (known && known.columns.length >= this.length) return known.columns.values.subarray(0, this.length * this.rows.length);
     const out = new Float32Array(this.length * this.rows.length);
     for (let t = 0, i = 0; t < this.length; t++) for (let r = 0; r < this.rows.length; r++) out[i++] = this.value(r, t);
     return out;
@@ -103,13 +101,14 @@ export class DifferencePanel extends Panel {
    * @param {Trajectory} other b
    * @param {string} statistic a statistic of both, drawn as a - b; or kl, reverse_kl, js, tv of the comparison, as "between:js"
    * @param {string} title
-   * @param {ComparisonJson | null} comparison
+   * @param {Map<string, Statistic> | null} comparison
    */
   constructor(trajectory, other, statistic, title, comparison) {
     super(trajectory, statistic, title);
     this.other = other;
-    this.between = statistic.startsWith("between:") ? (comparison?.statistics[statistic.slice(8)] ?? null) : null;
-    this.cells = this.between ? unpack(this.between.values) : null;
+    const name = statistic.startsWith("between:") ? statistic.slice(8) : null;
+    /** What is drawn if it is a divergence; it may arrive later. @type {(Partial<Statistic> & {label: string, unit: string}) | null} */
+    this.between = name === null ? null : (comparison?.get(name) ?? DIVERGENCES[name] ?? null);
     if (this.between) [this.label, this.unit] = [this.between.label, this.between.unit];
     else this.label = `difference of ${this.label}`;
   }
@@ -125,7 +124,7 @@ export class DifferencePanel extends Panel {
    * @param {number} position
    */
   value(row, position) {
-    if (this.between && this.cells) return row < this.rows.length - 1 ? this.cells[row * this.between.values.shape[1] + position] : NaN;
+    if (this.between) return this.between.columns?.at(row, position) ?? NaN;
     return this.trajectory.value(this.statistic, row, position) - this.other.value(this.statistic, row, position);
   }
 

@@ -98,14 +98,14 @@ export function prompt(app, live) {
     if (line.type === "part") {
       app.doc.reading = line.reading;
       app.doc.add(line.text, line.lens, line.trajectory);
-    } else if (line.type === "comparison") app.doc.comparisons.push(line.comparison);
+    } else if (line.type === "comparison") app.doc.compare(line.comparison, line.start);
     else if (line.type === "chosen") {
       const trajectory = app.doc.texts[line.text]?.[line.lens];
-      const count = line.chosen.ranks.shape[2]; // the server follows tokens in all of the text, also where a cancelled job has not read it
-      if (trajectory?.length !== count) throw new Refused("Not all of this text has been read, so no token can be followed in it. Read it again.");
+      // The server follows tokens in all of the text, also where a cancelled job has not read it.
+      if (trajectory?.length !== line.total) throw new Refused("Not all of this text has been read, so no token can be followed in it. Read it again.");
       app.doc.vocabulary.add(line.vocabulary);
-      line.chosen.ids.forEach((id) => trajectory.followed.delete(id));
-      trajectory.addFollowed(line.chosen, count);
+      if (!line.start) line.chosen.ids.forEach((id) => trajectory.followed.delete(id));
+      trajectory.addFollowed(line.chosen, line.start, line.chosen.ranks.shape[2]);
     }
     drawSoon();
   };
@@ -126,7 +126,7 @@ export function prompt(app, live) {
       if (!keep) Object.assign(app.state, { cursor: null, follow: null, zoom: null, text: texts.length > 1 ? "compare" : "0", x: 0, y: 0 });
     };
     const body = { texts, tokens: keep ? follow : [], ...(what === "generate" ? { new_tokens: Number(count.value) } : {}) };
-    void job(what === "generate" ? "/api/generate" : "/api/read", body, take, () => {
+    void job(what === "generate" ? "api/generate" : "api/read", body, take, () => {
       app.update();
       app.complete();
     });
@@ -138,7 +138,10 @@ export function prompt(app, live) {
       take(line);
       if (line.type === "chosen" && follow) app.state.follow = [...new Set([...app.followed, ...line.chosen.ids])].slice(-MOST_FOLLOWED);
     };
-    void job("/api/follow", { tokens, reading: app.doc.reading }, found);
+    void job("api/follow", { tokens, reading: app.doc.reading, shown: app.shown().map(({ of }) => of) }, found, () => app.complete());
+  };
+  app.askToCompare = (of) => {
+    if (!running) void job("api/compare", { reading: app.doc.reading, of }, take, () => app.complete());
   };
 
   form.append(el("div", { class: "texts" }, a, b), el("div", { class: "doing" }, read, second, generate, count, cancel), progress, state);

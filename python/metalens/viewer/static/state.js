@@ -6,7 +6,7 @@ import { PALETTES } from "./color.js";
 /**
  * @typedef {{
  *   text: string, lens: string, statistic: string, words: "token" | "value", palette: string, theme: "auto" | "light" | "dark",
- *   zoom: {cell: number, row: number} | null, x: number, y: number, cursor: Cell | null, follow: number[] | null, along: "layers" | "text", table: boolean, prompts: string[],
+ *   zoom: {cell: number, row: number} | null, x: number, y: number, cursor: Cell | null, follow: number[] | null, along: "layers" | "text", table: boolean, depth: boolean, prompts: string[],
  * }} State
  */
 
@@ -25,7 +25,7 @@ export function clampedZoom(cell, row) {
 export function defaultState() {
   return {
     text: "0", lens: "", statistic: "max_probability", words: "token", palette: "ink", theme: "auto",
-    zoom: null, x: 0, y: 0, cursor: null, follow: null, along: "layers", table: false, prompts: [],
+    zoom: null, x: 0, y: 0, cursor: null, follow: null, along: "layers", table: false, depth: false, prompts: [],
   };
 }
 
@@ -45,6 +45,7 @@ export function toHash(state) {
   if (state.cursor) out.set("cell", `${state.cursor.row},${state.cursor.position}`);
   if (state.follow) out.set("follow", state.follow.join(","));
   if (state.table) out.set("table", "1");
+  if (state.depth) out.set("depth", "1");
   state.prompts.forEach((prompt) => out.append("prompt", prompt));
   return out.toString();
 }
@@ -52,10 +53,11 @@ export function toHash(state) {
 /**
  * Return the state that an address holds. Whatever it does not hold, or holds wrongly, is the default.
  * @param {string} hash
+ * @param {Partial<State>} [chosen] what the page chooses in place of the default
  * @returns {State}
  */
-export function fromHash(hash) {
-  const state = defaultState();
+export function fromHash(hash, chosen = {}) {
+  const state = { ...defaultState(), ...chosen };
   const given = new URLSearchParams(hash.replace(/^#/, ""));
   for (const name of PLAIN) {
     const value = given.get(name);
@@ -73,6 +75,7 @@ export function fromHash(hash) {
   const follow = given.get("follow");
   if (follow !== null) state.follow = follow.split(",").filter((id) => /^\d+$/.test(id)).map(Number).slice(0, MOST_FOLLOWED);
   state.table = given.get("table") === "1";
+  state.depth = given.get("depth") === "1";
   state.prompts = given.getAll("prompt").slice(0, 2);
   return state;
 }

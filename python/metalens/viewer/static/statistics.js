@@ -19,9 +19,26 @@ const SCALES = {
   tv: { kind: "linear", limits: [0, 1] },
 };
 
+/** The divergences of a comparison, for a page that can still ask for them. @type {Record<string, {label: string, unit: string}>} */
+export const DIVERGENCES = {
+  kl: { label: "KL(a || b)", unit: "nats" },
+  reverse_kl: { label: "KL(b || a)", unit: "nats" },
+  js: { label: "Jensen-Shannon divergence", unit: "nats" },
+  tv: { label: "total variation", unit: "" },
+};
+const TO_NEXT = { kl: "KL(layer || next layer)", reverse_kl: "KL(next layer || layer)" };
+
+/**
+ * Return the name of a divergence between a layer and the next one.
+ * @param {string} name as in DIVERGENCES
+ */
+export function nameOfStep(name) {
+  return /** @type {Record<string, string>} */ (TO_NEXT)[name] ?? `${DIVERGENCES[name]?.label ?? name}, to the next layer`;
+}
+
 /**
  * Return what is known of a statistic.
- * @param {string} name its name in a document, or token:probability:ID, token:rank:ID
+ * @param {string} name its name in a document, or token:probability:ID, token:rank:ID, or layers:js for a divergence between a layer and the next one
  * @param {Trajectory} trajectory
  * @returns {Statistic}
  */
@@ -31,8 +48,10 @@ export function statisticOf(name, trajectory) {
     const label = `${what} of ${trajectory.vocabulary.display(Number(id))}`;
     return { label, unit: "", ...(what === "rank" ? SCALES.rank : SCALES.max_probability) };
   }
-  const known = trajectory.statistics.get(name);
-  return { label: known?.label ?? name, unit: known?.unit ?? "", ...scalingOf(name) };
+  const divergence = name.startsWith("layers:") ? name.slice(7) : null;
+  const expected = divergence ? { label: nameOfStep(divergence), unit: DIVERGENCES[divergence]?.unit ?? "" } : { label: name, unit: "" };
+  const { label, unit } = trajectory.statistics.get(name) ?? expected;
+  return { label, unit, ...scalingOf(name) };
 }
 
 /**
@@ -40,7 +59,7 @@ export function statisticOf(name, trajectory) {
  * @param {string} name
  */
 export function scalingOf(name) {
-  return SCALES[name] ?? { kind: /** @type {Kind} */ ("linear"), limits: /** @type {[number, null]} */ ([0, null]) };
+  return SCALES[name.replace(/^(between|layers):/, "")] ?? { kind: /** @type {Kind} */ ("linear"), limits: /** @type {[number, null]} */ ([0, null]) };
 }
 
 /**

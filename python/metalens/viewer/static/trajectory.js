@@ -1,6 +1,7 @@
 // One text through one lens: what the page draws. Parts of a text join as they arrive.
 
 import { Columns, unpack } from "./arrays.js";
+import { nameOfStep } from "./statistics.js";
 
 /** @typedef {import("./arrays.js").Packed} Packed */
 /** @typedef {{label: string, unit: string, values: Packed, model?: Packed}} StatisticJson */
@@ -19,6 +20,8 @@ import { Columns, unpack } from "./arrays.js";
  *   chosen: {ids: number[], log_probabilities: Packed, ranks: Packed, model: {log_probabilities: Packed, ranks: Packed}},
  * }} TrajectoryJson
  */
+/** @typedef {{label: string, unit: string, columns: Columns}} Statistic */
+/** @typedef {{of: [[number, number], [number, number]], statistics: Record<string, StatisticJson>}} ComparisonJson */
 /** @typedef {{id: number, probability: number}} Guess */
 /** @typedef {{probability: Columns, rank: Columns}} Followed */
 
@@ -74,7 +77,7 @@ export class Trajectory {
     /** @type {number[]} */
     this.tokens = [];
     this.k = json.top.ids.shape[2];
-    /** @type {Map<string, {label: string, unit: string, columns: Columns}>} */
+    /** @type {Map<string, Statistic>} */
     this.statistics = new Map();
     this.topIds = new Columns(this.rows.length, this.k);
     this.topProbabilities = new Columns(this.rows.length, this.k);
@@ -99,26 +102,44 @@ export class Trajectory {
     this.vocabulary.add(json.vocabulary);
     for (const [name, { columns }] of this.statistics) {
       const part = json.statistics[name];
+      if (!part) continue; // a comparison, which arrives alone
       const values = (/** @type {Packed} */ packed) => (name === "rank" ? Float32Array.from(unpack(packed), (v) => (v < 1 ? NaN : v)) : unpack(packed));
       columns.append(values(part.values), part.model ? values(part.model) : null, count);
     }
     this.topIds.append(unpack(json.top.ids), unpack(json.top.model.ids), count);
     this.topProbabilities.append(exponentials(json.top.log_probabilities), exponentials(json.top.model.log_probabilities), count);
     for (const id of json.token_ids) this.tokens.push(id);
-    this.addFollowed(json.chosen, count);
+    this.addFollowed(json.chosen, this.length - count, count);
   }
 
   /**
-   * Add the curves of chosen tokens, for the last `count` positions.
+   * Add the divergences of every layer from the next one, for some positions. The last layer and the model's row have none.
+   * @param {ComparisonJson} json
+   * @param {number} start 0, or the position after those that are here
+   */
+  addSteps(json, start) {
+    for (const [name, part] of Object.entries(json.statistics)) {
+      const known = start ? this.statistics.get(`layers:${name}`) : undefined;
+      const entry = known ?? { label: nameOfStep(name), unit: part.unit, columns: new Columns(this.rows.length) };
+      this.statistics.set(`layers:${name}`, entry);
+      const count = part.values.shape[1];
+      const values = new Float32Array((this.rows.length - 1) * count).fill(NaN);
+      values.set(unpack(part.values));
+      if (entry.columns.length === start) entry.columns.append(values, null, count);
+    }
+  }
+
+  /**
+   * Add the curves of chosen tokens, for some positions.
    * @param {TrajectoryJson["chosen"]} chosen
+   * @param {number} start 0, or the position after those that are here
    * @param {number} count
    */
-  addFollowed(chosen, count) {
+  addFollowed(chosen, start, count) {
     const layers = this.rows.length - 1;
     const [probabilities, ranks] = [exponentials(chosen.log_probabilities), unpack(chosen.ranks)];
     const [ofModel, ranksOfModel] = [exponentials(chosen.model.log_probabilities), unpack(chosen.model.ranks)];
     chosen.ids.forEach((id, c) => {
-      const start = this.length - count;
       let entry = this.followed.get(id);
       if (entry && entry.probability.length !== start) entry = undefined;
       if (!entry) {
@@ -191,6 +212,15 @@ export class Trajectory {
     let row = this.rows.length - 2;
     while (row >= 0 && this.topIds.at(row, position) === id) row--;
     return row === this.rows.length - 2 ? -1 : row + 1;
+  }
+
+  /**
+   * Return the prediction depth of a position: the first row from which on the top token is the model's. The model's own row = never before.
+   * @param {number} position
+   */
+  depth(position) {
+    const row = this.settled(this.topIds.at(this.rows.length - 1, position), position);
+    return row < 0 ? this.rows.length - 1 : row;
   }
 
   /**

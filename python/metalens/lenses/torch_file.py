@@ -19,7 +19,7 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 
-from metalens.compat.tuned_lens.pickled import Element, Storage, Tensor, read
+from metalens.lenses.pickled import Element, Storage, Tensor, read
 from metalens.utils.errors import InvalidValueError
 
 # The largest pickle that is read, in bytes. A tensor takes about 150.
