@@ -1,6 +1,8 @@
 """Measure the stages of a training step, and the fraction of its time in the native kernels.
 
-    python -m benchmarks.profile_loop
+    python -m benchmarks.profile_loop [MODEL] [--tokens 128] [--native-only]
+
+MODEL is the demo model, or any name that `metalens.load` takes. Plain MLX is slow on Linux CPUs: --native-only leaves it out.
 
 A step is divided into the stages of `loss_and_gradient` and of the optimizer; each stage is evaluated to its end before the next one
 starts. The real step evaluates some of them together, so the sum may differ a little from the time of a step, which is measured too.
@@ -11,6 +13,7 @@ The other stages are our kernels plus a few elementwise operations of MLX, and c
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +24,11 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-from benchmarks.operations.training import CONFIG, demo_model, training_ids
+from benchmarks.operations.training import CONFIG, NAME, named_model
 
-from metalens import TunedLens, _extension, use_backend
+from metalens import InterpretableModel, TunedLens, _extension, use_backend
 from metalens.lenses.translators import parameters_of
+from metalens.models.bundled import TRAINING_TEXT
 from metalens.ops import lens_kl, lens_target, translate_norm
 from metalens.readings.rows import lens_rows
 from metalens.training import loss_and_gradient
@@ -105,9 +109,8 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def stages(ids: mx.array) -> dict[str, Callable[[], Any]]:
-    """Return a function for each stage of a training step of the demo model on ids [1, T]; their inputs are evaluated already."""
-    model = demo_model()
+def stages(model: InterpretableModel, ids: mx.array) -> dict[str, Callable[[], Any]]:
+    """Return a function for each stage of a training step of a model on ids [1, T]; their inputs are evaluated already."""
     unembed, lens = model.unembed, TunedLens(len(model.source), model.unembed.hidden_dim)
     captured = model.source.capture(ids)
     hidden = [h.reshape(-1, lens.hidden_dim).astype(mx.float32) for h in captured.hidden]
@@ -139,11 +142,13 @@ def stages(ids: mx.array) -> dict[str, Callable[[], Any]]:
     }
 
 
-def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5) -> Profile:
-    """Profile one sequence of the demo model on the backend in use."""
-    model, ids = demo_model(), training_ids()[None, :tokens]
+def profile(tokens: int = CONFIG.max_seq_len, rounds: int = 5, name: str = NAME) -> Profile:
+    """Profile one sequence of the bundled text on the backend in use."""
+    model = named_model(name)
+    # No tokenizer makes so few tokens of English that 16 characters for each are too few.
+    ids = model.training_ids([TRAINING_TEXT.read_text(encoding="utf-8")[: 16 * tokens]])[None, :tokens]
     lens = TunedLens(len(model.source), model.unembed.hidden_dim)
-    seconds = {stage: median_seconds(run, rounds) for stage, run in stages(ids).items()}
+    seconds = {stage: median_seconds(run, rounds) for stage, run in stages(model, ids).items()}
     seconds[OPTIMIZER] /= CONFIG.sequences_per_step  # the optimizer runs once per step
     step = median_seconds(lambda: loss_and_gradient(lens, model.source.capture(ids), model.unembed), rounds)
     return Profile(seconds, fraction_in_kernels(lambda: mx.eval(model.source.capture(ids).hidden), rounds), step)
@@ -164,13 +169,20 @@ def fraction_in_kernels(run: Callable[[], None], rounds: int) -> float:
 
 def main() -> None:
     """Print the profiles of both backends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=NAME, help="model to profile [default: %(default)s]")
+    parser.add_argument("--tokens", type=int, default=CONFIG.max_seq_len, help="tokens of the sequence [default: %(default)s]")
+    parser.add_argument("--native-only", action="store_true", help="do not run plain MLX")
+    arguments = parser.parse_args()
     with use_backend("native"):
-        ours = profile()
-    with use_backend("reference"):
-        plain = profile(rounds=1)
+        ours = profile(arguments.tokens, name=arguments.model)
+    plain = None
+    if not arguments.native_only:
+        with use_backend("reference"):
+            plain = profile(arguments.tokens, 1, arguments.model)
     for stage, seconds in ours.stages.items():
-        print(f"{stage:40} {seconds * 1e3:8.1f} ms   plain MLX {plain.stages[stage] * 1e3:8.1f} ms")
-    print(f"{'step, without the optimizer':40} {ours.step * 1e3:8.1f} ms   plain MLX {plain.step * 1e3:8.1f} ms")
+        print(f"{stage:40} {seconds * 1e3:8.1f} ms" + ("" if plain is None else f"   plain MLX {plain.stages[stage] * 1e3:8.1f} ms"))
+    print(f"{'step, without the optimizer':40} {ours.step * 1e3:8.1f} ms" + ("" if plain is None else f"   plain MLX {plain.step * 1e3:8.1f} ms"))
     print(f"time in the native kernels: {ours.kernel_fraction:.0%} of all stages, {ours.capture_kernel_fraction:.0%} of the capture")
 
 

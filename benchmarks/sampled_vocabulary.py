@@ -99,7 +99,7 @@ def targets(groups: list[list[Entry]]) -> list[Target]:
                 wanted = (
                     f'{entry["model"]}: with equal tokens the sample of `vocabulary="sampled"` ends within {WITHIN:.0%} of the full vocabulary\'s KL'
                 )
-                found.append(Target(wanted, f"{beside:+.2%} with {ids_of(entry):,} of {entry['tokens']:,} ids", beside <= WITHIN))
+                found.append(Target(wanted, f"{beside:+z.2%} with {ids_of(entry):,} of {entry['tokens']:,} ids", beside <= WITHIN))
     return found
 
 
@@ -119,7 +119,7 @@ def page(found: list[Entry]) -> str:
     ]
     for group in groups:
         cells = [
-            f"{_ids(entry)}: {beside:+.2%}"
+            f"{_ids(entry)}: {beside:+z.2%}"
             for entry in group
             if (beside := beside_full(entry, group)) is not None and ids_of(entry) < entry["tokens"]
         ]
@@ -133,7 +133,7 @@ def page(found: list[Entry]) -> str:
         parts.append("|---:|---:|---:|" + "---:|" * len(first["layers"]))
         for entry in group:
             beside = beside_full(entry, group)
-            cells = [_ids(entry), f"{np.mean(entry['kl']):.4f}", "" if beside is None else f"{beside:+.2%}", *(f"{kl:.4f}" for kl in entry["kl"])]
+            cells = [_ids(entry), f"{np.mean(entry['kl']):.4f}", "" if beside is None else f"{beside:+z.2%}", *(f"{kl:.4f}" for kl in entry["kl"])]
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"

@@ -5,8 +5,7 @@
 // threadgroup. lens_label_logits_vector does the same for lens_stats_vector: each label of the eight rows has a simdgroup.
 #pragma once
 
-#include "stats_rows.h"
-#include "tile.h"
+#include "stats_tile.h"
 #include "vector_product.h"
 
 namespace metalens {
@@ -36,6 +35,20 @@ METAL_FUNC LabelColumns label_columns(const device StatsProblem& problem, const 
   return columns;
 }
 
+// Write the logit of the label of the row in slot i, from its product; NaN for what is no token. label_logits: [blocks, block rows, labels].
+METAL_FUNC void write_label_logit(
+    thread const LabelColumns& columns,
+    const device float* head_bias,
+    const device float* head_offset,
+    float product,
+    int i,
+    int label,
+    device float* label_logits) {
+  const device StatsProblem& problem = *columns.problem;
+  const long row = long(columns.block) * problem.block_rows + i;
+  label_logits[row * problem.labels + columns.which] = label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
+}
+
 template <typename T, typename Format, typename Tiles>
 METAL_FUNC void lens_label_logits(
     const device T* n,        // [L, N, D]
@@ -53,17 +66,14 @@ METAL_FUNC void lens_label_logits(
     uint simd,
     uint lane) {
   static_assert(Tiles::BM <= Tiles::BN, "the labels of all rows fit one tile");
-  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const device StatsProblem& problem = stats_problem(problem_words);
   const int block = int(group.x);
   const LabelColumns columns = label_columns(problem, labels, block, int(group.y));
-  tile_product<Tiles, Format>(lens_rows(problem, n, n_model, block), columns, values, scales, biases, problem.depth, shared, simd, lane);
+  block_product<Format>(Tiles(), problem, n, n_model, block, columns, values, scales, biases, shared, simd, lane);
 
   const int i = thread_index(simd, lane);
   if (i < Tiles::BM) {
-    const int label = id(columns, i);
-    const float product = shared[i * PITCH_Z + i];
-    label_logits[(long(block) * Tiles::BM + i) * problem.labels + columns.which] =
-        label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
+    write_label_logit(columns, head_bias, head_offset, shared[i * PITCH_Z + i], i, id(columns, i), label_logits);
   }
 }
 
@@ -83,7 +93,7 @@ METAL_FUNC void lens_label_logits_vector(
     uint3 group,
     uint simd,
     uint lane) {
-  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const device StatsProblem& problem = stats_problem(problem_words);
   const int block = int(group.x);
   const int which = int(group.y) * VECTOR_SIMDS + int(simd);
   const int my_id = fragment_row(lane);  // of the matrix: the row whose label it is
@@ -99,9 +109,7 @@ METAL_FUNC void lens_label_logits_vector(
     }
   }
   if (works && my_id / 2 * 2 == fragment_column(lane)) {  // the diagonal
-    const float product = my_id % 2 == 0 ? sums.x : sums.y;
-    label_logits[(long(block) * VECTOR_ROWS + my_id) * problem.labels + which] =
-        label >= 0 ? logit_of(problem, head_bias, head_offset, product, label) : NAN;
+    write_label_logit(columns, head_bias, head_offset, my_id % 2 == 0 ? sums.x : sums.y, my_id, label, label_logits);
   }
 }
 

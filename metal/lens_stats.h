@@ -30,7 +30,7 @@ METAL_FUNC void lens_stats(
     uint lane) {
   constexpr int mine = Tiles::BM / SIMDS;  // rows of a simdgroup
   static_assert(Tiles::BM % SIMDS == 0, "each simdgroup reads a quarter of the rows");
-  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const device StatsProblem& problem = stats_problem(problem_words);
   const int block = int(group.x);
   const int first_slot = int(simd) * mine;
   const long first = (long(group.y) * groups.x + block) * Tiles::BM + first_slot;  // the simdgroup's first row in the results
@@ -42,7 +42,7 @@ METAL_FUNC void lens_stats(
   const int end = min(begin + problem.ids_per_split, problem.vocab);
   for (int base = begin; base < end; base += Tiles::BN) {
     const PlainColumns columns = plain_columns(base, end);
-    tile_product<Tiles, Format>(lens_rows(problem, n, n_model, block), columns, values, scales, biases, problem.depth, shared, simd, lane);
+    block_product<Format>(Tiles(), problem, n, n_model, block, columns, values, scales, biases, shared, simd, lane);
     read_tile<mine>(problem, head_bias, head_offset, shared, base, end, reader, memory, state, lane);
   }
   write_states<mine>(state, states + first * FIELDS, lane);

@@ -49,7 +49,7 @@ METAL_FUNC void lens_stats_merge(
     uint3 group,
     uint simd,
     uint lane) {
-  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const device StatsProblem& problem = stats_problem(problem_words);
   const int out = int(group.x) * SIMDS + int(simd);
   if (out >= problem.layers * problem.tokens) {
     return;  // the whole simdgroup returns; the kernel has no barriers

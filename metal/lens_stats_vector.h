@@ -39,7 +39,7 @@ METAL_FUNC void lens_stats_vector(
     uint simd,
     uint lane) {
   constexpr int matrices = VECTOR_PASS / VECTOR_IDS;
-  const device StatsProblem& problem = *reinterpret_cast<const device StatsProblem*>(problem_words);
+  const device StatsProblem& problem = stats_problem(problem_words);
   const int block = int(group.x);
   const int split = int(group.y) * VECTOR_SIMDS + int(simd);
   const int my_id = fragment_row(lane);                               // of the ids of a matrix

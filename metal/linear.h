@@ -33,7 +33,7 @@ METAL_FUNC void linear(
   rows.count = problem.rows;
   rows.depth = problem.depth;
   const PlainColumns columns = plain_columns(int(group.y) * Tiles::BN, problem.columns);
-  tile_product<Tiles, Format>(rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
+  tile_product<Format>(Tiles(), rows, columns, values, scales, biases, problem.depth, shared, simd, lane);
 
   for (int at = thread_index(simd, lane); at < Tiles::BM * Tiles::BN / 4; at += THREADS) {
     const int i = at / (Tiles::BN / 4);

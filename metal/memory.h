@@ -34,6 +34,20 @@ METAL_FUNC float4 load_four(const device T* row, int column, int end) {
       0.0f);
 }
 
+template <typename T>
+METAL_FUNC void load_eight(const device T* row, int column, int end, thread float* unit) {
+  const float4 low = load_four(row, column, end);
+  const float4 high = load_four(row, column + 4, end);
+  unit[0] = low.x;
+  unit[1] = low.y;
+  unit[2] = low.z;
+  unit[3] = low.w;
+  unit[4] = high.x;
+  unit[5] = high.y;
+  unit[6] = high.z;
+  unit[7] = high.w;
+}
+
 METAL_FUNC void store_four(float4 four, device float* to) {
   *reinterpret_cast<device packed_float4*>(to) = packed_float4(four);
 }

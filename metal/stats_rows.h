@@ -37,6 +37,10 @@ struct StatsProblem {
   float softcap;  // 0: none
 };
 
+METAL_FUNC const device StatsProblem& stats_problem(const device int* words) {
+  return *reinterpret_cast<const device StatsProblem*>(words);
+}
+
 // Floats in the state of a row, which every split writes.
 constexpr constant int FIELDS = 8;
 

@@ -10,6 +10,24 @@
 
 namespace metalens {
 
+// Multiply the rows of a block with the ids of `columns` (tile_product): with those of a tile of the vocabulary, or with the rows' labels.
+template <typename Format, typename Tiles, typename T, typename Columns>
+METAL_FUNC void block_product(
+    Tiles tiles,
+    const device StatsProblem& problem,
+    const device T* n,
+    const device T* n_model,
+    int block,
+    Columns columns,
+    const device typename Format::Values* values,
+    const device typename Format::Scales* scales,
+    const device typename Format::Biases* biases,
+    threadgroup float* shared,
+    uint simd,
+    uint lane) {
+  tile_product<Format>(tiles, lens_rows(problem, n, n_model, block), columns, values, scales, biases, problem.depth, shared, simd, lane);
+}
+
 // What a lane reads of every tile. ROWS: rows of a simdgroup.
 template <int ROWS>
 struct RowReader {
@@ -38,12 +56,15 @@ METAL_FUNC RowReader<ROWS> row_reader(const device StatsProblem& problem, int bl
   return reader;
 }
 
-// The memory of a simdgroup's rows in a split. A lane reads only what it wrote itself, so no barrier is needed.
+// The memory of a simdgroup's rows in a split. A lane reads only what it wrote itself, so no barrier is needed. The pointers are those of the kernel:
+// it is one offset, not an address for each array, that a lane keeps in registers while it multiplies.
 struct RowMemory {
-  const device float* label_logits;  // [ROWS, labels]; the split reads them only
-  device int* above;                 // [ROWS, labels] tokens above the label
-  device float* top_logits;          // [ROWS, k]
-  device int* top_ids;               // [ROWS, k]
+  const device float* label_logits;  // [block rows, labels]; the split reads them only
+  device int* above;                 // [split rows, labels] tokens above the label
+  device float* top_logits;          // [split rows, k]
+  device int* top_ids;               // [split rows, k]
+  long block_row;                    // the simdgroup's first row among those of all blocks
+  long split_row;                    // and among those of all splits
 };
 
 // The memory of the rows from slot `first_slot` of the block on. `split_row`: the first of them among the rows of all splits.
@@ -57,10 +78,12 @@ METAL_FUNC RowMemory row_memory(
     device float* top_logits,
     device int* top_ids) {
   RowMemory memory;
-  memory.label_logits = label_logits + long(block * problem.block_rows + first_slot) * problem.labels;
-  memory.above = above + split_row * problem.labels;
-  memory.top_logits = top_logits + split_row * problem.k;
-  memory.top_ids = top_ids + split_row * problem.k;
+  memory.label_logits = label_logits;
+  memory.above = above;
+  memory.top_logits = top_logits;
+  memory.top_ids = top_ids;
+  memory.block_row = block * problem.block_rows + first_slot;
+  memory.split_row = split_row;
   return memory;
 }
 
@@ -77,10 +100,10 @@ METAL_FUNC LaneState first_state(const device StatsProblem& problem, thread cons
   state.row = no_state();
   state.last = empty_list();
   for (int i = 0; i < ROWS; ++i) {
-    write_list(state.last, memory.top_logits, memory.top_ids, i, problem.k, lane);
+    write_list(state.last, memory.top_logits, memory.top_ids, memory.split_row + i, problem.k, lane);
   }
   for (int i = 0; int(lane) < ROWS && i < problem.labels; ++i) {
-    memory.above[int(lane) * problem.labels + i] = 0;
+    memory.above[(memory.split_row + lane) * problem.labels + i] = 0;
   }
   return state;
 }
@@ -100,7 +123,7 @@ METAL_FUNC void count_above(
   for (int i = 0; i < problem.labels; ++i) {
     int above = 0;
     if (reader.reads) {
-      const float label_logit = memory.label_logits[reader.index * problem.labels + i];
+      const float label_logit = memory.label_logits[(memory.block_row + reader.index) * problem.labels + i];
       METALENS_ROLLED
       for (int j = 0; j < TILE_IDS; j += RowReader<ROWS>::PARTS) {
         const int column = (reader.column + j) % TILE_IDS;
@@ -114,7 +137,7 @@ METAL_FUNC void count_above(
       above += simd_shuffle_xor(above, step);
     }
     if (int(lane) < ROWS) {  // lane i reads row i
-      memory.above[int(lane) * problem.labels + i] += above;
+      memory.above[(memory.split_row + lane) * problem.labels + i] += above;
     }
   }
 }
@@ -155,14 +178,14 @@ METAL_FUNC void read_tile(
   for (uint changing = simd_or(enters ? 1u << reader.index : 0u); changing != 0; changing &= changing - 1) {
     const int i = int(ctz(changing));
     const int slot = simd_broadcast(reader.slot, ushort(i));  // lane i reads row i
-    TopList list = read_list(memory.top_logits, memory.top_ids, i, problem.k, lane);
+    TopList list = read_list(memory.top_logits, memory.top_ids, memory.split_row + i, problem.k, lane);
     METALENS_ROLLED
     for (int column = int(lane); column < TILE_IDS; column += LANES) {
       const int id = base + column;
       const float logit = id < end ? logit_of(problem, head_bias, head_offset, z[slot * PITCH_Z + column], id) : -INFINITY;
       offer(list, logit, id < end ? id : NO_ID, problem.k, lane);
     }
-    write_list(list, memory.top_logits, memory.top_ids, i, problem.k, lane);
+    write_list(list, memory.top_logits, memory.top_ids, memory.split_row + i, problem.k, lane);
     const TopList last = last_entry(list, problem.k);
     if (reader.index == i) {
       state.last = last;

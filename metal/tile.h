@@ -132,8 +132,9 @@ METAL_FUNC void put_tile(thread Accumulators<T>& acc, threadgroup float* shared,
 
 // Compute Z = X W^T in `shared`. `rows` and `columns` define the rows and columns of the tile:
 //   row(rows, i): the i-th row of X, or nullptr;   id(columns, j): the j-th row of W, or -1.
-template <typename T, typename Format, typename Rows, typename Columns>
+template <typename Format, int BM, typename Operand, typename Rows, typename Columns>
 METAL_FUNC void tile_product(
+    Tile<BM, Operand>,
     Rows rows,
     Columns columns,
     const device typename Format::Values* values,
@@ -143,6 +144,7 @@ METAL_FUNC void tile_product(
     threadgroup float* shared,
     uint simd,
     uint lane) {
+  using T = Tile<BM, Operand>;
   constexpr int quads = T::BK / 4;     // of a row of X
   constexpr int units = T::BK / UNIT;  // of a row of W
   constexpr int x_loads = ceil_div(T::BM * quads, THREADS);

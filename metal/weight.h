@@ -199,16 +199,7 @@ struct Dense {
   using Scales = S;
   using Biases = S;
   static METAL_FUNC void load(const device S* values, const device S*, const device S*, long row, int column, int columns, thread float* unit) {
-    const float4 low = load_four(values + row * columns, column, columns);
-    const float4 high = load_four(values + row * columns, column + 4, columns);
-    unit[0] = low.x;
-    unit[1] = low.y;
-    unit[2] = low.z;
-    unit[3] = low.w;
-    unit[4] = high.x;
-    unit[5] = high.y;
-    unit[6] = high.z;
-    unit[7] = high.w;
+    load_eight(values + row * columns, column, columns, unit);
   }
 
   // A span of floats stays in memory until its units are used.

@@ -110,6 +110,22 @@ def test_a_16_bit_model_predicts_in_its_last_layer_what_it_predicts_itself(tied)
         assert row[position[0][0]] >= row.max() - 0.02 * np.abs(row).max()
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_the_last_row_of_a_16_bit_model_is_the_models_own(dtype):
+    """Of the logit lens to the last bit. A tuned lens rounds otherwise: it may name another token only where the two are nearly equal."""
+    llama = tiny_llama()
+    llama.set_dtype(dtype)
+    model, ids = InterpretableModel(llama), list(range(1, 60))
+    logit, tuned = (model.trajectory(ids, lens, layers=[-1]) for lens in (None, TunedLens(2, 64)))
+    for name in ("top_ids", "entropy", "max_probability", "cross_entropy"):
+        np.testing.assert_array_equal(getattr(logit, name)[0], getattr(logit.model, name)[0])
+    assert not logit.kl.any()
+    assert np.abs(tuned.kl).max() < 1e-5
+    row = np.array(llama(mx.array([ids])).astype(mx.float32))[0]
+    chosen = np.take_along_axis(row, tuned.top_ids[0, :, :1], axis=1)[:, 0]
+    assert (row.max(axis=1) - chosen <= 0.02 * np.abs(row).max(axis=1)).all()
+
+
 # ---------------------------------------------------------------- logit_lens: norms
 
 

@@ -41,7 +41,7 @@ done < "$root/steps"
 
 path=/opt/metalens/bin:$path
 inside 'metalens --help > /dev/null'
-inside 'cp /src/python/metalens/assets/heldout.txt /tmp/text.txt && metalens train demo --data /tmp/text.txt --steps 2 --out /tmp/my-lens'
+inside 'cp /src/python/metalens/assets/heldout.txt /tmp/text.txt && metalens train demo --data /tmp/text.txt --tokens 3000 --out /tmp/my-lens'
 inside 'metalens view demo --text "Click the button" --lens /tmp/my-lens --save /tmp/page.html && test -s /tmp/page.html'
 inside 'metalens view demo --port 8000 2> /tmp/log &
   trap "kill $!" EXIT

@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 # On an M5 plain MLX would round float32 operands to 11 bits, and be no reference. MLX reads the variable at its first product.
@@ -74,24 +75,27 @@ def facts() -> list[str]:
 
 
 def compile_emulated() -> tuple[list[str], int]:
-    """Compile one file of the library in emulation; return the report's lines and the number of failures."""
+    """Compile a file of the library, and one with tensor operations, in emulation; return the report's lines and the number of failures."""
     import mslcpu
 
-    kernels = library.translation_units()["shared"]
-    mslcpu.compile_library(library.text(kernels), name="shared.metal", include_dirs=[source.folder()])
-    return ["compiled shared.metal in emulation"], 0
+    units = {"shared": library.translation_units()["shared"], "tensor": library.tensor_units()["affine_b4_g64_half_tensor"]}
+    for name, kernels in units.items():
+        mslcpu.compile_library(library.text(kernels), name=f"{name}.metal", include_dirs=[source.folder()])
+    return [f"compiled {name}.metal in emulation" for name in units], 0
 
 
 def compile_all() -> tuple[list[str], int]:
     """Compile every file of the library with Apple's compiler; return the report's lines and the number of failures.
 
-    The ahead-of-time library is Metal 3.1. MLX compiles just in time as the newest version that the system knows, so each of them is tried.
+    The ahead-of-time library is Metal 3.1. MLX compiles just in time as the newest version that the system knows, so each of them is tried. From
+    Metal 4 on there are the kernels with tiles of tensor operations too.
     """
     compiler = ["xcrun", "-sdk", "macosx", "metal"]
     if not runs([*compiler, "--version"]):
         return ["no Metal compiler was found (xcode-select --install, or Xcode's Metal toolchain): kernels are compiled just in time"], 0
-    units, lines, failures = library.translation_units(), [], 0
+    lines, failures = [], 0
     for standard in STANDARDS:
+        units = library.translation_units() | (library.tensor_units() if standard >= "metal4" else {})
         command = [*compiler, f"-std={standard}", *METAL_FLAGS, f"-I{source.folder()}", "-x", "metal", "-c", "-", "-o", "/dev/null"]
         if not runs(command, ""):
             lines.append(f"{standard}: this compiler does not know it")
@@ -157,27 +161,31 @@ def train_both(steps: int) -> tuple[list[str], int]:
     )
 
 
+def operations(num_layers: int, tokens: int, hidden_size: int, vocab_size: int) -> list[tuple[str, Callable[[], None], int]]:
+    """Return (name, function without arguments, its products of all rows with the head) of the measured operations, with a 4-bit head."""
+    u = mx.random.normal((vocab_size, hidden_size), key=mx.random.key(0)) * 0.02
+    head = Head(Weight(*mx.quantize(u, 64, 4), 64, 4))
+    n_model = mx.random.normal((tokens, hidden_size), key=mx.random.key(1))
+    n = n_model[None] + 0.3 * mx.random.normal((num_layers, tokens, hidden_size), key=mx.random.key(2))
+    mx.eval(head.weight.values, n, n_model)
+
+    def stats() -> None:
+        mx.eval(vars(lens_stats(n, head, 10, n_model)))
+
+    def loss() -> None:
+        mx.eval(*lens_kl(n, lens_target(n_model, head), head))
+
+    def comparison() -> None:
+        mx.eval(vars(lens_compare(n, n_model[None], head)))
+
+    return [("lens_stats", stats, 1), ("lens_kl", loss, 2), ("lens_compare", comparison, 1)]
+
+
 def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[str]:
     """Time metalens and plain MLX in turn; return a table of medians, with the TFLOP/s of the matrix products."""
     lines = ["| case | operation | metalens, ms | plain MLX, ms | ratio | TFLOP/s |", "|---|---|---:|---:|---:|---:|"]
     for name, num_layers, tokens, hidden_size, vocab_size in cases:
-        u = mx.random.normal((vocab_size, hidden_size), key=mx.random.key(0)) * 0.02
-        head = Head(Weight(*mx.quantize(u, 64, 4), 64, 4))
-        n_model = mx.random.normal((tokens, hidden_size), key=mx.random.key(1))
-        n = n_model[None] + 0.3 * mx.random.normal((num_layers, tokens, hidden_size), key=mx.random.key(2))
-        mx.eval(head.weight.values, n, n_model)
-        del u
-
-        def stats(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
-            mx.eval(vars(lens_stats(n, head, 10, n_model)))
-
-        def loss(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
-            mx.eval(*lens_kl(n, lens_target(n_model, head), head))
-
-        def comparison(n: mx.array = n, n_model: mx.array = n_model, head: Head = head) -> None:
-            mx.eval(vars(lens_compare(n, n_model[None], head)))
-
-        for operation, run, products in (("lens_stats", stats, 1), ("lens_kl", loss, 2), ("lens_compare", comparison, 1)):
+        for operation, run, products in operations(num_layers, tokens, hidden_size, vocab_size):
             ours, plain = in_turn(run, rounds)
             rate = 2 * products * num_layers * tokens * hidden_size * vocab_size / ours / 1e12
             case = f"{name}: L {num_layers}, T {tokens}, D {hidden_size}, V {vocab_size}"
@@ -185,21 +193,50 @@ def measure(cases: list[tuple[str, int, int, int, int]], rounds: int) -> list[st
     return lines
 
 
-def in_turn(run: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """Return the median seconds with the kernels and with plain MLX, which run in turn; the first round is not counted."""
-    times: dict[str, list[float]] = {"metal": [], "reference": []}
+BACKENDS = (lambda: use_backend("metal"), lambda: use_backend("reference"))
+TILES = (lambda: tuning.use_tiles("simdgroup"), lambda: tuning.use_tiles("tensor"))
+
+
+def in_turn(run: Callable[[], None], rounds: int, settings: Sequence[Callable[[], AbstractContextManager[None]]] = BACKENDS) -> list[float]:
+    """Return the median seconds with each of the settings, which run in turn; the first round is not counted."""
+    times: list[list[float]] = [[] for _ in settings]
     for _ in range(rounds + 1):
-        for backend, found in times.items():
-            with use_backend(backend):  # type: ignore[arg-type]
+        for setting, found in zip(settings, times, strict=True):
+            with setting():
                 start = time.perf_counter()
                 run()
                 found.append(time.perf_counter() - start)
-    return statistics.median(times["metal"][1:]), statistics.median(times["reference"][1:])
+    return [statistics.median(found[1:]) for found in times]
+
+
+def check_tensor_tiles(cells: list[metal_cells.Cell], cases: list[tuple[str, int, int, int, int]], rounds: int) -> tuple[list[str], int]:
+    """Compare the kernels' tiles of tensor operations with float64, and time them and the others in turn.
+
+    Returns the report's lines, with whether to enable these tiles, and the number of cells that differ.
+    """
+    if not tuning.device().matrix_units:
+        return ["this GPU, or this macOS, has no matrix units that the kernels can use"], 0
+    with tuning.use_tiles("tensor"):
+        lines, failures = compare(cells)
+    lines += ["", "| case | operation | simdgroup tiles, ms | tensor tiles, ms | ratio |", "|---|---|---:|---:|---:|"]
+    ratios = []
+    for name, num_layers, tokens, hidden_size, vocab_size in cases:
+        for operation, run, _ in operations(num_layers, tokens, hidden_size, vocab_size)[:2]:
+            before, after = in_turn(run, rounds, TILES)
+            ratios.append(before / after)
+            lines.append(f"| {name} | {operation} | {1e3 * before:.2f} | {1e3 * after:.2f} | {ratios[-1]:.2f} |")
+    if failures:
+        verdict = "Do not enable tensor tiles: their values differ."
+    elif min(ratios) > 0.97 and max(ratios) > 1.05:
+        verdict = "Enable tensor tiles on this chip (METALENS_METAL_TILES=tensor), and report it: they could be its default."
+    else:
+        verdict = "Do not enable tensor tiles on this chip: they are not faster."
+    return [*lines, "", verdict], failures
 
 
 @contextlib.contextmanager
-def device(emulated: bool) -> Iterator[None]:
-    """Run a block on the GPU, or on its emulation."""
+def device(emulated: bool, with_matrix_units: bool = False) -> Iterator[None]:
+    """Run a block on the GPU, or on its emulation: that of one with matrix units, if so."""
     if not emulated:
         if not mx.metal.is_available():
             sys.exit("mac-check needs a Mac with Apple silicon: MLX finds no Metal GPU here. Use --emulated to try the script without a GPU.")
@@ -209,7 +246,7 @@ def device(emulated: bool) -> Iterator[None]:
         return
     from support import metal_emulation
 
-    with metal_emulation.emulated():
+    with metal_emulation.emulated(metal_emulation.M5 if with_matrix_units else metal_emulation.M1):
         yield
 
 
@@ -226,17 +263,21 @@ def main() -> None:
         compared, differing = compare(cells)
         trained, diverging = train_both(2 if emulated else 20)
         measured = measure(TINY if emulated else CASES, 1 if emulated else 5)
+    with device(emulated, with_matrix_units=True):
+        cells = [c for c in metal_cells.tensor_cells() if not emulated or "affine4g64-float32" in str(c)]
+        of_tensors, wrong = check_tensor_tiles(cells, TINY if emulated else CASES, 1 if emulated else 5)
         parts = [
             "# mac-check" + (" (in emulation: a test of the script, nothing was measured on Apple hardware)" if emulated else ""),
             "## Facts\n\n| | |\n|---|---|\n" + "\n".join(facts()),
             f"## Compile\n\nplanned for {tuning.device()}\n\n" + "\n".join(compiled),
             "## Compare\n\n" + "\n".join(compared + trained),
             "## Measure\n\n" + "\n".join(measured),
+            "## Tiles of tensor operations\n\n" + "\n".join(of_tensors),
         ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n\n".join(parts) + "\n")
     sys.stdout.write("\n\n".join(parts) + f"\n\nWritten to {arguments.out}. Please report it: docs/on-a-mac.md.\n")
-    sys.exit(1 if broken or differing or diverging else 0)
+    sys.exit(1 if broken or differing or diverging or wrong else 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from metalens.display.tables import KERNEL_LABELS, ROOFLINE_LABELS, fraction_text
 from metalens.estimate.chips import CHIPS
-from metalens.estimate.kernel_model import FIRST, fractions, mlx_in_float16
+from metalens.estimate.kernel_model import FIRST, fractions, mlx_in_float16, tensor_speedups
 from metalens.estimate.roofline import bounds
 from metalens.models.facts import KNOWN_MODELS
 from metalens.ops.metal.speed import NOW
@@ -69,6 +69,30 @@ several top tokens it sorts all logits, and it makes 16-bit scales float32 befor
 """
 
 
+TENSORS = """## Tiles of tensor operations on an M5
+
+The kernels can multiply on an M5's matrix units in float32 (`METALENS_METAL_TILES=tensor`, `metal/tensor_tile.h`). They do not by default,
+because it could not be timed. The model adds up, for 32 columns of a tile: two products of halves at {rate} operations per core and clock,
+the division of numbers into halves, the unpacking of codes, the factors of the sums, and threadgroup memory. Time with simdgroup matrices,
+divided by that with tensor operations:
+
+| | {names} |
+|---|{columns}
+"""
+WITH_UNITS = ("M5", "M5-Max")
+
+
+def tensor_table(tokens: int) -> str:
+    """Return the part of the page about tiles of tensor operations."""
+    rows = []
+    for name, model in KNOWN_MODELS.items():
+        found = {chip: tensor_speedups(model, CHIPS[chip], tokens) for chip in WITH_UNITS}
+        for kernel in ("lens_stats", "linear"):
+            rows.append(f"| {name}, {KERNEL_LABELS[kernel]} | {' | '.join(f'{found[chip][kernel]:.2f}' for chip in WITH_UNITS)} |")
+    rate = round(CHIPS["M5"].matrix_tflops * 1e12 / CHIPS["M5"].clock / CHIPS["M5"].cores)
+    return TENSORS.format(rate=rate, names=" | ".join(WITH_UNITS), columns="---:|" * len(WITH_UNITS)) + "\n".join(rows) + "\n"
+
+
 def page(tokens: int = 512) -> str:
     """Return the whole page."""
     parts = [HEAD.format(tokens=tokens)]
@@ -86,6 +110,7 @@ def page(tokens: int = 512) -> str:
         for kernel, label in KERNEL_LABELS.items():
             parts.append(f"| {label} | {' | '.join(fraction_text(found_parts[chip][kernel]) for chip in SHOWN)} |")
         parts.append("")
+    parts.append(tensor_table(tokens))
     sources = "\n".join(f"* {name}: {chip.tflops} TFLOP/s, {chip.bandwidth:g} GB/s ({chip.source})" for name, chip in CHIPS.items())
     return "\n".join(parts) + f"\n## The chips' numbers\n\n{sources}\n"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,12 +108,19 @@ def generating(browser: Any) -> Any:
     """Return a served page in the middle of a text that the demo model continues."""
     server = Server()
     page = browser.new_context(viewport=WINDOW).new_page()
-    page.context.on("close", lambda _: server.stop())
+
+    def stop(_: Any) -> None:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+    page.context.on("close", stop)
     page.goto(server.address)
     drawn(page)
     page.get_by_label("Text A").fill("Click the button in the top right")
+    page.get_by_label("Tokens to generate").fill("256")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#prompt .state", has_text=re.compile(r"generating: 1\d of 20")).wait_for()
+    page.locator("#prompt .state", has_text=re.compile(r"generating: [1-9]\d of")).wait_for()
+    server.process.send_signal(signal.SIGSTOP)  # a fast machine would end before the picture is taken
     return page
 
 

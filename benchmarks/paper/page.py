@@ -39,7 +39,8 @@ def _lines(found: Sequence[Entry]) -> Iterator[str]:
         "`python -m benchmarks.paper` runs the experiments of [Belrose et al. 2023](https://arxiv.org/abs/2303.08112) on small models, on a CPU,\n"
         "and writes this page. It asks of each claim whether it holds there. Every verdict is computed from `benchmarks/results/paper.json`,\n"
         "by the rule that is beside it. The paper's models are up to a hundred times larger, and their lenses saw thousands of times more\n"
-        "tokens. So a claim that does not hold here is not refuted.\n"
+        "tokens. So a claim that does not hold here is not refuted. What this page says of the paper is a reading of its text and figures: look\n"
+        "there before you cite it.\n"
     )
     yield "| model | layers, width | training tokens of the lens | held-out tokens | seeds |"
     yield "|---|---|---:|---:|---|"

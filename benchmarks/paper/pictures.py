@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.paper.page import Entry, select
 from benchmarks.paper.subjects import MODELS
 
-from metalens.display.figures import COLORS
+from metalens.display.colors import LENSES
 
 ROWS = {"perplexity": "cross-entropy (nats)", "bias": "bias (nats)", "deletion": "rise of the cross-entropy\nwithout the block (nats)"}
 
@@ -47,7 +47,7 @@ def _panel(axis: Any, experiment: str, results: Sequence[dict[str, Any]]) -> Non
         values = np.array(results[0]["ce"])
         axis.errorbar(range(len(values)), values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T, color="#000000", marker="o", markersize=3)
         return
-    for name, color in COLORS.items():
+    for name, color in LENSES.items():
         of_seed = np.array([np.mean(each[name]["ce"], axis=0) if experiment == "perplexity" else each[name] for each in results])
         axis.plot(of_seed.mean(0), color=color, marker="o", markersize=3, label=f"{name} lens")
         axis.fill_between(range(of_seed.shape[1]), of_seed.min(0), of_seed.max(0), color=color, alpha=0.2, linewidth=0)

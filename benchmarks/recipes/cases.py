@@ -121,7 +121,8 @@ def cases(model: Model) -> Iterator[Case]:
     else:
         yield Case(model.name, "help", 0, "fast", ALL, model.tokens, {"vocabulary": "sampled"})
     for line in model.long:
-        yield Case(model.name, "help", 0, line, LONG, LONG_TOKENS, {**RECIPES[line][1], "vocabulary": "sampled", "repeat": True})
+        for seed in SEEDS if model.trained is None else (0,):
+            yield Case(model.name, "help", seed, line, LONG, LONG_TOKENS, {**RECIPES[line][1], "vocabulary": "sampled", "repeat": True})
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from benchmarks import planned
-from benchmarks.recipes.cases import ALL, EIGHTH, FULL, LENGTH, LONG, MODELS, TEXTS
+from benchmarks.recipes.cases import ALL, EIGHTH, FULL, LENGTH, LONG, MODELS, RECIPES, TEXTS
 from benchmarks.recipes.select import (
     LINES,
     PRETRAINED,
@@ -88,8 +88,11 @@ def _remarks(entries: list[Entry]) -> Iterator[str]:
             line, ours, theirs = whole["case"]["line"], mean(sampled["kl"]), mean(whole["kl"])
             text = f"With equal tokens `{line}` reaches {theirs:.4f} on `{whole['case']['text']}` with the full vocabulary"
             yield f"{text}, and {ours:.4f} with the sampled one ({ours / theirs - 1:+.2%}).\n"
-    for entry in [*select(entries, variant=EIGHTH), *select(entries, variant=LONG)]:
-        yield f"After {entry['case']['tokens']:,} tokens, `{entry['case']['line']}` reaches {mean(entry['kl']):.4f} on `{entry['case']['text']}`.\n"
+    for variant in (EIGHTH, LONG):
+        for line in RECIPES:
+            if longer := select(entries, variant=variant, line=line):
+                tokens, reached = longer[0]["case"]["tokens"], with_spread([mean(entry["kl"]) for entry in longer])
+                yield f"After {tokens:,} tokens, `{line}` reaches {reached} on `{longer[0]['case']['text']}`.\n"
     for entry in select(entries, variant=ALL):
         yield from _all_layers(entry, same(entries, entry, variant=""))
 

@@ -10,10 +10,21 @@ from benchmarks.targets import Target
 
 WITHIN = 0.01  # what a sampled vocabulary may cost
 PART = 8  # of paper's tokens
-# {model: what was tried where an eighth of paper's tokens is not enough}
-TRIED = {
-    "demo": "Tried with as many tokens: warm starts of 4,096 to 16,896 tokens with a rate of 0.12, and 6,144 with 0.1, which was the best (0.7584)."
-}
+FORMER = "fast 0.1.0"
+# Why `fast` may end above its own former settings.
+FORMER_BOUND = (
+    "The fixed steps of version 0.1.0 were tuned for the bundled models and diverge on others. Today's have one constant for all models. Tried "
+    "on the demo model with 43,008 tokens of both texts: rates of 0.08 to 0.3, decays of 0 to 0.15, momentum 0.9, step lengths from smoothed "
+    "losses and slopes or from the momentum's own slope, other exponents of the scale of hidden states, other lengths for the bias. On `code` a "
+    "rate of 0.2 ends 1% lower and momentum 0.9 1.4% lower; on `help` they end 1.4% and 2.2% higher."
+)
+
+
+# Why an eighth of paper's tokens may not be enough.
+EIGHTH_BOUND = (
+    "The seed decides which part of the text a short run sees; paper's long run sees all of it, more than once. Tried on `small` with both "
+    "seeds: rates of 0.06 to 0.12, decays of 0.02 and 0.04, momentum 0.9, and no guard end with 0.6523 to 0.6549 nats on average."
+)
 
 
 def targets(found: Sequence[Entry]) -> list[Target]:
@@ -21,7 +32,8 @@ def targets(found: Sequence[Entry]) -> list[Target]:
     found_targets = [never_above_ridge(found)]
     for model in models_of(found):
         of_model = select(found, model=model)
-        found_targets += [below_every_other(model, of_model), with_an_eighth(model, of_model), sampled_beside_full(model, of_model)]
+        found_targets += [below_every_other(model, of_model), below_its_former(model, of_model)]
+        found_targets += [with_an_eighth(model, of_model), sampled_beside_full(model, of_model)]
     return [target for target in found_targets if target is not None]
 
 
@@ -50,7 +62,7 @@ def below_every_other(model: str, found: Sequence[Entry]) -> Target | None:
     """Compare the mean KL of `fast` with the best of the other recipes, text by text."""
     parts, ratios = [], []
     for text in texts_of(found):
-        others = {line: select(found, line=line, variant="", text=text) for line in RECIPES}
+        others = {line: select(found, line=line, variant="", text=text) for line in RECIPES if line != FORMER}
         means = {line: mean([mean(entry["kl"]) for entry in entries]) for line, entries in others.items() if entries}
         ours = means.pop("fast", None)
         if ours is None or len(means) < 2:
@@ -61,12 +73,21 @@ def below_every_other(model: str, found: Sequence[Entry]) -> Target | None:
         parts.append(f"{ratios[-1]:.3f} of `{best}`'s on `{text}`" + (f" (not run: {missing})" if missing else ""))
     if not ratios:
         return None
-    bound = (
-        "The fixed steps of version 0.1.0 were tuned for this model and diverge on others. Today's have one constant for all models."
-        if all("0.1.0" in part for part, ratio in zip(parts, ratios, strict=True) if ratio >= 1)
-        else ""
-    )
-    return Target(f"{model}: with equal tokens `fast` ends below every other recipe", "; ".join(parts), max(ratios) < 1, bound)
+    return Target(f"{model}: with equal tokens `fast` ends below every other recipe", "; ".join(parts), max(ratios) < 1)
+
+
+def below_its_former(model: str, found: Sequence[Entry]) -> Target | None:
+    """Compare the mean KL of `fast` with that of its former settings, text by text."""
+    parts, ratios = [], []
+    for text in texts_of(found):
+        pairs = [(mean(ours["kl"]), same(found, ours, line=FORMER)) for ours in select(found, line="fast", variant="", text=text)]
+        each = [ours / mean(theirs["kl"]) for ours, theirs in pairs if theirs is not None]
+        if each:
+            ratios.append(mean(each))
+            parts.append(f"{ratios[-1]:.3f} of it on `{text}`")
+    if not ratios:
+        return None
+    return Target(f"{model}: `fast` ends below what its settings of version 0.1.0 end with", "; ".join(parts), max(ratios) < 1, FORMER_BOUND)
 
 
 def with_an_eighth(model: str, found: Sequence[Entry]) -> Target | None:
@@ -83,13 +104,14 @@ def with_an_eighth(model: str, found: Sequence[Entry]) -> Target | None:
             break
     else:
         return None
-    ours, theirs = [mean(entry["kl"]) for entry in runs], mean(paper["kl"])
+    ours, theirs = ([mean(entry["kl"]) for entry in each] for each in (runs, papers))
     tokens = runs[0]["case"]["tokens"]
     measured = (
-        f"{with_spread(ours)} nats with {tokens:,} tokens, paper's {theirs:.4f} with {paper['case']['tokens']:,} ({mean(ours) / theirs - 1:+.2%})"
+        f"{with_spread(ours)} nats with {tokens:,} tokens, paper's {with_spread(theirs)} with {paper['case']['tokens']:,} "
+        f"({mean(ours) / mean(theirs) - 1:+.2%})"
     )
     return Target(
-        f"{model}: `fast` reaches paper's final KL with at most an eighth of its tokens", measured, mean(ours) <= theirs, TRIED.get(model, "")
+        f"{model}: `fast` reaches paper's final KL with at most an eighth of its tokens", measured, mean(ours) <= mean(theirs), EIGHTH_BOUND
     )
 
 

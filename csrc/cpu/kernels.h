@@ -101,6 +101,9 @@ struct KernelTable {
   void (*load)(Element, const void* from, float* to, int64_t n);
   void (*store)(Element, const float* from, void* to, int64_t n);
 
+  // to[j, i] = from[i, j] for i < rows and j < columns; ldf and ldt are row strides.
+  void (*transpose_block)(const float* from, int64_t ldf, int64_t rows, int64_t columns, float* to, int64_t ldt);
+
   // For rows <= kMatvecRows: out[r, j] = x[r, :] . w[first + j, :] for j < count.
   void (*matvec_rows)(const Matrix& w, int64_t first, int64_t count, const float* x, int64_t ldx, int64_t rows, float* out, int64_t ldo);
   // For rows <= kMatvecRows: out[r, :] = sum of x[r, v] w[first + v, :] over v < count.

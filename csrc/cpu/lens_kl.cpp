@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/flush_subnormals.h"
 #include "cpu/split_vocab.h"
 #include "cpu/token_block.h"
 
@@ -58,6 +59,7 @@ class Task {
   }
 
   void run(VocabularyRange range) {
+    const FlushSubnormals flush;  // terms of improbable ids, which add nothing to a sum
     const auto& table = kernels();
     const int64_t tokens = pass_.block.tokens;
     for (int64_t first = range.first; first < range.last; first += kVocabularyBlock) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/gemm.h"
 #include "cpu/thread_pool.h"
 
@@ -46,6 +47,27 @@ void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, con
     const RowMoments moments = kernels().normalize(y + r * d, nullptr, nullptr, d, norm.eps, norm.center, dy + r * d);
     kernels().normalize_backward(y + r * d, norm.gain, dn + r * d, d, moments, norm.center, dy + r * d);
   });
+}
+
+void translator_gradient(
+    const float* h, const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, Precision precision, float* dw, float* db) {
+  const Buffer<float> dy(rows * d), turned(rows * d);
+  norm_backward(y, dn, rows, d, norm, dy.data());
+  // dw = dy^T h, whose left side must lie row by row.
+  constexpr int64_t kSquare = 32;
+  parallel_for((d + kSquare - 1) / kSquare, [&](int64_t i) {
+    const int64_t first = i * kSquare, last = std::min(d, first + kSquare);
+    std::fill(db + first, db + last, 0.0f);
+    for (int64_t start = 0; start < rows; start += kSquare) {
+      const int64_t end = std::min(rows, start + kSquare);
+      for (int64_t r = start; r < end; ++r) {
+        for (int64_t j = first; j < last; ++j) db[j] += dy.data()[r * d + j];
+      }
+      kernels().transpose_block(dy.data() + start * d + first, d, end - start, last - first, turned.data() + first * rows + start, rows);
+    }
+  });
+  const Matrix w{rows, d, Element::f32, Format::dense, 0, 0, h, nullptr, nullptr};
+  gemm(turned.data(), d, d, rows, w, false, precision, dw);
 }
 
 }  // namespace metalens::cpu

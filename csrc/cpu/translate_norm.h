@@ -24,4 +24,8 @@ void translate_norm(
 // dy [rows, D] from dn; computes the moments of the rows y anew.
 void norm_backward(const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, float* dy);
 
+// The gradients at the translator, dw [d, d] and db [d], from the rows h [rows, d], y = W h + b and the gradient dn at n.
+void translator_gradient(
+    const float* h, const float* y, const float* dn, int64_t rows, int64_t d, const Norm& norm, Precision precision, float* dw, float* db);
+
 }  // namespace metalens::cpu

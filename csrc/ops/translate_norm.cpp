@@ -50,6 +50,38 @@ class NormBackward : public CpuPrimitive {
   NormSpec norm_;
 };
 
+// dw [D, D] and db [D] of a translator. Inputs: h, y, dn [N, D], the norm's arrays.
+class TranslatorGradient : public CpuPrimitive {
+ public:
+  TranslatorGradient(mx::Stream stream, NormSpec norm, cpu::Precision precision) : CpuPrimitive(stream), norm_(norm), precision_(precision) {
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    dispatch(stream(), inputs, outputs, [spec = norm_, precision = precision_](auto& in, auto& out) {
+      const auto norm = spec.norm(in.data() + 3);
+      cpu::translator_gradient(
+          in[0].template data<float>(), in[1].template data<float>(), in[2].template data<float>(), in[0].shape(0), in[0].shape(1), norm, precision,
+          out[0].template data<float>(), out[1].template data<float>());
+    });
+  }
+
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    const int d = inputs[0].shape(1);
+    return {{d, d}, {d}};
+  }
+  const char* name() const override {
+    return "metalens::TranslatorGradient";
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const TranslatorGradient&>(other);
+    return norm_ == o.norm_ && precision_ == o.precision_;
+  }
+
+ private:
+  NormSpec norm_;
+  cpu::Precision precision_;
+};
+
 // Inputs: h [N, D], w and b if there are any, the norm's arrays. Outputs: n and, for the gradient, y.
 class TranslateNorm : public CpuPrimitive {
  public:
@@ -72,18 +104,35 @@ class TranslateNorm : public CpuPrimitive {
       const std::vector<mx::array>& cotangents,
       const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override {
-    std::vector<mx::array> inputs{outputs[1], mx::contiguous(cotangents[0], false, stream())};
-    inputs.insert(inputs.end(), primals.begin() + 1 + has_w_ + has_b_, primals.end());
-    const auto dy = mx::array(outputs[1].shape(), mx::float32, std::make_shared<NormBackward>(stream(), norm_), inputs);
+    const std::vector<mx::array> norm(primals.begin() + 1 + has_w_ + has_b_, primals.end());
+    const auto dn = mx::contiguous(cotangents[0], false, stream());
+    auto with_norm = [&](std::vector<mx::array> inputs) {
+      inputs.insert(inputs.end(), norm.begin(), norm.end());
+      return inputs;
+    };
+    std::optional<mx::array> dy;
+    auto at_y = [&]() -> const mx::array& {
+      if (!dy) dy = mx::array(outputs[1].shape(), mx::float32, std::make_shared<NormBackward>(stream(), norm_), with_norm({outputs[1], dn}));
+      return *dy;
+    };
+    std::vector<mx::array> of_translator;
+    auto translator = [&](int i) {
+      if (of_translator.empty()) {
+        auto primitive = std::make_shared<TranslatorGradient>(stream(), norm_, precision_);
+        const auto inputs = with_norm({primals[0], outputs[1], dn});
+        of_translator = mx::array::make_arrays(primitive->output_shapes(inputs), {mx::float32, mx::float32}, primitive, inputs);
+      }
+      return of_translator[i];
+    };
     const std::string precision = precision_ == cpu::Precision::bf16 ? "bf16" : "float32";
     std::vector<mx::array> grads;
     for (int argnum : argnums) {
       if (argnum == 0) {
-        grads.push_back(has_w_ ? matmul(dy, primals[1], false, mx::float32, precision, stream()) : dy);
+        grads.push_back(has_w_ ? matmul(at_y(), primals[1], false, mx::float32, precision, stream()) : at_y());
       } else if (argnum == 1 && has_w_) {
-        grads.push_back(matmul(mx::transpose(dy, stream()), primals[0], false, mx::float32, precision, stream()));
+        grads.push_back(translator(0));
       } else if (argnum == 1 + has_w_ && has_b_) {
-        grads.push_back(mx::sum(dy, 0, false, stream()));
+        grads.push_back(has_w_ ? translator(1) : mx::sum(at_y(), 0, false, stream()));
       } else {
         reject("translate_norm is differentiable in h, w and b: the norm is frozen. Use mx.stop_gradient on it.");
       }

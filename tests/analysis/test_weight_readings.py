@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from metalens import InterpretableModel
-from metalens.analysis import coherence_auroc, random_directions, read_directions, read_weights, weight_readings
+from metalens.analysis import coherence_auroc, concept_tokens, random_directions, read_directions, read_weights, weight_readings
+from metalens.models import block_matrices
 from metalens.models.block_matrices import head_circuit, number_of_heads, output_matrices
+from metalens.models.blocks import follow
 from metalens.ops import Weight
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 from support import oracle
@@ -94,6 +96,49 @@ def test_a_planted_row_promotes_its_token():
     assert found.bottom_ids[5, 0] == 40
     assert found.sizes[3] == pytest.approx(0.01 * np.linalg.norm(u[17]), rel=1e-4)
     assert found.texts[17] == "w17"
+
+
+@pytest.mark.parametrize("tokens", [[7], [3, 99, 130], list(range(131))], ids=len)
+def test_the_mass_of_chosen_tokens_against_float64(model, rng, tokens):
+    lens = oracle.random_lens(rng)
+    (found,) = read_weights(model, lens, layers=[1], top_k=2, tokens=tokens, rows=range(5, 90))
+    rows = oracle.matrix(Weight.from_layer(model.model.model.layers[1].mlp.down_proj)).T[5:90]
+    _, p, _, _ = expected_reading(model, rows, oracle.wide(lens.translators[1].weight))
+    for ours, side in ((found.mass, p[0]), (found.opposite_mass, p[1])):
+        np.testing.assert_allclose(ours, side[:, tokens].sum(axis=1), rtol=2e-4, atol=1e-7)
+    order = np.argsort(-p[:, :, tokens].sum(axis=-1).max(axis=0), kind="stable")
+    if len(tokens) < 131:  # the mass of all tokens is 1 for every row
+        assert found.strongest(6, "mass").tolist() == order[:6].tolist()
+    entry = found.to_dict([4])["rows"][0]
+    assert (entry["mass"], entry["opposite_mass"]) == (found.mass[4], found.opposite_mass[4])
+    (without,) = read_weights(model, lens, layers=[1], top_k=2, rows=range(5))
+    assert without.mass is None
+    with pytest.raises(ValueError, match="not by 'mass'"):
+        without.strongest(2, "mass")
+    directions = read_directions(model, rows.astype(np.float32), 1, lens, top_k=2, tokens=tokens)
+    np.testing.assert_allclose(directions.mass, found.mass, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_of_a_planted_concept_come_first():
+    """Three neurons write tokens of the concept, one of them with the other sign; another neuron writes a token of no concept."""
+    network = tiny_llama(layers=2)
+    network.model.norm.weight = mx.ones_like(network.model.norm.weight)
+    network.lm_head.weight = 8 * mx.array(np.linalg.qr(np.random.default_rng(1).normal(size=(96, 64)))[0].astype(np.float32))
+    u = np.array(network.lm_head.weight)
+    down = np.array(network.model.layers[1].mlp.down_proj.weight)
+    for neuron, token, sign in ((3, 17, 1), (90, 4, 1), (44, 30, -1), (60, 50, 1)):
+        down[:, neuron] = sign * u[token]
+    network.model.layers[1].mlp.down_proj.weight = mx.array(down)
+    model = InterpretableModel(network, WordTokenizer(96))
+    (found,) = read_weights(model, layers=[1], top_k=2, tokens=["w17", "w4", 30])
+    assert set(found.strongest(3, "mass")) == {3, 90, 44}
+    assert found.opposite_mass[44] > 0.5 > found.mass[44]
+    assert max(found.mass[60], found.opposite_mass[60]) < 0.1
+
+
+def test_the_tokens_of_a_concept():
+    model = InterpretableModel(tiny_llama(), WordTokenizer(96))
+    assert concept_tokens(model, ["w3", "", "w3 w4", "w9", "w3"]) == ([3, 9], ["w3 w4"])
 
 
 def test_rows_that_promote_like_tokens_are_coherent(rng):
@@ -200,7 +245,91 @@ def test_bad_input(model):
     assert [m.path for m in output_matrices(MockModel().layers[0], "down", 32)] == ["down"]
 
 
-def test_a_fused_value_matrix_is_refused_by_name():
+def by_hand(label, heads, groups, width):
+    """Rows of the values of each head in a fused matrix, from the layout that the architecture has."""
+    first = {"gpt2": 2 * heads * width, "phi3": (heads + groups) * width, "gpt_bigcode": heads * width + groups * width}
+    if label in first:
+        return [first[label] + (head // (heads // groups)) * width + np.arange(width) for head in range(heads)]
+    if label == "gpt_neox":  # query, key and value of each head
+        return [(3 * head + 2) * width + np.arange(width) for head in range(heads)]
+    per_group = heads // groups + 2  # internlm2: the queries of a group, its key, its value
+    return [((head // (heads // groups)) * per_group + per_group - 1) * width + np.arange(width) for head in range(heads)]
+
+
+@pytest.mark.parametrize("label", ["gpt2", "phi3", "gpt_neox", "internlm2", "gpt_bigcode"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "accelerated"])
+def test_the_rows_of_a_fused_matrix(label, packed, fast):
+    network = build(label)
+    if packed:
+        nn.quantize(network, group_size=32, bits=4)
+    model = InterpretableModel(network, accelerate=fast)
+    block, size = model.source.layers[1], model.unembed.hidden_dim
+    matrix = output_matrices(block, "attention", size)[0]
+    attention = follow(block, matrix.path.rpartition(".")[0])
+    fused = next(getattr(attention, name) for name in ("c_attn", "qkv_proj", "query_key_value", "wqkv") if name in attention)
+    weight, heads = Weight.from_layer(fused), number_of_heads(block, size)
+    width = matrix.weight.shape[1] // heads
+    groups = heads if label in ("gpt2", "gpt_neox") else (weight.shape[0] // width - heads) // 2
+    norm = next(getattr(block, name) for name in ("ln_1", "input_layernorm", "attention_norm") if name in block)
+    kinds = [type(module) for module in (fused, follow(block, matrix.path))]
+    for head, rows in enumerate(by_hand(label, heads, groups, width)):
+        circuit = head_circuit(block, head, size)
+        np.testing.assert_allclose(circuit.value, oracle.matrix(weight)[rows] * oracle.wide(norm.weight), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(circuit.output, oracle.matrix(matrix.weight)[:, head * width : (head + 1) * width], rtol=1e-5, atol=1e-6)
+    assert [type(module) for module in (fused, follow(block, matrix.path))] == kinds  # as before they were watched
+
+
+@pytest.mark.parametrize("label", ["gpt2", "phi3", "gpt_neox", "internlm2", "gpt_bigcode", "qwen", "dbrx", "openelm"])
+def test_the_circuits_of_all_heads_are_the_attention_of_one_token(label, rng):
+    model = InterpretableModel(build(label))
+    block, size = model.source.layers[0], model.unembed.hidden_dim
+    path = output_matrices(block, "attention", size)[0].path.rpartition(".")[0]
+    attention, x = follow(block, path), oracle.random_array(rng, 1, 1, size, scale=0.01)  # dbrx clips large values
+    found = np.zeros(size)
+    for head in range(number_of_heads(block, size)):
+        circuit = head_circuit(block, head, size)
+        found += circuit.output @ (circuit.value / gain_of(block)) @ oracle.wide(x)[0, 0]
+    expected = oracle.wide(attention(x) - attention(mx.zeros(x.shape)))[0, 0]  # without the biases
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def gain_of(block):
+    gain = block_matrices._input_gain(block)
+    return 1.0 if gain is None else oracle.wide(gain)
+
+
+def test_values_that_are_no_rows_are_refused_by_name():
     block = InterpretableModel(build("gpt2")).source.layers[0]
-    with pytest.raises(InvalidValueError, match="no value matrix of its own"):
-        head_circuit(block, 0, output_matrices(block, "attention", block.ln_1.weight.size)[0].weight.shape[0])
+    attention = block.attn
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n_head, self.c_attn, self.c_proj = 4, attention.c_attn, attention.c_proj
+
+        def __call__(self, x, mask=None, cache=None):
+            return self.c_proj(self.c_attn(x)[..., : x.shape[-1]] ** 2)
+
+    block.attn = Squared()
+    with pytest.raises(InvalidValueError, match=r"attention at 'attn' can't be read: no matrix .*tried: c_attn.*Read its output matrix: 'attention'"):
+        head_circuit(block, 0, block.ln_1.weight.size)
+
+
+def test_an_attention_that_needs_more_than_hidden_states_is_the_cause_of_the_error():
+    block = InterpretableModel(build("gpt2")).source.layers[0]
+    attention = block.attn
+
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n_head, self.c_attn, self.c_proj = 4, attention.c_attn, attention.c_proj
+
+        def __call__(self, x, positions):
+            return self.c_proj(self.c_attn(x)[..., : x.shape[-1]] + positions)
+
+    block.attn = Positioned()
+    with pytest.raises(InvalidValueError, match="no matrix of the attention .tried: c_attn") as found:
+        head_circuit(block, 0, block.ln_1.weight.size)
+    assert isinstance(found.value.__cause__, TypeError)
+    assert "positions" in str(found.value.__cause__)

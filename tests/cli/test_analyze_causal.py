@@ -78,6 +78,10 @@ def test_residuals(run, text, lens, tmp_path):
     assert [each["layer"] for each in plain["layers"]] == ["embedding", *range(8)]
     assert plain["correlation"] is None
     assert plain["tokens"] == 18
+    assert {each["to_next"] for each in plain["layers"]} == {None}
+    distances = answer(run(*arguments, "--distances", "--json"))["layers"]
+    assert all(each["to_next"]["wasserstein"] > 0 and each["to_next"]["kl"] is None for each in distances[:-1])  # 18 positions, 256 dimensions
+    assert "Wasserstein" in run(*arguments, "--distances").stdout
     result = run(*arguments, "--lens", lens, "--save", "residuals.png")
     assert result.exit_code == 0, result.stderr
     assert "hidden states of demo: 18 tokens" in result.stdout

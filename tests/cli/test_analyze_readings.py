@@ -39,7 +39,9 @@ def folders(tmp_path_factory):
 def test_the_options_name_what_the_library_has():
     """The command line does not import the library to show its help, so it has lists of its own."""
     assert set(analyze_anomalies.DETECTOR_NAMES) == set(DETECTORS)
-    reading = WeightReading(0, "", "", *(np.zeros((1, 2)) if i in (2, 3, 4, 5) else np.zeros(1) for i in range(7)))
+    reading = WeightReading(
+        0, "", "", *(np.zeros((1, 2)) if i in (2, 3, 4, 5) else np.zeros(1) for i in range(7)), mass=np.zeros(1), opposite_mass=np.zeros(1)
+    )
     assert all(reading.strongest(1, by).tolist() == [0] for by in analyze_weights.ORDERS)
 
 
@@ -87,6 +89,24 @@ def test_depth_needs_one_kind_of_examples_and_fitting_steps(run, folders):
     assert (steps.exit_code, "2 whole numbers" in steps.stderr) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "text.jsonl", "--normalize", "tokens"], "no choices whose length could be divided by. Leave out --normalize."),
+        (["--max-tokens", 50, "--no-bos"], "Questions are read whole, each as it is. Leave out --max-tokens, --no-bos."),
+        (["--max-seq-len", 128], "Leave out --max-seq-len."),
+        (["--split", "test", "--field", "text"], "Leave out --field, --split."),
+    ],
+)
+def test_depth_refuses_what_it_would_not_use(run, folders, tmp_path, options, says):
+    (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3 w4 w5 w6"}\n', encoding="utf-8")
+    examples = [] if "--data" in options else ["--questions", folders / "questions.jsonl"]
+    result = run("analyze", "depth", folders / "late", *examples, *options)
+    assert (result.exit_code, says in " ".join(result.stderr.split())) == (1, True)
+    plain = run("analyze", "depth", folders / "late", "--questions", folders / "questions.jsonl", "--normalize", "tokens", "--json")
+    assert plain.exit_code == 0, plain.stderr
+
+
 @needs_sklearn
 def test_anomalies_by_every_kind_of_features(run, folders, tmp_path):
     files = ("--normal", folders / "questions.jsonl", "--anomalous", folders / "odd.jsonl")
@@ -120,6 +140,30 @@ def test_weights(run, folders, matrix):
     table = run(*command)
     assert table.exit_code == 0, (table.stderr, table.exception)
     assert "promotes" in table.stdout
+
+
+def test_weights_of_a_concept(run, folders, tmp_path):
+    command = ("analyze", "weights", folders / "late", "--layers", 0, "--rows", "0-40", "--show", 3)
+    model = LanguageModel(folders / "late")
+    first = model.token_to_str(20)
+    (tmp_path / "words.txt").write_text(f"{first}\n\nno token at all\n")
+    found = answer(run(*command, "--tokens-file", tmp_path / "words.txt", "--json"))
+    masses = [max(row["mass"], row["opposite_mass"]) for row in found[0]["rows"]]
+    assert masses == sorted(masses, reverse=True)
+    assert all(0 <= mass <= 1 for mass in masses)
+    table = run(*command, "--tokens-file", tmp_path / "words.txt")
+    assert "mass" in table.stdout
+    assert "1 of 3 lines are no single token of this model" in " ".join(table.stderr.split())
+    by_size = answer(run(*command, "--token", first, "--by", "size", "--json"))[0]["rows"]
+    assert by_size[0]["size"] == max(row["size"] for row in by_size)
+    (tmp_path / "none.txt").write_text("no token at all\n")
+    for options, says in (
+        (["--by", "mass"], "give --token or --tokens-file"),
+        (["--tokens-file", tmp_path / "none.txt"], "No line of"),
+        (["--token", "no token at all"], "is no single token"),
+    ):
+        result = run(*command, *options)
+        assert (result.exit_code, says in " ".join(result.stderr.split())) == (1, True)
 
 
 def test_weights_that_are_not_there(run, folders):

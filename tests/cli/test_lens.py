@@ -2,6 +2,7 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -156,3 +157,23 @@ def test_the_table_says_what_it_left_out(run):
     count = len(json.loads(run("lens", "demo", long, "--layers", "7", "--json").stdout)["tokens"])
     assert f"The last 12 of {count} tokens" in result.stdout
     assert "The last" not in run("lens", "demo", "one two", "--layers", "7").stdout
+
+
+def test_the_embedding_is_a_layer_of_the_table_the_picture_and_the_files(run, tmp_path):
+    lens = TunedLens(8, 256, embedding=True)
+    lens.embedding_translator.bias = mx.ones(256)
+    lens.save(tmp_path / "lens")
+    arguments = ["lens", "demo", PROMPT, "--embedding", "--layers", "0,7", "--token", " of"]
+    table = run(*arguments, "--lens", tmp_path / "lens", "--save", tmp_path / "p.png", "--out", tmp_path / "t.json")
+    assert table.exit_code == 0, table.stderr
+    assert "embedding " in table.stdout
+    assert "embedding*" not in table.stdout
+    assert Trajectory.load(tmp_path / "t.json").layers == ("embedding", 0, 7)
+    answer = json.loads(run(*arguments, "--lens", tmp_path / "lens", "--json").stdout)
+    assert list(answer["layers"]) == list(answer["chosen"][0]["ranks"]) == ["embedding", "0", "7"]
+    assert answer["untranslated"] == []
+    plain = json.loads(run(*arguments, "--json").stdout)
+    assert plain["layers"]["embedding"] != answer["layers"]["embedding"]
+    TunedLens(8, 256).save(tmp_path / "other")
+    assert json.loads(run(*arguments, "--lens", tmp_path / "other", "--json").stdout)["untranslated"] == ["embedding"]
+    assert "embedding*" in run(*arguments, "--lens", tmp_path / "other").stdout

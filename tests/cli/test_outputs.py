@@ -112,6 +112,33 @@ def test_a_picture_replaces_pictures_alone(run, lens, tmp_path, name):
         assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "nowhere", "--lens", "LENS", "--data", HELD_OUT_TEXT, "--save"),
+        ("eval", "nowhere", "--data", HELD_OUT_TEXT, "--curves"),
+        ("analyze", "depth", "nowhere", "--data", HELD_OUT_TEXT, "--save"),
+        ("lens", "nowhere", "The", "--save"),
+    ],
+    ids=["eval", "curves", "analyze", "lens"],
+)
+def test_what_is_no_picture_is_found_before_the_work(run, lens, tmp_path, command):
+    """There is no such model, and no command gets as far as to ask for it."""
+    (tmp_path / "p.png").write_text("notes of mine")
+    refused(run(*(lens if word == "LENS" else word for word in command), "p.png"), "p.png exists and is not a picture")
+    assert (tmp_path / "p.png").read_text() == "notes of mine"
+
+
+def test_a_report_of_another_is_found_before_the_sweep(run, tmp_path):
+    (tmp_path / "report.md").write_text("# my own notes")
+    (tmp_path / "sweep.toml").write_text(
+        '[[models]]\nname = "m"\nmodel = "nowhere"\n[[recipes]]\nname = "r"\nrecipe = "ridge"\n'
+        f'[[texts]]\nname = "t"\ntrain = ["{HELD_OUT_TEXT}"]\nevaluate = ["{HELD_OUT_TEXT}"]\n'
+    )
+    refused(run("sweep", "sweep.toml", "--out", "."), "report.md exists and is not the report of a sweep")
+    assert sorted(os.listdir(tmp_path)) == ["report.md", "sweep.toml"]
+
+
 def test_a_picture_does_not_replace_the_lens(run, lens):
     name = str(lens) + ".png"
     os.symlink(str(lens) + ".npz", name)

@@ -35,6 +35,16 @@ def test_two_texts(run, tmp_path):
     assert [each["of"] for each in found["comparisons"]] == [[[0, 0], [1, 0]]]
 
 
+def test_the_embedding_is_the_first_layer(run, tmp_path, lens):
+    done = run("view", "demo", "--text", PROMPT, "--lens", lens, "--embedding", "--compare-layers", "--save", "page.html")
+    assert done.exit_code == 0, done.stderr
+    found = document(tmp_path / "page.html")
+    for trajectory in found["texts"][0]["trajectories"]:
+        assert [layer["layer"] for layer in trajectory["layers"]] == ["embedding", *range(8)]
+    assert [layer["label"] for layer in found["texts"][0]["trajectories"][1]["layers"]][:2] == ["embedding*", "layer 0"]
+    assert [each["statistics"]["js"]["values"]["shape"][0] for each in found["comparisons"]] == [9, 8, 8]
+
+
 def test_layers_beside_the_next_ones(run, tmp_path, lens):
     assert run("view", "demo", "--text", PROMPT, "--lens", lens, "--compare-layers", "--save", "page.html").exit_code == 0
     found = document(tmp_path / "page.html")["comparisons"]

@@ -45,6 +45,18 @@ def test_another_recipe_that_is_better_on_one_text_misses():
     assert "1.111 of `muon`'s on `code`" in target.measured
 
 
+def test_the_former_settings_have_a_line_of_their_own():
+    """They are no other recipe. Means over seeds are compared, of seeds that both have."""
+    found = [entry(line, [kl]) for line, kl in (("fast", 1.0), ("fast 0.1.0", 0.9), ("muon", 1.1), ("ridge", 2.0))]
+    assert verdicts.below_every_other("small", found).met
+    target = verdicts.below_its_former("small", found)
+    assert not target.met
+    assert "1.111 of it on `help`" in target.measured
+    found += [entry("fast", [1.0], seed=1), entry("fast 0.1.0", [1.2], seed=1), entry("fast", [0.1], seed=2)]
+    assert verdicts.below_its_former("small", found).met
+    assert verdicts.below_its_former("small", [entry("fast", [1.0])]) is None
+
+
 def test_an_eighth_of_papers_tokens_counts_and_not_more():
     paper = entry("paper", [1.0], variant=LONG, tokens=LONG_TOKENS)
     assert verdicts.with_an_eighth("small", [paper, entry("fast", [0.99], tokens=LONG_TOKENS // 8)]).met

@@ -49,6 +49,11 @@ def test_another_repository(hub, tmp_path, monkeypatch):
     assert hub[-1] == ("from/environment", "model", "main", "example/tiny", "config.json", None)
 
 
+def test_a_name_with_a_revision(hub):
+    assert_same_map(files.load("hf:example/tiny@v2"), files.load("example/tiny", revision="v2"))
+    assert {asked[2:4] for asked in hub} == {("v2", "lens/example/tiny")}
+
+
 def test_a_folder_goes_before_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files.save(lens_of(), Path("example") / "tiny", "m")
@@ -72,8 +77,15 @@ def test_converting_from_the_hub_is_asked_for(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither"):
         files.convert("example/tiny", tmp_path / "x")
     assert hub == []
-    files.convert("example/tiny", tmp_path / "x", hub=True)
+    files.convert("hf:example/tiny", tmp_path / "x")
     assert_same_map(TunedLens.load(tmp_path / "x"), files.load(DATA / "zip-float32"))
+    assert_same_map(files.load("hf:example/tiny"), files.load("example/tiny"), 0)
+    with pytest.warns(DeprecationWarning, match="name the lens 'hf:example/tiny'"):
+        files.convert("example/tiny", tmp_path / "y", hub=True)
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        assert_same_map(files.load_lens("example/tiny", hub=True), TunedLens.load(tmp_path / "y"), 0)
+    with pytest.warns(DeprecationWarning, match="is deprecated"), pytest.raises(FileNotFoundError, match="neither"):
+        files.load_lens("example/tiny", hub=False)
 
 
 def test_the_hubs_own_function_takes_these_arguments():

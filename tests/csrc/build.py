@@ -10,6 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+# Programs that compare the kernels with other loops.
+CHECKS = (
+    "attention_check",
+    "gemm_check",
+    "kernels_check",
+    "lens_compare_check",
+    "lens_kl_check",
+    "lens_stats_check",
+    "muon_check",
+    "norm_check",
+    "pool_check",
+)
 
 
 def units(machine):

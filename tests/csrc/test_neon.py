@@ -9,7 +9,6 @@ import pytest
 from csrc import build
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_compare_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no aarch64-linux-gnu-g++ on the path (package g++-aarch64-linux-gnu)"),
@@ -22,10 +21,10 @@ def checks(tmp_path_factory):
     # Optimized like a release: no other test sees the compiler's vector code for that machine.
     flags = [*build.release_flags(), "-static"]
     isas = list(build.units("aarch64"))
-    return build.build(tmp_path_factory.mktemp("neon"), CHECKS, machine="aarch64", flags=flags, isas=isas, compiler=COMPILER)
+    return build.build(tmp_path_factory.mktemp("neon"), build.CHECKS, machine="aarch64", flags=flags, isas=isas, compiler=COMPILER)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", build.CHECKS)
 @pytest.mark.parametrize("isa", build.units("aarch64"))
 def test_kernels_are_right_on_arm(checks, check, isa):
     environment = {**os.environ, "METALENS_ISA": isa, "METALENS_NUM_THREADS": "2"}

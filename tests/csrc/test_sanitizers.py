@@ -10,9 +10,8 @@ from csrc import build
 from metalens import _ext
 
 ISAS = _ext.available_isas().split()
-CHECKS = ["attention_check", "gemm_check", "kernels_check", "lens_compare_check", "lens_kl_check", "lens_stats_check", "norm_check", "pool_check"]
 # kernels_check calls the table's functions from one thread, so there are no races to find.
-CHECKS_WITH_THREADS = [check for check in CHECKS if check != "kernels_check"]
+CHECKS_WITH_THREADS = [check for check in build.CHECKS if check != "kernels_check"]
 
 pytestmark = [
     pytest.mark.skipif(build.COMPILER is None, reason="no C++ compiler on the path"),
@@ -27,7 +26,7 @@ def built(sanitizer, checks, folder):
 
 @pytest.fixture(scope="module")
 def checks_of_accesses(tmp_path_factory):
-    return built("address,undefined", CHECKS, tmp_path_factory.mktemp("accesses"))
+    return built("address,undefined", build.CHECKS, tmp_path_factory.mktemp("accesses"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def run(program, isa, threads):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", build.CHECKS)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_are_right_and_stay_within_their_buffers(checks_of_accesses, check, isa, threads):

@@ -142,10 +142,15 @@ def test_a_report_of_the_translated_layers_alone(rng):
     statistics = {layer: ResidualStatistics(3) for layer in ("embedding", 0, 1, 2, 3)}
     for each in statistics.values():
         each.add(rng.standard_normal((9, 3)))
-    transfer = Transfer(*[rng.random((4, 4)).tolist()] * 3)
-    some = residual_report(statistics, transfer, transfer_layers=[0, 2, 3], resamples=10)
+    matrix = rng.random((4, 4))
+    transfer = Transfer(*[matrix.tolist()] * 3)
+    kept = np.ix_([0, 2, 3], [0, 2, 3])
+    some = residual_report(statistics, Transfer(*[matrix[kept].tolist()] * 3, layers=[0, 2, 3]), resamples=10)
     without = {layer: each for layer, each in statistics.items() if layer != 1}
     assert some.correlation.value == residual_report(without, transfer, resamples=10).correlation.value
     assert some.correlation.value != residual_report(statistics, transfer, resamples=10).correlation.value
+    drawn = residuals_figure(some, Transfer(*[matrix[kept].tolist()] * 3, layers=[0, 2, 3]))
+    (scatter,) = (axes for axes in drawn.axes if axes.get_ylabel().startswith("transfer penalty"))
+    assert scatter.collections[0].get_offsets().shape == (6, 2)
     with pytest.raises(ValueError, match="no statistics of any layer"):
         residual_report({})

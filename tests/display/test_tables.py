@@ -13,6 +13,7 @@ from metalens.display.tables import (
     MEMORY_LABELS,
     ROOFLINE_LABELS,
     WORK_LABELS,
+    closed_form_table,
     diagnosis_facts,
     diagnosis_table,
     fraction_text,
@@ -27,8 +28,10 @@ from metalens.estimate.kernel_model import Fraction, fractions
 from metalens.estimate.memory import plan
 from metalens.estimate.results import Disk, Memory, Work
 from metalens.estimate.roofline import Bounds, bounds
+from metalens.evaluation import Evaluation, Scores
 from metalens.models.facts import KNOWN_MODELS
 from metalens.ops.doctor import Diagnosis, MetalDiagnosis, NativeDiagnosis
+from metalens.utils.errors import InvalidValueError
 
 LLAMA = "Llama-3.1-8B-4bit"
 
@@ -131,3 +134,12 @@ def test_the_parts_of_the_peak():
     assert all(label in shown for label in KERNEL_LABELS.values())
     assert fraction_text(Fraction(0.2, 0.444, 0.3)) == "20 > 44 (30)"
     assert fraction_text(parts["M5-Max"]["lens_kl"]) in shown
+
+
+@pytest.mark.parametrize("without", ["trained lens", "closed form"])
+def test_a_closed_form_beside_an_evaluation_without_a_lens(without):
+    scores = [Scores(float(i), 0.0, 0.0, 0.5, 0.0, 0.0, 0.0) for i in range(2)]
+    evaluations = {name: Evaluation(2, 1.0, scores[0], scores, None if name == without else scores) for name in ("trained lens", "closed form")}
+    with pytest.raises(InvalidValueError, match=f"The evaluation of the {without} has scores of the logit lens alone"):
+        closed_form_table(*evaluations.values())
+    assert closed_form_table(*[Evaluation(2, 1.0, scores[0], scores, scores)] * 2).row_count == 3

@@ -16,20 +16,44 @@ from metalens.estimate.kernel_model import (
     plain_compare,
     plain_kl,
     softmax_grad,
+    tensor_speedups,
+    with_tensor_tiles,
 )
 from metalens.models.facts import KNOWN_MODELS
 from metalens.ops import Weight
 from metalens.ops.metal import constants, speed, tuning
-from metalens.ops.metal.speed import MLX_TILE, NOW, Asked, Matrix, Tile, fill, lens_stats, our_tile, plain_stats
+from metalens.ops.metal.speed import MLX_TILE, NOW, Asked, Matrix, TensorTile, Tile, fill, lens_stats, our_tile, plain_stats
+
+M3 = tuning.GENERATIONS[15]
 
 
 def test_the_cycles_of_a_step_by_hand():
     chip = CHIPS["M1"].rates
     products = 4 * 2 * 4 * 4 * 512 / 102  # 32 x 16 in 8 x 8 x 8, at 102 FMAs per clock of a core with four simdgroups
     port = ((32 + 64) * 32 * 4 + 4 * (4 + 2) * 4 * 64 * 4) / 128  # bytes of operands stored, and of fragments loaded, at 128 a cycle
-    assert our_tile(32).step_cycles(chip, NOW) == pytest.approx(products + 16 * 4.5 + port)
+    assert our_tile(32, M3).step_cycles(chip, NOW) == pytest.approx(products + 16 * 4.5 + port)
     conflicts = 3 * (32 + 64) * 32 * 4 / 128
-    assert our_tile(32).step_cycles(chip, FIRST) == pytest.approx(products + 16 * 9 + port + conflicts)
+    assert our_tile(32, M3).step_cycles(chip, FIRST) == pytest.approx(products + 16 * 9 + port + conflicts)
+
+
+def test_the_cycles_of_a_step_of_tensor_operations_by_hand():
+    chip = with_tensor_tiles(CHIPS["M5-Max"].rates)
+    tile = our_tile(64, chip.family)
+    assert tile == TensorTile(64, 64, 32, 32, 2)
+    products = 2 * 64 * 64 * 32 * 2 / (70e12 / chip.clock / 40)  # two halves
+    port = ((2 * 64 + 64) * 32 * 2 + 4 * (32 + 32) * 32 * 2 * 2) / 128  # a simdgroup reads its rows and ids, for each half
+    factors = 4 * (4 + 8)
+    lanes = (64 * 32 * 4.5 + 64 * 32 * 8 + 64 * 64 * 5) / 128
+    assert tile.step_cycles(chip, NOW) == pytest.approx(products + port + factors + lanes)
+
+
+@pytest.mark.parametrize("model", KNOWN_MODELS.values(), ids=KNOWN_MODELS)
+@pytest.mark.parametrize("chip", ["M5", "M5-Max"])
+def test_tensor_operations_would_pay(model, chip):
+    """A prediction only; the docs tell it. Without a measurement nothing uses them by default."""
+    found = tensor_speedups(model, CHIPS[chip], 512)
+    assert all(1.1 < speedup < 2 for speedup in found.values()), found
+    assert not CHIPS[chip].rates.device.tensor_tiles
 
 
 def test_published_numbers_of_mlx_lie_around_the_model():
@@ -38,9 +62,9 @@ def test_published_numbers_of_mlx_lie_around_the_model():
 
 
 def test_a_larger_tile_is_more_efficient():
-    done = [t.ids * t.rows / t.step_cycles(CHIPS["M4"].rates, NOW) for t in (MLX_TILE, our_tile(32), our_tile(64))]
+    done = [t.ids * t.rows / t.step_cycles(CHIPS["M4"].rates, NOW) for t in (MLX_TILE, our_tile(32, M3), our_tile(64, M3))]
     assert done == sorted(done)
-    assert Tile(32, 64, 32, 16) == our_tile(32)
+    assert Tile(32, 64, 32, 16) == our_tile(32, M3)
 
 
 def test_a_gpu_is_filled_by_more_and_more_threadgroups():

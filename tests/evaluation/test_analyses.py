@@ -188,8 +188,9 @@ def everything(rng, tiny, documents):
 
 def test_the_dictionary(everything):
     data = json.loads(json.dumps(everything.to_dict(), allow_nan=False))
-    assert data.keys() == {"tokens", "bytes_per_token", "model", "layers", "transfer", "sequences", "standard_errors"}
-    assert data["transfer"] == {"ce": everything.transfer.ce, "kl": everything.transfer.kl, "kl_model": everything.transfer.kl_model}
+    assert data.keys() == {"tokens", "bytes_per_token", "token_shift", "model", "layers", "transfer", "sequences", "standard_errors"}
+    matrices = {"ce": everything.transfer.ce, "kl": everything.transfer.kl, "kl_model": everything.transfer.kl_model}
+    assert data["transfer"] == matrices | {"layers": [0, 1, 2]}
     for name in ("logit", "tuned"):
         assert data["layers"][1][name]["bias"] == everything.bias[name][1]
         assert data["layers"][1][name]["bias_bits"] == pytest.approx(everything.bias[name][1] / math.log(2))
@@ -219,6 +220,7 @@ def test_files(everything, tmp_path):
     assert json.loads((folder / "aggregate_metrics.json").read_text()) == everything.to_upstream()
     with np.load(folder / "logit_stats.npz") as stored:
         assert stored["n"] == everything.tokens
+        assert stored["tuned_layers"].tolist() == [0, 1, 2]
         for name, stats in everything.logit_stats.items():
             np.testing.assert_allclose(stored[f"{name}_marginal_probs"], stats.marginal_probs, rtol=1e-6)
             np.testing.assert_allclose(stored[f"{name}_sufficient_stats"], stats.sufficient_stats, rtol=1e-6)

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from metalens import InterpretableModel, TunedLens, evaluate
 from metalens.cli import main
-from metalens.display.figures import transfer_figure
+from metalens.display.figures import evaluation_figure, transfer_figure
 from metalens.display.tables import evaluation_table, reading_table, transfer_table
+from metalens.evaluation import write_results
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,38 @@ def test_a_whole_lens_is_shown_whole(model):
     assert evaluate(model, list(range(50)), lambda h, layer: h, bytes_per_token=4.0).untranslated == ()
 
 
+def test_the_files_leave_them_out(model, lens, tmp_path):
+    result = evaluate(model, [list(range(40)), list(range(50, 90))], lens, logit_stats=True, embedding=True, bytes_per_token=4.0)
+    assert result.untranslated == ("embedding", 0, 2)
+    write_results(result, tmp_path)
+    line = json.loads((tmp_path / "batches.jsonl").read_text().splitlines()[0])
+    assert list(line["tuned"]["kl"]) == list(line["tuned"]["ce"]) == ["layer_2", "layer_4"]
+    assert set(line["logit"]["kl"]) == {f"layer_{i}" for i in range(5)}
+    found = result.to_dict()
+    assert found["embedding"].keys() == {"logit"}
+    assert [error is None for error in found["standard_errors"]["tuned"]["kl"]] == [True, False, True, False]
+    assert found["standard_errors"].keys() == {"model", "logit", "tuned", "logit embedding"}
+    assert list(result.to_upstream()["tuned"]["ce"]) == ["layer_2", "layer_4"]
+    with np.load(tmp_path / "logit_stats.npz") as stored:
+        assert stored["tuned_layers"].tolist() == [1, 3]
+        np.testing.assert_allclose(stored["tuned_marginal_probs"], result.logit_stats["tuned"].marginal_probs[[1, 3]], rtol=1e-6)
+        assert "logit_embedding_marginal_probs" in stored.files
+        assert "tuned_embedding_marginal_probs" not in stored.files
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed(evaluation_table(result)).splitlines() if line.startswith("│")]
+    assert [row[-1] == "-" for row in rows[:5]] == [True, True, False, True, False]
+    assert repr(result).splitlines()[2].split()[3:] == ["-", "-"]
+    curves = evaluation_figure(result).axes[0].lines
+    assert [line.get_xdata().tolist() for line in curves] == [[-1, 0, 1, 2, 3], [1, 3]]
+
+
+def test_a_lens_of_the_embedding_alone_has_no_mean(model):
+    lens = TunedLens(4, 64, layers=(), embedding=True)
+    result = evaluate(model, list(range(50)), lens, embedding=True, layer_transfer=True, bytes_per_token=4.0)
+    assert (result.translated, result.transfer.layers) == ([], ("embedding",))
+    assert "embedding" in printed(evaluation_table(result))
+    assert "mean" not in repr(result)
+
+
 def test_a_reading_marks_them(model, lens):
     reading = model.read([1, 2, 3], lens)
     assert [entry["translated"] for entry in reading.to_dict()["layers"]] == [False, True, False, True]
@@ -94,21 +127,22 @@ def test_the_command_says_them(tmp_path):
 
 
 def test_its_layer_transfer_shows_the_layers_that_it_translates(evaluation):
-    table = printed(transfer_table(evaluation.transfer, evaluation.translated))
+    assert evaluation.transfer.layers == (1, 3)
+    table = printed(transfer_table(evaluation.transfer, 4))
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if line.startswith("│")]
     penalty = evaluation.transfer.penalty
-    assert rows == [[str(i), *(f"{penalty[i][j]:z.2f}" for j in (1, 3))] for i in (1, 3)]
+    assert rows == [[str((1, 3)[i]), *(f"{penalty[i][j]:z.2f}" for j in (0, 1))] for i in (0, 1)]
     assert "The 2 layers that the lens translates." in " ".join(table.split())
-    figure = transfer_figure(evaluation.transfer, "title", evaluation.translated)
+    figure = transfer_figure(evaluation.transfer, "title", 4)
     axes = figure.axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[penalty[i][j] for j in (1, 3)] for i in (1, 3)])
+    np.testing.assert_allclose(axes.images[0].get_array(), penalty)
     figure.canvas.draw()
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         shown = [label.get_text() for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= place <= high]
         assert shown == ["1", "3"]
     assert "2 layers that the lens translates" in axes.get_title().replace("\n", " ")
-    whole = printed(transfer_table(evaluation.transfer))
+    whole = printed(transfer_table(evaluation.transfer))  # how many blocks there are is not known
     assert "that the lens translates" not in whole
     assert transfer_figure(evaluation.transfer, "title").axes[0].get_title() == "title"
 

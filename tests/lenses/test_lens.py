@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pickle
 import tempfile
 import zipfile
 from pathlib import Path
@@ -345,8 +346,12 @@ def test_a_single_array_in_place_of_the_archive(saved):
 
 
 def test_pickled_objects_are_not_loaded(saved):
+    """Nor does the error say how to load them all the same."""
     rewrite(saved, translators_0_bias=np.array([{"a": 1}, None, 2], dtype=object))
-    with pytest.raises(ValueError, match=r"x\.npz is damaged or no \.npz archive"):
+    with pytest.raises(ValueError, match=r"x\.npz is damaged or no \.npz archive \(it holds Python objects, which are never loaded\)"):
+        TunedLens.load(saved)
+    npz(saved).write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match=r"x\.npz is damaged or no \.npz archive \(it does not begin as an archive does\)"):
         TunedLens.load(saved)
 
 

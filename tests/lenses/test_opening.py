@@ -70,7 +70,9 @@ def test_the_files_that_are_read(places, tmp_path):
 
 
 def test_a_lens_that_is_nowhere(places, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither none\.npz and none\.json, nor a folder with params\.pt and config\.json\. .* named hf:"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither none\.npz and none\.json, nor a folder with params\.pt and config\.json, nor a snapshot .*\. .* named hf:"
+    ):
         TunedLens.load(tmp_path / "none")
     asked = r"^The hub's space AlignmentResearch/tuned-lens has no lens 'org/other' \(lens/org/other\), or can't be reached: 404"
     with pytest.raises(FileNotFoundError, match=asked):

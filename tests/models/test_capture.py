@@ -10,7 +10,8 @@ from mlx_lm.models import mamba
 from mlx_lm.models.base import create_attention_mask
 
 from metalens import InterpretableModel
-from metalens.models.capture import LayersNotFoundError, ResidualCapture, find_layers, follow
+from metalens.models.blocks import LayersNotFoundError, find_layers, follow
+from metalens.models.capture import ResidualCapture
 from metalens.utils.errors import MetalensError
 from support.mocks import DIM, LAYERS, Block, MockModel, WordTokenizer, tiny_llama
 

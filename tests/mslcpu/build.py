@@ -28,7 +28,7 @@ LANGUAGE = [
     # Every operation on half and bfloat rounds, as on the GPU; by default clang keeps float between operations.
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
 ]  # fmt: skip
-MACROS = ["-D__METAL__", "-D__METAL_VERSION__=320", "-D__METAL_MACOS__", "-D__HAVE_BFLOAT__"]
+MACROS = ["-D__METAL__", "-D__METAL_VERSION__=400", "-D__HAVE_TENSOR__", "-D__METAL_MACOS__", "-D__HAVE_BFLOAT__"]
 WARNINGS = ["-Wno-everything", "-Wimplicit-float-conversion", "-Wuninitialized", "-Werror=uninitialized", "-Werror=return-type"]
 MACHINE = {"x86_64": ["-mavx2", "-mfma", "-mf16c"]}.get(platform.machine(), [])
 # Endless loops stay, so that the time limit finds them. Stacks are probed page by page, so that none grows past its guard page unnoticed.

@@ -18,7 +18,7 @@ import numpy as np
 
 from .build import INCLUDE, runtime_library
 from .errors import MslError
-from .options import SCHEDULES, Accesses, Options
+from .options import SCHEDULES, TENSOR_LAYOUTS, Accesses, Options
 from .toolchain import symbolizer
 
 WRITABLE, INITIALIZED = 1, 2
@@ -45,6 +45,7 @@ class _Launch(ctypes.Structure):  # abi.h: Launch
         ("buffer_count", ctypes.c_uint32), ("threadgroup_buffer_count", ctypes.c_uint32),
         ("grid", ctypes.c_uint32 * 3), ("threadgroup", ctypes.c_uint32 * 3), ("checked", ctypes.c_uint32), ("instructions", ctypes.c_uint32),
         ("schedule", ctypes.c_uint32), ("strict", ctypes.c_uint32), ("stack_bytes", ctypes.c_uint32), ("inexact", ctypes.c_uint32),
+        ("tensor_layout", ctypes.c_uint32),
         ("seed", ctypes.c_uint64), ("timeout", ctypes.c_double),
         *((name, ctypes.c_uint64) for name in ("barriers", "simd_ops", "matrix_ops", "atomics", "switches", "threads", "threadgroups")),
         ("threadgroup_read", ctypes.c_uint64), ("threadgroup_written", ctypes.c_uint64),
@@ -152,7 +153,7 @@ def run(
         entry=_entry(library), buffers=buffers, buffer_count=len(arguments), grid=tuple(grid), threadgroup=tuple(threadgroup),
         checked=options.checked, instructions=options.checked and options.instructions,
         schedule=SCHEDULES.index(options.schedule), strict=options.strict, stack_bytes=options.stack_bytes,
-        inexact=options.inexact,
+        inexact=options.inexact, tensor_layout=TENSOR_LAYOUTS.index(options.tensor_layout),
         seed=options.seed + 1, timeout=options.timeout,
     )  # fmt: skip
     with _lock:

@@ -12,7 +12,7 @@ from .tokens import Token, find_closing
 SPACES = {"device", "threadgroup", "constant", "thread", "ray_data", "object_data", "threadgroup_imageblock"}
 SCALARS = {"void", "bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "unsigned", "signed", "float", "half", "bfloat"}
 SCALARS |= {f"{u}int{n}_t" for u in ("", "u") for n in (8, 16, 32, 64)} | {"size_t", "ptrdiff_t", "float16_t", "bfloat16_t", "complex64_t"}
-LIBRARY = {"vec", "simdgroup_matrix", "atomic", "atomic_int", "atomic_uint", "atomic_float", "array"}
+LIBRARY = {"vec", "simdgroup_matrix", "atomic", "atomic_int", "atomic_uint", "atomic_float", "array", "tensor"}
 QUALIFIERS = {"const", "volatile", "static", "constexpr", "typename", "inline", "unsigned", "signed", "coherent", "restrict"}
 FORBIDDEN = {
     "double": "'double' does not exist in Metal",
@@ -43,7 +43,7 @@ _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:<([^>]+)>|"([^"]+)")', re.
 def lint_includes(source: str, name: str) -> None:
     """Check that only Metal's headers are included with <>."""
     for match in _INCLUDE.finditer(source):
-        if match[1] and not re.match(r"metal_\w+$|simd/", match[1]):
+        if match[1] and not re.match(r"metal_\w+$|simd/|MetalPerformancePrimitives/MetalPerformancePrimitives.h$", match[1]):
             line = source.count("\n", 0, match.start()) + 1
             raise MslError(f"{name}:{line}: error: <{match[1]}> is not a Metal header")
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 SCHEDULES = ("forward", "reverse", "random", "lockstep")
+TENSOR_LAYOUTS = ("permuted", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Options:
     stack_bytes: int = 256 * 1024
     instructions: bool = False
     inexact: bool = False
+    tensor_layout: str = "permuted"
 
 
 @dataclasses.dataclass
@@ -106,11 +108,15 @@ def options(**changes: object) -> Iterator[Options]:
             - ``stack_bytes``: thread memory of each thread.
             - ``inexact``: move every result of exp, log, tanh and so on by up to four units in the last place, and flush subnormal float32 numbers,
               as a GPU may. Each value moves always in the same way, which ``seed`` chooses. Checked launches only.
+            - ``tensor_layout``: which elements of a cooperative tensor a lane holds. "permuted": elements from all over it, and between them places
+              that hold none. "blocks": parts of 16 x 16 blocks, as one GPU does; code that relies on them works only there.
             - ``instructions``: count also the instructions of simdgroups, their cache lines and bank conflicts, in checked launches.
     """
     merged = dataclasses.replace(current(), **changes)  # type: ignore[arg-type]
     if merged.schedule not in SCHEDULES:
         raise ValueError(f"schedule {merged.schedule!r} is none of {', '.join(SCHEDULES)}")
+    if merged.tensor_layout not in TENSOR_LAYOUTS:
+        raise ValueError(f"tensor_layout {merged.tensor_layout!r} is none of {', '.join(TENSOR_LAYOUTS)}")
     _options.append(merged)
     try:
         yield merged

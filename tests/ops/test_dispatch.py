@@ -14,6 +14,7 @@ from metalens.ops.metal import kernel, speed
 BACKENDS = {
     "linear": {"reference", "native"},
     "symmetric_product": {"reference", "native"},
+    "muon_direction": {"reference", "native"},
     "swiglu": {"reference", "native"},
     "gelu_approx": {"reference", "native"},
     "rms_norm": {"reference", "native"},
@@ -45,6 +46,7 @@ with use_backend("reference"):
 SUPPORTED = {
     "linear": [(ROWS, DENSE, True, None), (HALF, QUANTIZED, True, mx.float32)],
     "symmetric_product": [(ROWS, ROWS), (HALF[None], HALF[None])],
+    "muon_direction": [(ROWS, ROWS, 0.9, [(1.5, -0.5, 0.0)], 1.0, None, None)],
     "swiglu": [(ROWS, ROWS), (HALF, HALF)],
     "gelu_approx": [(ROWS,), (HALF,)],
     "rms_norm": [(ROWS, ROWS[0], 1e-5), (HALF, None, 1e-5), (HALF, ROWS[0], 1e-5)],
@@ -79,6 +81,7 @@ UNSUPPORTED = [
     ("linear", "native", (ROWS, Weight(QUANTIZED.values, QUANTIZED.scales, None, 32, 4, "int4"), True, None), "no int4 weights"),
     ("symmetric_product", "native", (ROWS, ROWS[:1]), "not matrices of one shape"),
     ("symmetric_product", "native", (ROWS, HALF), "one float type"),
+    ("muon_direction", "native", (HALF, ROWS, 0.9, [(1.5, -0.5, 0.0)], 1.0, None, None), "read float32"),
     ("swiglu", "native", (ROWS, ROWS[:1]), "different shapes"),
     ("swiglu", "native", (ROWS, HALF), "one float type"),
     ("swiglu", "native", (INTEGERS, INTEGERS), "one float type"),

@@ -42,6 +42,7 @@ def test_kernels_that_compute_something_else(monkeypatch, difference):
         (tuning.Device("applegpu_g17s", 2**34), "1", "not used: MLX needs macOS 26.2", "float32"),
         (tuning.Device("applegpu_g17s", 2**34, 20, True), "1", "used by plain MLX", "rounded to 11 bits (TF32). Set MLX_ENABLE_TF32=0"),
         (tuning.Device("applegpu_g17s", 2**34, 20, True), "0", "used by plain MLX", "float32"),
+        (tuning.Device("applegpu_g17s", 2**34, 20, True, True), "0", "and by the kernels' tiles of tensor operations", "float32"),
     ],
 )
 def test_a_gpu(monkeypatch, device, tf32, units, products):

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from metalens.readings.heat_map import lens_figure, save_figure
+from metalens.utils.outputs import NotOursError
 from metalens.utils.token_display import MAX_WIDTH
 
 
@@ -82,6 +83,17 @@ def test_global_settings_of_matplotlib_stay_as_they_were():
     before = dict(mpl.rcParams)
     lens_figure(result_of([0], 1), ["a"], np.zeros((1, 1)), "p", font_family="DejaVu Serif")
     assert dict(mpl.rcParams) == before
+
+
+def test_a_file_that_is_no_picture_is_not_replaced(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_text("precious")
+    with pytest.raises(NotOursError, match=r"picture\.png exists and is not a picture"):
+        save_figure(Figure(), path)
+    assert path.read_text() == "precious"
+    for options in ({"force": True}, {}):  # a picture replaces a picture
+        save_figure(Figure(), path, **options)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_suffix_that_is_no_picture_leaves_no_file(tmp_path):

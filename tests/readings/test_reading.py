@@ -132,3 +132,19 @@ def test_the_picture_as_a_file(reading, tmp_path):
 def test_a_batch_as_an_array_is_read_in_row_0(model):
     batch = mx.array([[3, 1, 4], [9, 9, 9]])
     assert model.read(batch).to_dict() == model.read([3, 1, 4]).to_dict()
+
+
+def test_the_embedding_is_a_layer(model):
+    lens = random_lens()
+    trajectory = model.trajectory(TEXT, lens, embedding=True, top_k=3)
+    reading = model.read(TEXT, lens, top_k=3, embedding=True)
+    assert reading.layers == ["embedding", 0, 1, 2] == list(reading.predictions)
+    assert reading.untranslated == ("embedding",)  # this lens has no translator for it
+    np.testing.assert_allclose(np.array(reading.stats.entropy), trajectory.entropy, rtol=1e-6)
+    assert [t.id for t in reading.top("embedding", 1)] == trajectory.top_ids[0, 1].tolist()
+    assert (reading.row("embedding"), reading.row(-1)) == (0, 3)
+    assert reading.to_dict()["layers"][0].items() >= {"layer": "embedding", "translated": False}.items()
+    labels = [label.get_text() for label in reading.plot().axes[0].get_yticklabels()]
+    assert labels == ["embedding*", "layer 0", "layer 1", "layer 2", "model"]
+    with pytest.raises(ValueError, match="Layer embedding was not read"):
+        model.read(TEXT).row("embedding")

@@ -107,6 +107,24 @@ def cells() -> list[Cell]:
     return found
 
 
+# Formats of the tiles of tensor operations (metal/tensor_tile.h): every kind of scale, codes of several widths, dense ones.
+TENSOR_FORMATS = (
+    ("dense", 0, 0),
+    *(("affine", bits, group_size) for bits in (4, 8) for group_size in (32, 64, 128)),
+    *(("affine", 3, 64), ("affine", 6, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)),
+)
+
+
+def tensor_cells() -> list[Cell]:
+    """Return the cells of the kernels with tiles of tensor operations, which only GPUs with matrix units run."""
+    found = []
+    for mode, bits, group_size in TENSOR_FORMATS:
+        for dtype in TYPES:
+            found += [Cell("lens_stats", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes")]
+            found += [Cell("linear", mode, bits, group_size, dtype, shape) for shape in ("tiles", "primes", "one")]
+    return [*found, Cell("lens_kl", "affine", 4, 64, "float32", "primes")]
+
+
 def _weight(rng: np.random.Generator, cell: Cell, rows: int, depth: int) -> Weight:
     if cell.mode == "dense":
         return Weight(oracle.random_array(rng, rows, depth, dtype=TYPES[cell.dtype], scale=0.2))

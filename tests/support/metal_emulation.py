@@ -11,9 +11,10 @@ import mslcpu
 from metalens import use_backend
 from metalens.ops.metal import kernel, tuning
 
-# An M1 Pro and an M3 Max, under MLX's names: GPUs with tiles of 32 and of 64 rows.
+# An M1 Pro, an M3 Max and an M5 Max, under MLX's names: GPUs with tiles of 32 and of 64 rows, and with matrix units.
 M1 = tuning.Device("applegpu_g13s", 8 * 2**30, 16)
 M3 = tuning.Device("applegpu_g15s", 24 * 2**30, 40)
+M5 = tuning.Device("applegpu_g17s", 24 * 2**30, 40, matrix_units=True)
 
 needs_clang = pytest.mark.skipif(mslcpu.unavailable() is not None, reason=f"Metal kernels can't be emulated here: {mslcpu.unavailable()}")
 

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 import metalens
 from metalens.cli import main as command
+from metalens.lenses.translators import identity_linear
 from metalens.training import CheckpointFolder, Group, TrainingInterruptedError, train, update
 
 TEXT = np.random.default_rng(5).integers(0, 96, 1000)
@@ -101,7 +102,9 @@ def trained(group, model, settings, evaluate=False, scores=0, stop=None, folder=
         found["scores"] = metalens.evaluate(loaded, mx.array(TEXT[:scores]), _everywhere(lens, group), max_seq_len=16).to_dict()
     if evaluate:
         lens = _everywhere(lens, group)
-        scores = metalens.evaluate(loaded, mx.array(TEXT[:33]), lens, max_seq_len=16, layer_transfer=True, logit_stats=True)
+        lens.embedding_translator = identity_linear(lens.hidden_dim)
+        lens.embedding_translator.bias = mx.full((lens.hidden_dim,), 0.1)
+        scores = metalens.evaluate(loaded, mx.array(TEXT[:33]), lens, max_seq_len=16, layer_transfer=True, logit_stats=True, embedding=True)
         found["scores"] = scores.to_dict()
         found["marginals"] = {name: each.sufficient_stats.tolist() for name, each in scores.logit_stats.items()}
         found["reading"] = loaded.read(mx.array(IDS), lens, top_k=2).predictions

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from metalens import InterpretableModel, TunedLens
 from metalens.compat import tuned_lens
+from metalens.models.layers import layers_in_order
 from metalens.readings import EMBEDDING, read_trajectory
 from support import oracle
 
@@ -98,11 +99,10 @@ def save(folder, name):
     (folder / "model").mkdir(parents=True)
     save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
     (folder / "model" / "config.json").write_text(json.dumps(CONFIGS[name]))
-    lens = TunedLens(BLOCKS, DIM)
-    for translator in [*lens.translators][:-1]:
+    lens = TunedLens(BLOCKS, DIM, embedding=True)
+    for translator in [*[*lens.translators][:-1], lens.embedding_translator]:
         translator.weight = mx.eye(DIM) + mx.array(numbers.array(DIM, DIM, size=0.1))
         translator.bias = mx.array(numbers.array(DIM, size=0.3))
-    lens.embedding = mx.array(numbers.array(DIM, DIM, size=0.1)), mx.array(numbers.array(DIM, size=0.3))
     tuned_lens.save(lens, folder / "lens", "tiny")
 
 
@@ -138,9 +138,8 @@ def of_numpy(folder):
         n = oracle.rms_norm(centered, oracle.wide(norm.weight), norm.eps)
         return oracle.head_logits(n if norm.bias is None else n + oracle.wide(norm.bias), head)
 
-    a, b = (oracle.wide(p) for p in lens.embedding)
-    translated = [hidden[0] + hidden[0] @ a.T + b]
-    translated += [hidden[i + 1] @ oracle.wide(w).T + oracle.wide(c) for i, (w, c) in enumerate(map(lens.dense, range(BLOCKS - 1)))]
+    dense = map(lens.dense, layers_in_order(BLOCKS - 1))
+    translated = [h @ oracle.wide(w).T + oracle.wide(b) for h, (w, b) in zip(hidden[:-1], dense, strict=True)]
     rows = {name: np.stack([logits(h) for h in [*of, hidden[-1]]]) for name, of in zip(LENSES, (hidden[:-1], translated), strict=True)}
     found = {name: of_log_probs(oracle.log_softmax(z)) for name, z in rows.items()}
     p, q = (oracle.log_softmax(rows[name][:-1]) for name in ("tuned lens", "logit lens"))

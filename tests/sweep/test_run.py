@@ -18,11 +18,14 @@ COMMAND = "import sys; from metalens.cli import main; sys.argv[0] = 'metalens'; 
 SHORT = '[[recipes]]\nname = "short"\nrecipe = "mlxterp"\nnum_steps = 3\nmax_seq_len = 16\n'
 LONG = '[[recipes]]\nname = "long"\nrecipe = "mlxterp"\nnum_steps = 400\nmax_seq_len = 16\nrepeat = true\n'
 
+# What two results of the same cell differ in.
+TIMED = ("seconds", "core_seconds", "inputs", "resumed", "checksum")
+
 
 def results(out):
     """{folder of a cell: its result without times and paths}, of all that are in a folder."""
     found = {file.parent.name: json.loads(file.read_text()) for file in sorted(out.glob("*/*/result.json"))}
-    return {name: {k: v for k, v in each.items() if k not in ("seconds", "core_seconds", "inputs", "resumed")} for name, each in found.items()}
+    return {name: {k: v for k, v in each.items() if k not in TIMED} for name, each in found.items()}
 
 
 def weights(out):
@@ -179,7 +182,9 @@ def test_a_damaged_result_is_no_result(write, tmp_path):
     file, out = write(models="a", recipes=LONG.replace("400", "2")), tmp_path / "out"
     cell = run(file, out).evaluations[0]
     whole = (out / cell.folder / "result.json").read_text()
-    for damaged in ("", whole[: len(whole) // 2], "[]", whole.replace('"max_seq_len": 16', '"max_seq_len": 8', 1)):
+    assert '"kl": ' in whole
+    other_settings, other_number = whole.replace('"max_seq_len": 16', '"max_seq_len": 8', 1), whole.replace('"kl": ', '"kl": 1', 1)
+    for damaged in ("", whole[: len(whole) // 2], "[]", other_settings, other_number):
         (out / cell.folder / "result.json").write_text(damaged)
         assert cell.result(out) is None
     run(file, out)

@@ -25,6 +25,7 @@ from metalens.training import callbacks as module
 from metalens.training import step as training_step
 from metalens.utils import progress_bar as bars
 from metalens.utils.files import atomic_write
+from metalens.utils.outputs import NotOursError
 from support.full_disk import largest_file
 
 LENGTH = 16
@@ -162,6 +163,16 @@ def test_a_new_run_begins_a_new_file(tmp_path):
         file.on_start(CONFIG, 0)
         file.on_step(progress(0))
     assert len(lines(file.path)) == 1
+
+
+def test_a_file_without_metrics_is_not_replaced(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("precious")
+    with pytest.raises(NotOursError, match=r"notes\.txt exists and is not the metrics of a run"):
+        MetricsFile(path)
+    assert path.read_text() == "precious"
+    MetricsFile(path, force=True).on_start(CONFIG, 0)
+    assert path.read_text() == ""
 
 
 def test_lines_are_there_at_once(tmp_path):

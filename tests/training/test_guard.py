@@ -23,6 +23,7 @@ from metalens.training import (
 from metalens.training.batching import BatchedCapture
 from metalens.training.guard import BestStates, Guard, GuardWarning, check_every, held_back_loss
 from metalens.training.optimizer import LensOptimizer
+from metalens.training.recipes import RECIPES
 
 LENGTH = 16
 SETTINGS = {"num_steps": 12, "max_seq_len": LENGTH, "tokens_per_step": 2 * LENGTH, "seed": 1, "repeat": True, "guard_tokens": 64}
@@ -96,6 +97,21 @@ def test_the_lens_is_the_best_checked_state(tiny, ids, optimizer, checked):
     assert on_held_back(tiny, ids, config, lens) == pytest.approx(np.min(checked, axis=0), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("name", "wild"), {"paper": "sgd", "adam": "adam", "muon": "muon", "fast": "muon by the loss"}.items())
+def test_every_recipe_with_a_guard_of_its_own_uses_it(tiny, ids, name, wild, checked):
+    """Nobody asks for the guard, and steps are far too long."""
+    settings = {setting: value for setting, value in (SETTINGS | WILD[wild]).items() if setting != "guard_tokens"}
+    config = recipe(name, **settings, embedding=False)
+    with pytest.warns(GuardWarning):
+        lens = train_loop(tiny.source, tiny.unembed, mx.array(ids), config)
+    assert (on_held_back(tiny, ids, config, lens) <= np.array(checked[0]) + 1e-6).all()
+
+
+def test_the_other_recipes_hold_nothing_back():
+    """mlxterp's does as its tutorial, and the closed form has no steps."""
+    assert {name for name in RECIPES if not recipe(name).held_back_tokens} == {"mlxterp", "ridge"}
+
+
 def test_what_does_not_rise_is_left_alone(tiny, ids):
     """A calm run with a guard is the run without one on the same text, and says nothing."""
     config = TrainingConfig(**SETTINGS, learning_rate=0.05)
@@ -129,7 +145,7 @@ def test_a_layer_that_rises_goes_back_and_learns_with_half_the_rate(tiny, ids, m
 
     monkeypatch.setattr(BestStates, "worse", note_risen)
     monkeypatch.setattr(LensOptimizer, "update", note_start)
-    config = config_of("muon", learning_rate=3.0, schedule="constant", layer_rates="equal", num_steps=30)
+    config = config_of("muon", learning_rate=5.0, schedule="constant", layer_rates="equal", num_steps=30)
     with pytest.warns(GuardWarning) as warned:
         train_loop(tiny.source, tiny.unembed, mx.array(ids), config, callbacks=[seen.append])
     assert 2 < len(warned) < 30

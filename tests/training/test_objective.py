@@ -136,7 +136,7 @@ def test_the_guard_checks_the_loss_of_the_run(tiny, rng, ids, loss, shift):
 def test_what_is_held_back_has_partners(tiny, rng, shift):
     """Also if the shift is longer than the 16 tokens that a sequence is cut to."""
     corpus = Corpus.from_ids(rng.integers(0, 131, 40 * 32))
-    held = Sampler(corpus, 32, held_back=32).held_back_step(shift)
+    held = Sampler(corpus, 32, held_back=32, shift=shift).held_back_step()
     kept = min(16, 32 - abs(shift))  # of each of two sequences
     assert held.tokens == 2 * kept
     assert [s.size for s in held.sequences] == [kept + abs(shift)] * 2
@@ -151,7 +151,7 @@ def test_what_is_held_back_has_the_partner_of_its_last_token(rng, shift):
     """Only token 7 of each sequence counts: its partner is behind it. What counts in front of the end has none."""
     for counted, tokens in ((7, 2), (31, 0)):
         mask = np.tile(np.arange(32) == counted, 40)
-        held = Sampler(Corpus.from_ids(rng.integers(0, 131, mask.size), answers=np.roll(mask, 1)), 32, held_back=32).held_back_step(shift)
+        held = Sampler(Corpus.from_ids(rng.integers(0, 131, mask.size), answers=np.roll(mask, 1)), 32, held_back=32, shift=shift).held_back_step()
         assert held.tokens == tokens
         assert [s.size for s in held.sequences] == [counted + 1 + shift] * tokens
         assert [np.flatnonzero(m).tolist() for m in held.counted] == [[counted]] * tokens

@@ -7,10 +7,10 @@ import pytest
 
 from metalens import TunedLens
 from metalens.lenses.translators import parameters_of
-from metalens.training import TrainingConfig, train_loop
+from metalens.training import TrainingConfig, recipe, train_loop
 from metalens.training.input_scale import InputScale
 from metalens.training.optimizer import LensMuon, LensOptimizer, LossMuon, gradient_norm, stochastically_rounded
-from metalens.training.polar import quintics
+from metalens.training.polar import polynomials
 from support import oracle
 
 LENGTH = 16
@@ -207,7 +207,7 @@ def test_muon_is_mlx_s_but_for_the_orthogonal_factor(rng, shape):
         def _zeropower_via_newtonschulz5(self, X, steps):
             u, s, v = np.linalg.svd(oracle.wide(X), full_matrices=False)
             s = s / (1.01 * np.linalg.norm(s))
-            for a, b, c in quintics(min(shape), 2)[0]:
+            for a, b, c in polynomials(min(shape), 2)[0]:
                 s = a * s + b * s**3 + c * s**5
             return mx.array(((u * s) @ v).astype(np.float32))
 
@@ -281,7 +281,7 @@ def expected_by_loss(scale, gradients, losses, start, rate, momentum):
         m, mb = (1 - momentum) * g + momentum * v, (1 - momentum) * gb + momentum * vb
         left, values, right = np.linalg.svd(r * m / s)
         values = values / (1.01 * np.linalg.norm(values))
-        for a, b, c in quintics(len(weight), 6)[0]:
+        for a, b, c in polynomials(len(weight), 6)[0]:
             values = a * values + b * values**3 + c * values**5
         direction = r * ((left * values) @ right) / s
         slope = max(np.sum(g * direction), LossMuon.LEAST * np.sum(m * direction) / (1 - momentum ** (step + 2)))
@@ -340,6 +340,40 @@ def test_no_loss_is_no_step(rng):
     gradients = [{name: oracle.random_array(rng, *p.shape) for name, p in start.items()}]
     found = by_loss(scale_of(rng, 9, 9), gradients, [0.0], start)
     assert all(mx.array_equal(found[name], p) for name, p in start.items())
+
+
+def losses_with_huge_dimensions(rng, config, size=32):
+    """The loss of a layer before each step and after the last. Two dimensions are 300 times as large as the others, as in Gemma 3's residual stream.
+
+    The loss is half the squared error of W h + b in the units of the outputs. The start is near the best W, as a warm start is.
+    """
+    inputs, outputs = np.ones(size), np.full(size, 10.0)
+    inputs[:2], outputs[:2] = 300.0, 300.0
+    h = rng.standard_normal((512, size)) * inputs
+    best = outputs[:, None] * np.linalg.qr(rng.standard_normal((size, size)))[0] / inputs
+    start = best + 0.05 * outputs[:, None] * rng.standard_normal((size, size)) / inputs
+    parameters = {"weight": mx.array(start.astype(np.float32)), "bias": mx.zeros((size,))}
+    scale = InputScale(*(mx.array(rms.astype(np.float32)) for rms in (inputs, outputs)))
+    optimizer, losses = LensOptimizer(config, {0: parameters}, {0: scale}), []
+    for step in range(config.num_steps + 1):
+        weight, bias = (oracle.wide(parameters[name]) for name in ("weight", "bias"))
+        error = (h @ (weight - best).T + bias) / outputs
+        losses.append(0.5 * np.mean(np.sum(error**2, axis=1)))
+        rows = error / outputs / len(h)
+        gradient = {"weight": mx.array((rows.T @ h).astype(np.float32)), "bias": mx.array(rows.sum(axis=0).astype(np.float32))}
+        if step < config.num_steps:
+            parameters = optimizer.update(0, parameters, gradient, step, 1.0, losses[-1])
+    return losses
+
+
+def test_the_default_recipe_does_not_diverge_where_a_few_dimensions_are_huge():
+    """Its steps of fixed length, as they were, make the loss thousands of times as large, as on Gemma 3."""
+    short = {"num_steps": 8, "guard_tokens": 0}
+    before = {"step_size": "rate", "learning_rate": 0.025, "layer_rates": "distance"}
+    losses = losses_with_huge_dimensions(np.random.default_rng(0), recipe("fast", **short))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+    assert losses_with_huge_dimensions(np.random.default_rng(0), recipe("fast", **short, **before))[1] > 1000 * losses[0]
 
 
 # Rates of layers

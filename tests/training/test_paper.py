@@ -11,7 +11,7 @@ from metalens import InterpretableModel
 from metalens.models.layers import EMBEDDING
 from metalens.training import TrainingConfig, batching, recipe, train_loop
 from metalens.training.optimizer import LensMuon
-from metalens.training.polar import quintics
+from metalens.training.polar import polynomials
 from support import oracle
 
 LENGTH, WIDTH, LAYERS = 16, 64, 3
@@ -120,8 +120,8 @@ def muon(rate, momentum):
         if x.ndim == 1 or not size:
             return rate * x / (size or 1)
         u, s, v = np.linalg.svd(x / (1.01 * size))
-        for a, b, c in quintics(WIDTH)[0]:
-            s = a * s + b * s**3 + c * s**5
+        for polynomial in polynomials(WIDTH)[0]:
+            s = sum(c * s ** (2 * i + 1) for i, c in enumerate(polynomial))
         return rate * (u * s) @ v
 
     return update

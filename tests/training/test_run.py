@@ -28,6 +28,7 @@ from metalens.training import (
 )
 from metalens.training import run as module
 from metalens.training.data import read_inputs
+from metalens.utils.errors import InvalidValueError
 
 SMALL = {"recipe": "mlxterp", "max_seq_len": 32, "num_steps": 2}
 
@@ -231,6 +232,24 @@ def test_checkpoints_go_where_they_are_asked_for(model, file):
     assert folder.steps() == [1, 2]
     train(model, file, **SMALL, out=file.parent / "lens", checkpoint_every=None)
     assert sorted(path.name for path in file.parent.iterdir()) == ["kept", "lens.json", "lens.npz", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint_dir": ""}, "checkpoint_dir is empty"),
+        ({"config": ""}, "file of settings is empty"),
+        ({"recipe": ""}, "recipe is empty"),
+        ({"out": ""}, "names no lens file"),
+        ({"start_from": ""}, "names no lens file"),
+    ],
+)
+def test_an_empty_name_is_an_error(model, file, monkeypatch, arguments, message):
+    """As a path, it would be the current folder."""
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(InvalidValueError, match=message):
+        train(model, file, **SMALL | arguments)
+    assert [path.name for path in file.parent.iterdir()] == ["text.txt"]
 
 
 def test_callbacks_are_objects_or_functions(model, file):

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metalens.training.config import HELD_BACK
 from metalens.training.data import Corpus, NotEnoughDataError, Sampler, batches
+from metalens.training.data.sampler import MOST_HELD
 
 
 def packed(*sizes, prefix=()):
@@ -204,6 +206,21 @@ def test_a_position_in_other_data():
         assert other.state()["index"] == 0
 
 
+@pytest.mark.parametrize("places", [None, MOST_HELD + 1])
+def test_a_position_beside_other_held_back_text(places):
+    """Older versions held whole sequences back, and did not say so."""
+    sampler = Sampler(stream(6000), 4, held_back=300)
+    sampler.take_tokens(40)
+    state = sampler.state()
+    sampler.restore(state)
+    del state["places"]
+    with pytest.raises(ValueError, match=r"Another version of metalens made this checkpoint.* pieces\. .* with --from LENS .*, or start again\."):
+        sampler.restore(state if places is None else state | {"places": places})
+    assert sampler.state()["index"] == 10
+    with pytest.raises(ValueError, match="held_back was 300 and is 0"):
+        Sampler(stream(6000), 4).restore(sampler.state())
+
+
 @pytest.mark.parametrize("change", [{"index": 21}, {"index": -1}, {"epoch": -1}, {"index": None}, {"corpus": 3}])
 def test_states_that_are_none(change):
     sampler = Sampler(stream(80), 4)
@@ -244,3 +261,29 @@ def test_batches_hold_every_sequence_once(sizes, tokens):
 
 def test_batches_keep_the_order():
     assert batches([2, 1, 2, 2], 4) == [[0, 2], [3], [1]]
+
+
+@given(
+    tokens=st.integers(1, 4000),
+    length=st.integers(2, 130),
+    held_back=st.integers(0, 600),
+    prefix=st.lists(st.integers(0, 9), max_size=1),
+    seed=st.none() | st.integers(0, 9),
+    shift=st.sampled_from([0, 0, 1, -3, 200]),
+)
+def test_sequences_lie_around_what_is_held_back(tokens, length, held_back, prefix, seed, shift):
+    """Every token of one text is in one sequence or in one piece that is held back. All sequences but one are full, so nothing else is left out."""
+    sampler = Sampler(stream(tokens, prefix), length, seed=seed, held_back=held_back, shift=shift)
+    held = sampler.held_back_step()
+    trained = epoch(sampler)
+    assert len(trained) == len(sampler)
+    pieces = [sequence[len(prefix) :] for sequence in [*held.sequences, *trained]]
+    if abs(shift) < length:  # else no token of a piece has a partner
+        assert sorted(np.concatenate(pieces)) == list(range(tokens))
+    assert all((np.diff(piece) == 1).all() for piece in pieces)
+    assert all(list(sequence[: len(prefix)]) == prefix for sequence in [*held.sequences, *trained])
+    assert sum(sequence.size < length for sequence in trained) <= 1
+    assert held.tokens <= held_back
+    assert len(held.sequences) <= -(-tokens // (length - len(prefix))) // HELD_BACK
+    if held.sequences:
+        assert len({sequence.size for sequence in held.sequences}) == 1

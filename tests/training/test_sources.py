@@ -306,9 +306,11 @@ def test_nul_characters_are_no_text(tmp_path, content):
         texts(write(tmp_path / "a.txt", content))
 
 
-def test_an_error_of_the_system_names_the_file():
-    with pytest.raises(OSError, match="/proc/self/mem"):
-        texts("/proc/self/mem")
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")
+    for name in ("/proc/self/mem", str(tmp_path / "a.jsonl")):
+        with pytest.raises(OSError, match=name):
+            texts(name)
     (source,) = find_sources(["/proc/self/mem"])
     with pytest.raises(OSError, match="/proc/self/mem"):  # while its content is hashed
         source.identity()

@@ -113,6 +113,7 @@ def known(monkeypatch):
 
 
 @pytest.mark.usefixtures("known")
+@pytest.mark.filterwarnings("ignore::metalens.training.guard.GuardWarning")
 def test_minutes_become_tokens_and_a_resumed_run_keeps_them(tmp_path, monkeypatch):
     model, out = InterpretableModel(str(MODEL)), tmp_path / "lens"
     ids, seen = list(range(100)) * 30, []

@@ -1,6 +1,8 @@
 """Training that goes on from a lens."""
 
+import gc
 import json
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +12,9 @@ from mlx.utils import tree_flatten, tree_map
 from metalens import InterpretableModel, TunedLens, train
 from metalens.lenses.provenance import lens_hash
 from metalens.training import CheckpointFolder, TrainingConfig, TrainingInterruptedError, recipe, train_loop
+from metalens.training import start as start_module
 from metalens.training.settings import resolve
+from metalens.training.start import StartLens
 from support import oracle
 
 LENGTH = 16
@@ -148,6 +152,31 @@ def test_a_path_and_what_the_lens_remembers(small, rng, tmp_path):
     with pytest.raises(ValueError, match="is read and would be replaced"):
         train(small, ids, start_from=tmp_path / "start", out=tmp_path / "start", force=True, **settings)
     assert all(np.array_equal(before[name], array) for name, array in tensors(tmp_path / "start.npz").items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"layers": (1,)}], ids=["whole", "narrow", "some layers"])
+def test_the_lens_is_read_and_hashed_once_and_goes_when_the_run_has_its_translators(small, rng, tmp_path, monkeypatch, settings):
+    oracle.random_lens(rng).save(tmp_path / "start")
+    read, hashed, gone = [], [], []
+    load, hash_of = TunedLens.load, start_module.lens_hash
+    monkeypatch.setattr(TunedLens, "load", lambda path: read.append(weakref.ref(found := load(path))) or found)
+    monkeypatch.setattr(start_module, "lens_hash", lambda lens: hashed.append(1) or hash_of(lens))
+
+    def look(_):
+        gc.collect()
+        gone.append(read[0]() is None)
+
+    ids = rng.integers(0, 131, 6 * LENGTH).tolist()
+    options = {"recipe": "muon", "num_steps": 2, "max_seq_len": LENGTH, "tokens_per_step": LENGTH}
+    train(small, ids, start_from=tmp_path / "start", callbacks=[look], **options, **settings)
+    assert (len(read), len(hashed), gone) == (1, 1, [True, True])
+
+
+def test_a_lens_can_be_taken_once(rng):
+    start = StartLens(oracle.random_lens(rng))
+    start.take()
+    with pytest.raises(ValueError, match="Read it again"):
+        start.take()
 
 
 @pytest.mark.parametrize("given", [3, {"translators": []}])

@@ -139,10 +139,18 @@ def test_a_cache_of_an_older_version_is_used(two, cache):
 def test_a_record_that_is_nested_too_deep_is_made_again(two, cache):
     first = open_corpus(two, Bytes(), cache_dir=cache)
     (cache / f"{first.fingerprint}.json").write_text("[" * 100_000)
-    for fact in (cache / "facts").glob("*"):
-        fact.write_text("[" * 100_000)
     assert open_corpus(two, Bytes(), cache_dir=cache).ids.tolist() == first.ids.tolist()
     assert json.loads((cache / f"{first.fingerprint}.json").read_text())["tokens"] == 8
+
+
+def test_a_fact_that_is_nested_too_deep_is_forgotten(cache):
+    memory = TokenCache(cache)
+    memory.remember("file /a", 3)
+    (fact,) = (cache / "facts").iterdir()
+    fact.write_text("[" * 100_000)
+    assert memory.recall("file /a") is None
+    memory.remember("file /a", 4)
+    assert memory.recall("file /a") == 4
 
 
 def test_file_names_of_any_bytes(tmp_path, cache):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from metalens.utils import files
-from metalens.utils.files import atomic_write, require_writable
+from metalens.utils.files import atomic_write, remove_left_behind, require_writable, temporary_folder
 
 
 def names(folder):
@@ -165,7 +165,10 @@ with atomic_write(pathlib.Path({str(tmp_path / "a.npz")!r})) as temporary:
     assert names(tmp_path) == [".a.npz.of-a-user.npz", "a.npz"]
 
 
-def test_what_a_check_left_that_was_killed_is_removed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["write", "check"])
+def test_what_a_check_left_that_was_killed_is_removed(tmp_path, monkeypatch, by):
+    """Also by a check alone: some files are checked with it, and then not written with `atomic_write`."""
+
     def killed(_):
         raise KeyboardInterrupt
 
@@ -175,9 +178,12 @@ def test_what_a_check_left_that_was_killed_is_removed(tmp_path, monkeypatch):
     monkeypatch.undo()
     (left,) = names(tmp_path)
     os.utime(tmp_path / left, (0, 0))
-    with atomic_write(tmp_path / "a.npz") as temporary:
-        temporary.write_text("whole")
-    assert names(tmp_path) == ["a.npz"]
+    if by == "write":
+        with atomic_write(tmp_path / "a.npz") as temporary:
+            temporary.write_text("whole")
+    else:
+        require_writable(tmp_path / "a.npz")
+    assert names(tmp_path) == (["a.npz"] if by == "write" else [])
 
 
 def test_the_temporary_of_a_living_process_stays(tmp_path):
@@ -193,3 +199,52 @@ def test_the_temporary_of_a_living_process_stays(tmp_path):
 def test_a_device_is_not_replaced_by_a_file():
     with pytest.raises(OSError, match="device or a pipe"):
         require_writable(Path("/dev/null"))
+
+
+def test_a_temporary_folder_goes_away_unless_it_was_moved(tmp_path):
+    with temporary_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("w")
+        assert names(tmp_path) == [folder.name]
+    assert names(tmp_path) == []
+    with temporary_folder(tmp_path / "model") as folder:
+        folder.replace(tmp_path / "model")
+    assert names(tmp_path) == ["model"]
+    with pytest.raises(KeyboardInterrupt), temporary_folder(tmp_path / "model") as folder:
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["model"]
+    with pytest.raises(OSError, match=r"'.*/missing/model'"), temporary_folder(tmp_path / "missing" / "model"):
+        pytest.fail("the block must not run")
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path):
+    script = f"""
+import os, pathlib, signal
+from metalens.utils.files import temporary_folder
+with temporary_folder(pathlib.Path({str(tmp_path / "model-1.5")!r})) as folder:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], check=False)
+    (left,) = names(tmp_path)
+    (tmp_path / ".model-1.5.of-a-user").mkdir()
+    remove_left_behind(tmp_path / "model-1.5")
+    assert left in names(tmp_path)  # too young
+    os.utime(tmp_path / left, (0, 0))
+    with temporary_folder(tmp_path / "model-1.5") as folder:
+        assert names(tmp_path) == sorted([".model-1.5.of-a-user", folder.name])
+        os.utime(folder, (0, 0))
+        remove_left_behind(tmp_path / "model-1.5")
+        assert folder.exists()  # old, and in use
+    assert names(tmp_path) == [".model-1.5.of-a-user"]
+
+
+def test_naming_keeps_the_name_of_another_file(tmp_path):
+    """As of an input that is gone while an output is written."""
+    target, source = tmp_path / "model", tmp_path / "model.gguf"
+    for block in (files.naming(target), atomic_write(target)):
+        with pytest.raises(FileNotFoundError) as caught, block:
+            source.open()
+        assert caught.value.filename == str(source)
+    with pytest.raises(FileNotFoundError) as caught, files.naming(target), temporary_folder(target) as folder:
+        (folder / "missing").open()
+    assert caught.value.filename == str(target)

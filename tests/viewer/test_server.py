@@ -337,3 +337,17 @@ def test_an_end_while_the_model_is_loaded_has_its_exit_code(model, code, says):
     assert process.returncode == code
     assert says in rest
     assert "Traceback" not in rest
+
+
+def test_the_embedding_is_a_layer_of_everything_that_is_sent():
+    session = work.Session(load("demo"), [None, TunedLens(8, 256, embedding=True)], Limits(top_k=2), embedding=True)
+    lines = [*session.read(ReadRequest(["Click the button"], [5])), *session.generate(ReadRequest(["Click the"], [5], 2))]
+    parts = [line["trajectory"] for line in lines if line["type"] == "part"]
+    assert {tuple(layer["layer"] for layer in part["layers"]) for part in parts} == {("embedding", *range(8))}
+    assert all(layer["translated"] for part in parts for layer in part["layers"])
+    compared = comparisons(lines)
+    assert {line["statistics"]["js"]["values"]["shape"][0] for line in compared} == {9}
+    followed = [line for line in session.follow(FollowRequest([7], session.reading, [(0, 1)])) if line["type"] == "chosen"]
+    assert {line["chosen"]["log_probabilities"]["shape"][1] for line in followed} == {9}
+    layers = [line for line in session.compare(CompareRequest(session.reading, (0, 0), (0, 0))) if line["type"] == "comparison"]
+    assert {line["comparison"]["statistics"]["js"]["values"]["shape"][0] for line in layers} == {8}

@@ -69,13 +69,17 @@ def _read(reader: Callable[[], Any]) -> tuple[str, Any]:
 
 def _comparable(content: Any) -> Any:
     """Return a content as plain values: arrays as their bytes."""
+    import mlx.core as mx
+
     if is_dataclass(content) and not isinstance(content, type):
         content = vars(content)
     if isinstance(content, dict):
         return {key: _comparable(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_comparable(value) for value in content]
-    return np.array(content).tobytes() if hasattr(content, "shape") else content
+    if not hasattr(content, "shape"):
+        return content
+    return np.array(content.view(mx.uint16) if content.dtype == mx.bfloat16 else content).tobytes()
 
 
 def _lens() -> Any:
@@ -128,6 +132,20 @@ def _model() -> Any:
         raise OSError(str(error)) from error
 
 
+def _basis() -> Any:
+    from metalens.analysis import CausalBasis
+
+    return CausalBasis.load("basis/layer-000.npz")
+
+
+def _result() -> Any:
+    from metalens.sweep.cells import lens_cells
+    from metalens.sweep.settings import read_sweep
+
+    (cell,) = lens_cells(read_sweep(f"sweep{NEWER}.toml"))
+    return cell.result(Path("sweep"))
+
+
 # {job: {name of a file: function that reads it}}
 READERS: dict[str, dict[str, Callable[[], Any]]] = {
     "train": {
@@ -143,4 +161,6 @@ READERS: dict[str, dict[str, Callable[[], Any]]] = {
     "lens (JSON)": {"trajectory.json": _trajectory("read.json")},
     "convert (a lens)": {"params.pt": _upstream, "config.json of a lens": _upstream},
     "convert (a model)": {"model.safetensors": _model, "config.json": _model},
+    "analyze causal": {"basis of a layer": _basis},
+    "sweep": {"result.json of a cell": _result},
 }

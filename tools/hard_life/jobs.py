@@ -13,6 +13,12 @@ from pathlib import Path
 from metalens.evaluation.results import RESULTS
 
 OLDER, NEWER = 0, 1  # the two versions of every output
+# Of a result of a sweep: its times, whether it went on after a crash, and the checksum of all.
+TIMED = ("seconds", "core_seconds", "resumed", "checksum")
+CAUSAL = (
+    *("--data", "text0.txt", "--lens", "lens0", "--layers", "0", "--max-tokens", "32", "--max-seq-len", "16"),
+    *("--fidelity-tokens", "0", "--max-evaluations", "5"),
+)
 STEPS = 3
 LENGTH = 16
 
@@ -92,11 +98,32 @@ JOBS = (
         {name: f"converted/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")},
         together=("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
     ),
+    Job(
+        "analyze causal",
+        # The newer basis goes on from the older one.
+        lambda version: ["analyze", "causal", "model", *CAUSAL, "--directions", str(version + 1), "--out", "basis"],
+        {"basis of a layer": "basis/layer-*.npz"},
+    ),
+    Job(
+        "sweep",
+        lambda version: ["sweep", f"sweep{version}.toml", "--out", "sweep"],
+        {"lens.npz of a cell": "sweep/lenses/*/lens.npz", "result.json of a cell": "sweep/*/*/result.json"},
+    ),
 )
 
 
+# The two versions train with other seeds. What they find lies side by side.
+SWEEP = """
+seeds = [{seed}]
+models = [{{name = "m", model = "model"}}]
+texts = [{{name = "t", train = ["text0.txt"], evaluate = ["text0.txt"]}}]
+evaluation = {{max_tokens = 64, max_seq_len = 16}}
+recipes = [{{name = "r", recipe = "fast", num_steps = 2, max_seq_len = 16, tokens_per_step = 32, warm_start_tokens = 96}}]
+"""
+
+
 def prepare(folder: Path) -> None:
-    """Write what the commands read: a model, two texts, two GGUF files, and two lenses."""
+    """Write what the commands read: a model, two texts, two GGUF files, two lenses, and settings of sweeps."""
     import gguf
     import mlx.core as mx
     import numpy as np
@@ -114,6 +141,7 @@ def prepare(folder: Path) -> None:
     for version in (OLDER, NEWER):
         rng = np.random.default_rng(version)
         (folder / f"text{version}.txt").write_text(" ".join(f"w{i}" for i in rng.integers(0, 90, 60 * LENGTH)))
+        (folder / f"sweep{version}.toml").write_text(SWEEP.format(seed=version))
         lens = TunedLens(3, 64)
         for translator in lens.translators:
             translator.weight = translator.weight + mx.array(0.1 * rng.standard_normal((64, 64)).astype(np.float32))
@@ -140,6 +168,9 @@ def contents(folder: Path, job: Job) -> dict[str, dict[str, bytes]]:
 def _content(path: Path) -> bytes:
     """Return the bytes of a file, without what a clock has measured."""
     data = path.read_bytes()
+    if path.match("sweep/*/*/result.json"):
+        found = json.loads(data)
+        return json.dumps({key: value for key, value in found.items() if key not in TIMED}).encode()
     if path.suffix != ".jsonl":
         return data
     lines = []

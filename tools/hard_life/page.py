@@ -14,7 +14,7 @@ KINDS = ("killed", "full disk", "two at once", "a flipped bit")
 HEAD = """# A hard life
 
 What becomes of the files that metalens writes when a process is killed, a disk is full, a bit flips, or two processes write to one place.
-`python tools/hard_life --out docs/reference/hard-life.md` made the trials and wrote this page. [Promises](promises.md) says what follows from
+`python tools/hard_life` made the trials and wrote this page. [Promises](promises.md) says what follows from
 them, with a test for each.
 
 - *Killed*: the command writes newer files over older ones, and is killed (`kill -9`) before it changes files: before each creation, fsync, move
@@ -35,6 +35,11 @@ SEEN = (
         "`convert` or `eval` is killed between the moves of its files.",
         "Each file is whole, and files of two versions lie side by side: run the command again. A lens of metalens that is mixed in this way is "
         "refused when it is read.",
+    ),
+    (
+        "`convert --force` of a model is killed between its two moves.",
+        "There is no folder NAME. The older model is whole, in the hidden folder `.NAME.old.metalens-*` beside it: run the command again, which "
+        "deletes that folder when the new model is in place, or move the folder to NAME.",
     ),
     (
         "The disk is full.",

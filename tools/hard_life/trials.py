@@ -121,7 +121,8 @@ class Bench:
                 if state == "other" and (name in CHECKPOINTS or any(whole.startswith(data) for whole in new[name].values() if name in GROWING)):
                     state = "a part"
                 found.note(name, state)
-                versions.setdefault(name, set()).add(state)
+                if old[name].get(path) != new[name].get(path):
+                    versions.setdefault(name, set()).add(state)
                 if state == "other":
                     found.wrong.append(f"{job.name}, {at}: {path} is neither the old nor the new one")
             if not now[name]:
@@ -218,10 +219,12 @@ def full_disk(bench: Bench, job: Job) -> Found:
 
 
 def names_file(said: str, job: Job) -> bool:
-    """Return whether a command said in one line which of its files it could not write, and why."""
-    lines = [line for line in said.splitlines() if line.startswith("Error: ")]
+    """Return whether a command ended with one error, and said in one line which of its files it could not write, and why."""
+    lines = said.splitlines()
     places = {Path(pattern).parts[0] for pattern in job.files.values()}
-    return len(lines) == 1 and any(place in lines[0] for place in places) and "No space left on device" in lines[0]
+    reasons = [line for line in lines if "No space left on device" in line or "Is the disk full?" in line]
+    errors = [line for line in lines if line.startswith("Error: ")]
+    return len(errors) == len(reasons) == 1 and any(place in reasons[0] for place in places)
 
 
 class SmallDisk:

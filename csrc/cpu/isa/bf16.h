@@ -277,6 +277,11 @@ inline void unpack_columns(const Matrix& w, int64_t row, int64_t column, int64_t
     for (int half = 0; half < 2; ++half) out[half] = four_bit_codes(codes + 8 * half) * g.scale + g.bias;
     return;
   }
+  if (w.format == Format::dense && w.element == Element::f32 && width == kPanelColumns) {
+    const float* values = static_cast<const float*>(w.values) + row * w.cols + column;
+    for (int half = 0; half < 2; ++half) out[half] = load_vec(values + 16 * half);
+    return;
+  }
   float values[kPanelColumns] = {};
   unpack(w, row, column, w.format == Format::dense ? width : (width + 7) / 8 * 8, values);
   for (int half = 0; half < 2; ++half) out[half] = load_vec(values + 16 * half);

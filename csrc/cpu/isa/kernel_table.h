@@ -15,6 +15,7 @@
 #include "cpu/isa/matvec.h"
 #include "cpu/isa/multiply.h"
 #include "cpu/isa/rows.h"
+#include "cpu/isa/transpose.h"
 
 #ifndef METALENS_FLOAT32
 #define METALENS_FLOAT32 kFloat32
@@ -44,6 +45,7 @@ const KernelTable table{
     .bf16 = METALENS_BF16,
     .load = load,
     .store = store,
+    .transpose_block = transpose_block,
     .matvec_rows = matvec_rows,
     .matvec_columns = matvec_columns,
     .transform = transform,

@@ -46,4 +46,26 @@ inline void transpose(V* rows) {
   if constexpr (kVector > 8) swap_all_blocks<8>(rows);
 }
 
+// to[j, i] = from[i, j] for i < rows and j < columns; ldf and ldt are row strides.
+void transpose_block(const float* from, int64_t ldf, int64_t rows, int64_t columns, float* to, int64_t ldt) {
+  int64_t i = 0;
+  for (; i + kVector <= rows; i += kVector) {
+    int64_t j = 0;
+    for (; j + kVector <= columns; j += kVector) {
+      vec square[kVector];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kVector; ++lane) square[lane] = load_vec(from + (i + lane) * ldf + j);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kVector; ++lane) store_vec(to + (j + lane) * ldt + i, square[lane]);
+    }
+    for (; j < columns; ++j) {
+      for (int lane = 0; lane < kVector; ++lane) to[j * ldt + i + lane] = from[(i + lane) * ldf + j];
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[j * ldt + i] = from[i * ldf + j];
+  }
+}
+
 }  // namespace metalens::cpu::METALENS_ISA

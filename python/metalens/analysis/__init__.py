@@ -11,6 +11,13 @@ from metalens.analysis.changed_layers import CHANGES, LayerEffects, layer_effect
 from metalens.analysis.choices import ChoiceScores, score_choices, score_continuations
 from metalens.analysis.difficulty import Difficulty, checkpoint_predictions, iteration_learned, question_predictions, text_depths, text_predictions
 from metalens.analysis.fidelity import Fidelity, causal_fidelity
+from metalens.analysis.gaussians import (
+    GaussianDistances,
+    gaussian_bhattacharyya,
+    gaussian_kl,
+    gaussian_wasserstein,
+    gaussian_wasserstein_to_origin,
+)
 from metalens.analysis.interventions import Effect, Intervention, delete_blocks, measure_effects, permute_blocks, replace_block, swap_blocks
 from metalens.analysis.layer_accuracy import LayerAccuracy, Overthinking, accuracy_by_layer, overthinking
 from metalens.analysis.questions import Question, read_questions, with_demonstrations
@@ -29,7 +36,7 @@ from metalens.analysis.roc import auroc, bootstrap_auroc
 from metalens.analysis.sequences import sequences_of
 from metalens.analysis.serializing import as_json
 from metalens.analysis.update_gradients import GradientAlignment, gradient_alignment
-from metalens.analysis.weight_readings import WeightReading, coherence_auroc, random_directions, read_directions, read_weights
+from metalens.analysis.weight_readings import WeightReading, coherence_auroc, concept_tokens, random_directions, read_directions, read_weights
 
 __all__ = [
     "CHANGES",
@@ -41,6 +48,7 @@ __all__ = [
     "Difficulty",
     "Effect",
     "Fidelity",
+    "GaussianDistances",
     "GradientAlignment",
     "Interval",
     "Intervention",
@@ -69,6 +77,7 @@ __all__ = [
     "causal_fidelity",
     "checkpoint_predictions",
     "coherence_auroc",
+    "concept_tokens",
     "covariance_similarity",
     "delete_blocks",
     "derangement",
@@ -76,6 +85,10 @@ __all__ = [
     "effective_rank",
     "extract_causal_bases",
     "fit_detector",
+    "gaussian_bhattacharyya",
+    "gaussian_kl",
+    "gaussian_wasserstein",
+    "gaussian_wasserstein_to_origin",
     "gradient_alignment",
     "hidden_features",
     "iteration_learned",

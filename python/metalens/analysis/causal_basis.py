@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from metalens.analysis.ablation import AblationMode
+from metalens.lenses.lens_file import archive_fault
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
 from metalens.utils.outputs import Output, require_replaceable
@@ -90,8 +91,11 @@ class CausalBasis:
             with np.load(path, allow_pickle=False) as archive:
                 about, arrays = json.loads(str(archive["about"])), {name: archive[name] for name in ARRAYS}
             basis = cls(**arrays, **about)
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise InvalidValueError(f"{path} is no causal basis, or is damaged: {error}. Delete it, and extract the basis again.") from error
+        except OSError:
+            raise
+        except Exception as error:  # a dozen types, depending on the damaged byte
+            fault = archive_fault(error)
+            raise InvalidValueError(f"{path} is no causal basis, or is damaged: {fault}. Delete it, and extract the basis again.") from error
         shapes = [getattr(basis, name).shape for name in ARRAYS]
         k, d = basis.vectors.shape if basis.vectors.ndim == 2 else (-1, -1)
         if shapes != [(k, d), (k,), (k,), (k,), (d,)]:

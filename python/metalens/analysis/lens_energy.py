@@ -94,10 +94,8 @@ class LensEnergy:
 
     def _lens_rows(self, layers: Sequence[int], hidden: Sequence[mx.array]) -> list[mx.array]:
         """Return the rows [N, D] that the head reads, of hidden states of some layers."""
-        padded = [hidden[0]] * (max(layers) + 1)
-        for layer, h in zip(layers, hidden, strict=True):
-            padded[layer] = h
-        return [lens_rows(padded, [layer], self.lens, self.unembed.norm)[0].astype(mx.float32) for layer in layers]
+        pairs = zip(layers, hidden, strict=True)
+        return [lens_rows({layer: h}, [layer], self.lens, self.unembed.norm)[0].astype(mx.float32) for layer, h in pairs]
 
 
 def _joined(targets: Sequence[LensTarget]) -> LensTarget:

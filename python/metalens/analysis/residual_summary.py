@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from metalens.analysis.gaussians import GaussianDistances
 from metalens.analysis.resampling import Interval
 from metalens.analysis.residuals import (
     ROGUE_FACTOR,
@@ -32,6 +33,7 @@ class LayerResiduals:
         effective_rank: effective rank of the covariance, 1 to D.
         rogue: rogue dimensions, largest first.
         rogue_variance: fraction of the variance in them, 0 to 1.
+        to_next: distances to the next layer, as of Gaussians; None for the last layer, and if they were not asked for.
     """
 
     layer: Layer
@@ -40,6 +42,7 @@ class LayerResiduals:
     effective_rank: float
     rogue: list[int]
     rogue_variance: float
+    to_next: GaussianDistances | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,8 @@ def residual_report(
     statistics: Mapping[Layer, ResidualStatistics],
     transfer: Transfer | None = None,
     *,
-    transfer_layers: Sequence[int] | None = None,
     factor: float = ROGUE_FACTOR,
+    distances: bool = False,
     resamples: int = 1000,
     seed: int = 0,
 ) -> ResidualReport:
@@ -78,9 +81,9 @@ def residual_report(
 
     Args:
         statistics: {layer: statistics}, as `residual_statistics` returns them.
-        transfer: layer transfer of a lens on the same model, for its rank correlation with the similarity.
-        transfer_layers: layers that the lens translates. None = all of the transfer. Layers without statistics are left out.
+        transfer: layer transfer of a lens on the same model, for its rank correlation with the similarity. Layers without statistics are left out.
         factor: as in `rogue_dimensions`.
+        distances: also measure the distance of each layer to the next one, as of Gaussians. Takes a few D^3 for each layer.
         resamples: resamples of the bootstrap.
         seed: seed of the bootstrap.
 
@@ -89,20 +92,20 @@ def residual_report(
     """
     if not statistics:
         raise InvalidValueError("There are no statistics of any layer. Choose at least one layer.")
-    layers, left_out = [], set()
-    for layer, each in statistics.items():
+    layers, left_out, following = [], set(), [*statistics.values()][1:]
+    for i, (layer, each) in enumerate(statistics.items()):
         variance, rogue = each.variance, rogue_dimensions(each, factor)
         total = float(variance.sum())
         share = float(variance[rogue].sum()) / total if total > 0 else 0.0
-        layers.append(LayerResiduals(layer, each.mean_norm, total, effective_rank(each.covariance), rogue, share))
+        to_next = GaussianDistances.of(each, following[i]) if distances and i < len(following) else None
+        layers.append(LayerResiduals(layer, each.mean_norm, total, effective_rank(each.covariance), rogue, share, to_next))
         left_out |= set(rogue)
     whole, without_rogue = (similarity_matrix(list(statistics.values()), dimensions) for dimensions in (set[int](), left_out))
     correlations: list[Interval | None] = [None, None]
     if transfer is not None:
-        chosen = range(len(transfer.penalty)) if transfer_layers is None else transfer_layers
-        common = [layer for layer in statistics if layer in chosen]
-        rows = [list(statistics).index(layer) for layer in common]
-        penalty = np.array(transfer.penalty)[np.ix_([int(i) for i in common], [int(i) for i in common])]
+        common = [layer for layer in statistics if layer in transfer.layers]
+        rows, columns = ([layers.index(layer) for layer in common] for layers in (list(statistics), transfer.layers))
+        penalty = np.array(transfer.penalty)[np.ix_(columns, columns)]
         correlations = [transfer_correlation(s[np.ix_(rows, rows)], penalty, resamples=resamples, seed=seed) for s in (whole, without_rogue)]
     count = next(iter(statistics.values())).count
     return ResidualReport(count, layers, sorted(left_out), whole, without_rogue, *correlations)

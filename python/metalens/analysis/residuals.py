@@ -11,7 +11,8 @@ from metalens.analysis.resampling import Interval, bootstrap, spearman
 from metalens.analysis.sequences import sequences_of
 from metalens.evaluation.text import EvaluationText
 from metalens.models.language_model import LanguageModel
-from metalens.readings.numbering import EMBEDDING, Layer
+from metalens.models.layers import layers_in_order
+from metalens.readings.numbering import Layer
 from metalens.readings.rows import select_layers
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.progress_bar import token_bar
@@ -121,9 +122,7 @@ def residual_statistics(
     Raises:
         InvalidValueError: for an empty text, one without positions after the skipped ones, or an unknown layer.
     """
-    chosen: list[Layer] = [*select_layers(layers, model.num_layers)]
-    if embedding:
-        chosen.insert(0, EMBEDDING)
+    chosen = layers_in_order(select_layers(layers, model.num_layers), embedding)
     if skip < 0:
         raise InvalidValueError(f"skip must be 0 or more positions, got {skip}.")
     sequences = sequences_of(model, text, max_seq_len=max_seq_len, max_tokens=max_tokens, bos=bos)
@@ -131,7 +130,7 @@ def residual_statistics(
     with token_bar(sum(ids.size for ids in sequences), "collecting", show_progress) as bar:
         for ids in sequences:
             states = model.source.capture(ids[None], with_embedding=embedding)
-            stream = {layer: states.embedding if layer == EMBEDDING else states.hidden[int(layer)] for layer in chosen}
+            stream = {layer: states.of(layer) for layer in chosen}
             mx.eval(stream)
             for layer, h in stream.items():
                 assert h is not None

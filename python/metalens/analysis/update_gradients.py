@@ -24,11 +24,12 @@ from metalens.lenses.lens import Lens, as_lens
 from metalens.lenses.provenance import check_lens
 from metalens.models.capture import Edit
 from metalens.models.language_model import LanguageModel
+from metalens.models.layers import EMBEDDING
 from metalens.models.rewiring import edited_input
 from metalens.ops import Head
 from metalens.ops.chunks import in_chunks
 from metalens.ops.logits import capped_logits, head_vjp, with_offset
-from metalens.readings.source import translated_embedding
+from metalens.readings.rows import apply_lens
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.progress_bar import token_bar
 
@@ -124,8 +125,7 @@ def _lens_gradients(model: LanguageModel, ids: mx.array, lens: Lens) -> list[np.
     for layer, h in enumerate(_inputs(model, ids)[0]):
 
         def rows(h: mx.array, layer: int = layer) -> mx.array:
-            translated = lens(h, layer - 1) if layer else translated_embedding(lens, h)
-            return unembed.norm(translated).astype(mx.float32)
+            return unembed.norm(apply_lens(lens, h, layer - 1 if layer else EMBEDDING)).astype(mx.float32)
 
         dn = cross_entropy_gradient(rows(h[:-1]), ids[1:], unembed.head)
         gradients.append(np.array(mx.vjp(rows, [h[:-1]], [dn])[1][0]).astype(np.float64))

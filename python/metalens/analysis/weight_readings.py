@@ -9,7 +9,7 @@ Nothing is unpacked whole: a few columns are unpacked at a time, and the fused o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from metalens.ops import Head, Norm, lens_stats
 from metalens.ops.stats import check_top_k
 from metalens.ops.translate import normed
 from metalens.ops.weight import unpacked_columns, unpacked_rows
+from metalens.readings.chosen_tokens import token_ids_of
 from metalens.readings.rows import require_finite, select_layers
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
@@ -49,6 +50,7 @@ class WeightReading:
         coherence: [N] mean cosine between the unembedding's rows of two of the k tokens, less the mean of all its rows; of the row or its
             opposite, whichever is larger. NaN for k = 1.
         texts: {id: text} of every id in this reading.
+        mass, opposite_mass: [N] probability that a row, and its opposite, give all chosen tokens together, 0 to 1; None without chosen tokens.
     """
 
     layer: int
@@ -62,17 +64,19 @@ class WeightReading:
     bottom_probabilities: np.ndarray
     coherence: np.ndarray
     texts: dict[int, str] = field(default_factory=dict)
+    mass: np.ndarray | None = None
+    opposite_mass: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return N, the number of rows."""
         return len(self.sizes)
 
     def strongest(self, count: int, by: str = "coherence") -> np.ndarray:
-        """Return the numbers of the rows with the largest coherence, size, cosine or top probability, largest first.
+        """Return the numbers of the rows with the largest coherence, size, cosine, top probability or mass, largest first.
 
         Args:
             count: rows to return, at most.
-            by: 'coherence', 'size', 'cosine' or 'probability'.
+            by: 'coherence', 'size', 'cosine' or 'probability'; with chosen tokens also 'mass', of the row or its opposite, whichever is larger.
 
         Raises:
             InvalidValueError: for another word.
@@ -83,6 +87,8 @@ class WeightReading:
             "cosine": self.cosines,
             "probability": np.maximum(self.top_probabilities[:, 0], self.bottom_probabilities[:, 0]),
         }
+        if self.mass is not None and self.opposite_mass is not None:
+            keys["mass"] = np.maximum(self.mass, self.opposite_mass)
         if by not in keys:
             raise InvalidValueError(f"Rows are ordered by {', '.join(keys)}, not by {by!r:.40}.")
         found: np.ndarray = np.argsort(-keys[by], kind="stable")[:count]
@@ -108,9 +114,15 @@ class WeightReading:
                     "promotes": tokens(self.top_ids[row], self.top_probabilities[row]),
                     "suppresses": tokens(self.bottom_ids[row], self.bottom_probabilities[row]),
                 }
+                | self._masses(row)
                 for row in chosen
             ],
         }
+
+    def _masses(self, row: int) -> dict[str, float]:
+        if self.mass is None or self.opposite_mass is None:
+            return {}
+        return {"mass": float(self.mass[row]), "opposite_mass": float(self.opposite_mass[row])}
 
 
 def read_weights(
@@ -121,6 +133,7 @@ def read_weights(
     layers: Sequence[int] | None = None,
     rows: range | None = None,
     top_k: int = 10,
+    tokens: Sequence[str | int] = (),
 ) -> Iterator[WeightReading]:
     """Read the output matrices of blocks through a lens, one matrix after another. The arguments are checked at once.
 
@@ -134,14 +147,16 @@ def read_weights(
         layers: layer numbers, negative from the end; None = all.
         rows: rows of each matrix to read; None = all.
         top_k: tokens to keep of each row, 1 to V.
+        tokens: tokens of a concept, as texts or ids. Each row and its opposite get the probability of all of them together, by which
+            `WeightReading.strongest` ranks the rows (the paper's Table 4, where the concept is toxicity).
 
     Raises:
         FileNotFoundError: if there is no lens at the path.
-        InvalidValueError: for an unknown layer, a block without such a matrix, rows that it does not have, top_k out of range, or a lens of
-            another model.
+        InvalidValueError: for a text that is no single token, an unknown layer, a block without such a matrix, rows that it does not have, top_k
+            out of range, or a lens of another model.
         InvalidTypeError: for a lens that is a function: only an affine map has a part without bias.
     """
-    reader = _RowReader(model, as_lens(lens), top_k)
+    reader = _RowReader(model, as_lens(lens), top_k, tokens)
     blocks = select_layers(layers, model.num_layers)
     size = model.unembed.hidden_dim
     if which == "ov":
@@ -154,7 +169,13 @@ def read_weights(
 
 
 def read_directions(
-    model: LanguageModel, directions: np.ndarray, layer: int, lens: Lens | str | Path | None = None, *, top_k: int = 10
+    model: LanguageModel,
+    directions: np.ndarray,
+    layer: int,
+    lens: Lens | str | Path | None = None,
+    *,
+    top_k: int = 10,
+    tokens: Sequence[str | int] = (),
 ) -> WeightReading:
     """Read directions of the residual stream through a lens, as `read_weights` reads the rows of a matrix.
 
@@ -162,17 +183,40 @@ def read_directions(
         model: the model.
         directions: [N, D] differences of hidden states after block `layer`, for example steering vectors.
         layer: number of the block, negative from the end.
-        lens, top_k: as in `read_weights`.
+        lens, top_k, tokens: as in `read_weights`.
 
     Raises:
         FileNotFoundError, InvalidValueError, InvalidTypeError: as `read_weights`, and for directions of another shape or not finite.
     """
-    reader = _RowReader(model, as_lens(lens), top_k)
+    reader = _RowReader(model, as_lens(lens), top_k, tokens)
     (block,) = select_layers([layer], model.num_layers)
     rows = np.asarray(directions, np.float32)
     if rows.ndim != 2 or rows.shape[1] != model.unembed.hidden_dim or not len(rows) or not np.isfinite(rows).all():
         raise InvalidValueError(f"Directions must be finite numbers [N, {model.unembed.hidden_dim}], got an array {rows.shape}.")
     return reader.read(block, "directions", (mx.array(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)))
+
+
+def concept_tokens(model: LanguageModel, words: Iterable[str]) -> tuple[list[int], list[str]]:
+    """Return the tokens that words are, as they stand and with a space before them, and the words that are no single token.
+
+    Args:
+        model: the model.
+        words: the words of a concept. Empty ones are passed over.
+    """
+    found: dict[int, None] = {}
+    left_out = []
+    for word in filter(None, words):
+        known = [token for spelling in dict.fromkeys((word, f" {word.lstrip(' ')}")) for token in _single_token(model, spelling)]
+        found |= dict.fromkeys(known)
+        left_out += [] if known else [word]
+    return list(found), left_out
+
+
+def _single_token(model: LanguageModel, text: str) -> tuple[int, ...]:
+    try:
+        return token_ids_of(model, [text])
+    except InvalidValueError:
+        return ()
 
 
 def random_directions(model: LanguageModel, count: int, seed: int = 0) -> np.ndarray:
@@ -214,7 +258,7 @@ def _check_rows(rows: range | None, count: int, name: str) -> range:
 class _RowReader:
     """Reads rows of one model through one lens."""
 
-    def __init__(self, model: LanguageModel, lens: Lens, top_k: int) -> None:
+    def __init__(self, model: LanguageModel, lens: Lens, top_k: int, tokens: Sequence[str | int] = ()) -> None:
         if not isinstance(lens, (LogitLens, TunedLens)):
             raise InvalidTypeError(
                 f"Weights are read through a tuned lens or the logit lens, not {lens_kind(lens)}: only an affine map has a part without bias."
@@ -224,6 +268,8 @@ class _RowReader:
         self.model, self.lens, self.top_k = model, lens, top_k
         self.head: Head = model.unembed.head
         self.norm: Norm = model.unembed.norm
+        chosen = token_ids_of(model, tokens)
+        self.labels = mx.array(chosen)[None].astype(mx.int32) if chosen else None
         self._center: mx.array | None = None
 
     def matrix(self, block: int, matrix: OutputMatrix, rows: range | None) -> WeightReading:
@@ -243,7 +289,7 @@ class _RowReader:
         """Read chunks of rows [c, D]."""
         parts = [self._read_chunk(block, rows) for rows in chunks]
         joined = (np.concatenate(each, axis=0 if each[0].ndim == 1 else 1) for each in zip(*parts, strict=True))
-        norms, cosines, ids, probabilities, coherence = joined
+        norms, cosines, ids, probabilities, coherence, masses = joined
         texts = self.model.token_strings(mx.array(np.unique(ids)))
         return WeightReading(
             block,
@@ -257,17 +303,20 @@ class _RowReader:
             probabilities[1],
             coherence,
             texts,
+            *(masses if self.labels is not None else (None, None)),
         )
 
-    def _read_chunk(self, block: int, rows: mx.array) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return sizes [c], cosines [c], token ids and probabilities [2, c, k] of rows and their opposites, and coherence [c]."""
+    def _read_chunk(self, block: int, rows: mx.array) -> tuple[np.ndarray, ...]:
+        """Return sizes [c], cosines [c], token ids and probabilities [2, c, k] of rows and their opposites, coherence [c], masses [2, c]."""
         turned = self._translated(block, rows)
-        stats = lens_stats(normed(mx.stack([turned, -turned]), self.norm).astype(mx.float32), self.head, self.top_k)
+        labels = None if self.labels is None else mx.broadcast_to(self.labels, (len(rows), self.labels.shape[1]))
+        stats = lens_stats(normed(mx.stack([turned, -turned]), self.norm).astype(mx.float32), self.head, self.top_k, labels=labels)
         require_finite(stats)
         sizes, after = mx.linalg.norm(rows, axis=-1), mx.linalg.norm(turned, axis=-1)
         cosines = mx.sum(rows * turned, axis=-1) / mx.maximum(sizes * after, 1e-30)
         probabilities = mx.exp(stats.top_logits - stats.lse[..., None])
-        return np.array(sizes), np.array(cosines), np.array(stats.top_ids), np.array(probabilities), self._coherence(stats.top_ids)
+        masses = np.zeros((2, len(rows))) if stats.nll is None else np.exp(-np.array(stats.nll)).sum(axis=-1, dtype=np.float64)
+        return np.array(sizes), np.array(cosines), np.array(stats.top_ids), np.array(probabilities), self._coherence(stats.top_ids), masses
 
     def _translated(self, block: int, rows: mx.array) -> mx.array:
         """Apply the lens's matrix, without its bias."""

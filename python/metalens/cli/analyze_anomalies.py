@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metalens.cli.analyze_options import check_picture, layers_option, opened_lenses, seed_option, write_picture
-from metalens.cli.common import FilePath, force_option, json_option, lens_option, load_model, one_clear_error, print_json, print_table, save_option
+from metalens.cli.analyze_options import AnalysisOptions, analysis_options
+from metalens.cli.common import FilePath, load_model, print_json, print_table
 from metalens.utils.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ DETECTOR_NAMES = ("isolation-forest", "local-outlier-factor", "mahalanobis", "re
     help="JSON Lines of usual prompts: questions with choices, or with --features statistics or hidden also texts.",
 )
 @click.option("--anomalous", required=True, type=FilePath(exists=True, dir_okay=False), metavar="FILE", help="Prompts to detect, in the same form.")
-@lens_option
 @click.option(
     "--features",
     type=click.Choice(["choices", "statistics", "hidden"]),
@@ -46,25 +45,8 @@ DETECTOR_NAMES = ("isolation-forest", "local-outlier-factor", "mahalanobis", "re
     show_default=True,
     help="Detector. Repeat it for more.",
 )
-@layers_option
-@seed_option
-@save_option("the ROC curves")
-@force_option
-@json_option
-@one_clear_error
-def anomalies_command(
-    model: str,
-    normal: Path,
-    anomalous: Path,
-    lens_path: Path | None,
-    features: str,
-    methods: tuple[str, ...],
-    layers: list[int] | None,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+@analysis_options("the ROC curves")
+def anomalies_command(model: str, normal: Path, anomalous: Path, features: str, methods: tuple[str, ...], options: AnalysisOptions) -> None:
     """Tell anomalous prompts from normal ones by how their predictions move through the layers.
 
     Each detector is fitted to three quarters of the normal prompts, and tested on the others and on the anomalous ones.
@@ -72,16 +54,16 @@ def anomalies_command(
     from metalens.analysis import as_json as plain
     from metalens.analysis import detect_anomalies
 
-    if features == "hidden" and lens_path is not None:
+    if features == "hidden" and options.lens_path is not None:
         raise InvalidValueError("--features hidden uses no lens. Leave --lens out, or choose other features.")
-    check_picture(picture, force, [normal, anomalous], lens_path)
-    lenses = {"hidden states": None} if features == "hidden" else opened_lenses(lens_path)
+    options.check([normal, anomalous])
+    lenses = {"hidden states": None} if features == "hidden" else options.lenses()
     loaded = load_model(model)
     found = {}
     for name, lens in lenses.items():
-        usual, unusual = (_features(loaded, path, features, lens, layers) for path in (normal, anomalous))
-        found[name] = [detect_anomalies(usual, unusual, method, seed=seed) for method in methods]
-    if as_json:
+        usual, unusual = (_features(loaded, path, features, lens, options.layers) for path in (normal, anomalous))
+        found[name] = [detect_anomalies(usual, unusual, method, seed=options.seed) for method in methods]
+    if options.as_json:
         print_json(plain(found))
     else:
         from metalens.display.prediction_tables import detection_table
@@ -89,10 +71,9 @@ def anomalies_command(
         first = next(iter(found.values()))[0]
         counts = f"{first.fitted} normal prompts to fit, {len(first.normal)} and {len(first.anomalous)} anomalous ones to test"
         print_table(detection_table(found, f"{model}: {counts}"))
-    if picture is not None:
-        from metalens.display.prediction_figures import detection_figure
+    from metalens.display.prediction_figures import detection_figure
 
-        write_picture(detection_figure(found, f"{model}: anomalous prompts by {features}"), picture, force)
+    options.draw(lambda: detection_figure(found, f"{model}: anomalous prompts by {features}"))
 
 
 def _features(model: InterpretableModel, path: Path, features: str, lens: Lens | None, layers: list[int] | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,21 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from metalens.analysis.ablation import MODES, AblationMode
-from metalens.cli.analyze_options import check_picture, layers_option, seed_option, write_picture
-from metalens.cli.analyze_text import opened_text, text_options
-from metalens.cli.common import (
-    FilePath,
-    SeveralFiles,
-    force_option,
-    json_option,
-    lens_option,
-    load_model,
-    note,
-    one_clear_error,
-    print_json,
-    print_table,
-    save_option,
-)
+from metalens.cli.analyze_options import AnalysisOptions, analysis_options
+from metalens.cli.analyze_text import TextOptions, text_options
+from metalens.cli.common import FilePath, SeveralFiles, load_model, note, print_json, print_table
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -35,8 +24,6 @@ if TYPE_CHECKING:
 @click.command("causal", cls=SeveralFiles)
 @click.argument("model")
 @text_options(max_seq_len=128, max_tokens=512)
-@lens_option
-@layers_option
 @click.option("--directions", type=click.IntRange(min=1), default=10, show_default=True, help="Directions to find for each layer.")
 @click.option("--mode", type=click.Choice(MODES), default="mean", show_default=True, help="What an ablation puts in place of a direction.")
 @click.option(
@@ -53,71 +40,63 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="Folder for the basis of each layer, written after every direction. A run that was stopped goes on from there.",
 )
-@seed_option
-@save_option("energies, influences and their correlation")
-@force_option
-@json_option
-@one_clear_error
+@analysis_options("energies, influences and their correlation")
 def causal_command(
     model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    max_tokens: int,
-    max_seq_len: int,
-    no_bos: bool,
-    lens_path: Path | None,
-    layers: list[int] | None,
+    text: TextOptions,
     directions: int,
     mode: AblationMode,
     fidelity_tokens: int,
     max_evaluations: int,
     out: Path | None,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
+    options: AnalysisOptions,
 ) -> None:
     """Find the directions that the lens's predictions depend on, and ablate them in MODEL.
 
     A direction's energy is the mean KL of the lens's prediction to itself with the direction ablated. If the lens depends on what MODEL depends on,
     both influences have the same order.
     """
-    from metalens.analysis import SearchOptions, causal_fidelity, extract_causal_bases, sequences_of
+    from metalens.analysis import SearchOptions, causal_fidelity, extract_causal_bases
     from metalens.analysis import as_json as plain
 
-    check_picture(picture, force, [Path(name) for name in data], lens_path)
+    options.check(text.inputs)
     loaded = load_model(model)
-    max_seq_len = min(max_seq_len, max_tokens)  # else the first sequence would hold the tokens of the fidelity too
-    text = opened_text(loaded, data, field, split, max_tokens + fidelity_tokens)
-    sequences = sequences_of(loaded, text, max_seq_len=max_seq_len, max_tokens=max_tokens + fidelity_tokens, bos=not no_bos)
-    first, rest = _divided(sequences, max_tokens)
+    tokens = text.max_tokens or 0
+    # Else the first sequence would hold the tokens of the fidelity too.
+    both = replace(text, max_seq_len=min(text.max_seq_len, tokens), max_tokens=tokens + fidelity_tokens)
+    first, rest = _divided(both.sequences(loaded), tokens)
 
     def report(basis: CausalBasis) -> None:
         note(f"layer {basis.layer}, direction {len(basis)}: {basis.energies[-1]:.4f} nats per token, {basis.evaluations[-1]} evaluations")
 
-    options = SearchOptions(max_evaluations=max_evaluations, seed=seed)
-    common: dict[str, Any] = {"max_seq_len": max_seq_len, "max_tokens": None, "bos": not no_bos}
+    common: dict[str, Any] = {**both.settings, "max_tokens": None}
     bases = extract_causal_bases(
-        loaded, first, lens_path, directions=directions, layers=layers, mode=mode, options=options, folder=out, on_direction=report, **common
+        loaded,
+        first,
+        options.lens_path,
+        directions=directions,
+        layers=options.layers,
+        mode=mode,
+        options=SearchOptions(max_evaluations=max_evaluations, seed=options.seed),
+        folder=out,
+        on_direction=report,
+        **common,
     )
     if fidelity_tokens and not rest:
-        note(f"The text has no tokens after the first {max_tokens}: the directions are ablated on the text that they were found on.")
-    fidelity = causal_fidelity(loaded, rest or first, bases, lens_path, seed=seed, show_progress=True, **common) if fidelity_tokens else []
-    if as_json:
+        note(f"The text has no tokens after the first {tokens}: the directions are ablated on the text that they were found on.")
+    fidelity = []
+    if fidelity_tokens:
+        fidelity = causal_fidelity(loaded, rest or first, bases, options.lens_path, seed=options.seed, show_progress=True, **common)
+    kind = "logit" if options.lens_path is None else "tuned"
+    if options.as_json:
         print_json({"bases": [basis.to_dict() for basis in bases.values()], "fidelity": plain(fidelity)})
     else:
         from metalens.display.causal_tables import basis_table
 
-        print_table(basis_table(list(bases.values()), fidelity, f"causal bases of the {_kind(lens_path)} lens of {model}"))
-    if picture is not None:
-        from metalens.display.causal_figures import fidelity_figure
+        print_table(basis_table(list(bases.values()), fidelity, f"causal bases of the {kind} lens of {model}"))
+    from metalens.display.causal_figures import fidelity_figure
 
-        write_picture(fidelity_figure(list(bases.values()), fidelity, f"{_kind(lens_path)} lens of {model}"), picture, force)
-
-
-def _kind(lens_path: Path | None) -> str:
-    return "logit" if lens_path is None else "tuned"
+    options.draw(lambda: fidelity_figure(list(bases.values()), fidelity, f"{kind} lens of {model}"))
 
 
 def _divided(sequences: Sequence[mx.array], tokens: int) -> tuple[list[mx.array], list[mx.array]]:
@@ -130,31 +109,10 @@ def _divided(sequences: Sequence[mx.array], tokens: int) -> tuple[list[mx.array]
 @click.command("alignment", cls=SeveralFiles)
 @click.argument("model")
 @text_options(max_seq_len=64)
-@lens_option
-@layers_option
 @click.option("--sequences", type=click.IntRange(min=2), default=64, show_default=True, help="Sequences to read: one sample each.")
 @click.option("--mean-weights", is_flag=True, help="Weight tokens by the mean of MODEL's predictions before and after, as tuned-lens's v0.0.3 does.")
-@seed_option
-@save_option("the alignment by layer")
-@force_option
-@json_option
-@one_clear_error
-def alignment_command(
-    model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    max_seq_len: int,
-    no_bos: bool,
-    lens_path: Path | None,
-    layers: list[int] | None,
-    sequences: int,
-    mean_weights: bool,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+@analysis_options("the alignment by layer")
+def alignment_command(model: str, text: TextOptions, sequences: int, mean_weights: bool, options: AnalysisOptions) -> None:
     """Compare how the lens and MODEL answer to a change of the hidden states (stimulus-response alignment).
 
     What a block adds at the last token of a sequence is replaced by what it adds in another one. The alignment is the cosine of the change of the
@@ -163,28 +121,27 @@ def alignment_command(
     from metalens.analysis import as_json as plain
     from metalens.analysis import stimulus_response_alignment
 
-    check_picture(picture, force, [Path(name) for name in data], lens_path)
+    options.check(text.inputs)
     loaded = load_model(model)
     found = stimulus_response_alignment(
         loaded,
-        opened_text(loaded, data, field, split, max_seq_len * (sequences + 1), join="eos"),
-        lens_path,
-        layers=layers,
-        seq_len=max_seq_len,
+        text.corpus(loaded, text.max_seq_len * (sequences + 1)),
+        options.lens_path,
+        layers=options.layers,
+        seq_len=text.max_seq_len,
         max_sequences=sequences,
-        bos=not no_bos,
+        bos=not text.no_bos,
         mean_weights=mean_weights,
-        seed=seed,
+        seed=options.seed,
         show_progress=True,
     )
     title = f"stimulus-response alignment of {model}"
-    if as_json:
+    if options.as_json:
         print_json({"alignment": plain(found)})
     else:
         from metalens.display.causal_tables import alignment_table
 
         print_table(alignment_table(found, title))
-    if picture is not None:
-        from metalens.display.causal_figures import alignment_figure
+    from metalens.display.causal_figures import alignment_figure
 
-        write_picture(alignment_figure(found, title), picture, force)
+    options.draw(lambda: alignment_figure(found, title))

@@ -7,21 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metalens.cli.analyze_options import check_picture, layers_option, normalize_option, opened_lenses, questions_option, seed_option, write_picture
-from metalens.cli.analyze_text import opened_text
-from metalens.cli.common import (
-    SeveralFiles,
-    data_options,
-    force_option,
-    json_option,
-    lens_option,
-    load_model,
-    note,
-    one_clear_error,
-    print_json,
-    print_table,
-    save_option,
-)
+from metalens.cli.analyze_options import AnalysisOptions, analysis_options, normalize_option, questions_option, refuse
+from metalens.cli.analyze_text import ABOUT_THE_TEXT, TextOptions, text_options
+from metalens.cli.common import SeveralFiles, load_model, note, print_json, print_table
 from metalens.utils.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -32,10 +20,8 @@ if TYPE_CHECKING:
 
 @click.command("depth", cls=SeveralFiles)
 @click.argument("model")
-@data_options(required=False, split="test")
+@text_options(max_seq_len=128, max_tokens="all", required=False)
 @questions_option(required=False)
-@lens_option
-@layers_option
 @click.option(
     "--checkpoint",
     "checkpoints",
@@ -45,51 +31,44 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", metavar="0,1000,...", help="Training step of each checkpoint, then of MODEL.  [default: 0, 1, 2, ...]")
 @normalize_option
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Tokens of --data to read.  [default: all]")
-@click.option("--max-seq-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per sequence of --data.")
-@seed_option
-@save_option("the depths, and with --checkpoint the depths by iteration learned")
-@force_option
-@json_option
-@one_clear_error
+@analysis_options("the depths, and with --checkpoint the depths by iteration learned")
 def depth_command(
     model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
+    text: TextOptions,
     questions_path: Path | None,
-    lens_path: Path | None,
-    layers: list[int] | None,
     checkpoints: tuple[str, ...],
     steps: str | None,
     normalize: Normalize,
-    max_tokens: int | None,
-    max_seq_len: int,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
+    options: AnalysisOptions,
 ) -> None:
     """Find the layer at which each prediction settles, on the text of --data or on --questions.
+
+    --normalize is for questions; the options of how a text is read and cut are for --data.
 
     With --checkpoint also the step of the training from which on the prediction is MODEL's, and the rank correlation of the two.
     """
     from metalens.analysis import Difficulty, checkpoint_predictions, iteration_learned
     from metalens.analysis import as_json as plain
 
-    if (questions_path is None) == (not data):
+    if (questions_path is None) == (not text.data):
         raise InvalidValueError("Give the examples either as a text (--data) or as questions (--questions).")
-    named = _steps(steps, len(checkpoints) + 1)
-    check_picture(picture, force, [Path(name) for name in data] if questions_path is None else [questions_path], lens_path)
-    lenses, loaded = opened_lenses(lens_path), load_model(model)
     if questions_path is None:
-        depths, groups, predict = _of_text(loaded, lenses, layers, data, field, split, max_tokens, max_seq_len)
+        refuse({"normalize": "--normalize"}, "The predictions of a text have no choices whose length could be divided by.")
     else:
-        depths, groups, predict = _of_questions(loaded, lenses, layers, questions_path, normalize)
-    rows = layers if layers is not None else list(range(loaded.num_layers))
+        refuse(ABOUT_THE_TEXT, "Questions are read whole, each as it is.")
+    named = _steps(steps, len(checkpoints) + 1)
+    options.check(text.inputs if questions_path is None else [questions_path])
+    lenses, loaded = options.lenses(), load_model(model)
+    if questions_path is None:
+        depths, groups, predict = _of_text(loaded, lenses, options.layers, text)
+    else:
+        depths, groups, predict = _of_questions(loaded, lenses, options.layers, questions_path, normalize)
+    rows = options.layers if options.layers is not None else list(range(loaded.num_layers))
     learned = iteration_learned(checkpoint_predictions([*checkpoints, loaded], predict), named) if checkpoints else None
-    correlations = {} if learned is None else {name: Difficulty(depth, learned, groups).correlation(seed=seed) for name, depth in depths.items()}
-    if as_json:
+    correlations = (
+        {} if learned is None else {name: Difficulty(depth, learned, groups).correlation(seed=options.seed) for name, depth in depths.items()}
+    )
+    if options.as_json:
         answer = {"layers": rows, "depths": depths, "groups": groups}
         print_json(plain(answer if learned is None else answer | {"learned": learned, "correlation": correlations}))
     else:
@@ -99,10 +78,9 @@ def depth_command(
         print_table(depth_table(depths, rows, f"{model}: {len(groups)} predictions"))
         for name, found in correlations.items():
             note(f"Rank correlation of prediction depth ({name}) and iteration learned: {interval(found)}")
-    if picture is not None:
-        from metalens.display.prediction_figures import depth_figure
+    from metalens.display.prediction_figures import depth_figure
 
-        write_picture(depth_figure(depths, rows, learned, f"{model}: {len(groups)} predictions"), picture, force)
+    options.draw(lambda: depth_figure(depths, rows, learned, f"{model}: {len(groups)} predictions"))
 
 
 def _steps(given: str | None, count: int) -> list[int] | None:
@@ -123,16 +101,12 @@ def _of_text(
     model: InterpretableModel,
     lenses: dict[str, Lens | None],
     layers: list[int] | None,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    max_tokens: int | None,
-    max_seq_len: int,
+    text: TextOptions,
 ) -> tuple[Any, Any, Any]:
     """Return the depths of each lens, the text of each position, and what predicts the same positions by another model."""
-    from metalens.analysis import sequences_of, text_depths, text_predictions
+    from metalens.analysis import text_depths, text_predictions
 
-    texts = sequences_of(model, opened_text(model, data, field, split, max_tokens), max_seq_len=max_seq_len, max_tokens=max_tokens)
+    texts = text.sequences(model)
     found = {name: text_depths(model, texts, lens, layers) for name, lens in lenses.items()}
     return {name: depths for name, (depths, _) in found.items()}, next(iter(found.values()))[1], text_predictions(texts)
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
 from metalens.analysis.changed_layers import CHANGES
-from metalens.cli.analyze_options import check_picture, layers_option, seed_option, write_picture
-from metalens.cli.analyze_text import opened_text, text_options
-from metalens.cli.common import (
-    SeveralFiles,
-    force_option,
-    json_option,
-    lens_option,
-    load_model,
-    note,
-    one_clear_error,
-    print_json,
-    print_table,
-    save_option,
-)
+from metalens.cli.analyze_options import AnalysisOptions, analysis_options
+from metalens.cli.analyze_text import TextOptions, text_options
+from metalens.cli.common import SeveralFiles, load_model, note, print_json, print_table
 from metalens.utils.errors import InvalidValueError
 
 
 @click.command("layers", cls=SeveralFiles)
 @click.argument("model")
 @text_options(max_seq_len=128, max_tokens=512)
-@layers_option
 @click.option(
     "--change",
     "changes",
@@ -44,65 +31,39 @@ from metalens.utils.errors import InvalidValueError
     type=click.Choice(["lens", "model"]),
     help="Also measure the cosine of what each block adds and the gradient of the cross-entropy at its input: of the lens there, or of MODEL.",
 )
-@lens_option
-@seed_option
-@save_option("the effects by layer")
-@force_option
-@json_option
-@one_clear_error
+@analysis_options("the effects by layer")
 def layers_command(
-    model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    max_tokens: int,
-    max_seq_len: int,
-    no_bos: bool,
-    layers: list[int] | None,
-    changes: tuple[str, ...],
-    gradient: Literal["lens", "model"] | None,
-    lens_path: Path | None,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
+    model: str, text: TextOptions, changes: tuple[str, ...], gradient: Literal["lens", "model"] | None, options: AnalysisOptions
 ) -> None:
     """Delete, swap and replace blocks of MODEL one at a time, and measure what that does to its predictions."""
     from metalens.analysis import as_json as plain
-    from metalens.analysis import gradient_alignment, layer_effects, sequences_of
+    from metalens.analysis import gradient_alignment, layer_effects
 
-    if lens_path is not None and gradient != "lens":
+    if options.lens_path is not None and gradient != "lens":
         raise InvalidValueError(
             "--lens is only for --gradient lens: the changes compare MODEL with itself. Leave --lens out, or add --gradient lens."
         )
-
-    check_picture(picture, force, [Path(name) for name in data], lens_path)
+    options.check(text.inputs)
     loaded = load_model(model)
-    text = sequences_of(loaded, opened_text(loaded, data, field, split, max_tokens), max_seq_len=max_seq_len, max_tokens=max_tokens, bos=not no_bos)
-    effects = layer_effects(loaded, text, changes, layers=layers, max_seq_len=max_seq_len, bos=not no_bos, seed=seed, show_progress=True)
-    gradients = (
-        gradient_alignment(loaded, text, lens_path, of=gradient, max_seq_len=max_seq_len, bos=not no_bos, seed=seed, show_progress=True)
-        if gradient
-        else []
-    )
+    sequences = text.sequences(loaded)
+    common: dict[str, Any] = {**text.settings, "seed": options.seed, "show_progress": True}
+    effects = layer_effects(loaded, sequences, changes, layers=options.layers, **common)
+    gradients = gradient_alignment(loaded, sequences, options.lens_path, of=gradient, **common) if gradient else []
     title = f"changed blocks of {model}"
-    if as_json:
+    if options.as_json:
         print_json({"layers": plain(effects), "gradient": plain(gradients)})
     else:
         from metalens.display.causal_tables import layers_table
 
         print_table(layers_table(effects, gradients, title))
-    if picture is not None:
-        from metalens.display.causal_figures import layers_figure
+    from metalens.display.causal_figures import layers_figure
 
-        write_picture(layers_figure(effects, gradients, title), picture, force)
+    options.draw(lambda: layers_figure(effects, gradients, title))
 
 
 @click.command("residuals", cls=SeveralFiles)
 @click.argument("model")
 @text_options(max_seq_len=512, max_tokens=4096)
-@lens_option
-@layers_option
 @click.option(
     "--transfer-tokens",
     type=click.IntRange(min=2),
@@ -110,29 +71,15 @@ def layers_command(
     show_default=True,
     help="Tokens to measure layer transfer on, with --lens.",
 )
+@click.option(
+    "--distances",
+    is_flag=True,
+    help="Also measure the distance of each layer to the next one as of Gaussians: Wasserstein, and with more positions than dimensions KL and "
+    "Bhattacharyya.",
+)
 @click.option("--skip", type=click.IntRange(min=0), default=1, show_default=True, help="Tokens at the start of each sequence to leave out.")
-@seed_option
-@save_option("the similarities of the layers")
-@force_option
-@json_option
-@one_clear_error
-def residuals_command(
-    model: str,
-    data: tuple[str, ...],
-    field: str,
-    split: str,
-    max_tokens: int,
-    max_seq_len: int,
-    no_bos: bool,
-    lens_path: Path | None,
-    layers: list[int] | None,
-    transfer_tokens: int,
-    skip: int,
-    seed: int,
-    picture: Path | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+@analysis_options("the similarities of the layers")
+def residuals_command(model: str, text: TextOptions, transfer_tokens: int, distances: bool, skip: int, options: AnalysisOptions) -> None:
     """Measure mean, covariance and rogue dimensions of the hidden states of every layer of MODEL.
 
     With --lens also layer transfer, and the rank correlation of its penalty with the similarity of the covariances. Layer transfer takes 2 L^2 rows
@@ -141,33 +88,26 @@ def residuals_command(
     from metalens import evaluate
     from metalens.analysis import as_json as plain
     from metalens.analysis import residual_report, residual_statistics
-    from metalens.lenses.lens import as_lens, untranslated_layers
+    from metalens.lenses.lens import as_lens
 
-    check_picture(picture, force, [Path(name) for name in data], lens_path)
+    options.check(text.inputs)
     loaded = load_model(model)
-    lens = None if lens_path is None else as_lens(lens_path)
-    text = opened_text(loaded, data, field, split, max_tokens)
-    statistics = residual_statistics(
-        loaded, text, layers=layers, skip=skip, max_seq_len=max_seq_len, max_tokens=max_tokens, bos=not no_bos, show_progress=True
-    )
-    transfer, translated = None, None
+    lens = None if options.lens_path is None else as_lens(options.lens_path)
+    corpus, settings = text.corpus(loaded), {**text.settings, "show_progress": True}
+    statistics = residual_statistics(loaded, corpus, layers=options.layers, skip=skip, max_tokens=text.max_tokens, **settings)
+    transfer = None
     if lens is not None:
-        measured = evaluate(
-            loaded, text, lens, max_seq_len=max_seq_len, max_tokens=transfer_tokens, bos=not no_bos, layer_transfer=True, show_progress=True
-        )
-        transfer = measured.transfer
-        translated = [layer for layer in range(loaded.num_layers) if layer not in untranslated_layers(lens)]
-    report = residual_report(statistics, transfer, transfer_layers=translated, seed=seed)
+        transfer = evaluate(loaded, corpus, lens, max_tokens=transfer_tokens, layer_transfer=True, embedding=True, **settings).transfer
+    report = residual_report(statistics, transfer, distances=distances, seed=options.seed)
     title = f"hidden states of {model}: {report.tokens} tokens"
-    if as_json:
-        print_json(plain(report) | ({} if transfer is None else {"penalty": transfer.penalty}))
+    if options.as_json:
+        print_json(plain(report) | ({} if transfer is None else {"penalty": transfer.penalty, "penalty_layers": transfer.layers}))
     else:
         from metalens.display.causal_tables import correlation_lines, residuals_table
 
         print_table(residuals_table(report, title))
         for line in correlation_lines(report):
             note(line)
-    if picture is not None:
-        from metalens.display.causal_figures import residuals_figure
+    from metalens.display.causal_figures import residuals_figure
 
-        write_picture(residuals_figure(report, transfer, title), picture, force)
+    options.draw(lambda: residuals_figure(report, transfer, title))

@@ -1,12 +1,15 @@
-"""The text that an analysis reads: its options, and the corpus that they name."""
+"""The text that an analysis reads: its options, which a command gets as one object, and the corpus that they name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from metalens.cli.analyze_options import gathered, with_options
 from metalens.cli.common import bos_option, data_options, sources_of
 
 if TYPE_CHECKING:
@@ -17,42 +20,73 @@ else:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# {parameter: spelling} of the options that name no text themselves.
+ABOUT_THE_TEXT = {"field": "--field", "split": "--split", "max_tokens": "--max-tokens", "max_seq_len": "--max-seq-len", "no_bos": "--no-bos"}
 
-def text_options(max_seq_len: int, max_tokens: int | None = None) -> Callable[[F], F]:
-    """Add --data, --field, --split, --max-seq-len, --no-bos and, if it has a default, --max-tokens.
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text of --data, read as `metalens eval` reads it.
+
+    Attributes:
+        data, field, split: the names of the text, its field or column, and the split of hub data sets.
+        max_seq_len: tokens per sequence.
+        no_bos: leave out the tokens that the tokenizer puts before a text.
+        max_tokens: tokens to read; None = all.
+    """
+
+    data: tuple[str, ...]
+    field: str
+    split: str
+    max_seq_len: int
+    no_bos: bool
+    max_tokens: int | None = None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Return the names as paths, so that no output replaces them."""
+        return [Path(name) for name in self.data]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return how the text is cut, as the functions of `metalens.analysis` take it."""
+        return {"max_seq_len": self.max_seq_len, "bos": not self.no_bos}
+
+    def corpus(self, model: InterpretableModel, max_tokens: int | None = None) -> Corpus:
+        """Return the text, at least its first tokens.
+
+        Args:
+            model: the model, whose tokenizer reads it.
+            max_tokens: tokens that will be read. None = `max_tokens`.
+        """
+        from metalens.training.data import find_sources, open_held_out
+
+        sources = find_sources(sources_of(self.data), field=self.field, split=self.split)
+        return open_held_out(sources, model.tokenizer, max_tokens=self.max_tokens if max_tokens is None else max_tokens, to_the_end=False)
+
+    def sequences(self, model: InterpretableModel) -> list[Any]:
+        """Return the sequences of the text: ids [T] of each."""
+        from metalens.analysis import sequences_of
+
+        return sequences_of(model, self.corpus(model), max_tokens=self.max_tokens, **self.settings)
+
+
+def text_options(max_seq_len: int, max_tokens: int | Literal["all"] | None = None, *, required: bool = True) -> Callable[[F], F]:
+    """Add the options of TextOptions, which the command gets as `text`.
 
     Args:
         max_seq_len: default of --max-seq-len.
         max_tokens: default of --max-tokens. None = the command has no such option.
+        required: whether --data must be given.
     """
-
-    def add(command: F) -> F:
-        command = bos_option(command)
-        command = click.option("--max-seq-len", type=click.IntRange(min=2), default=max_seq_len, show_default=True, help="Tokens per sequence.")(
-            command
-        )
-        if max_tokens is not None:
-            command = click.option(
-                "--max-tokens", type=click.IntRange(min=2), default=max_tokens, show_default=True, help="Number of tokens to read."
-            )(command)
-        return data_options(required=True, split="test")(command)
-
-    return add
-
-
-def opened_text(
-    model: InterpretableModel, data: tuple[str, ...], field: str, split: str, max_tokens: int | None, join: Literal["packed", "eos"] = "packed"
-) -> Corpus:
-    """Return the start of the text that --data names, or all of it.
-
-    Args:
-        model: the model, whose tokenizer reads it.
-        data: names of --data.
-        field: name of --field.
-        split: name of --split.
-        max_tokens: tokens to read. None = all.
-        join: "packed" = no sequence crosses the end of a document; "eos" = every sequence is full.
-    """
-    from metalens.training.data import open_corpus
-
-    return open_corpus(sources_of(data), model.tokenizer, field=field, join=join, split=split, max_tokens=max_tokens)
+    limited = isinstance(max_tokens, int)
+    tokens = click.option(
+        "--max-tokens",
+        type=click.IntRange(min=2),
+        default=max_tokens if limited else None,
+        show_default=limited,
+        help="Number of tokens to read." + ("" if limited else "  [default: all]"),
+    )
+    length = click.option("--max-seq-len", type=click.IntRange(min=2), default=max_seq_len, show_default=True, help="Tokens per sequence.")
+    added = [data_options(required=required, split="test"), *([] if max_tokens is None else [tokens]), length, bos_option]
+    return lambda command: with_options(added, gathered(TextOptions, "text", command))

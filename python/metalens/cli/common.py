@@ -194,6 +194,24 @@ def data_options(*, required: bool, split: str = "train") -> Callable[[F], F]:
     return add
 
 
+def start_option(command: F) -> F:
+    """Add --from."""
+    return click.option(
+        "--from",
+        "start_from",
+        type=FilePath(),
+        metavar="LENS",
+        help="Lens whose training goes on, in place of the warm start. Layers that are not trained keep its translators.",
+    )(command)
+
+
+def embedding_option(command: F) -> F:
+    """Add --embedding, for commands that read texts."""
+    return click.option("--embedding", is_flag=True, help="Also read the embedding's output, as the first layer, with the lens's translator for it.")(
+        command
+    )
+
+
 def bos_option(command: F) -> F:
     """Add --no-bos."""
     return click.option(
@@ -208,7 +226,8 @@ def lens_option(command: F) -> F:
         "lens_path",
         type=FilePath(),
         metavar="LENS",
-        help="Tuned lens: a path as given to `train --out`, a folder of tuned-lens, or hf:ID of a lens on the hub.  [default: the logit lens alone]",
+        help="Tuned lens: a path as given to `train --out`, a folder or snapshot of tuned-lens, or hf:ID of a lens on the hub.  "
+        "[default: the logit lens alone]",
     )(command)
 
 

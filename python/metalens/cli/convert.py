@@ -15,7 +15,7 @@ from metalens.cli.common import FilePath, force_option, note, one_clear_error
 @click.argument("target", metavar="TARGET", type=FilePath())
 @click.option("--to", type=click.Choice(["tuned-lens", "metalens"]), help="Format to write.  [default: the one that SOURCE does not have]")
 @click.option("--model", help="Path or hub id of the lens's model, for the config.json of tuned-lens.  [default: the model that SOURCE names]")
-@click.option("--hub", is_flag=True, help="Take SOURCE as the id of a lens in tuned-lens's collection on the Hugging Face hub.")
+@click.option("--hub", is_flag=True, hidden=True, help="Deprecated: name the lens hf:ID.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -34,6 +34,8 @@ def convert_command(
 ) -> None:
     """Convert a lens between metalens's two files (SOURCE.npz, SOURCE.json) and tuned-lens's folder (params.pt, config.json).
 
+    SOURCE may also be 'hf:ID', a lens of tuned-lens's collection on the Hugging Face hub.
+
     When converting to metalens, all translators are written as full matrices, so that mlxterp can load the result.
 
     If SOURCE is a model in a GGUF file, write it as a folder TARGET that mlx-lm opens. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q4_K keep their codes; other
@@ -51,5 +53,5 @@ def convert_command(
         return
     from metalens.compat.tuned_lens import convert
 
-    written = convert(source, target, to, model, hub=hub, dtype=dtype, force=force)
+    written = convert(source, target, to, model, hub=hub or None, dtype=dtype, force=force)
     note(f"Lens written to {written[0]} and {written[1].name}.")

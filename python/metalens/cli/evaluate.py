@@ -60,7 +60,13 @@ WIDEST_TRANSFER = 24  # layers; a table can't show a wider matrix
 )
 @click.option("--entropy", is_flag=True, help="Also show the entropy of the predictions in the table.")
 @click.option("--logit-stats", is_flag=True, help="Also average the predictions over the text, which gives the bias of each layer.")
-@click.option("--embedding", is_flag=True, help="Also measure the embedding's output, through the lens's translator for it, if it has one.")
+@click.option("--embedding", is_flag=True, help="Also measure the embedding's output, and with --lens its translator for it.")
+@click.option(
+    "--token-shift",
+    type=int,
+    help="Positions from a prediction to the token that it is scored against, and to whose prediction by MODEL it is compared.  "
+    "[default: what the lens was trained for; 1, the next token, for others]",
+)
 @click.option("--layer-transfer", is_flag=True, help="Also read every layer with every other layer's translator.")
 @save_option("the layer transfer, which turns on --layer-transfer", old=["--transfer"])
 @click.option(
@@ -87,6 +93,7 @@ def eval_command(
     entropy: bool,
     logit_stats: bool,
     embedding: bool,
+    token_shift: int | None,
     layer_transfer: bool,
     picture: Path | None,
     curves: Path | None,
@@ -124,6 +131,7 @@ def eval_command(
         layer_transfer=layer_transfer,
         logit_stats=logit_stats,
         embedding=embedding,
+        token_shift=token_shift,
         show_progress=group.writes,
     )
     if not group.writes:
@@ -169,7 +177,7 @@ def _save_transfer(evaluation: Evaluation, picture: Path, model: str, force: boo
     from metalens.readings.heat_map import save_figure
 
     if evaluation.transfer is not None:
-        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}", evaluation.translated), picture, force=force)
+        save_figure(transfer_figure(evaluation.transfer, f"layer transfer of {model}", len(evaluation.logit)), picture, force=force)
         note(f"Picture written to {picture}.")
 
 
@@ -187,7 +195,7 @@ def _print_tables(evaluation: Evaluation, entropy: bool) -> None:
     print_table(evaluation_table(evaluation, entropy))
     if evaluation.transfer is None:
         return
-    if len(evaluation.translated) <= WIDEST_TRANSFER:
-        print_table(transfer_table(evaluation.transfer, evaluation.translated))
+    if len(evaluation.transfer.layers) <= WIDEST_TRANSFER:
+        print_table(transfer_table(evaluation.transfer, len(evaluation.logit)))
     else:
         note("The matrices of layer transfer are too wide for a table. Use --json, --out or --save.")

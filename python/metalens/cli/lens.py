@@ -10,6 +10,7 @@ import click
 from metalens.cli.common import (
     FilePath,
     bos_option,
+    embedding_option,
     force_option,
     json_option,
     lens_option,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @lens_option
 @click.option("--layers", callback=parse_layers, metavar="0,4-7,...", help="Blocks to read.  [default: all]")
+@embedding_option
 @click.option("--top-k", default=3, show_default=True, type=int, help="Number of predictions for each layer and token.")
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, like '1 733 16289'. They are read as they are.")
 @click.option("--chat", is_flag=True, help="Put PROMPT into the tokenizer's chat template, as what the user says.")
@@ -79,6 +81,7 @@ def lens_command(
     prompt: str,
     lens_path: Path | None,
     layers: list[int] | None,
+    embedding: bool,
     top_k: int,
     ids: bool,
     chat: bool,
@@ -114,7 +117,7 @@ def lens_command(
     loaded = load_model(model, group)
     text = given if given is not None else _encoded(loaded, prompt, chat, no_bos)
     compare = out is not None or color in ("kl", "reverse_kl", "agrees")
-    trajectory = loaded.trajectory(text, lens, top_k=top_k, layers=layers, tokens=chosen, compare=compare)
+    trajectory = loaded.trajectory(text, lens, top_k=top_k, layers=layers, embedding=embedding, tokens=chosen, compare=compare)
     reading = Reading(trajectory)
     if not group.writes:
         return

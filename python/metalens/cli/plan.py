@@ -19,6 +19,7 @@ from metalens.cli.common import (
     print_json,
     print_table,
     sources_of,
+    start_option,
 )
 from metalens.cli.settings import given_settings, training_options
 
@@ -36,6 +37,7 @@ def parse_gigabytes(_: click.Context, __: click.Parameter, value: float | None) 
 @click.command("plan", cls=SeveralFiles)
 @click.argument("model")
 @data_options(required=False)
+@start_option
 @training_options
 @parallel_option
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(min=1), help="Number of processes that mlx.launch would start.")
@@ -53,6 +55,7 @@ def plan_command(
     data: tuple[str, ...],
     field: str,
     split: str,
+    start_from: Path | None,
     recipe: str | None,
     config_file: Path | None,
     parallel: Literal["data", "layers"] | None,
@@ -82,6 +85,7 @@ def plan_command(
         field=field,
         split=split,
         measure=True,
+        start_from=start_from,
         **given_settings(options),
     )
     if as_json:

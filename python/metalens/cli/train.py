@@ -19,6 +19,7 @@ from metalens.cli.common import (
     parallel_of,
     parallel_option,
     sources_of,
+    start_option,
 )
 from metalens.cli.settings import given_settings, in_options, training_options
 from metalens.lenses.lens_file import lens_files
@@ -111,13 +112,7 @@ class Notes(Callback):
 @bos_option
 @click.option("--cache-dir", type=FilePath(file_okay=False), help="Folder for tokens.  [default: ~/.cache/metalens/tokens]")
 @click.option("--out", required=True, type=FilePath(), help="Path of the lens: OUT.npz and OUT.json are written.")
-@click.option(
-    "--from",
-    "start_from",
-    type=FilePath(),
-    metavar="LENS",
-    help="Lens whose training goes on, in place of the warm start. Layers that are not trained keep its translators.",
-)
+@start_option
 @training_options
 @click.option("--checkpoint-dir", type=FilePath(file_okay=False), help="Folder for checkpoints.  [default: OUT.checkpoints]")
 @click.option("--checkpoint-every", default=50, show_default=True, type=click.IntRange(min=1), help="Steps between checkpoints.")

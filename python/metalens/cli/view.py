@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from metalens.cli.common import FilePath, bos_option, force_option, lens_option, load_model, note, one_clear_error
+from metalens.cli.common import FilePath, bos_option, embedding_option, force_option, lens_option, load_model, note, one_clear_error
 from metalens.display.server.requests import Limits
 from metalens.lenses.opening import files_read
 from metalens.utils.errors import InvalidValueError, MetalensError
@@ -33,6 +33,7 @@ MOST_TOP_K = 50  # on a served page: every token that is generated brings as man
 @click.option("--max-tokens", default=DEFAULTS.max_tokens, show_default=True, type=click.IntRange(min=1), help="Tokens of the longest text.")
 @click.option("--top-k", default=DEFAULTS.top_k, show_default=True, type=click.IntRange(min=1), help="Number of predictions in each cell.")
 @click.option("--compare-layers", is_flag=True, help="With --save: also compare every layer with the next one, which takes longer than all the rest.")
+@embedding_option
 @bos_option
 @force_option
 @one_clear_error
@@ -47,6 +48,7 @@ def view_command(
     max_tokens: int,
     top_k: int,
     compare_layers: bool,
+    embedding: bool,
     no_bos: bool,
     force: bool,
 ) -> None:
@@ -60,16 +62,16 @@ def view_command(
     if out is not None:
         if port or open_browser:
             raise InvalidValueError("--port and --open belong to the server; with --save there is none. Leave them out, or leave out --save.")
-        _save(out, model, lens_path, texts, tokens, limits, compare_layers, no_bos, force)
+        _save(out, model, lens_path, texts, tokens, limits, compare_layers, embedding, no_bos, force)
         return
     if texts or tokens or compare_layers or no_bos or force:
         raise InvalidValueError("--text, --token, --compare-layers, --no-bos and --force belong to --save. On a served page, type and choose.")
     if top_k > MOST_TOP_K:
         raise InvalidValueError(f"--top-k {top_k} is too many for a served page. Choose at most {MOST_TOP_K}, or write a page with --save.")
-    _serve(model, lens_path, limits, port, open_browser)
+    _serve(model, lens_path, limits, embedding, port, open_browser)
 
 
-def _serve(name: str, lens_path: Path | None, limits: Limits, port: int, open_browser: bool) -> None:
+def _serve(name: str, lens_path: Path | None, limits: Limits, embedding: bool, port: int, open_browser: bool) -> None:
     from metalens.display.server.serving import listen, require_packages, serve
     from metalens.lenses.lens import TunedLens
 
@@ -82,7 +84,7 @@ def _serve(name: str, lens_path: Path | None, limits: Limits, port: int, open_br
         loaded = load_model(name)
         if lens is not None:
             loaded.check_lens(lens)
-        return Session(loaded, [None] if lens is None else [None, lens], limits)
+        return Session(loaded, [None] if lens is None else [None, lens], limits, embedding)
 
     def ready(address: str) -> None:
         note(f"The viewer is at {address} . Ctrl-C ends it.")
@@ -118,6 +120,7 @@ def _save(
     tokens: tuple[str, ...],
     limits: Limits,
     compare_layers: bool,
+    embedding: bool,
     no_bos: bool,
     force: bool,
 ) -> None:
@@ -137,7 +140,14 @@ def _save(
                 f"The text has {len(ids):,} tokens; the page holds at most {limits.max_tokens:,}. Shorten it, or give --max-tokens."
             )
     content = reading_page(
-        loaded, inputs, lens, title=name, tokens=[_token(token) for token in tokens], top_k=limits.top_k, compare_layers=compare_layers
+        loaded,
+        inputs,
+        lens,
+        title=name,
+        tokens=[_token(token) for token in tokens],
+        top_k=limits.top_k,
+        compare_layers=compare_layers,
+        embedding=embedding,
     )
     with atomic_write(out) as temporary:
         temporary.write_text(content, encoding="utf-8")

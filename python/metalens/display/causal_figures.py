@@ -16,7 +16,7 @@ from metalens.analysis.fidelity import Fidelity
 from metalens.analysis.resampling import Interval
 from metalens.analysis.residual_summary import ResidualReport
 from metalens.analysis.update_gradients import GradientAlignment
-from metalens.display.figures import COLORS
+from metalens.display.colors import CYCLE, LENSES, colors_of
 from metalens.evaluation import Transfer
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 else:
     Axes = Figure = Any  # matplotlib takes a second to import
 
-# Colors that people with any color vision tell apart (Okabe and Ito).
-CHANGE_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 SMALLEST = 1e-9  # nats; logarithmic axes have no 0
 
 
@@ -57,7 +55,7 @@ def fidelity_figure(bases: Sequence[CausalBasis], fidelity: Sequence[Fidelity], 
             panels[1].scatter(np.maximum(each.lens_influence, SMALLEST), model, s=16, color=color)
         _logarithmic(panels[1], "x", "y")
         _label(panels[1], "influence on the lens (nats per token)", "influence on the model (nats per token)")
-        _curve(panels[2], [each.layer for each in fidelity], [each.correlation for each in fidelity], COLORS["tuned"], None)
+        _curve(panels[2], [each.layer for each in fidelity], [each.correlation for each in fidelity], LENSES["tuned"], None)
         panels[2].set_ylim(-1.05, 1.05)
         _label(panels[2], "layer", "rank correlation of both influences")
     return _titled(figure, title)
@@ -74,7 +72,7 @@ def alignment_figure(alignments: Sequence[Alignment], title: str = "") -> Figure
     axes = figure.subplots()
     layers = [each.layer for each in alignments]
     for name in alignments[0].lenses if alignments else ():
-        _curve(axes, layers, [each.lenses[name].similarity for each in alignments], COLORS[name], f"{name} lens")
+        _curve(axes, layers, [each.lenses[name].similarity for each in alignments], LENSES[name], f"{name} lens")
     _label(axes, "layer", "Aitchison similarity of stimulus and response")
     axes.set_ylim(top=1.02)
     axes.legend(frameon=False)
@@ -93,15 +91,16 @@ def layers_figure(effects: Sequence[LayerEffects], gradients: Sequence[GradientA
     panels = figure.subplots(1, 2 if gradients else 1, squeeze=False)[0]
     names = list(dict.fromkeys(name for each in effects for name in each.effects))
     _logarithmic(panels[0], "y")
-    for name, color in zip(names, CHANGE_COLORS, strict=False):
+    colors = colors_of(names)
+    for name in names:
         there = [each for each in effects if name in each.effects]
-        _curve(panels[0], [each.layer for each in there], [each.effects[name].kl for each in there], color, name)
+        _curve(panels[0], [each.layer for each in there], [each.effects[name].kl for each in there], colors[name], name)
     _label(panels[0], "changed block", "KL(model || changed model) (nats per token)")
     panels[0].legend(frameon=False)
     if gradients:
         layers = [each.layer for each in gradients]
-        _curve(panels[1], layers, [each.cosine for each in gradients], CHANGE_COLORS[0], "mean over positions")
-        _curve(panels[1], layers, [each.sequence_cosine for each in gradients], CHANGE_COLORS[1], "whole sequences")
+        _curve(panels[1], layers, [each.cosine for each in gradients], CYCLE[0], "mean over positions")
+        _curve(panels[1], layers, [each.sequence_cosine for each in gradients], CYCLE[1], "whole sequences")
         panels[1].axhline(0, color="0.3", linewidth=1)
         _label(panels[1], "block", "cosine of what the block adds and the gradient")
         panels[1].legend(frameon=False)
@@ -125,16 +124,17 @@ def residuals_figure(report: ResidualReport, transfer: Transfer | None = None, t
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
         image = axes.imshow(matrix, cmap="viridis", origin="lower", vmin=0, vmax=1)
         names = [str(each.layer) for each in report.layers]
-        places = np.unique(np.linspace(0, len(names) - 1, min(len(names), 12)).round().astype(int))
-        axes.set_xticks(places, [names[i] for i in places], rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(places, [names[i] for i in places])
+        ticks = np.unique(np.linspace(0, len(names) - 1, min(len(names), 12)).round().astype(int))
+        axes.set_xticks(ticks, [names[i] for i in ticks], rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, [names[i] for i in ticks])
         axes.set_title(f"covariance similarity, {name}", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8)
     if transfer is not None:
         rows = {each.layer: i for i, each in enumerate(report.layers)}
-        pairs = [(a, b) for a in rows for b in rows if a != b and isinstance(a, int) and isinstance(b, int)]
-        penalty = [transfer.penalty[a][b] for a, b in pairs]
-        panels[-1].scatter([report.similarity_without_rogue[rows[a], rows[b]] for a, b in pairs], penalty, s=8, color=COLORS["tuned"], alpha=0.5)
+        places = {layer: i for i, layer in enumerate(transfer.layers) if layer in rows}
+        pairs = [(a, b) for a in places for b in places if a != b]
+        penalty = [transfer.penalty[places[a]][places[b]] for a, b in pairs]
+        panels[-1].scatter([report.similarity_without_rogue[rows[a], rows[b]] for a, b in pairs], penalty, s=8, color=LENSES["tuned"], alpha=0.5)
         _label(panels[-1], "covariance similarity, without rogue dimensions", "transfer penalty (nats per token)")
     return _titled(figure, title)
 

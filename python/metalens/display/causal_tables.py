@@ -12,6 +12,7 @@ from metalens.analysis.alignment import Alignment
 from metalens.analysis.causal_basis import CausalBasis
 from metalens.analysis.changed_layers import LayerEffects
 from metalens.analysis.fidelity import Fidelity
+from metalens.analysis.gaussians import GaussianDistances
 from metalens.analysis.resampling import Interval
 from metalens.analysis.residual_summary import ResidualReport
 from metalens.analysis.update_gradients import GradientAlignment
@@ -92,6 +93,7 @@ def residuals_table(report: ResidualReport, title: str) -> Table:
         report: the statistics.
         title: text above the table.
     """
+    distances = any(each.to_next is not None for each in report.layers)
     table = _table(
         title,
         "layer",
@@ -102,6 +104,7 @@ def residuals_table(report: ResidualReport, title: str) -> Table:
         "their share\nof the variance",
         "similarity\nto the next",
         "without\nrogue",
+        *(["Wasserstein\nto the next", "KL\nto the next", "Bhattacharyya\nto the next"] if distances else []),
     )
     for i, each in enumerate(report.layers):
         named = ", ".join(map(str, each.rogue[:MOST_DIMENSIONS]))
@@ -110,9 +113,16 @@ def residuals_table(report: ResidualReport, title: str) -> Table:
         similar = [decimals(float(m[i, i + 1])) if following else "-" for m in (report.similarity, report.similarity_without_rogue)]
         table.add_row(
             str(each.layer), f"{each.mean_norm:.4g}", f"{each.variance:.4g}", f"{each.effective_rank:.1f}", f"{named}{more}" or "none",
-            percent(each.rogue_variance), *similar,
+            percent(each.rogue_variance), *similar, *(_distances(each.to_next) if distances else []),
         )  # fmt: skip
     return table
+
+
+def _distances(found: GaussianDistances | None) -> list[str]:
+    """Return the cells of the distances to the next layer; those of the last layer, and those of a singular covariance, are empty."""
+    if found is None:
+        return ["-"] * 3
+    return ["-" if value is None else f"{value:.4g}" for value in (found.wasserstein, found.kl, found.bhattacharyya)]
 
 
 def correlation_lines(report: ResidualReport) -> list[str]:

@@ -23,6 +23,7 @@ def reading_page(
     tokens: Sequence[str | int] = (),
     top_k: int = 8,
     compare_layers: bool = False,
+    embedding: bool = False,
 ) -> str:
     """Return one or two texts, read through the logit lens and a tuned one, as a complete HTML page.
 
@@ -34,6 +35,7 @@ def reading_page(
         tokens: tokens, as texts or ids, whose curves the page has everywhere. The model's answer at the end of each text is always one.
         top_k: most likely tokens of each cell, at most the vocabulary.
         compare_layers: also compare every layer with the next one, which takes longer than all the rest.
+        embedding: also show the embedding's output, as the first layer.
 
     Raises:
         InvalidValueError, InvalidTypeError: as `read_trajectory`.
@@ -41,7 +43,7 @@ def reading_page(
     lenses: list[Lens | None] = [None] if lens is None else [None, lens]
     top_k = min(top_k, model.unembed.head.tokens)
     answers = [int(read_trajectory(model, text, None, top_k=1, layers=[-1], position=-1).model.top_ids[0, 0, 0]) for text in texts]
-    options: TrajectoryOptions = {"top_k": top_k, "tokens": list(dict.fromkeys([*tokens, *answers]))}
+    options: TrajectoryOptions = {"top_k": top_k, "tokens": list(dict.fromkeys([*tokens, *answers])), "embedding": embedding}
     read = [join_lenses_parts([*read_lenses_in_parts(model, text, lenses, compare_lenses=True, **options)]) for text in texts]
     found = [
         {"name": name, "trajectories": [each.to_json(compact=True) for each in of_text.trajectories]}

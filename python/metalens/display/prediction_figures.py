@@ -10,14 +10,12 @@ import numpy as np
 
 from metalens.analysis.anomalies import Detection
 from metalens.analysis.layer_accuracy import LayerAccuracy
+from metalens.display.colors import colors_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 else:
     Figure = Any  # matplotlib takes a second to import
-
-# Colors that people with any color vision tell apart (Okabe and Ito), in the order in which curves take them.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def accuracy_figure(found: Mapping[str, Sequence[LayerAccuracy]], title: str = "", chance: float | None = None) -> Figure:
@@ -30,7 +28,9 @@ def accuracy_figure(found: Mapping[str, Sequence[LayerAccuracy]], title: str = "
     """
     errors = all(column[0].calibration_error is not None for column in found.values())
     figure, panels = _figure(2 if errors else 1, title)
-    for color, (name, column) in zip(PALETTE, found.items(), strict=False):
+    colors = colors_of(found)
+    for name, column in found.items():
+        color = colors[name]
         *by_layer, model = column
         layers = [each.layer for each in by_layer]
         panels[0].plot(layers, [each.accuracy.value for each in by_layer], color=color, marker="o", markersize=3, label=name)
@@ -60,7 +60,9 @@ def depth_figure(depths: Mapping[str, np.ndarray], layers: Sequence[int], learne
         title: text above all.
     """
     figure, panels = _figure(1 if learned is None else 2, title)
-    for color, (name, found) in zip(PALETTE, depths.items(), strict=False):
+    colors = colors_of(depths)
+    for name, found in depths.items():
+        color = colors[name]
         settled = [float((found <= row).mean()) for row in range(len(layers))]
         panels[0].step(layers, settled, where="post", color=color, label=name)
         if learned is not None:
@@ -85,9 +87,10 @@ def detection_figure(found: Mapping[str, Sequence[Detection]], title: str = "") 
     """
     figure, panels = _figure(len(found), title)
     for axes, (name, detections) in zip(panels, found.items(), strict=True):
-        for color, each in zip(PALETTE, detections, strict=False):
+        colors = colors_of(each.method for each in detections)
+        for each in detections:
             false, true = each.curve()
-            axes.plot(false, true, color=color, label=f"{each.method}, {each.auroc.value:.2f}")
+            axes.plot(false, true, color=colors[each.method], label=f"{each.method}, {each.auroc.value:.2f}")
         axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
         axes.set_title(name, parse_math=False)
         axes.set_xlabel("normal prompts flagged")

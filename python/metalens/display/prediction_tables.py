@@ -94,11 +94,21 @@ def weight_table(reading: WeightReading, rows: Sequence[int] | np.ndarray, title
     table = Table(title=Text(title, style="table.title"))
     for column in ("row", "size", "cosine", "coherence"):
         table.add_column(column, justify="right")
+    masses = [] if reading.mass is None or reading.opposite_mass is None else [reading.mass, reading.opposite_mass]
+    for name in ("mass", "opposite's")[: len(masses)]:
+        table.add_column(name, justify="right")
     table.add_column("promotes")
     table.add_column("suppresses")
     for row in rows:
         named = (" ".join(readable(reading.texts[int(i)]) for i in ids[row, :tokens]) for ids in (reading.top_ids, reading.bottom_ids))
         coherence = reading.coherence[row]
         shown = "" if np.isnan(coherence) else decimals(float(coherence))
-        table.add_row(str(int(row)), decimals(float(reading.sizes[row])), decimals(float(reading.cosines[row])), shown, *map(Text, named))
+        table.add_row(
+            str(int(row)),
+            decimals(float(reading.sizes[row])),
+            decimals(float(reading.cosines[row])),
+            shown,
+            *(percent(float(mass[row])) for mass in masses),
+            *map(Text, named),
+        )
     return table

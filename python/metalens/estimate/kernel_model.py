@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from metalens.estimate.chips import Chip
 from metalens.estimate.roofline import PLAIN_TRAINING
@@ -52,7 +52,7 @@ def mlx_in_float16(gpu: Rates) -> float:
 
 def backward(rows: int, matrix: Matrix, gpu: Rates, design: Design) -> float:
     """Return the seconds of g U without skipped tiles: a product that sums over the vocabulary, which is split."""
-    tile = our_tile(tuning.matmul_block(rows, gpu.family))
+    tile = our_tile(tuning.matmul_block(rows, gpu.family), replace(gpu.family, tensor_tiles=False))  # this kernel has no other
     groups = math.ceil(rows / tile.rows) * math.ceil(matrix.depth / tile.ids)
     if design.counted_cores:
         splits = tuning.split_vocab(matrix.ids, constants.MAP_WIDTH, groups, gpu.device)[1]
@@ -156,7 +156,32 @@ def plain_compare(layers: int, tokens: int, matrix: Matrix, gpu: Rates) -> float
     )
 
 
+def with_tensor_tiles(gpu: Rates) -> Rates:
+    """Return a GPU with matrix units on which the kernels multiply tiles with them (`tuning.use_tiles`)."""
+    return replace(gpu, device=replace(gpu.device, tensor_tiles=True))
+
+
 # ------------------------------------------------------------------ a table
+
+
+def tensor_speedups(model: ModelDimensions, chip: Chip, tokens: int) -> dict[str, float]:
+    """Predict the time with simdgroup matrices divided by that with tiles of tensor operations, by kernel, in float32.
+
+    Args:
+        model: sizes of the model.
+        chip: a GPU with matrix units.
+        tokens: tokens of a batch.
+    """
+    layers, head, gpu = model.num_layers, head_of(model), chip.rates
+    rows = min(layers * tokens, tuning.chunk_rows(head.ids, head.depth, 4, chip.device))
+
+    def statistics(gpu: Rates) -> float:
+        return lens_stats(Asked(layers, tokens), head, gpu)
+
+    def chunk(gpu: Rates) -> float:
+        return product(rows, head.ids, head.depth, head.stored, gpu, NOW)
+
+    return {name: of(gpu) / of(with_tensor_tiles(gpu)) for name, of in (("lens_stats", statistics), ("linear", chunk))}
 
 
 @dataclass(frozen=True)

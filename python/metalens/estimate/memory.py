@@ -22,6 +22,8 @@ import mlx.core as mx
 
 from metalens.estimate.results import BYTES_PER_TOKEN, Advice, Disk, Memory, Parallel, Plan, Work
 from metalens.estimate.run_time import time_of, tokens_in
+from metalens.estimate.start import StartSizes
+from metalens.lenses.lens import TunedLens
 from metalens.models.facts import ModelDimensions, ModelFacts, facts_of
 from metalens.models.registry import path_of
 from metalens.models.tensor_parallel import require_tensor_parallelism
@@ -76,9 +78,10 @@ def plan(
     split: str = "train",
     measure: bool = False,
     minutes: float | None = None,
+    start_from: TunedLens | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """Estimate what `train` would need with the same arguments. No weights are read.
+    """Estimate what `train` would need with the same arguments. No weights of the model are read.
 
     Args:
         model: a folder in mlx-lm's format (a config.json is enough), a hub id, 'demo', a GGUF file, 'smollm2' or 'gemma3-270m' if it was converted
@@ -94,10 +97,12 @@ def plan(
         split: split of hub data sets.
         measure: also estimate the time on this machine, from a probe of about a second (once for each model).
         minutes: budget in minutes on this machine, as in `train`.
+        start_from: the lens that the run starts from, or the path of one, which is read.
         settings: settings of `TrainingConfig` that replace those of the recipe and of `config`, and `tokens`, a budget, as in `train`.
 
     Raises:
-        InvalidValueError: if the model or the text does not exist, or if a setting does not fit the model.
+        InvalidValueError: if the model or the text does not exist, or if a setting or the lens does not fit the model.
+        FileNotFoundError: if there is no lens at the path.
     """
     facts = model if isinstance(model, ModelFacts) else facts_of(path_of(str(model)))
     if shard_model:
@@ -108,20 +113,23 @@ def plan(
         warnings.warn("plan(facts, config) is plan(facts, config=config) now; the old call ends with the next release.", DeprecationWarning, 3)
         recipe, config = None, recipe
     config, minutes = budget_in_minutes(config, settings.get("tokens"), minutes)
+    from_lens = start_from is not None
     text = None if data is None else read_inputs(data, field=field, split=split)
     share = text.counted_tokens / text.tokens if isinstance(text, Corpus) else 1.0
     if minutes is not None:
-        settings["tokens"] = tokens_in(minutes, facts, recipe, config, settings, processes if parallel == "data" else 1, share)
-    name, settled = resolve(recipe, config, settings, facts.context_length, facts.dimensions.hidden_size)
+        settings["tokens"] = tokens_in(minutes, facts, recipe, config, settings, processes if parallel == "data" else 1, share, from_lens)
+    name, settled = resolve(recipe, config, settings, facts.context_length, facts.dimensions.hidden_size, from_lens=from_lens)
     _check(facts.dimensions, settled, memory, processes, parallel)
     available = machine_memory() if memory is None else memory
     layers = _layers(facts, settled, processes, parallel)
+    part = layers.of_process / layers.trained
+    start = None if start_from is None else StartSizes.of(start_from, facts.dimensions, settled, part)
     found = Plan(
         facts=facts,
         recipe=name,
         config=settled,
         processes=processes,
-        memory=memory_of(facts, settled, processes, parallel),
+        memory=memory_of(facts, settled, processes, parallel, start),
         available=available,
         flops_per_token=_work(facts.dimensions, settled, layers, processes if parallel == "layers" else 1),
         passes=layers.passes,
@@ -131,13 +139,15 @@ def plan(
     )
     if measure:
         of_text = processes if parallel == "data" else 1
-        duration, short = time_of(facts, name, settled, layers=layers.of_process, passes=layers.passes, processes=of_text, share=share)
+        duration, short = time_of(
+            facts, name, settled, layers=layers.of_process, passes=layers.passes, processes=of_text, share=share, from_lens=from_lens
+        )
         found = replace(found, duration=duration, short_budget=short)
     if found.fits:
         return found
-    advice = _advice(facts, settled, available, processes, parallel)
+    advice = _advice(facts, settled, available, processes, parallel, start)
     if processes > 1 and not shard_model:
-        divided = memory_of(facts.of_process(processes), settled, processes, "layers").total
+        divided = memory_of(facts.of_process(processes), settled, processes, "layers", start).total
         advice = (Advice("--shard-model", divided, divided <= available, "if mlx-lm can divide the model"), *advice)
     return replace(found, advice=advice)
 
@@ -200,8 +210,8 @@ def _disk(d: ModelDimensions, config: TrainingConfig, layers: _Layers) -> Disk:
 # ------------------------------------------------------------------ memory
 
 
-def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, parallel: Parallel = "data") -> Memory:
-    """Estimate the memory of one process. Arguments as in `plan`."""
+def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, parallel: Parallel = "data", start: StartSizes | None = None) -> Memory:
+    """Estimate the memory of one process. Arguments as in `plan`; `start` has the sizes of the lens that the run starts from."""
     layers = _layers(facts, config, processes, parallel)
     params, number = translator_params(facts.dimensions.hidden_size, config), _parameter_bytes(config)
     captured_tokens, loss_tokens = _batch_tokens(config, processes if parallel == "data" else 1)
@@ -230,6 +240,7 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
         update=update,
         float32_lens=float32_lens,
         warm_start=max(0, _warm_start_bytes(facts, layers.at_once) - in_a_step) if config.warm_start_tokens else 0,
+        start_lens=0 if start is None else start.kept + max(0, start.others - in_a_step),
     )
 
 
@@ -324,11 +335,17 @@ def _text_bytes(source: Source) -> int | None:
 # ------------------------------------------------------------------ what to change
 
 
-def _advice(facts: ModelFacts, config: TrainingConfig, available: int, processes: int, parallel: Parallel) -> tuple[Advice, ...]:
-    """Return changes that need less memory: each change alone, with numbers as large as fit, and then the first two together."""
+def _advice(
+    facts: ModelFacts, config: TrainingConfig, available: int, processes: int, parallel: Parallel, start: StartSizes | None
+) -> tuple[Advice, ...]:
+    """Return changes that need less memory: each change alone, with numbers as large as fit, and then the first two together.
+
+    A run that starts from a lens keeps the lens's variant.
+    """
 
     def total(changed: TrainingConfig) -> int:
-        return memory_of(facts, changed, processes, parallel).total
+        of_start = None if start is None else start.in_type(changed)
+        return memory_of(facts, changed, processes, parallel, of_start).total
 
     def change(option: str, changed: TrainingConfig, cost: str = "") -> Advice:
         return Advice(option, total(changed), total(changed) <= available, cost)
@@ -358,6 +375,8 @@ def _advice(facts: ModelFacts, config: TrainingConfig, available: int, processes
             count = largest_that_fits(range(1, layers.at_once), lambda n, base=base: replace(base, layers_at_once=n))  # type: ignore[misc]
             passes = -(-layers.of_process // count)
             found.append(change(f"{options}--layers-at-once {count}", replace(base, layers_at_once=count), f"reads the text {passes} times"))
+    if start is not None:
+        return tuple(found)
     if config.rank is None and not config.bias_only:
         ranks = [2**i for i in range(3, 16) if 2**i <= facts.dimensions.hidden_size // 4] or [1]
         rank = largest_that_fits(ranks, lambda n: replace(config, rank=n, warm_start_tokens=0))

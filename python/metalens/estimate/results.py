@@ -31,6 +31,7 @@ class Memory:
         update: update of one layer, beyond a batch.
         float32_lens: float32 copy of the trained lens, beyond a step.
         warm_start: closed-form solution, beyond a step.
+        start_lens: translators that the run keeps from the lens that it starts from, and what it takes beyond a step until the first one.
     """
 
     program: int
@@ -43,6 +44,7 @@ class Memory:
     update: int
     float32_lens: int
     warm_start: int
+    start_lens: int = 0
 
     @property
     def total(self) -> int:

@@ -16,7 +16,7 @@ LONG, SHORT = 3600.0, 600.0  # seconds: a run of more than LONG is told which bu
 
 
 def time_of(
-    facts: ModelFacts, recipe: str | None, config: TrainingConfig, *, layers: int, passes: int, processes: int, share: float
+    facts: ModelFacts, recipe: str | None, config: TrainingConfig, *, layers: int, passes: int, processes: int, share: float, from_lens: bool
 ) -> tuple[Duration, int | None]:
     """Return the duration of a run on this machine, and if it is long, the budget in tokens that takes ten minutes, else None.
 
@@ -25,6 +25,7 @@ def time_of(
         recipe: name of the recipe, or None.
         config: the settings.
         layers, passes, processes, share: as in `metalens.training.speed.seconds_of`.
+        from_lens: whether the run starts from a lens.
     """
     speed = measured_speed(facts)
 
@@ -32,7 +33,7 @@ def time_of(
         return seconds_of(facts, config, speed, layers=layers, passes=passes, processes=processes, share=share)
 
     def budgeted(tokens: int) -> TrainingConfig:
-        return resolve(recipe, config, {"tokens": tokens}, facts.context_length, facts.dimensions.hidden_size)[1]
+        return resolve(recipe, config, {"tokens": tokens}, facts.context_length, facts.dimensions.hidden_size, from_lens=from_lens)[1]
 
     found = duration(config)
     short = budget_in(SHORT, budgeted, duration) if found.total > LONG else None
@@ -49,11 +50,12 @@ def tokens_in(
     settings: Mapping[str, Any],
     processes: int,
     share: float,
+    from_lens: bool,
 ) -> int:
-    """Return the budget in tokens that fits into the minutes. `recipe`, `config` and `settings` are as in `plan`, the others as in `seconds_of`."""
-    speed = measured_speed(facts)
+    """Return the budget in tokens that fits into the minutes. Arguments as in `plan`, `seconds_of` and `time_of`."""
+    speed, of_model = measured_speed(facts), (facts.context_length, facts.dimensions.hidden_size)
     return budget_in(
         60 * minutes,
-        lambda tokens: resolve(recipe, config, {**settings, "tokens": tokens}, facts.context_length, facts.dimensions.hidden_size)[1],
+        lambda tokens: resolve(recipe, config, {**settings, "tokens": tokens}, *of_model, from_lens=from_lens)[1],
         lambda changed: seconds_of(facts, changed, speed, processes=processes, share=share),
     )

@@ -7,9 +7,9 @@ length. (Upstream drops the tail of a text. Without tails the means are equal.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,17 +19,17 @@ from metalens.evaluation.marginals import LogitSums
 from metalens.evaluation.results import Evaluation
 from metalens.evaluation.scores import Sums
 from metalens.evaluation.sequences import SequenceScores
+from metalens.evaluation.targets import Targets
 from metalens.evaluation.text import EvaluationText, Sequences
 from metalens.evaluation.transfer import TransferSums
 from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
-from metalens.lenses.provenance import check_lens
+from metalens.lenses.provenance import check_lens, token_shift_of
 from metalens.models.language_model import LanguageModel
-from metalens.models.layers import EMBEDDING
+from metalens.models.layers import EMBEDDING, layers_in_order
 from metalens.models.sharding import Sharding
 from metalens.models.unembed import Unembed
 from metalens.ops import lens_stats
 from metalens.readings.rows import lens_rows
-from metalens.readings.source import translated_embedding
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.progress_bar import token_bar
 
@@ -45,6 +45,7 @@ def evaluate(
     layer_transfer: bool = False,
     logit_stats: bool = False,
     embedding: bool = False,
+    token_shift: int | None = None,
     bytes_per_token: float | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -72,12 +73,15 @@ def evaluate(
         max_seq_len: tokens per sequence, at least 2; None = 512, or the model's context if that is shorter.
         max_tokens: tokens to read from the start, without prefixes; None = all.
         bos: begin each sequence with the tokens that the tokenizer puts before a text.
-        layer_transfer: also apply the translator of every layer to the hidden states of every other layer. Needs a
+        layer_transfer: also apply the translator of every layer to the hidden states of every other layer that the lens translates. Needs a
             lens.
         logit_stats: also average the predictions over the text. Takes 16 bytes for each layer, token of the vocabulary
             and lens.
-        embedding: also measure the embedding's output, through the translator that the lens has for it, if it has one. Layer transfer and
-            logit_stats leave it out.
+        embedding: also measure the embedding's output, through the translator that the lens has for it. Where it has none, the logit lens's
+            scores are the only ones.
+        token_shift: positions from a prediction of a lens to the token that it is scored against, as upstream's eval counts: 1 = the next
+            token. The KL is to the model's own prediction of that token. None = what the lens was trained for, which it remembers: s + 1 after a
+            training with token_shift = s and the loss kl, s with the loss ce, else 1. Positions without such a token in their sequence take no part.
         bytes_per_token: UTF-8 bytes of the text for each position read. None = the mean of the whole corpus or string, also
             with max_tokens (upstream's ratio); for other texts count the bytes of the decoded tokens, special tokens as the
             tokenizer spells them. Without a tokenizer a token counts as one byte.
@@ -96,7 +100,8 @@ def evaluate(
         check_lens(tuned, model)
     elif layer_transfer:
         raise InvalidValueError("layer_transfer needs a tuned lens: the logit lens has the same translator, none, for every layer.")
-    totals = _Totals(model, tuned, layer_transfer, logit_stats, embedding)
+    shift = token_shift_of(tuned) if token_shift is None else token_shift
+    totals = _Totals(model, tuned, layer_transfer, logit_stats, embedding, shift)
     sequences = Sequences(model, text, max_seq_len, max_tokens, bos)
     with token_bar(sequences.size, "evaluating", show_progress) as bar:
         for ids, counted in sequences.masked():
@@ -105,7 +110,7 @@ def evaluate(
     totals.require_labels()
     totals.gather()
     if bytes_per_token is None:
-        bytes_per_token = sequences.bytes_per_token * sequences.counted_tokens / totals.positions
+        bytes_per_token = sequences.bytes_per_token * sequences.counted_tokens / totals.read
     return totals.evaluation(bytes_per_token)
 
 
@@ -121,49 +126,58 @@ def _check_settings(max_seq_len: int, max_tokens: int | None, bytes_per_token: f
 class _Totals:
     """Everything that one evaluation adds up: the model's own scores, those of each lens, and layer transfer."""
 
-    def __init__(self, model: LanguageModel, tuned: Lens | None, layer_transfer: bool, logit_stats: bool, embedding: bool) -> None:
-        self.source, self.unembed, self.sharding = model.source, model.unembed, model.sharding
+    def __init__(self, model: LanguageModel, tuned: Lens | None, layer_transfer: bool, logit_stats: bool, embedding: bool, token_shift: int) -> None:
+        self.source, self.unembed, self.sharding, self.token_shift = model.source, model.unembed, model.sharding, token_shift
         num_layers = len(model.source)
         self.layers = list(range(num_layers)) if self.sharding is None else self.sharding.layers_of(range(num_layers))
         self.model = _LensTotals(1, self.unembed, logit_stats)
         self.lenses: dict[str, Lens] = {"logit": LogitLens()} | ({} if tuned is None else {"tuned": tuned})
         self.totals = {name: _LensTotals(num_layers, self.unembed, logit_stats) for name in self.lenses}
-        self.transfer = TransferSums(num_layers) if layer_transfer else None
-        self.embedding = {name: _LensTotals(1, self.unembed, False) for name in self.lenses} if embedding else {}
+        self.embedding = {name: _LensTotals(1, self.unembed, logit_stats) for name in self.lenses} if embedding else {}
+        rows = layers_in_order(num_layers, embedding)
+        self.untranslated = () if tuned is None else untranslated_layers(tuned, rows)
+        self.transfer = TransferSums([layer for layer in rows if layer not in self.untranslated]) if layer_transfer else None
+        self.read = 0  # positions that count, scored or not
         self.sizes: list[tuple[int, int]] = []  # positions and labels of each sequence
 
     @property
     def positions(self) -> int:
-        """Return the number of positions read."""
+        """Return the number of positions scored."""
         return self.model.scores.positions
 
     def add(self, ids: mx.array, counted: np.ndarray | None) -> None:
         """Add a sequence of ids [T]. `counted` says at which the prediction counts, bool [T]; None = at every one."""
+        self.read += len(ids) if counted is None else int(counted.sum())
+        targets = Targets.of(ids, counted, self.token_shift)
+        if not targets:
+            return
         captured = self.source.capture(ids[None], with_embedding=bool(self.embedding))
-        labels, unlabeled = mx.concatenate([ids[1:], ids[:1]]), 1  # the last label is a placeholder; the sums leave it out
-        if counted is not None:
-            captured = replace(captured, mask=mx.array(counted[None]))
-            labels, unlabeled = labels[mx.array(np.flatnonzero(counted))], int(counted[-1])
+        labels, unlabeled = targets.labels, targets.unlabeled
         self.sizes.append((len(labels), len(labels) - unlabeled))
-        hidden = [captured.rows(layer) for layer in range(len(captured.hidden))]
-        n_model = self.unembed.norm(hidden[-1])
+        rows_of = functools.cache(lambda layer: targets.rows(captured, layer))
+        n_model = self.unembed.norm(targets.model_rows(captured))
         self.model.add(n_model[None], n_model, labels, unlabeled)
         for name, lens in self.lenses.items():
             if self.layers:  # with more processes than layers, some have none
-                rows = lens_rows(hidden, self.layers, lens, self.unembed.norm)
+                rows = lens_rows([rows_of(layer) for layer in range(len(captured.hidden))], self.layers, lens, self.unembed.norm)
                 self.totals[name].add(rows, n_model, labels, unlabeled, self.layers)
             else:
                 self.totals[name].scores.add_nothing()
         for name, totals in self.embedding.items():
-            h = translated_embedding(self.lenses[name], captured.rows(EMBEDDING))
-            totals.add(self.unembed.norm(h)[None], n_model, labels, unlabeled)
+            rows = lens_rows({EMBEDDING: rows_of(EMBEDDING)}, [EMBEDDING], self.lenses[name], self.unembed.norm)
+            totals.add(rows, n_model, labels, unlabeled)
         if self.transfer is not None:
-            self.transfer.add(hidden, self.lenses["tuned"], self.unembed, n_model, labels, unlabeled, self.layers)
+            own = self.transfer.layers if self.sharding is None else self.sharding.layers_of(self.transfer.layers)
+            self.transfer.add(rows_of, self.lenses["tuned"], self.unembed, n_model, labels, unlabeled, own)
 
     def require_labels(self) -> None:
         """Check that some position had a next token."""
         if self.model.scores.labels == 0:
-            found = "documents of a single token only" if self.positions else "no tokens"
+            if self.read and self.token_shift != 1:
+                raise InvalidValueError(
+                    f"No sequence has a token {self.token_shift} positions from another: give longer sequences or a smaller token_shift."
+                )
+            found = "documents of a single token only" if self.read else "no tokens"
             raise InvalidValueError(f"The text has {found}; an evaluation needs a token with a next one.")
 
     def gather(self) -> None:
@@ -180,7 +194,7 @@ class _Totals:
         nats_to_bpb = 1 / (bytes_per_token * math.log(2))
         scores = {name: each.scores.scores(nats_to_bpb) for name, each in self.totals.items()}
         embedding = {name: each.scores.scores(nats_to_bpb)[0] for name, each in self.embedding.items()}
-        marginals = {name: each.marginals.means() for name, each in {"model": self.model, **self.totals}.items() if each.marginals is not None}
+        marginals = {name: each.marginals.means() for name, each in self._by_name().items() if each.marginals is not None}
         return Evaluation(
             tokens=self.positions,
             bytes_per_token=bytes_per_token,
@@ -189,16 +203,21 @@ class _Totals:
             tuned=scores.get("tuned"),
             transfer=None if self.transfer is None else self.transfer.means(),
             logit_stats=marginals or None,
-            untranslated=untranslated_layers(self.lenses["tuned"]) if "tuned" in self.lenses else (),
+            untranslated=self.untranslated,
             embedding=embedding or None,
             sequences=self._sequences(),
+            token_shift=self.token_shift,
         )
+
+    def _by_name(self) -> dict[str, _LensTotals]:
+        """Return the sums of the model and of the lenses, and those of the embedding under names of their own."""
+        return {"model": self.model, **self.totals, **{f"{name} embedding": each for name, each in self.embedding.items()}}
 
     def _sequences(self) -> SequenceScores:
         """Return the values of every sequence."""
-        totals = {"model": self.model, **self.totals, **{f"{name} embedding": each for name, each in self.embedding.items()}}
         positions, labels = np.array(self.sizes, np.int64).T
-        return SequenceScores(positions, labels, {name: np.stack(each.scores.by_sequence) for name, each in totals.items()})
+        sums = {name: np.stack(each.scores.by_sequence) for name, each in self._by_name().items()}
+        return SequenceScores(positions, labels, sums, self.untranslated)
 
 
 class _LensTotals:

@@ -298,8 +298,8 @@ class TunedLens(nn.Module):
         """Read a lens that this class, mlxterp or tuned-lens saved.
 
         Args:
-            path: the pair NAME.npz and NAME.json, with or without a suffix; a folder of tuned-lens, with params.pt and config.json; or
-                'hf:' and the id of a lens of tuned-lens's collection on the Hugging Face hub.
+            path: the pair NAME.npz and NAME.json, with or without a suffix; a folder of tuned-lens, with params.pt and config.json; a
+                snapshot_<step>.pth of its training; or 'hf:' and the id of a lens of tuned-lens's collection on the Hugging Face hub.
 
         Raises:
             FileNotFoundError: if there is no lens at the path, or one of its two files is missing, or the hub has no such lens.
@@ -358,9 +358,16 @@ def lens_kind(lens: Lens) -> str:
     return "tuned lens" if isinstance(lens, TunedLens) else str(getattr(lens, "__name__", type(lens).__name__))
 
 
-def untranslated_layers(lens: Lens) -> tuple[int, ...]:
-    """Return the layers of which a tuned lens has no translator: it reads them as the logit lens does. () for other lenses."""
-    if not isinstance(lens, TunedLens):
-        return ()
-    translated = set(lens.layers)
-    return tuple(layer for layer in range(lens.num_layers) if layer not in translated)
+def untranslated_layers(lens: Lens, layers: Iterable[Layer] | None = None) -> tuple[Layer, ...]:
+    """Return those of some layers that a lens reads as the logit lens does, because it has no translator for them.
+
+    A tuned lens says which layers it translates. Of a function it is known that it reads blocks, and not the embedding. () for the logit lens.
+
+    Args:
+        lens: the lens.
+        layers: the layers. None = the blocks of a tuned lens.
+    """
+    if isinstance(lens, TunedLens):
+        translated = set(lens.translated)
+        return tuple(layer for layer in (range(lens.num_layers) if layers is None else layers) if layer not in translated)
+    return () if isinstance(lens, LogitLens) else tuple(layer for layer in layers or () if layer == EMBEDDING)

@@ -309,7 +309,17 @@ def read_arrays(file: Path, expected: Callable[[set[str]], Mapping[str, tuple[in
     except WrongArraysError:
         raise
     except Exception as error:  # a dozen types, depending on the damaged byte
-        raise InvalidValueError(f"{file} is damaged or no .npz archive ({error}). Copy it again, or train the lens again.") from error
+        raise InvalidValueError(f"{file} is damaged or no .npz archive ({archive_fault(error)}). Copy it again, or train the lens again.") from error
+
+
+def archive_fault(error: Exception) -> str:
+    """Return why NumPy can't read an archive, in one phrase.
+
+    NumPy takes whatever is no archive for a pickle, and says how to load that unsafely.
+    """
+    if "pickle" not in str(error):
+        return str(error)
+    return "it holds Python objects, which are never loaded" if "Object arrays" in str(error) else "it does not begin as an archive does"
 
 
 def _checked(array: np.ndarray, shape: tuple[int, ...], name: str, what: str) -> np.ndarray:

@@ -61,16 +61,24 @@ class Tensor:
     strides: tuple[int, ...]
 
 
+class Opaque(Enum):
+    """What a file builds besides tensors, where that may be anything: the file names a function or class, and nothing is looked up or called."""
+
+    OPAQUE = "opaque"
+
+
+OPAQUE = Opaque.OPAQUE
 NAMES: dict[str, Name | Element] = {name.value: name for name in (*Name, *Element)}
 CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read(stream: IO[bytes]) -> Any:
+def read(stream: IO[bytes], *, opaque: bool = False) -> Any:
     """Return the object that one pickle of protocol 2 builds. Leave the stream at the end of the pickle.
 
     Args:
         stream: bytes in memory. Their number bounds the memory that the pickle can ask for.
+        opaque: read over objects of other kinds, which become OPAQUE. False = they are errors.
 
     Returns:
         numbers, strings, tuples, lists, dicts (also for OrderedDict), `Tensor` and `Storage`.
@@ -79,7 +87,7 @@ def read(stream: IO[bytes]) -> Any:
         ValueError: if the pickle is damaged, or has an opcode that files of tensors do not need; the message names the
             opcode and its position.
     """
-    machine = _Machine()
+    machine = _Machine(opaque)
     for opcode, argument, position in pickletools.genops(stream):
         try:
             machine.step(opcode.name, argument)
@@ -89,7 +97,8 @@ def read(stream: IO[bytes]) -> Any:
 
 
 class _Machine:
-    def __init__(self) -> None:
+    def __init__(self, opaque: bool) -> None:
+        self.opaque = opaque
         self.stack: list[Any] = []
         self.marks: list[int] = []  # height of the stack at each MARK
         self.memo: dict[int, Any] = {}
@@ -115,22 +124,21 @@ class _Machine:
                 stack.append(self.memo[argument])
             case "APPEND" | "APPENDS":
                 values = self.above_mark() if opcode == "APPENDS" else [stack.pop()]
-                self.top(list).extend(values)
+                if not self.is_opaque():
+                    self.top(list).extend(values)
             case "SETITEM" | "SETITEMS":
                 self.set_items(self.above_mark() if opcode == "SETITEMS" else self.pop(2))
             case "GLOBAL":
-                if argument not in NAMES:
-                    raise ValueError(f"it names {argument!r:.200}, which no file of tensors needs; nothing was loaded or run")
-                stack.append(NAMES[argument])
+                stack.append(self.named(argument))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
-                function, arguments = self.pop(2)
-                stack.append(_reduce(function, arguments))
-            case "BUILD":  # state_dict()'s `_metadata`: versions of layers
-                if not isinstance(stack.pop(), dict):
-                    raise ValueError("it sets the state of an object")
-                self.top(dict)
+                stack.append(_reduce(*self.pop(2)))
+            case "NEWOBJ" if self.opaque:
+                self.pop(2)
+                stack.append(OPAQUE)
+            case "BUILD":
+                self.set_state(stack.pop())
             case "STOP":
                 if len(stack) != 1 or self.marks:
                     raise IndexError
@@ -161,26 +169,50 @@ class _Machine:
             raise ValueError(f"it needs a {kind.__name__}")
         return self.stack[-1]
 
+    def named(self, name: str) -> Any:
+        """Return what a name stands for here."""
+        if name not in NAMES and not self.opaque:
+            raise ValueError(f"it names {name!r:.200}, which no file of tensors needs; nothing was loaded or run")
+        return NAMES.get(name, OPAQUE)
+
+    def set_state(self, state: Any) -> None:
+        """Read over the state of an object: `_metadata` of a state dict, which has versions of layers, or anything of what is read over."""
+        if self.is_opaque():
+            return
+        if not isinstance(state, dict):
+            raise ValueError("it sets the state of an object")
+        self.top(dict)
+
+    def is_opaque(self) -> bool:
+        """Return whether an object on top is one that is read over."""
+        return self.stack[-1] is OPAQUE
+
     def set_items(self, values: list[Any]) -> None:
-        target = self.top(dict)
         if len(values) % 2:
             raise ValueError("a key without a value")
+        if self.is_opaque():
+            return
+        target = self.top(dict)
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if type(key) is not str or key in target:
+            if (type(key) is not str and not (self.opaque and type(key) is int)) or key in target:
                 raise ValueError("keys must be different strings")
             target[key] = value
 
 
-def _storage(identity: Any) -> Storage:
+def _storage(identity: Any) -> Storage | Opaque:
     """Return the storage of a persistent id ('storage', type, key, device, size). In old files it has a sixth part, a view, which must be None."""
     if type(identity) is tuple and len(identity) in (5, 6) and identity[0] == "storage" and (len(identity) == 5 or identity[5] is None):
         _, element, key, _, size = identity[:5]
+        if isinstance(element, Opaque):
+            return element
         if type(element) is Element and type(key) is str and type(size) is int and size >= 0:
             return Storage(element, key, size)
     raise ValueError("no storage of float32, float16, bfloat16 or float64 numbers")
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
+    if function is OPAQUE or (type(arguments) is tuple and arguments[:1] == (OPAQUE,)):
+        return OPAQUE
     if function is Name.ORDERED_DICT and arguments == ():
         return {}
     if function is not Name.REBUILD_TENSOR or type(arguments) is not tuple or len(arguments) != 6:

@@ -7,6 +7,7 @@ trusted: every size that it claims is compared with its number of bytes before m
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -24,6 +25,8 @@ from metalens.utils.errors import InvalidValueError
 
 # The largest pickle that is read, in bytes. A tensor takes about 150.
 PICKLE_LIMIT = 1 << 20
+# The same of a snapshot of a training, which also holds the state of the data.
+SNAPSHOT_PICKLE_LIMIT = 1 << 26
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # {name of a dtype: (torch's storage, MLX's dtype)}
 WRITABLE = {"float32": (Element.FLOAT32, mx.float32), "float16": (Element.FLOAT16, mx.float16), "bfloat16": (Element.BFLOAT16, mx.bfloat16)}
@@ -59,26 +62,85 @@ def read_tensors(file: Path, expected: Callable[[int], Mapping[str, tuple[int, .
         InvalidValueError: if the file is not such a file, or holds NaN or infinity.
         OSError: if the file cannot be opened.
     """
-    with file.open("rb") as stream:
-        try:
-            contents = _open_zip(stream) if stream.read(4) == b"PK\x03\x04" else _open_legacy(stream)
-            state = contents.state
-            if not isinstance(state, dict) or not all(type(tensor) is Tensor for tensor in state.values()):
-                raise InvalidValueError("it holds something other than named tensors")
-            shapes = expected(len(state))
-            if set(shapes) != set(state):
-                names = sorted(set(shapes) ^ set(state))
-                raise InvalidValueError(f"expected {len(shapes)} tensors, found {len(state)}; missing or unexpected: {', '.join(names[:4])}")
-            by_storage: dict[Storage, list[str]] = {}
-            for name, tensor in state.items():
-                _check_view(name, tensor, shapes[name])
-                by_storage.setdefault(tensor.storage, []).append(name)
-            for storage, names in by_storage.items():
-                data = contents.read(storage)
-                for name in names:
-                    yield name, _array(name, state[name], data, contents.little_endian)
-        except Exception as error:  # zipfile alone raises a dozen types for damaged archives
-            raise InvalidValueError(f"{file} is not a tuned lens file, or is damaged: {error}.") from error
+    with file.open("rb") as stream, _named_errors(file, "a tuned lens file"):
+        contents = _open_zip(stream) if stream.read(4) == b"PK\x03\x04" else _open_legacy(stream)
+        state = _tensors_of(contents.state)
+        yield from _tensors(contents, state, expected(len(state)))
+
+
+class Snapshot:
+    """A file that torch.save wrote of a dict: some of its entries are state dicts, others anything, which is read over. Nothing in it is run.
+
+    Use it as a context manager.
+
+    Args:
+        file: the file, an archive as torch has written since version 1.6.
+        what: what the file should be, for errors.
+
+    Raises:
+        InvalidValueError: if the file is no such archive.
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, file: Path, what: str) -> None:
+        self.file, self.what = file, what
+
+    def __enter__(self) -> Snapshot:
+        self._stack = contextlib.ExitStack()
+        stream = self._stack.enter_context(self.file.open("rb"))
+        with self._stack, self.errors():
+            if stream.read(4) != b"PK\x03\x04":
+                raise InvalidValueError("no archive of torch.save")
+            self._contents = _open_zip(stream, SNAPSHOT_PICKLE_LIMIT, opaque=True)
+            if not isinstance(self._contents.state, dict):
+                raise InvalidValueError("it holds no dict")
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def errors(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager in which errors name the file."""
+        return _named_errors(self.file, self.what)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an entry; None if there is none."""
+        return self._contents.state.get(name)
+
+    def tensors(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield tensors of an entry, as `read_tensors` does, after a check of their names and shapes."""
+        with self.errors():
+            yield from _tensors(self._contents, state, shapes)
+
+
+@contextlib.contextmanager
+def _named_errors(file: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # zipfile alone raises a dozen types for damaged archives
+        raise InvalidValueError(f"{file} is not {what}, or is damaged: {error}.") from error
+
+
+def _tensors_of(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not all(type(tensor) is Tensor for tensor in state.values()):
+        raise InvalidValueError("it holds something other than named tensors")
+    return state
+
+
+def _tensors(contents: _Contents, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a state dict that must have these names and shapes."""
+    if set(shapes) != set(state):
+        names = sorted(set(shapes) ^ set(state))
+        raise InvalidValueError(f"expected {len(shapes)} tensors, found {len(state)}; missing or unexpected: {', '.join(names[:4])}")
+    by_storage: dict[Storage, list[str]] = {}
+    for name, tensor in state.items():
+        _check_view(name, tensor, shapes[name])
+        by_storage.setdefault(tensor.storage, []).append(name)
+    for storage, names in by_storage.items():
+        data = contents.read(storage)
+        for name in names:
+            yield name, _array(name, state[name], data, contents.little_endian)
 
 
 def _check_view(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -112,7 +174,7 @@ def _array(name: str, tensor: Tensor, data: bytes, little_endian: bool) -> np.nd
 # ------------------------------------------------------------------ the zip archive
 
 
-def _open_zip(stream: IO[bytes]) -> _Contents:
+def _open_zip(stream: IO[bytes], pickle_limit: int = PICKLE_LIMIT, *, opaque: bool = False) -> _Contents:
     archive = zipfile.ZipFile(stream)
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
@@ -142,7 +204,7 @@ def _open_zip(stream: IO[bytes]) -> _Contents:
             raise InvalidValueError(f"its data/{storage.key} has {len(data)} bytes, fewer than {storage.size} numbers need")
         return data
 
-    return _Contents(read(io.BytesIO(record("data.pkl", PICKLE_LIMIT))), order == b"little", read_storage)
+    return _Contents(read(io.BytesIO(record("data.pkl", pickle_limit)), opaque=opaque), order == b"little", read_storage)
 
 
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[mx.array], dtype: str = "float32") -> None:

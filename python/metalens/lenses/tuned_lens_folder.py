@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from metalens.lenses.lens_file import LensData, LensDescription
 from metalens.lenses.torch_file import read_tensors
@@ -161,8 +163,18 @@ def hub_repository(repo_id: str | None, repo_type: str | None) -> tuple[str, str
 
 def _read(params: Path, config: Path) -> LensData:
     described = _read_config(config)
+    return lens_of(described, read_tensors(params, described.shapes))
+
+
+def lens_of(described: LensConfig, tensors: Iterable[tuple[str, np.ndarray]]) -> LensData:
+    """Return the lens that upstream's tensors are.
+
+    Args:
+        described: facts of the lens.
+        tensors: (name, array) of all its `shapes`; the arrays are changed.
+    """
     pieces: dict[int, dict[str, mx.array]] = {}
-    for name, array in read_tensors(params, described.shapes):
+    for name, array in tensors:
         index, _, part = name.partition(".")
         if part == "weight":
             array.reshape(-1)[:: described.d_model + 1] += 1
@@ -171,7 +183,7 @@ def _read(params: Path, config: Path) -> LensData:
     embedding = identity | pieces[0]
     moved = any(to_float(mx.any(embedding[part] != identity[part])) for part in identity)
     translators = {i - 1: identity | pieces[i] for i in range(1, described.num_hidden_layers)} | {described.num_hidden_layers - 1: identity}
-    provenance: dict[str, Any] = {"model": described.base_model_name_or_path}
+    provenance: dict[str, Any] = {"model": described.base_model_name_or_path} if described.base_model_name_or_path else {}
     if described.base_model_revision is not None:
         provenance["revision"] = described.base_model_revision
     if described.unembed_hash is not None:

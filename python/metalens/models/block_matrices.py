@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from metalens.models.capture import follow
+from metalens.models.blocks import follow
+from metalens.models.fused_values import value_rows
 from metalens.models.submodules import submodule_name, submodules
 from metalens.models.unembed import merged, norm_of
 from metalens.ops import Weight
@@ -125,27 +126,38 @@ def head_circuit(block: nn.Module, head: int, hidden_size: int) -> HeadCircuit:
         hidden_size: D.
 
     Raises:
-        InvalidValueError: if the block has no attention with a value matrix of its own (a fused matrix of queries, keys and values is not read),
-            or no such head.
+        InvalidValueError: if the block has no attention whose values are known, in a matrix of their own or in a fused one, or no such head.
     """
     (matrix,) = output_matrices(block, "attention", hidden_size)[:1]
     attention: Any = follow(block, matrix.path.rpartition(".")[0])
     module = next((value for name in VALUE_NAMES if isinstance(value := getattr(attention, name, None), nn.Module)), None)
     heads = _number(attention, HEADS)
-    if module is None or heads is None:
-        raise InvalidValueError(
-            f"The attention at {matrix.path.rpartition('.')[0]!r} has no value matrix of its own ({', '.join(VALUE_NAMES)}) or does not tell its "
-            "heads, so its value-output circuits can't be read. Read its output matrix: 'attention'."
-        )
+    if heads is None:
+        raise InvalidValueError(_no_circuits(matrix.path, "it does not tell its number of heads"))
     if not 0 <= head < heads:
         raise InvalidValueError(f"The attention has heads 0 to {heads - 1}, not {head}.")
-    value = Weight.from_layer(merged(module))
     width = matrix.weight.shape[1] // heads
-    group = head // (heads // (_number(attention, KEY_VALUE_HEADS) or heads))
+    if module is not None:
+        value = Weight.from_layer(merged(module))
+        group = head // (heads // (_number(attention, KEY_VALUE_HEADS) or heads))
+        of_head = np.arange(group * width, (group + 1) * width)
+    else:
+        try:
+            value, all_rows = value_rows(attention, follow(block, matrix.path), hidden_size)
+        except InvalidValueError as error:
+            raise InvalidValueError(_no_circuits(matrix.path, str(error))) from error.__cause__
+        of_head = all_rows[head * width : (head + 1) * width]
+        if len(np.unique(of_head)) < width:
+            raise InvalidValueError(_no_circuits(matrix.path, "its values are not rows of one matrix"))
     output = unpacked_columns(matrix.weight, head * width, (head + 1) * width)
-    rows = unpacked_rows(value, mx.arange(group * width, (group + 1) * width))
+    rows = unpacked_rows(value, mx.array(of_head.astype(np.int32)))
     gain = _input_gain(block)
     return HeadCircuit(np.array(output).T, np.array(rows if gain is None else rows * gain.astype(mx.float32)))
+
+
+def _no_circuits(path: str, reason: str) -> str:
+    attention = path.rpartition(".")[0]
+    return f"The value-output circuits of the attention at {attention!r} can't be read: {reason}. Read its output matrix: 'attention'."
 
 
 def number_of_heads(block: nn.Module, hidden_size: int) -> int:

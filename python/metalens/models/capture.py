@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from metalens.models.blocks import LAYER_NAMES, find_layers
 from metalens.models.context import context_of, learned_positions
 from metalens.models.layers import EMBEDDING, Layer
 from metalens.models.observing import replaced_methods, snapshot
@@ -24,10 +25,6 @@ from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError, MetalensError
 from metalens.utils.forked import require_own_threads
 from metalens.utils.warn import warn_caller
-
-# Where models keep their blocks, in the order of the search. `{}` is one of the names below, or the name that the caller gives.
-LAYER_PATHS = ("{}", "model.{}", "language_model.model.{}", "model.language_model.{}", "backbone.{}", "transformer.{}")
-LAYER_NAMES = ("layers", "h", "blocks")
 
 
 class ResidualStreamError(MetalensError, RuntimeError):
@@ -40,10 +37,6 @@ class EmbeddingStreamError(ResidualStreamError):
 
 class ContextError(InvalidValueError):
     """A sequence is longer than the model's table of positions."""
-
-
-class LayersNotFoundError(MetalensError, AttributeError):
-    """The model has no list of blocks at the paths that were searched."""
 
 
 # A function of a block's output [B, T, D] that returns the output to use instead.
@@ -60,48 +53,6 @@ class BlockEdit:
     """
 
     function: Callable[[mx.array, mx.array], mx.array]
-
-
-def follow(root: Any, path: str) -> Any:
-    """Return the attribute at a dotted path (a number indexes a list), or None if there is none."""
-    for name in path.split("."):
-        if name.isdigit() and isinstance(root, (list, tuple)):
-            root = root[int(name)] if int(name) < len(root) else None
-        else:
-            root = getattr(root, name, None)
-        if root is None:
-            return None
-    return root
-
-
-def find_layers(model: Any, layer_attr: str = LAYER_NAMES[0]) -> tuple[str, Sequence[nn.Module]]:
-    """Find the model's blocks.
-
-    Args:
-        model: the language model.
-        layer_attr: the name or dotted path of the list of blocks. For the default name, the other usual names are searched too.
-
-    Returns:
-        (dotted path, list of blocks)
-
-    Raises:
-        LayersNotFoundError: if there is no such list. The error names the paths that were searched.
-    """
-    names = dict.fromkeys((layer_attr, *LAYER_NAMES))
-    paths = [pattern.format(name) for name in names for pattern in LAYER_PATHS]
-    searched = paths if layer_attr == LAYER_NAMES[0] else paths[: len(LAYER_PATHS)]
-    for path in searched:
-        layers = follow(model, path)
-        if isinstance(layers, (list, tuple)) and layers:
-            # mlx-lm's models offer `layers` as a property. The deepest path to the same blocks is the one that other tools show.
-            aliases = [alias for alias in paths if _same_modules(follow(model, alias), layers)]
-            return max(aliases, key=lambda alias: alias.count(".")), layers
-    raise LayersNotFoundError(f"Could not find layers attribute. Tried: {searched}. Specify the correct path with layer_attr parameter.")
-
-
-def _same_modules(a: Any, b: Sequence[nn.Module]) -> bool:
-    """Return whether `a` is a list of the same modules as `b`. A property may build a new list each time."""
-    return isinstance(a, (list, tuple)) and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 @dataclass(frozen=True)
@@ -132,22 +83,26 @@ class HiddenStates:
         """Return N, the number of tokens that count."""
         return int(self.counted_tokens.size if self.counted_tokens is not None else math.prod(self.hidden[-1].shape[:-1]))
 
-    def rows(self, layer: Layer, at: mx.array | None = None) -> mx.array:
-        """Return the output of a block, or of the embedding, at the tokens that count, [N, D].
-
-        Args:
-            layer: number of the block, negative from the end, or 'embedding'.
-            at: [N] numbers of the tokens to return instead, counted through all B T.
+    def of(self, layer: Layer) -> mx.array:
+        """Return the output [B, T, D] of a block, by its number, negative from the end, or of the embedding.
 
         Raises:
             ResidualStreamError: if the embedding was not captured.
         """
         if layer != EMBEDDING:
-            h = self.hidden[layer]
-        elif self.embedding is not None:
-            h = self.embedding
-        else:
+            return self.hidden[layer]
+        if self.embedding is None:
             raise ResidualStreamError("The embedding's output was not captured: capture with with_embedding=True.")
+        return self.embedding
+
+    def rows(self, layer: Layer, at: mx.array | None = None) -> mx.array:
+        """Return the output of a block, or of the embedding, at the tokens that count, [N, D].
+
+        Args:
+            layer: as in `of`, which raises the errors.
+            at: [N] numbers of the tokens to return instead, counted through all B T.
+        """
+        h = self.of(layer)
         h, chosen = h.reshape(-1, h.shape[-1]), self.counted_tokens if at is None else at
         return h if chosen is None else h[chosen]
 

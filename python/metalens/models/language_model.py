@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from metalens.models.acceleration import Acceleration, accelerate, reason_for_plain_mlx
-from metalens.models.capture import BlockEdit, Edit, HiddenStates, ResidualCapture, follow
+from metalens.models.blocks import follow
+from metalens.models.capture import BlockEdit, Edit, HiddenStates, ResidualCapture
 from metalens.models.loading import load, load_part
 from metalens.models.probe import GIVEN, Overrides
 from metalens.models.registry import path_of

@@ -6,7 +6,19 @@ Layer i is the output of block i, 0 <= i < L. The embedding's output, which is t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal, TypeAlias
 
 EMBEDDING: Final = "embedding"
 Layer: TypeAlias = int | Literal["embedding"]
+
+
+def layers_in_order(blocks: int | Iterable[int], embedding: bool = True) -> list[Layer]:
+    """Return the layers of a model, from the input to the output: 'embedding', if it is wanted, then blocks.
+
+    Args:
+        blocks: the blocks, or the number of all.
+        embedding: whether the embedding's output is among the layers.
+    """
+    found: list[Layer] = [EMBEDDING] if embedding else []
+    return [*found, *(range(blocks) if isinstance(blocks, int) else blocks)]

@@ -17,7 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.models.capture import HiddenStates, ResidualCapture, follow
+from metalens.models.blocks import follow
+from metalens.models.capture import HiddenStates, ResidualCapture
 from metalens.models.observing import replaced_methods, snapshot
 from metalens.utils.warn import warn_caller
 

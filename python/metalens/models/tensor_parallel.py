@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.models.capture import find_layers, follow
+from metalens.models.blocks import find_layers, follow
 from metalens.models.sharding import Processes, Sharding
 from metalens.models.weights import hash_in_parts, named_arrays
 from metalens.utils.errors import InvalidValueError

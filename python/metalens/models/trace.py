@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from metalens.models.capture import Edit, ResidualCapture, follow
+from metalens.models.blocks import follow
+from metalens.models.capture import Edit, ResidualCapture
 from metalens.models.submodules import SubmoduleRecorder, named_place, submodule_name
 from metalens.utils.errors import UnavailableError
 

@@ -12,6 +12,7 @@ from metalens.ops.head import Head
 from metalens.ops.kl import LensTarget, lens_kl, lens_target
 from metalens.ops.logits import head_logits
 from metalens.ops.matmul import gram, linear, quantized_matmul, symmetric_product
+from metalens.ops.muon import MuonDirection, muon_direction
 from metalens.ops.norm import Norm
 from metalens.ops.rotary import rope
 from metalens.ops.row_norms import layer_norm, rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "LensComparison",
     "LensStats",
     "LensTarget",
+    "MuonDirection",
     "Norm",
     "Weight",
     "attention",
@@ -39,6 +41,7 @@ __all__ = [
     "lens_stats",
     "lens_target",
     "linear",
+    "muon_direction",
     "normed",
     "precision",
     "quantized_matmul",

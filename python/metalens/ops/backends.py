@@ -9,7 +9,7 @@ from typing import Literal
 import mlx.core as mx
 
 from metalens import _extension
-from metalens.ops.metal import kernel
+from metalens.ops.metal import kernel, tuning
 from metalens.ops.scoped_setting import ScopedSetting
 from metalens.utils.errors import UnavailableError
 
@@ -60,6 +60,15 @@ def precision() -> Precision:
     return _precision.get()
 
 
+def given_precision() -> Precision | None:
+    """Return the precision that `use_precision` or METALENS_PRECISION sets, None if it is the default.
+
+    Raises:
+        InvalidValueError: if METALENS_PRECISION has another value.
+    """
+    return _precision.given()
+
+
 def use_precision(name: Precision | Literal["bf16"]) -> AbstractContextManager[None]:
     """Set the precision of the operands of the kernels' products inside the `with` block. Sums are always float32.
 
@@ -85,7 +94,7 @@ def unavailable(name: Literal["native", "metal"]) -> str:
     """Return the reason why a backend can't be used here, or ''. Warn once if 'auto' has to do without the extension.
 
     Raises:
-        UnavailableError: if the backend can't be used and the setting names it.
+        UnavailableError: if the backend can't be used and the setting names it, or if METALENS_METAL_TILES asks for what the GPU does not have.
     """
     if name == "native":
         extension, reason = _extension.find()
@@ -96,6 +105,7 @@ def unavailable(name: Literal["native", "metal"]) -> str:
         _extension.load()  # warns
         return reason
     if mx.metal.is_available() or kernel.is_emulated():
+        tuning.check_tiles()
         return ""
     if backend() == "metal":
         raise UnavailableError("The metal backend was asked for, but MLX finds no Metal GPU here. Choose 'auto', or run on a Mac with Apple silicon.")

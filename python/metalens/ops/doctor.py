@@ -145,7 +145,8 @@ def _metal_diagnosis() -> MetalDiagnosis | None:
 
 def _matrix_units(gpu: tuning.Device) -> str:
     if gpu.matrix_units:
-        return "used by plain MLX, and by metalens with precision 'bfloat16'"
+        tiles = ", and by the kernels' tiles of tensor operations (METALENS_METAL_TILES)" if gpu.tensor_tiles else ""
+        return f"used by plain MLX, and by metalens with precision 'bfloat16'{tiles}"
     if gpu.generation.number < tuning.MATRIX_UNIT_GENERATION:
         return f"none: they begin with generation {tuning.MATRIX_UNIT_GENERATION} (M5)"
     return f"not used: MLX needs macOS {'.'.join(map(str, tuning.MATRIX_UNIT_MACOS))}"

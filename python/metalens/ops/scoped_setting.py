@@ -34,12 +34,16 @@ class ScopedSetting(Generic[T]):
 
     def get(self) -> T:
         """Return the value in force: that of the innermost block, else of the environment variable, else the default."""
+        return self.given() or self.names[0]
+
+    def given(self) -> T | None:
+        """Return the value of the innermost block, else of the environment variable, None if neither sets one."""
         override = self._override.get()
         if override is not None:
             return override
         value = os.environ.get(self.variable)
         if not value:
-            return self.names[0]
+            return None
         if value not in self._known:
             raise InvalidValueError(f"{self.variable}={value!r} is not a valid {self.noun}. {self._choices()}")
         return self._known[value]

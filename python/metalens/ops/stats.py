@@ -13,7 +13,7 @@ from metalens.ops.chunks import in_chunks
 from metalens.ops.dispatch import Operation
 from metalens.ops.head import Head
 from metalens.ops.logits import head_logits, native_head
-from metalens.ops.metal import matrix_units
+from metalens.ops.metal import matrix_units, tuning
 from metalens.ops.metal import stats as on_metal
 from metalens.ops.metal.matrix_units import MATRIX_UNITS_ARE_FASTER
 from metalens.ops.metal.speed import PLAIN_IS_FASTER, Asked, Matrix, plain_stats_are_faster
@@ -218,7 +218,7 @@ def _why_not_metal(n: mx.array, head: Head, top_k: int, n_model: mx.array | None
     if top_k > on_metal.LARGEST_K:
         return f"the Metal kernels return at most {on_metal.LARGEST_K} tokens"
     rows = n.shape[1] * (n.shape[0] + (n_model is not None))
-    if matrix_units.fit(rows, rounds_operands()):
+    if matrix_units.fit(rows, rounds_operands()) and not tuning.device().tensor_tiles:
         return MATRIX_UNITS_ARE_FASTER
     if reason := unreadable(head.weight):
         return reason

@@ -24,6 +24,7 @@ import numpy as np
 from metalens.lenses.lens import Lens, as_lens
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
+from metalens.models.layers import layers_in_order
 from metalens.models.token_text import REPLACEMENT
 from metalens.models.tokenization import TokenInput
 from metalens.ops import head_logits
@@ -31,7 +32,6 @@ from metalens.ops.stats import check_top_k
 from metalens.readings.cells_reader import Request, part_cells, split_rows
 from metalens.readings.chosen_tokens import token_ids_of
 from metalens.readings.comparison import Comparison, compare_lenses, divergences_from_first, join_divergences
-from metalens.readings.numbering import EMBEDDING, Layer
 from metalens.readings.rows import is_whole, lens_rows, select_layers
 from metalens.readings.source import RowSource, next_rows, part_size
 from metalens.readings.statistics import join_cells
@@ -145,7 +145,7 @@ def generate_with_lenses(
     read_by = checked_lenses(model, lenses)
     check_top_k(top_k, model.unembed.head.tokens)
     blocks = select_layers(layers, model.num_layers)
-    rows: tuple[Layer, ...] = (EMBEDDING, *blocks) if embedding else tuple(blocks)
+    rows = tuple(layers_in_order(blocks, embedding))
     if not rows:
         raise InvalidValueError("No layers were asked for. Pass layers=None for all of them.")
     chosen = token_ids_of(model, tokens)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from metalens.models.layers import Layer
+from metalens.readings.numbering import layer_name, upstream_layer
 from metalens.readings.top_tokens import Predictions
 from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import atomic_write
@@ -40,10 +42,10 @@ def lens_figure(
     cmap: str = "viridis",
     font_family: str | None = None,
     limits: tuple[float, float] | None = None,
-    row_name: Callable[[int], str] = "layer {}".format,
+    row_name: Callable[[Layer], str] = layer_name,
     new_figure: Callable[..., Figure] | None = None,
 ) -> Figure:
-    """Draw a heat map: one row per layer (the last layer on top), one column per token, the most likely next token in each cell.
+    """Draw a heat map: a row per layer (the last one on top, the embedding at the bottom), a column per token, in each cell the likeliest next token.
 
     Args:
         result: result of `logit_lens` or `tuned_lens`, at least one layer.
@@ -67,7 +69,7 @@ def lens_figure(
     import matplotlib as mpl
     from matplotlib.figure import Figure as NewFigure
 
-    layers = sorted(result)
+    layers = sorted(result, key=upstream_layer)  # the embedding first
     grid = np.asarray(values, dtype=float)
     if not layers:
         raise InvalidValueError("There is nothing to plot: the result holds no layers.")

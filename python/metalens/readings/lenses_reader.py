@@ -102,7 +102,13 @@ def join_lenses_parts(parts: Sequence[LensesPart]) -> LensesPart:
 
 
 def compare_in_parts(
-    model: LanguageModel, text: TokenInput, other: TokenInput | None, lens: Lens | str | Path | None = None, *, part_size: int | None = None
+    model: LanguageModel,
+    text: TokenInput,
+    other: TokenInput | None,
+    lens: Lens | str | Path | None = None,
+    *,
+    part_size: int | None = None,
+    embedding: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Compare two texts through one lens, part by part; or every layer of one text with the next one. The arguments are checked at once.
 
@@ -110,6 +116,7 @@ def compare_in_parts(
         model, text, lens: as in `read_trajectory`.
         other: a text with as many tokens. None = compare the layers.
         part_size: as in `read_trajectory_parts`.
+        embedding: as in `read_trajectory`.
 
     Returns:
         an iterator of {"kl", "reverse_kl", "js", "tv": [R, c]}; between layers [R - 1, c], where row r compares layer r with the next one.
@@ -119,10 +126,10 @@ def compare_in_parts(
             without another text, and for a part_size below 1.
     """
     size = checked_part_size(part_size)
-    ((a,), _) = one_text(model, text, [lens], {})
+    ((a,), _) = one_text(model, text, [lens], {"embedding": embedding})
     if other is None:
         return layer_divergences_in_parts(require_layers(a), size)
-    ((b,), _) = one_text(model, other, [lens], {})
+    ((b,), _) = one_text(model, other, [lens], {"embedding": embedding})
     if len(a.positions) != len(b.positions):
         raise InvalidValueError(
             f"Texts are compared token by token: these have {len(a.positions)} and {len(b.positions)}. Give texts of equal length."

@@ -25,6 +25,7 @@ def read(
     position: int | None = None,
     final_norm: NormFunction | None = None,
     skip_norm: bool = False,
+    embedding: bool = False,
 ) -> Reading: ...
 @overload
 def read(
@@ -36,6 +37,7 @@ def read(
     position: int | None = None,
     final_norm: NormFunction | None = None,
     skip_norm: bool = False,
+    embedding: bool = False,
 ) -> list[Reading]: ...
 def read(
     model: LanguageModel,
@@ -46,6 +48,7 @@ def read(
     position: int | None = None,
     final_norm: NormFunction | None = None,
     skip_norm: bool = False,
+    embedding: bool = False,
 ) -> Reading | list[Reading]:
     """Read a text, or several, through a lens: predictions, statistics, and the model's own prediction beside them.
 
@@ -60,6 +63,7 @@ def read(
         position: the only token to read, negative from the end; None = all.
         final_norm: a function that replaces the model's final norm.
         skip_norm: decode without a norm.
+        embedding: also read the embedding's output, as in `read_trajectory`.
 
     Returns:
         a `Reading`; for a list of texts a list of them, each equal to the reading of that text alone.
@@ -71,6 +75,15 @@ def read(
         InvalidTypeError: if the text is no text, or the lens no lens.
     """
     found = read_trajectory(
-        model, text, lens, top_k=top_k, layers=layers, position=position, compare=False, final_norm=final_norm, skip_norm=skip_norm
+        model,
+        text,
+        lens,
+        top_k=top_k,
+        layers=layers,
+        embedding=embedding,
+        position=position,
+        compare=False,
+        final_norm=final_norm,
+        skip_norm=skip_norm,
     )
     return [Reading(each) for each in found] if isinstance(found, list) else Reading(found)

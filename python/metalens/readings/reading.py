@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from metalens.ops import LensStats
 from metalens.readings.heat_map import lens_figure, save_figure
-from metalens.readings.numbering import UNTRANSLATED
+from metalens.readings.numbering import EMBEDDING, UNTRANSLATED, Layer
 from metalens.readings.rows import select_position
 from metalens.readings.top_tokens import Predictions, TopToken, predictions_of
 from metalens.readings.trajectory import Trajectory
@@ -31,19 +31,19 @@ class Reading:
     """One text, read through one lens: the predictions of every layer, and the model's own beside them.
 
     Row r of the arrays belongs to layer `layers[r]`; the methods take layer numbers. Layer i is the output of block i.
-    A negative layer counts from the model's last block, a negative position from the last token that was read. It is a
-    view of a trajectory, which has more statistics if they were asked for.
+    The embedding's output is the layer 'embedding', if it was asked for. A negative layer counts from the model's last block, a negative
+    position from the last token that was read. It is a view of a trajectory, which has more statistics if they were asked for.
 
     Attributes:
-        trajectory: the trajectory, with the layers' numbers and without the embedding.
+        trajectory: the trajectory.
     """
 
     trajectory: Trajectory
 
     @cached_property
-    def layers(self) -> list[int]:
-        """Return the layer numbers, in the order that was asked for."""
-        return [int(layer) for layer in self.trajectory.layers]
+    def layers(self) -> list[Layer]:
+        """Return the layers, in the order that was asked for, after the embedding."""
+        return list(self.trajectory.layers)
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -87,14 +87,14 @@ class Reading:
         return self.trajectory.num_layers
 
     @property
-    def untranslated(self) -> tuple[int, ...]:
+    def untranslated(self) -> tuple[Layer, ...]:
         """Return the layers that were read of which the tuned lens has no translator.
 
         It reads them as the logit lens does. Tables and pictures mark them with a star.
         """
-        return tuple(int(layer) for layer in self.trajectory.untranslated)
+        return self.trajectory.untranslated
 
-    def label(self, layer: int) -> str:
+    def label(self, layer: Layer) -> str:
         """Return the name of a layer's row: 'layer 3', or 'layer 3*' if the lens does not translate it."""
         return self.trajectory.label(layer)
 
@@ -113,31 +113,31 @@ class Reading:
         """Return the probabilities [len(layers), T, k] of the top-k tokens, most likely first."""
         return mx.exp(self.stats.top_logits - self.stats.lse[..., None])
 
-    def row(self, layer: int) -> int:
+    def row(self, layer: Layer) -> int:
         """Return the row of a layer in the arrays.
 
         Args:
-            layer: layer number, negative from the model's last block.
+            layer: layer number, negative from the model's last block, or 'embedding'.
 
         Raises:
             InvalidValueError: if this layer was not read.
         """
-        number = layer + self.num_layers if layer < 0 else layer
+        number: Layer = layer + self.num_layers if layer != EMBEDDING and layer < 0 else layer
         if number not in self.layers:
             raise InvalidValueError(f"Layer {layer} was not read; this reading has layers {', '.join(map(str, self.layers))}.")
         return self.layers.index(number)
 
-    def at_layer(self, layer: int) -> LensStats:
+    def at_layer(self, layer: Layer) -> LensStats:
         """Return the statistics of one layer, [T] arrays (top_ids and top_logits [T, k]). Arguments and errors as in `row`."""
         row = self.row(layer)
         arrays: dict[str, Any] = {name: None if array is None else array[row] for name, array in vars(self.stats).items()}
         return LensStats(**arrays)
 
-    def top(self, layer: int, position: int = -1) -> list[TopToken]:
+    def top(self, layer: Layer, position: int = -1) -> list[TopToken]:
         """Return the top-k next tokens of one layer at one position, most likely first.
 
         Args:
-            layer: layer number, negative from the model's last block.
+            layer: as in `row`.
             position: index among the tokens that were read, negative from the end.
 
         Raises:

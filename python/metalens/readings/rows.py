@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,36 +10,43 @@ import numpy as np
 
 from metalens.lenses.lens import Lens, TunedLens
 from metalens.lenses.translators import parameters_of, translated
+from metalens.models.layers import EMBEDDING, Layer
 from metalens.models.unembed import NormFunction
 from metalens.ops import LensStats, Norm
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
 
-def lens_rows(hidden: Sequence[mx.array], layers: Sequence[int], lens: Lens, norm: NormFunction) -> mx.array:
-    """Apply a lens and a norm to the output of some blocks. Lazy.
+def apply_lens(lens: Lens, h: mx.array, layer: Layer) -> mx.array:
+    """Return what a lens makes of hidden states [..., D] of a layer. Of the embedding's output: h, unless the lens has a translator for it. Lazy."""
+    if layer != EMBEDDING:
+        return lens(h, layer)
+    return lens(h, EMBEDDING) if isinstance(lens, TunedLens) and lens.embedding_translator is not None else h
+
+
+def lens_rows(hidden: Mapping[Layer, mx.array] | Sequence[mx.array], layers: Sequence[Layer], lens: Lens, norm: NormFunction) -> mx.array:
+    """Apply a lens and a norm to the hidden states of some layers. Lazy.
 
     Args:
-        hidden: output of block i at index i, [T, D] each.
-        layers: indices of the blocks to read.
+        hidden: hidden states [T, D] by layer: the output of block i at index i.
+        layers: the layers to read, R in number.
         lens: the lens.
         norm: the final norm, or its replacement.
 
     Returns:
-        [len(layers), T, D], ready for the head.
+        [R, T, D], ready for the head.
 
     Raises:
         InvalidValueError: if the lens returns another shape.
     """
+    states = [hidden[layer] if isinstance(hidden, Mapping) else hidden[int(layer)] for layer in layers]
     if type(lens) is TunedLens and isinstance(norm, Norm):  # a subclass may have a __call__ of its own
-        translators = [lens.translator(layer, hidden[layer].shape[-1]) for layer in layers]
-        return mx.stack([translated(parameters_of(t), hidden[layer], norm) for layer, t in zip(layers, translators, strict=True)])
-    rows = [norm(lens(hidden[layer], layer)) for layer in layers]
-    for layer, translated_rows in zip(layers, rows, strict=True):
-        if translated_rows.shape != hidden[layer].shape:
-            raise InvalidValueError(
-                f"The lens turned hidden states {hidden[layer].shape} of layer {layer} into {translated_rows.shape}. Both must be equal."
-            )
+        translators = [lens.translator(layer, h.shape[-1]) for layer, h in zip(layers, states, strict=True)]
+        return mx.stack([translated(parameters_of(t), h, norm) for t, h in zip(translators, states, strict=True)])
+    rows = [norm(apply_lens(lens, h, layer)) for layer, h in zip(layers, states, strict=True)]
+    for layer, h, translated_rows in zip(layers, states, rows, strict=True):
+        if translated_rows.shape != h.shape:
+            raise InvalidValueError(f"The lens turned hidden states {h.shape} of layer {layer} into {translated_rows.shape}. Both must be equal.")
     return mx.stack(rows)
 
 

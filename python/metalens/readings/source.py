@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metalens.lenses.lens import Lens, LogitLens, TunedLens, untranslated_layers
+from metalens.lenses.lens import Lens
 from metalens.models.capture import HiddenStates
 from metalens.models.language_model import LanguageModel
 from metalens.models.unembed import NormFunction
@@ -52,14 +52,8 @@ class RowSource:
 
     def rows(self, states: HiddenStates, where: slice) -> mx.array:
         """Return the rows [R, c, D] of some positions of captured hidden states. Lazy."""
-        hidden = [h[0, where] for h in states.hidden]
-        blocks = [int(layer) for layer in self.layers if layer != EMBEDDING]
-        rows = lens_rows(hidden, blocks, self.lens, self.norm).astype(mx.float32) if blocks else mx.zeros((0, *hidden[-1].shape))
-        if states.embedding is not None and EMBEDDING in self.layers:
-            at = self.layers.index(EMBEDDING)
-            embedded = self.norm(translated_embedding(self.lens, states.embedding[0, where])).astype(mx.float32)
-            rows = mx.concatenate([rows[:at], embedded[None], rows[at:]])
-        return rows
+        hidden = {layer: states.of(layer)[0, where] for layer in self.layers}
+        return lens_rows(hidden, self.layers, self.lens, self.norm).astype(mx.float32)
 
     def select(self, layers: Sequence[Layer], positions: range) -> RowSource:
         """Return the source of some of the layers and positions."""
@@ -122,19 +116,6 @@ def rows_of(sources: Sequence[RowSource], states: HiddenStates, where: slice) ->
 
 def _read_embedding(sources: Sequence[RowSource]) -> bool:
     return any(EMBEDDING in source.layers for source in sources)
-
-
-def translated_embedding(lens: Lens, h: mx.array) -> mx.array:
-    """Return what a lens makes of the embedding's output [..., D]: h, unless it has a translator for it."""
-    return lens(h, EMBEDDING) if isinstance(lens, TunedLens) and lens.embedding_translator is not None else h
-
-
-def untranslated_rows(lens: Lens, layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return those of the layers that a lens reads as the logit lens does, because it has no translator for them."""
-    missing: set[Layer] = set(untranslated_layers(lens))
-    if not isinstance(lens, LogitLens) and (not isinstance(lens, TunedLens) or lens.embedding_translator is None):
-        missing.add(EMBEDDING)
-    return tuple(layer for layer in layers if layer in missing)
 
 
 def without(head: Head, ids: mx.array) -> Head:

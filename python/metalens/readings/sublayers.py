@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import mlx.core as mx
 
-from metalens.lenses.lens import Lens, as_lens
+from metalens.lenses.lens import Lens, as_lens, untranslated_layers
 from metalens.models.capture import HiddenStates
 from metalens.models.language_model import LanguageModel
 from metalens.models.sublayers import SUBLAYERS, Sublayer, SublayerStates, capture_sublayers
@@ -17,7 +17,8 @@ from metalens.models.tokenization import TokenInput
 from metalens.models.unembed import NormFunction  # noqa: F401 - in the type hints of the __init__ that SublayerSource is given
 from metalens.readings.cells_reader import part_cells, split_rows
 from metalens.readings.numbering import EMBEDDING, Layer
-from metalens.readings.source import RowSource, translated_embedding, untranslated_rows
+from metalens.readings.rows import lens_rows
+from metalens.readings.source import RowSource
 from metalens.readings.texts import Texts, are_several
 from metalens.readings.trajectory import Trajectory
 from metalens.readings.trajectory_reader import TrajectoryOptions, assemble, one_text
@@ -48,12 +49,9 @@ class SublayerSource(RowSource):
     def inside(self, states: SublayerStates, where: slice) -> mx.array:
         """Return the rows [R, c, D] of some positions of states inside the blocks. Lazy."""
         found = states.of(self.sublayer)
-        return mx.stack([self.norm(self._translated(found[int(layer)][0, where], int(layer))).astype(mx.float32) for layer in self.layers])
-
-    def _translated(self, h: mx.array, block: int) -> mx.array:
-        """Apply the translator of the block's input."""
-        before = layer_before(block)
-        return translated_embedding(self.lens, h) if before == EMBEDDING else self.lens(h, before)
+        # Each is read by the translator of its block's input.
+        inputs = {layer_before(int(layer)): found[int(layer)][0, where] for layer in self.layers}
+        return lens_rows(inputs, list(inputs), self.lens, self.norm).astype(mx.float32)
 
 
 def layer_before(block: int) -> Layer:
@@ -112,6 +110,6 @@ def _read_one(model: LanguageModel, text: Any, sublayer: Sublayer, lens: Lens, o
     own = model.unembed.norm(states.hidden[-1][0, where]).astype(mx.float32)
     cells = part_cells([inside], request, [inside.inside(states, where)], own)
     trajectory = assemble(inside, request, *split_rows([inside], cells)[0])
-    missing = untranslated_rows(lens, [layer_before(int(layer)) for layer in source.layers])
+    missing = untranslated_layers(lens, [layer_before(int(layer)) for layer in source.layers])
     untranslated = tuple(layer for layer in source.layers if layer_before(int(layer)) in missing)
     return replace(trajectory, lens=f"{trajectory.lens} of {sublayer}", untranslated=untranslated)

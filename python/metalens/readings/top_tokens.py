@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
+from metalens.models.layers import Layer
 from metalens.ops import Head, LensStats, Weight, lens_stats
 from metalens.ops.stats import check_top_k, largest_logits
 from metalens.utils.arrays import to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError
 
-# {layer: [[(token id, raw logit, token), ...] per position]}, most likely first: mlxterp's form.
-Predictions: TypeAlias = dict[int, list[list[tuple[int, float, str]]]]
+# {layer: [[(token id, raw logit, token), ...] per position]}, most likely first: mlxterp's form, with 'embedding' where it was asked for.
+Predictions: TypeAlias = dict[Layer, list[list[tuple[int, float, str]]]]
 # Token ids or (id, logit) pairs of one hidden state; or one such list per hidden state.
 TokenPredictions: TypeAlias = list[int] | list[tuple[int, float]] | list[list[int]] | list[list[tuple[int, float]]]
 
@@ -35,12 +36,12 @@ class TopToken(NamedTuple):
     token: str
 
 
-def predictions_of(stats: LensStats, layers: Sequence[int], token_strings: dict[int, str]) -> Predictions:
+def predictions_of(stats: LensStats, layers: Sequence[Layer], token_strings: dict[int, str]) -> Predictions:
     """Return the top-k tokens of every layer and position.
 
     Args:
         stats: statistics of [len(layers), T] rows of logits.
-        layers: number of the layer in each row.
+        layers: the layer of each row.
         token_strings: {token id: text of the token}.
     """
     ids, logits = to_list(stats.top_ids), to_list(stats.top_logits)

@@ -12,17 +12,17 @@ from typing import Any, TypedDict, Unpack, overload
 import mlx.core as mx
 import numpy as np
 
-from metalens.lenses.lens import Lens, LogitLens, as_lens, lens_kind
+from metalens.lenses.lens import Lens, LogitLens, as_lens, lens_kind, untranslated_layers
 from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
+from metalens.models.layers import layers_in_order
 from metalens.models.tokenization import TokenInput, as_token_ids
 from metalens.models.unembed import NO_NORM, NormFunction
 from metalens.ops.stats import check_top_k
 from metalens.readings.cells_reader import Request, part_cells, read_cells, split_rows
 from metalens.readings.chosen_tokens import token_ids_of
-from metalens.readings.numbering import EMBEDDING, Layer
 from metalens.readings.rows import select_layers, select_position
-from metalens.readings.source import RowSource, parts_of, untranslated_rows
+from metalens.readings.source import RowSource, parts_of
 from metalens.readings.statistics import Cells, cell_arrays, join_cells
 from metalens.readings.texts import Texts, are_several
 from metalens.readings.trajectory import Trajectory
@@ -263,7 +263,7 @@ def _prepared(
     check_top_k(top_k, vocabulary)
     norm = NO_NORM if skip_norm else model.unembed.norm if final_norm is None else final_norm
     blocks = select_layers(layers, model.num_layers)
-    rows: tuple[Layer, ...] = (EMBEDDING, *blocks) if embedding else tuple(blocks)
+    rows = tuple(layers_in_order(blocks, embedding))
     if not rows:
         raise InvalidValueError("No layers were asked for. Pass layers=None for all of them.")
     chosen = token_ids_of(model, tokens)
@@ -316,7 +316,7 @@ def assemble(source: RowSource, request: Request, lens: Cells, own: Cells) -> Tr
         texts=texts,
         first_position=positions.start,
         lens=lens_kind(source.lens),
-        untranslated=untranslated_rows(source.lens, source.layers),
+        untranslated=untranslated_layers(source.lens, source.layers),
         mask_input=source.mask_input,
         model_name=None if model.name is None else str(model.name),
         num_layers=model.num_layers,

@@ -18,10 +18,11 @@ from metalens.models.registry import path_of
 from metalens.sweep.settings import Sweep, SweepEvaluation, SweepModel, SweepRecipe, SweepText
 from metalens.training.data import find_sources
 from metalens.training.data.readers import FileSource, Identity
-from metalens.utils.files import atomic_write, sha256_of
+from metalens.utils.files import atomic_write, sha256_of, sha256_of_values
 
 FORMAT = 1
 RESULT = "result.json"
+CHECKSUM = "checksum"  # key of a result: the SHA-256 of the others
 FOLDERS = {"lens": "lenses", "evaluation": "evaluations"}
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -71,16 +72,18 @@ class Cell:
             found: Any = json.loads((out / self.folder / RESULT).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        whole = isinstance(found, dict) and found.get("format") == FORMAT and found.get("settings") == self.settings
-        return found if whole else None
+        if not isinstance(found, dict) or found.pop(CHECKSUM, None) != sha256_of_values(found):
+            return None
+        return found if found.get("format") == FORMAT and found.get("settings") == self.settings else None
 
     def write(self, out: Path, result: Mapping[str, Any]) -> None:
         """Write the cell's result. It is there whole, or not at all (OSError)."""
         folder = out / self.folder
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "kind": self.kind, "names": self.names, "settings": self.settings, "inputs": self.inputs}
+        written = json.loads(json.dumps({**about, **result}, allow_nan=False))  # as it will be read: with lists for tuples
         with atomic_write(folder / RESULT) as temporary:
-            temporary.write_text(json.dumps({**about, **result}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({**written, CHECKSUM: sha256_of_values(written)}, indent=1) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the cell as JSON holds it."""

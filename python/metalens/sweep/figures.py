@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metalens.display.colors import LENSES, colors_of
 from metalens.sweep.document import values_at
 from metalens.sweep.results import Found, names_in, select
 
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 else:
     Figure = Any  # matplotlib takes a second to import
 
-# Colors that people with any color vision tell apart (Okabe and Ito), for lines that have no color of their own.
-CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LOGIT = {"color": "#777777", "linestyle": "--", "linewidth": 1.2}
+LOGIT = {"color": LENSES["logit"], "linestyle": "--", "linewidth": 1.2}
 
 BLOCKS = "output of block"
 
@@ -94,14 +93,14 @@ def _panels(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x_label: str, y
     rows = -(-len(panels) // columns)
     figure = NewFigure(figsize=(4.4 * columns + 1.4, 3.4 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    color = _colors(panels)
+    colors = colors_of(name for lines in panels.values() for name in ["logit lens", *lines])
     handles: dict[str, Any] = {}
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for name, curves in lines.items():
             if not curves:
                 continue
             x, values = np.asarray(curves[0][0]), np.asarray([curve[1] for curve in curves])
-            style = LOGIT if name == "logit lens" else {"color": color(name), "marker": "o" if len(x) < 40 else None, "markersize": 3}
+            style = LOGIT if name == "logit lens" else {"color": colors[name], "marker": "o" if len(x) < 40 else None, "markersize": 3}
             (handles[name],) = axis.plot(x, values.mean(0), **style)
             if len(values) > 1:
                 axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
@@ -117,8 +116,3 @@ def _panels(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x_label: str, y
     for text in figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False).get_texts():
         text.set_parse_math(False)
     return figure
-
-
-def _colors(panels: Mapping[str, Mapping[str, Any]]) -> Callable[[str], str]:
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "logit lens"))
-    return lambda name: CYCLE[names.index(name) % len(CYCLE)]

@@ -172,7 +172,7 @@ def _layer_transfers(results: Results) -> Section:
         if "transfer" in each.result["evaluation"]:
             transfer = Transfer(**each.result["evaluation"]["transfer"])
             name = f"{_lens_name(each)}, text {each.names['text']}"
-            figure = transfer_figure(transfer, name, figures.layers_of(each))
+            figure = transfer_figure(transfer, name, len(each.result["evaluation"]["layers"]))
             section.pictures.append(_picture(results, f"layers-{name}", figure, f"{name}: evaluation.transfer.ce of {each.file}"))
     return section
 

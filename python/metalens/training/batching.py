@@ -16,6 +16,8 @@ import numpy as np
 from metalens.models.capture import EmbeddingStreamError, HiddenStates, ResidualCapture
 from metalens.models.language_model import DEFAULT_SEQUENCE
 from metalens.models.layers import Layer
+from metalens.ops import precision, use_precision
+from metalens.ops.backends import Precision
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Sampler, Step, batches
 from metalens.utils.errors import InvalidValueError
@@ -83,7 +85,7 @@ class BatchedCapture:
         """Tell whether this process runs forward passes: for layers that it trains, or for other processes, with which it shares the model."""
         return bool(layers) or self.source.sharding is not None
 
-    def hidden_states(self, step: Step, pause: Callable[[], None] | None = None) -> Iterator[HiddenStates]:
+    def hidden_states(self, step: Step, pause: Callable[[], None] | None = None, operands: Precision | None = None) -> Iterator[HiddenStates]:
         """Yield the hidden states of the sequences of a step, up to PASS_TOKENS tokens in a forward pass. A pass is computed when it is asked for.
 
         Their rows are those of the tokens that count in the loss.
@@ -91,40 +93,46 @@ class BatchedCapture:
         Args:
             step: the step.
             pause: function that a CPU calls after each block of a forward pass, where a pass may take many seconds. None = none.
+            operands: precision of the operands of the model's products. None = the precision setting.
 
         Raises:
             InvalidValueError: if the text has ids that the model does not know.
         """
-        for _, captured in self._passes([step], pause):
+        for _, captured in self._passes([step], pause, operands):
             yield captured
 
-    def by_step(self, steps: Sequence[Step], pause: Callable[[], None] | None = None) -> Iterator[Iterable[HiddenStates]]:
+    def by_step(
+        self, steps: Sequence[Step], pause: Callable[[], None] | None = None, operands: Precision | None = None
+    ) -> Iterator[Iterable[HiddenStates]]:
         """Yield the hidden states of each step. The passes of a single step are computed one by one, those of several steps at once.
 
-        `pause` is as in `hidden_states`.
+        `pause` and `operands` are as in `hidden_states`.
 
         Raises:
             InvalidValueError: if the text has ids that the model does not know.
         """
         if len(steps) == 1:
-            yield self.hidden_states(steps[0], pause)
+            yield self.hidden_states(steps[0], pause, operands)
             return
         owners = [i for i, step in enumerate(steps) for _ in step.sequences]
         found: list[list[HiddenStates]] = [[] for _ in steps]
-        for members, captured in self._passes(steps, pause):
+        for members, captured in self._passes(steps, pause, operands):
             for owner in dict.fromkeys(owners[i] for i in members):
                 rows = [row for row, i in enumerate(members) if owners[i] == owner]  # side by side: members ascend
                 found[owner].append(captured.of_sequences(slice(rows[0], rows[-1] + 1)))
         yield from found
 
-    def _captured(self, batch: np.ndarray) -> HiddenStates:
+    def _captured(self, batch: np.ndarray, operands: Precision | None) -> HiddenStates:
         """Run the model on sequences [B, T] of one length."""
         try:
-            return self.source.capture(mx.array(batch), with_embedding=self.with_embedding)
+            with use_precision(operands or precision()):
+                return self.source.capture(mx.array(batch), with_embedding=self.with_embedding)
         except EmbeddingStreamError as error:
             raise EmbeddingStreamError(f"{error} Train the blocks alone: set embedding=False (--no-embedding).") from error
 
-    def _passes(self, steps: Sequence[Step], pause: Callable[[], None] | None) -> Iterator[tuple[list[int], HiddenStates]]:
+    def _passes(
+        self, steps: Sequence[Step], pause: Callable[[], None] | None, operands: Precision | None
+    ) -> Iterator[tuple[list[int], HiddenStates]]:
         """Yield batches of numbers of sequences, counted through all steps, with their hidden states."""
         sequences = [sequence for step in steps for sequence in step.sequences]
         counted = [mask for step in steps for mask in step.counted or ()]
@@ -135,7 +143,7 @@ class BatchedCapture:
                     f"The text has token ids from {batch.min()} to {batch.max()}; the model knows 0 to {self.embedding_rows - 1}. "
                     "Tokenize it with the model's own tokenizer."
                 )
-            captured = self._captured(batch)
+            captured = self._captured(batch, operands)
             if counted:
                 captured = replace(captured, mask=mx.array(np.stack([counted[i] for i in members])))
             if pause is not None and mx.default_device() == mx.Device(mx.cpu):

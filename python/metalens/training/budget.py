@@ -9,8 +9,8 @@ The rules, for every recipe:
   and are noisy. So there are as many steps as the recipe has, of the size that this leaves, from 128 tokens to the recipe's own size. A small budget
   takes fewer steps of 128 tokens, and one larger than the recipe takes more steps of the recipe's size.
 * A setting that the caller gives stays as it is, as far as the tokens reach.
-* The tokens that the guard holds back come first, at most 1/17 of the budget: a run takes no more text than its budget. (A text whose sequences are
-  longer than the guard's share loses whole sequences to it, and every step may take a part of a sequence more.)
+* The tokens that the guard holds back come first, at most 1/17 of the budget: a run takes no more text than its budget. (Packed documents, and
+  texts of which answers alone count, lose whole sequences to it, and every step may take a part of a sequence more.)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from metalens.models.layers import EMBEDDING, Layer
+from metalens.models.layers import Layer, layers_in_order
 from metalens.utils.errors import InvalidValueError
 
 Vocabulary = Literal["full", "sampled"] | int
@@ -117,11 +117,14 @@ class TrainingConfig:
     )
     vocabulary: Literal["full", "sampled"] | int = _setting(
         "full",
-        "Ids of the vocabulary that a step compares: full = all; sampled = 12 sqrt(V) of V, at least 2048, drawn anew for every 128 tokens, likely "
-        "ones more often; a number = a sample of so many. A sample that is not smaller than the vocabulary is the full one.",
+        "Ids of the vocabulary that a step compares: full = all; sampled = 12 sqrt(V) of V, at least 2048, and two thirds of a V up to 8192, "
+        "drawn anew for every 128 tokens, likely ones more often; a number = a sample of so many. A sample not smaller than the vocabulary "
+        "is the full one.",
         at_least=16,
     )
-    ns_steps: int | None = _setting(None, "Iterations of Muon's orthogonalization.", at_least=1, unset="chosen by the size of the matrix", example=4)
+    ns_steps: int | None = _setting(
+        None, "Iterations of Muon's orthogonalization, of degree 5.", at_least=1, unset="chosen by the size of the matrix", example=4
+    )
     embedding: bool = _setting(False, "Also train a translator for the embedding's output, the layer 0 of tuned-lens.")
     loss: Literal["kl", "ce"] = _setting(
         "kl", "Loss of a layer: kl = KL(model || lens), the model's own prediction; ce = cross-entropy of the tokens of the text."
@@ -210,7 +213,7 @@ class TrainingConfig:
     def trained_layers(self, num_layers: int) -> list[Layer]:
         """Return the layers that a run trains on a model of so many blocks: 'embedding' first, if it is one of them."""
         blocks = range(num_layers) if self.layers is None else sorted(self.layers)
-        return [*([EMBEDDING] if self.embedding else []), *blocks]
+        return layers_in_order(blocks, self.embedding)
 
     @property
     def sequences_per_step(self) -> int:

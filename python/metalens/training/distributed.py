@@ -21,7 +21,7 @@ import numpy as np
 from metalens.models.capture import ResidualCapture
 from metalens.models.layers import Layer
 from metalens.training.messages import TIMEOUT, Messenger
-from metalens.training.optimizer import Parameters
+from metalens.training.optimizer import Parameters, sums_of_squares
 from metalens.utils.arrays import to_float, to_list
 from metalens.utils.errors import InvalidTypeError, InvalidValueError, UnavailableError
 from metalens.utils.renamed import renamed_arguments, renamed_attribute
@@ -191,7 +191,7 @@ class Group:
         """
         table = np.zeros((len(layers), 2 + names), np.float32)
         for layer, loss, gradient in zip(mine, losses, gradients, strict=True):
-            table[list(layers).index(layer)] = [loss, tokens, *(to_float(mx.sum(mx.square(g))) for g in gradient.values())]
+            table[list(layers).index(layer)] = [loss, tokens, *sums_of_squares(gradient)]
         (total,) = self.all_sum(mx.array(table))
         rows = to_list(total)
         return [row[0] for row in rows], math.sqrt(math.fsum(square for row in rows for square in row[2:])), round(rows[0][1])

@@ -35,8 +35,9 @@ from metalens.training.guard import Guard, GuardWarning, message
 from metalens.training.pass_start import started
 from metalens.training.resume import RunCheckpoints, RunFacts, with_older_defaults
 from metalens.training.run_context import RunContext
-from metalens.training.start import hash_of_start, kept_layers, require_start, start_parameters
+from metalens.training.start import StartLens, hash_of_start, kept_layers, require_start, start_parameters
 from metalens.training.state import TrainingState, in_training_dtype
+from metalens.training.step import step_operands
 from metalens.training.update import Update, sums_over_tokens, update_layers
 from metalens.training.vocabulary import sampler_of
 from metalens.utils.errors import InvalidValueError, MetalensError
@@ -72,7 +73,7 @@ def train_loop(
     checkpoint_every: int | None = None,
     resume: bool = False,
     group: Group | None = None,
-    start: TunedLens | None = None,
+    start: TunedLens | StartLens | None = None,
     stop: Callable[[], bool] = lambda: False,
     show_progress: bool = False,
 ) -> TunedLens:
@@ -90,7 +91,8 @@ def train_loop(
         checkpoint_every: steps between checkpoints, at least 1. None = only at the end of each pass and when the run is stopped.
         resume: go on from the newest checkpoint, if there is one.
         group: the processes of the run, each of which must make the same call. None = those that hold the model, or this process alone.
-        start: the lens that the run starts from. None = the identity. Layers that the run does not train keep its translators.
+        start: the lens that the run starts from. None = the identity. Layers that the run does not train keep its translators. A StartLens is
+            held no longer than the run needs it.
         stop: function that is called after every step. True, in any process, writes a checkpoint and ends the run in all. A run of one process
             also calls it within steps and within the warm start, and drops what it has of them unless they end within a second: resuming repeats
             them.
@@ -118,12 +120,13 @@ def train_loop(
     config = with_older_defaults(config, None if checkpoints is None else checkpoints.path, group) if resume else config
     told = callbacks_of_process(callbacks, group.rank)
     corpus = data if isinstance(data, Corpus) else Corpus.from_ids(np.array(data))
+    start = StartLens.of(start)
     of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed, hash_of_start(start, group)))
     vocabulary = sampler_of(config, unembed.head, corpus.ids, group.data_rank[0])
     context = RunContext(
         config, BatchedCapture(source, unembed.embedding_rows, with_embedding=config.embedding), unembed, group, Clock(stop, group), vocabulary
     )
-    run = _Run(context, corpus, of_run, checkpoint_every, told, stop, start)
+    run = _Run(context, corpus, of_run, checkpoint_every, told, stop, None if start is None else start.take())
     try:
         return run.train(resume, show_progress)
     finally:
@@ -153,8 +156,10 @@ class _Run:
         self.kept = {layer: start_parameters(start, fresh, layer) for layer in kept_layers(start, context.layers)}
         self.passes = self.group.passes(context.layers, self.config.layers_at_once)
         mine = self.group.layers_of(context.layers)
-        self.guard = Guard(self._new_sampler().held_back_step(self.config.shift), self.config, context.capture, context.unembed, self.group)
+        self.guard = Guard(self._new_sampler().held_back_step(), self.config, context.capture, context.unembed, self.group)
         self.state = TrainingState({layer: in_training_dtype(start_parameters(start, fresh, layer), self.config) for layer in mine})
+        if start is not None:  # what is computed from the lens's arrays would keep them until it is
+            mx.eval(self.kept, self.state.parameters)
 
     def train(self, resume: bool, show_progress: bool) -> TunedLens:
         """Make all passes, from the newest checkpoint on if asked."""
@@ -211,7 +216,8 @@ class _Run:
     def _new_sampler(self) -> Sampler:
         """Return a sampler at the start of the text."""
         config = self.config
-        return Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat, held_back=config.held_back_tokens)
+        held_back, shift = config.held_back_tokens, config.shift
+        return Sampler(self.corpus, config.max_seq_len, seed=config.seed, repeat=config.repeat, held_back=held_back, shift=shift)
 
     def _train_pass(self, layers: LayerPass, sampler: Sampler) -> None:
         """Make the remaining steps of a pass."""
@@ -226,7 +232,8 @@ class _Run:
             for group in groups:
                 # With more processes than layers, some have no layer.
                 runs = self.context.capture.runs_for(layers.layers)
-                captured = self.context.capture.by_step(group.steps, clock.pause) if runs else iter([()] * len(group.steps))
+                operands = step_operands(self.context.vocabulary is not None)
+                captured = self.context.capture.by_step(group.steps, clock.pause, operands) if runs else iter([()] * len(group.steps))
                 for i, data in enumerate(group.steps):
                     try:
                         with clock.work(data.tokens):

@@ -11,10 +11,11 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from metalens.models.layers import EMBEDDING, Layer
+from metalens.ops import MuonDirection, Weight, linear, muon_direction, use_precision
 from metalens.ops.backends import Precision
 from metalens.training.config import TrainingConfig
 from metalens.training.input_scale import InputScale, unknown_scale
-from metalens.training.polar import orthogonalized
+from metalens.training.polar import SLACK, polynomials
 from metalens.utils.arrays import to_float
 from metalens.utils.errors import InvalidValueError
 
@@ -30,7 +31,7 @@ class LensMuon(optim.Muon):
 
     Attributes:
         precision: precision of the operands of products.
-        iterations: number of polynomials, see `polar.quintics`. None = chosen by the size of the matrix.
+        iterations: number of polynomials, see `polar.polynomials`. None = chosen by the size of the matrix.
     """
 
     precision: Precision = "bfloat16"
@@ -38,13 +39,12 @@ class LensMuon(optim.Muon):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """Return a parameter, a matrix or a vector, after a step with Nesterov momentum. Replace the momentum in `state`."""
-        update = self.with_momentum(gradient, state)
         rate = self.learning_rate
-        if update.ndim == 1:
-            step: mx.array = rate * _unit(update)
+        if gradient.ndim == 1:
+            step: mx.array = rate * _unit(self.with_momentum(gradient, state))
         else:
-            rows, columns = update.shape  # MLX makes the steps of tall matrices longer
-            step = rate * max(1, rows / columns) ** 0.5 * orthogonalized(update, self.iterations, self.precision)
+            rows, columns = gradient.shape  # MLX makes the steps of tall matrices longer
+            step = rate * max(1, rows / columns) ** 0.5 * self.direction(gradient, state).direction
         return parameter - step
 
     def with_momentum(self, gradient: mx.array, state: dict[str, Any]) -> mx.array:
@@ -53,6 +53,16 @@ class LensMuon(optim.Muon):
         state["v"] = v
         update: mx.array = (1 - self.momentum) * gradient + self.momentum * v
         return update
+
+    def direction(
+        self, gradient: mx.array, state: dict[str, Any], row_scale: mx.array | None = None, column_scale: mx.array | None = None
+    ) -> MuonDirection:
+        """Return the direction of a matrix, in the coordinates of the scales (see `ops.muon_direction`). Replace the momentum in `state`."""
+        odd, _ = polynomials(min(gradient.shape), self.iterations)
+        with use_precision(self.precision):
+            found = muon_direction(gradient, state["v"], self.momentum, odd, SLACK, row_scale, column_scale)
+        state["v"] = found.momentum
+        return found
 
 
 class LossMuon(LensMuon):
@@ -88,18 +98,19 @@ class LossMuon(LensMuon):
         directions: Parameters = {}
         slopes: list[mx.array] = []
         for name, gradient in gradients.items():
-            update = self.with_momentum(gradient, self.state[name])
-            outputs = self.scale.outputs if name in TO_LAST else mx.ones(())
+            outputs = self.scale.outputs if name in TO_LAST else mx.ones((1,))
             if name in matrices:
-                inputs = mx.sqrt(self.scale.inputs) if name in ON_HIDDEN_STATES else mx.ones(())
-                rows = outputs[..., None]
-                directions[name] = rows * orthogonalized(rows * update / inputs, self.iterations, self.precision) / inputs
-            else:
-                directions[name] = outputs * _unit(outputs * update)
-            if name in matrices or not matrices:
-                slopes.append(mx.stack([mx.sum(gradient * directions[name]), mx.sum(update * directions[name]) / known]))
+                inputs = mx.sqrt(self.scale.inputs) if name in ON_HIDDEN_STATES else None
+                found = self.direction(gradient, self.state[name], mx.broadcast_to(outputs, gradient.shape[:1]), inputs)
+                directions[name] = found.direction
+                slopes.append(found.slopes)
+                continue
+            update = self.with_momentum(gradient, self.state[name])
+            directions[name] = outputs * _unit(outputs * update)
+            if not matrices:
+                slopes.append(mx.stack([mx.sum(gradient * directions[name]), mx.sum(update * directions[name])]))
         slope, of_momentum = (to_float(s) for s in mx.sum(mx.stack(slopes), axis=0))
-        slope = max(slope, self.LEAST * of_momentum)
+        slope = max(slope, self.LEAST * of_momentum / known)
         rate = to_float(self.learning_rate)
         length = rate * self.loss / slope if slope > 0 else 0.0
         bias_length = self.BIAS * rate if self.loss > 0 else 0.0
@@ -219,11 +230,22 @@ class LensOptimizer:
 
 def gradient_norm(gradients: Sequence[Parameters]) -> float:
     """Return the Euclidean norm over all layers together."""
-    squares: list[mx.array] = []
-    for gradient in gradients:
-        squares += [mx.sum(mx.square(g)) for g in gradient.values()]
-        mx.eval(squares)  # layer by layer: MLX on a CPU reserves memory for all squares that are computed together
-    return math.sqrt(math.fsum(map(to_float, squares)))
+    return math.sqrt(math.fsum(square for gradient in gradients for square in sums_of_squares(gradient)))
+
+
+def sums_of_squares(gradient: Parameters) -> list[float]:
+    """Return the sum of the squares of each parameter's gradient, in float32 precision: the same in a process that has all layers or a few."""
+    squares = [_sum_of_squares(g) for g in gradient.values()]
+    mx.eval(squares)  # layer by layer: MLX on a CPU reserves memory for all squares that are computed together
+    return [to_float(square) for square in squares]
+
+
+def _sum_of_squares(x: mx.array) -> mx.array:
+    """Return the sum of the squares of all elements, float32. Lazy."""
+    row = x.reshape(1, -1).astype(mx.float32)
+    if mx.default_device() == mx.Device(mx.cpu):  # where MLX writes the squares to memory, and adds them in a row on one thread
+        return linear(row, Weight(row))
+    return mx.sum(mx.square(row))  # of a product with one result, one threadgroup of a GPU would do all the work
 
 
 def stochastically_rounded(x: mx.array, key: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from metalens.lenses.opening import files_read
 from metalens.training.checkpoint import LOCK, CheckpointFolder, default_folder, mark_finished, numbers_of_newest, prepare_folder
 from metalens.training.data import Corpus
 from metalens.training.data.readers import FileSource, Source
+from metalens.utils.errors import InvalidValueError
 from metalens.utils.files import require_writable
 from metalens.utils.lock import locked
 from metalens.utils.outputs import require_replaceable
@@ -39,7 +40,12 @@ class RunOutputs:
             out: path of the lens, or None.
             given: folder of the checkpoints. None = OUT.checkpoints, or without `out` none.
             every: steps between checkpoints. None = write none.
+
+        Raises:
+            InvalidValueError: for a name that is empty, which as a path would be the current folder.
         """
+        if given == "":
+            raise InvalidValueError("The name of checkpoint_dir is empty. Name a folder, or give None for the default.")
         if every is None:
             return cls(out, None)
         if isinstance(given, CheckpointFolder):

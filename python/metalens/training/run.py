@@ -26,7 +26,7 @@ from metalens.training.loop import train_loop
 from metalens.training.outputs import RunOutputs
 from metalens.training.result import TrainingDivergedError, remember, require_result
 from metalens.training.settle import TextOptions, Wishes, settle
-from metalens.training.start import lens_to_start_from, start_facts
+from metalens.training.start import lens_to_start_from
 from metalens.utils.errors import InvalidValueError
 
 __all__ = ["TrainingDivergedError", "train"]
@@ -175,8 +175,7 @@ def train(
         passes = len(group.passes(settled.config.trained_layers(model.num_layers), settled.config.layers_at_once))
         seen, skipped = (steps[-1].tokens, steps[-1].skipped) if steps else outputs.numbers_of_newest()
         require_result(lens, skipped, passes * settled.config.num_steps)
-        before = None if start_from is None or start is None else start_facts(start_from, start)
-        remember(lens, model, settled, None if seen is None else seen // passes, skipped, before)
+        remember(lens, model, settled, None if seen is None else seen // passes, skipped, None if start is None else start.facts)
         if group.writes:
             outputs.write(lens, force)
         return lens

@@ -62,7 +62,7 @@ def resolve(
         given = config.to_dict()
         name = recipe
     else:
-        given = read_settings(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+        given = read_settings(config) if isinstance(config, (str, Path)) else dict(config or {})
         name = recipe or given.pop("recipe", None) or DEFAULT_RECIPE
     given = {key: value for key, value in given.items() if key != "recipe"} | dict(settings)
     tokens = given.pop("tokens", None)
@@ -110,7 +110,7 @@ def budget_in_minutes(
     """
     given: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     if isinstance(config, (str, Path)):
-        given = read_settings(Path(config))
+        given = read_settings(config)
     if minutes is not None:
         require_minutes(minutes, tokens)
     elif given.get("minutes") is not None:
@@ -136,13 +136,16 @@ def require_tokens(tokens: Any) -> int:
     return tokens
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def read_settings(file: str | Path) -> dict[str, Any]:
     """Read a file of settings: TOML if its name ends in .toml, else JSON. 'recipe' and a budget, 'tokens' or 'minutes', may be among them.
 
     Raises:
-        InvalidValueError: if the file is damaged, or has an unknown setting or one of another type; names the setting and the file.
+        InvalidValueError: if the name is empty or the file damaged, or if it has an unknown setting or one of another type. It names both.
         OSError: if it can't be read.
     """
+    if not str(file):
+        raise InvalidValueError("The name of the file of settings is empty. Name a file, or give None.")
+    file = Path(file)
     is_toml = file.suffix.lower() == ".toml"
     try:
         text = file.read_text(encoding="utf-8")

@@ -18,9 +18,9 @@ from metalens.models.facts import ModelFacts
 from metalens.ops import Head, Weight, attention, lens_kl, lens_stats, lens_target, linear, rms_norm, swiglu, use_precision
 from metalens.ops.backends import native, precision
 from metalens.training.optimizer import LensMuon
-from metalens.training.polar import orthogonalized, quintics
+from metalens.training.polar import HALVES, polynomials
 from metalens.training.speed import Speed
-from metalens.training.step import OF_SAMPLES
+from metalens.training.step import step_operands
 from metalens.training.vocabulary import LEAST_SAMPLED, PIECE
 from metalens.training.warm_start import Regression
 from metalens.training.work import regression_flops
@@ -41,7 +41,7 @@ def measured_speed(facts: ModelFacts) -> Speed:
     """Measure this machine's speed at a model's shapes. The answer is kept for the rest of the process."""
     d = facts.dimensions
     formats = (d.bits, d.group_size, facts.block_bits or d.bits, facts.block_group_size or d.group_size)
-    setting = (str(mx.default_device()), precision(), native() is not None)
+    setting = (str(mx.default_device()), precision(), step_operands(sampled=True), native() is not None)
     return _measured(d.hidden_size, d.vocab_size, facts.intermediate_size, *formats, facts.activation_bytes, setting)
 
 
@@ -72,16 +72,23 @@ def _measured(
     square, regression = Weight(mx.random.normal((hidden_size, hidden_size), key=random)), Regression(hidden_size)
     mx.eval(few, vars(target), vars(sampled_target), x, narrow, square.values)
 
+    def of_samples(compute: Callable[[], Any]) -> Any:
+        with use_precision(step_operands(sampled=True)):
+            return compute()
+
+    def of_block() -> Any:
+        return linear(narrow, block)
+
     def kl_of_samples() -> Any:
-        with use_precision(OF_SAMPLES):
-            return lens_kl(rows, sampled_target, sampled)
+        return of_samples(lambda: lens_kl(rows, sampled_target, sampled))
 
     return Speed(
         target=_seconds(lambda: vars(lens_stats(rows[:1], head, 1))) / PIECE / vocabulary,
         kl=_seconds(lambda: lens_kl(few, target, head)) / few[..., 0].size / vocabulary,
         sampled_kl=_seconds(kl_of_samples) / rows[..., 0].size / sample,
         check=_seconds(lambda: vars(lens_stats(few, head, 1, few[0]))) / few[..., 0].size / vocabulary,
-        forward=2 * PASS_ROWS * hidden_size * wide / _seconds(lambda: linear(narrow, block)),
+        forward=2 * PASS_ROWS * hidden_size * wide / _seconds(of_block),
+        sampled_forward=2 * PASS_ROWS * hidden_size * wide / _seconds(lambda: of_samples(of_block)),
         beside=_seconds(_beside(narrow, intermediate_size)) / PASS_ROWS,
         product=2 * PASS_ROWS * hidden_size**2 / _seconds(lambda: linear(x, square)),
         sums=PASS_ROWS * regression_flops(hidden_size) / _seconds(partial(regression.add, x, x)),
@@ -114,11 +121,13 @@ def _solution(size: int) -> float:
 
 
 def _iteration(size: int) -> float:
-    """Return multiplications and additions per second of Muon's iterations."""
-    matrix = mx.random.normal((size, size), key=mx.random.key(2))
-    mx.eval(matrix)
-    count = len(quintics(size)[0])
-    return count * 4 * size**3 / _seconds(lambda: orthogonalized(matrix, None, LensMuon.precision))
+    """Return multiplications and additions per second of Muon's iterations, within the direction of a step."""
+    gradient, momentum = mx.random.normal((2, size, size), key=mx.random.key(2))
+    scale = mx.ones((size,))
+    mx.eval(gradient, momentum, scale)
+    muon = LensMuon(learning_rate=0.1)
+    halves = HALVES * len(polynomials(size)[0])
+    return halves * size**3 / _seconds(lambda: vars(muon.direction(gradient, {"v": momentum}, scale, scale)))
 
 
 def _spell() -> None:

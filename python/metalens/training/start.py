@@ -22,7 +22,43 @@ from metalens.utils.errors import InvalidTypeError, InvalidValueError
 REMEMBERED = ("model", "weights", "head", "recipe", "tokens")
 
 
-def lens_to_start_from(given: TunedLens | str | Path | None, group: Group) -> TunedLens | None:
+class StartLens:
+    """The lens that a run starts from, until the run has its translators. What the run remembers of it stays.
+
+    Attributes:
+        sha256: its hash.
+    """
+
+    def __init__(self, lens: TunedLens, path: str | None = None) -> None:
+        """Take a lens; `path` is the path of its files, or None."""
+        self._lens: TunedLens | None = lens
+        self._path, self._provenance = path, lens.provenance
+        self.sha256 = lens_hash(lens)
+
+    @classmethod
+    def of(cls, start: TunedLens | StartLens | None) -> StartLens | None:
+        """Return a lens as a StartLens, hashed once."""
+        return cls(start) if isinstance(start, TunedLens) else start
+
+    def take(self) -> TunedLens:
+        """Return the lens, and hold it no longer: it is as large as the translators in training.
+
+        Raises:
+            InvalidValueError: if it was taken before.
+        """
+        if self._lens is None:
+            raise InvalidValueError("A run has taken this lens. Read it again for another run.")
+        lens, self._lens = self._lens, None
+        return lens
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what a lens remembers of the one that its training started from: its hash, its path if there is one, and where it comes from."""
+        facts = {"sha256": self.sha256} | ({} if self._path is None else {"path": self._path})
+        return facts | {name: self._provenance[name] for name in REMEMBERED if name in self._provenance}
+
+
+def lens_to_start_from(given: TunedLens | str | Path | None, group: Group) -> StartLens | None:
     """Return the lens that the caller of `train` gives. The first process reads its files, and the others get the whole lens.
 
     Which layers a process trains follows from the settings, and these from the model, which is not loaded yet.
@@ -32,19 +68,19 @@ def lens_to_start_from(given: TunedLens | str | Path | None, group: Group) -> Tu
         InvalidTypeError: if it is neither a lens nor a path.
     """
     if given is None or isinstance(given, TunedLens):
-        return given
+        return StartLens.of(given)
     if not isinstance(given, (str, Path)):
         raise InvalidTypeError(f"start_from must be a TunedLens, the path of one, or None, not {type(given).__name__}.")
-    return shared_lens(given, group)
+    return StartLens(shared_lens(given, group), str(given))
 
 
-def hash_of_start(start: TunedLens | None, group: Group) -> str | None:
+def hash_of_start(start: StartLens | None, group: Group) -> str | None:
     """Return the hash of the lens that the processes of a run start from, the same in all.
 
     Raises:
         InvalidValueError: if they divide the text, and start from different lenses.
     """
-    hashes: list[str | None] = group.gather_json(None if start is None else lens_hash(start))
+    hashes: list[str | None] = group.gather_json(None if start is None else start.sha256)
     if group.parallel == "data" and len(set(hashes)) > 1:
         raise InvalidValueError("The processes of this run start from different lenses. Give all of them the same lens.")
     return hashes[0]  # with divided layers, the others have a part of the lens
@@ -90,9 +126,3 @@ def start_parameters(start: TunedLens | None, fresh: TunedLens, layer: Layer) ->
 def kept_layers(start: TunedLens | None, trained: Sequence[Layer]) -> list[Layer]:
     """Return the layers that the lens to start from translates, and the run does not train."""
     return [] if start is None else [layer for layer in start.translated if layer not in trained]
-
-
-def start_facts(given: TunedLens | str | Path, start: TunedLens) -> dict[str, Any]:
-    """Return what a lens remembers of the lens that its training started from: its hash, its path if there is one, and where it comes from."""
-    facts = {"sha256": lens_hash(start)} | ({} if isinstance(given, TunedLens) else {"path": str(given)})
-    return facts | {name: start.provenance[name] for name in REMEMBERED if name in start.provenance}

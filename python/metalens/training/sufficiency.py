@@ -27,7 +27,7 @@ def require_enough(corpus: Corpus, config: TrainingConfig, with_budget: Callable
     """
     if config.repeat or corpus.tokens < config.max_seq_len or suffices(corpus, config):
         return
-    sampler = Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens)
+    sampler = Sampler(corpus, config.max_seq_len, held_back=config.held_back_tokens, shift=config.shift)
     need = "the closed form needs"
     if config.num_steps:
         start = f"{config.warm_start_tokens} tokens of the warm start and " if config.warm_start_tokens else ""
@@ -42,7 +42,7 @@ def require_enough(corpus: Corpus, config: TrainingConfig, with_budget: Callable
 
 def suffices(corpus: Corpus, config: TrainingConfig) -> bool:
     """Tell whether the text is long enough for one pass of the run without repetition."""
-    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed, held_back=config.held_back_tokens)
+    sampler = Sampler(corpus, config.max_seq_len, seed=config.seed, held_back=config.held_back_tokens, shift=config.shift)
     try:
         if config.warm_start_tokens:
             sampler.take_step(config.warm_start_tokens)
@@ -96,7 +96,7 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 def tokens_to_read(config: TrainingConfig) -> int:
     """Return the largest number of tokens that a run can need.
 
-    Every step, and the warm start, may take up to a sequence more than it asks for; the guard holds a few sequences back.
+    Every step, and the warm start, may take up to a sequence more than it asks for; the guard may take up to MOST_HELD sequences.
     """
     held_back = MOST_HELD * config.max_seq_len if config.held_back_tokens else 0
     return config.total_tokens + (config.num_steps + 1) * config.max_seq_len + held_back

@@ -28,8 +28,11 @@ PIECE = 128  # tokens that share a sample
 TOP_K = 8  # probabilities of each token; more of them do not change the noise of the gradient
 COUNTED, BLOCK = 1 << 20, 1 << 14  # ids of a long text that are counted, in blocks of so many: a text on disk is not read whole
 SHARES = 0.4, 0.4, 0.2  # of the model's probabilities, of the counts and of the uniform share
-# With vocabulary = "sampled", 12 sqrt(V) ids are in a sample, and at least 2048. docs/sampled-vocabulary.md: less than 1 % of the final KL.
+# With vocabulary = "sampled", 12 sqrt(V) ids are in a sample, and at least 2048. docs/sampled-vocabulary.md: less than 1 % of the final KL. Of a
+# small vocabulary, whose products are the smaller part of a step, two thirds are: on the demo model (V = 6,000) 4,000 ids end 0.14 % below 2,048
+# and take 1.1 times as long.
 SAMPLED, LEAST_SAMPLED = 12, 2048
+SMALL = 8192
 
 
 def sample_size(vocabulary: Vocabulary, tokens: int) -> int | None:
@@ -41,7 +44,10 @@ def sample_size(vocabulary: Vocabulary, tokens: int) -> int | None:
     """
     if vocabulary == "full":
         return None
-    size = max(LEAST_SAMPLED, int(SAMPLED * math.sqrt(tokens))) if vocabulary == "sampled" else int(vocabulary)
+    if vocabulary == "sampled":
+        size = max(LEAST_SAMPLED, int(SAMPLED * math.sqrt(tokens)), 2 * tokens // 3 if tokens <= SMALL else 0)
+    else:
+        size = int(vocabulary)
     return None if size >= tokens else size
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metalens.training.config import TrainingConfig
-from metalens.training.polar import quintics
+from metalens.training.polar import polynomials
 
 # Multiplications and additions of an update for each parameter, without Muon's iterations.
 UPDATE_FLOPS = {"sgd": 6, "adam": 12, "muon": 6}
@@ -41,5 +41,5 @@ def iteration_flops(hidden_size: int, config: TrainingConfig) -> int:
         return 0
     rows = hidden_size if config.rank is None else config.rank
     matrices = 1 if config.rank is None else 2
-    iterations = len(quintics(rows, config.ns_steps)[0])
+    iterations = len(polynomials(rows, config.ns_steps)[0])
     return iterations * matrices * (3 * rows**2 * hidden_size + rows**3)

@@ -68,7 +68,8 @@ struct Launch {
   Schedule schedule;
   uint32_t strict;
   uint32_t stack_bytes;
-  uint32_t inexact;  // move the results of approximated functions, flush subnormal numbers
+  uint32_t inexact;        // move the results of approximated functions, flush subnormal numbers
+  uint32_t tensor_layout;  // of cooperative tensors: an index of options.py's TENSOR_LAYOUTS
   uint64_t seed;
   double timeout;  // seconds; 0: none
   // Results.

@@ -33,6 +33,32 @@ void wait_in_collective(uint32_t kind, uint32_t line, const void* pc) {
 
 }  // namespace
 
+void multiply(Simdgroup& s) {
+  runtime.launch->matrix_ops++;
+  for (uint32_t row = 0; row < 8; row++) {
+    float sum[8];
+    memcpy(sum, s.c + 8 * row, sizeof sum);
+    for (uint32_t k = 0; k < 8; k++) {
+      float factor = s.a[8 * row + k];
+      for (uint32_t column = 0; column < 8; column++) sum[column] += factor * s.b[8 * k + column];
+    }
+    memcpy(s.d + 8 * row, sum, sizeof sum);
+  }
+}
+
+// A tensor operation counts as the products of 8 x 8 matrices that it consists of.
+void multiply_tensors(Simdgroup& s) {
+  runtime.launch->matrix_ops += static_cast<uint64_t>(s.m) * s.n * s.k / 512;
+  s.product = s.tensors[2];
+  for (uint32_t row = 0; row < s.m; row++) {
+    float* sums = &s.product[row * s.n];
+    for (uint32_t k = 0; k < s.k; k++) {
+      float factor = s.tensors[0][row * s.k + k];
+      for (uint32_t column = 0; column < s.n; column++) sums[column] += factor * s.tensors[1][k * s.n + column];
+    }
+  }
+}
+
 }  // namespace mslcpu
 
 using namespace mslcpu;
@@ -91,6 +117,28 @@ void msl_matrix_multiply(const float* a, const float* b, const float* c, float* 
   memcpy(simdgroup.c + at, c, 8);
   wait_in_collective(kMatrixMultiply, line, MSLCPU_PC);
   memcpy(d, simdgroup.d + at, 8);
+}
+
+// Give an element of an operand of the simdgroup's next tensor operation: 0 left, 1 right, 2 what it adds to.
+void msl_tensor_put(uint32_t operand, uint32_t at, float value) {
+  std::vector<float>& tensor = runtime.simdgroups[runtime.current->context.simdgroup].tensors[operand];
+  if (at >= tensor.size()) tensor.resize(at + 1);
+  tensor[at] = value;
+}
+
+// When the last lane arrives, the scheduler computes the product [m, n] = [m, k] [k, n] + [m, n]. Its elements stay until all lanes arrive again.
+void msl_tensor_multiply(uint32_t m, uint32_t n, uint32_t k, uint32_t line) {
+  Simdgroup& simdgroup = runtime.simdgroups[runtime.current->context.simdgroup];
+  simdgroup.m = m, simdgroup.n = n, simdgroup.k = k;
+  wait_in_collective(kTensorMultiply, line, MSLCPU_PC);
+}
+
+float msl_tensor_get(uint32_t at) {
+  return runtime.simdgroups[runtime.current->context.simdgroup].product[at];
+}
+
+uint32_t msl_tensor_layout(void) {
+  return runtime.launch->tensor_layout;
 }
 
 // simdgroup_load and simdgroup_store are plain accesses by each lane, so they need no rendezvous. Their count reveals lanes that skipped some.

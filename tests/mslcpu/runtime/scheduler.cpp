@@ -35,21 +35,17 @@ void fail_in(Fiber* fiber, const char* format, const char* what, uint32_t mask) 
   runtime.current = nullptr;
 }
 
-void multiply(Simdgroup& s) {
-  runtime.launch->matrix_ops++;
-  for (uint32_t row = 0; row < 8; row++) {
-    float sum[8];
-    memcpy(sum, s.c + 8 * row, sizeof sum);
-    for (uint32_t k = 0; k < 8; k++) {
-      float factor = s.a[8 * row + k];
-      for (uint32_t column = 0; column < 8; column++) sum[column] += factor * s.b[8 * k + column];
-    }
-    memcpy(s.d + 8 * row, sum, sizeof sum);
-  }
-}
-
 const char* collective_name(uint32_t kind) {
-  return kind == kSimdgroupBarrier ? "simdgroup_barrier" : kind == kMatrixMultiply ? "matrix multiplication" : "simd collective";
+  switch (kind) {
+    case kSimdgroupBarrier:
+      return "simdgroup_barrier";
+    case kMatrixMultiply:
+      return "matrix multiplication";
+    case kTensorMultiply:
+      return "tensor operation";
+    default:
+      return "simd collective";
+  }
 }
 
 // Release the lanes that wait in collectives. Lanes of one collective are released together; under strict checks the whole simdgroup must be in it.
@@ -72,17 +68,18 @@ bool release_collectives(Simdgroup& s) {
     }
     left &= ~mask;
     launch.simd_ops++;
-    bool needs_all = first.kind == kSimdgroupBarrier || first.kind == kMatrixMultiply || launch.strict;
+    bool multiplies = first.kind == kMatrixMultiply || first.kind == kTensorMultiply;
+    bool needs_all = first.kind == kSimdgroupBarrier || multiplies || launch.strict;
     if (launch.checked && needs_all && !together) {
       fail_in(&first, "divergence: %s reached by some lanes only (mask %#x)", collective_name(first.kind), mask);
       return false;
     }
-    if (first.kind == kMatrixMultiply) {
+    if (multiplies) {
       if (s.lanes != kSimdWidth) {
         fail_in(&first, "%s in an incomplete simdgroup (mask %#x)", collective_name(first.kind), mask);
         return false;
       }
-      multiply(s);
+      first.kind == kMatrixMultiply ? multiply(s) : multiply_tensors(s);
     }
     for (uint32_t i = 0; i < s.lanes; i++) {
       if (!(mask >> i & 1)) continue;

@@ -21,7 +21,7 @@ constexpr uint32_t kRedZone = 8192;         // unowned bytes between threadgroup
 enum class State : uint32_t { kReady, kCollective, kBarrier, kDone };
 
 // The kinds of simdgroup collectives that the runtime itself must know. The shim's other collectives have larger numbers.
-enum Kind : uint32_t { kSimdgroupBarrier = 1, kMatrixMultiply = 2 };
+enum Kind : uint32_t { kSimdgroupBarrier = 1, kMatrixMultiply = 2, kTensorMultiply = 64 };
 
 enum MemFlags : uint32_t { kMemDevice = 1, kMemThreadgroup = 2 };
 
@@ -54,6 +54,9 @@ struct Simdgroup {
   uint32_t arrived;                              // lanes waiting in a collective
   bool uniform;                                  // whether all of them wait in the same one
   alignas(32) float a[64], b[64], c[64], d[64];  // operands and result of the matrix product, row-major
+  // Of the tensor operation: operands [m, k], [k, n], [m, n], which the lanes put element by element, and the result [m, n].
+  std::vector<float> tensors[3], product;
+  uint32_t m, n, k;
 };
 
 struct ThreadgroupVariable {
@@ -114,6 +117,10 @@ void reserve_stacks(uint32_t threads, uint32_t stack_bytes);
 void prepare_fiber(uint32_t index);
 void switch_to_fiber(Fiber* fiber);  // called by the scheduler
 void yield_fiber();                  // called by a thread: switches to the next ready lane or back to the scheduler
+
+// collectives.cpp: compute a product from the operands that all lanes have given.
+void multiply(Simdgroup& s);
+void multiply_tensors(Simdgroup& s);
 
 // threadgroup_memory.cpp
 void reset_threadgroup_epochs_if_used_up();

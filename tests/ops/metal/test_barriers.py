@@ -39,6 +39,7 @@ def translator(rng):
 
 # A GPU with one core, and a single wave: so few splits of the vocabulary that each has several steps, and the barriers between them matter.
 FEW_CORES = tuning.Device("applegpu_g13p", 8 * 2**30, 1)
+WITH_TENSORS = tuning.Device("applegpu_g17p", 8 * 2**30, 1, matrix_units=True, tensor_tiles=True)
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +49,17 @@ def one_wave(monkeypatch):
 
 RUNS = {
     "tile.h": stats,
+    "tensor_tile.h": stats,
     "vector_product.h": few_rows,
     "lens_stats_vector.h": few_rows,
     "lens_backward.h": loss,
     "row_group.h": loss,
     "norm_grad.h": translator,
 }
+
+
+def device_of(header):
+    return WITH_TENSORS if header == "tensor_tile.h" else FEW_CORES
 
 
 def deletions():
@@ -63,13 +69,13 @@ def deletions():
 def test_every_header_with_barriers_is_covered():
     with_barriers = {path.name for path in source.folder().glob("*.h") if mslcpu.count_barriers(path.read_text())}
     assert with_barriers == set(RUNS)
-    assert len(deletions()) >= 11
+    assert len(deletions()) >= 15
 
 
 @pytest.mark.parametrize("schedule", mslcpu.SCHEDULES)
 @pytest.mark.parametrize("header", RUNS)
 def test_complete_kernels_pass_in_every_order(rng, header, schedule):
-    with emulated(FEW_CORES), mslcpu.options(schedule=schedule, seed=3):
+    with emulated(device_of(header)), mslcpu.options(schedule=schedule, seed=3):
         RUNS[header](rng)
 
 
@@ -85,7 +91,7 @@ def test_a_deleted_barrier_is_found(rng, monkeypatch, header, index):
     monkeypatch.setattr(metal_kernel, "inlined", without)
     metal_kernel._just_in_time.cache_clear()
     try:
-        with emulated(FEW_CORES), pytest.raises(mslcpu.MslError, match="race|uninitialized"):
+        with emulated(device_of(header)), pytest.raises(mslcpu.MslError, match="race|uninitialized"):
             RUNS[header](rng)
     finally:
         metal_kernel._just_in_time.cache_clear()

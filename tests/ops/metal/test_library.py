@@ -18,6 +18,7 @@ from support import oracle
 from support.metal_emulation import M1, needs_clang
 
 UNITS = library.translation_units()
+TENSOR_UNITS = library.tensor_units()
 TOOL = Path(__file__).parents[3] / "tools" / "metal_library.py"
 
 
@@ -25,6 +26,20 @@ TOOL = Path(__file__).parents[3] / "tools" / "metal_library.py"
 @pytest.mark.parametrize("name", UNITS)
 def test_every_kernel_of_the_library_compiles(name):
     mslcpu.compile_library(library.text(UNITS[name]), name=f"{name}.metal", include_dirs=[source.folder()])
+
+
+# The weights whose kernels differ in tensor_tile.h; test_tensor_tile.py runs all formats.
+@needs_clang
+@pytest.mark.parametrize("name", ["affine_b4_g64_bfloat_tensor", "dense_float_tensor"])
+def test_kernels_of_tensor_operations_compile(name):
+    mslcpu.compile_library(library.text(TENSOR_UNITS[name]), name=f"{name}.metal", include_dirs=[source.folder()])
+
+
+def test_the_library_holds_no_tensor_operations():
+    """They need macOS 26, and it is for macOS 14."""
+    assert not any("tensor" in library.text(kernels) for kernels in UNITS.values())
+    assert all("tensor_kernels.h" in library.text(kernels) for kernels in TENSOR_UNITS.values())
+    assert {name.removesuffix("_tensor") for name in TENSOR_UNITS} == set(UNITS) - {"shared"}
 
 
 @needs_clang
@@ -52,7 +67,8 @@ def test_names_are_unique_over_everything_that_differs():
         for x in (mx.float32, mx.float16, mx.bfloat16)
         for rows in (8, 32)
         for rounded in (False, True)
-        for make in (descriptors.lens_stats(x, f, rows, rounded), descriptors.linear(x, f, rows, rounded))
+        for tensor in (False, True)
+        for make in (descriptors.lens_stats(x, f, rows, rounded, tensor), descriptors.linear(x, f, rows, rounded, tensor))
     ]
     assert len({k.name for k in every}) == len({k.body for k in every})
 

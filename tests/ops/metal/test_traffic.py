@@ -5,7 +5,7 @@ import pytest
 
 import mslcpu
 from metalens.ops import lens_compare, lens_kl, lens_stats, lens_target
-from metalens.ops.metal import constants, cost, tuning
+from metalens.ops.metal import constants, cost, source, speed, tuning
 from metalens.ops.metal import stats as metal_stats
 from support import oracle
 from support.metal_emulation import M1, M3, emulated, needs_clang
@@ -118,6 +118,27 @@ def test_few_rows_of_a_large_head_cost_little_beside_the_head(architecture, voca
     largest = constants.VECTOR_SIMDS * constants.VECTOR_PASS
     whole = plan.ids_per_split >= constants.VECTOR_PASS
     assert rows <= (0.12 if whole else 0.12 * largest / (plan.ids_per_split * constants.VECTOR_SIMDS)) * vocab * (depth // 2 + 4 * depth // 64)
+
+
+@pytest.mark.parametrize(("architecture", "cores", "ids", "added"), [("applegpu_g15s", 40, 16, 0.44), ("applegpu_g14d", 76, 8, 0.89)])
+def test_few_rows_of_a_small_head_are_read_more_often_because_longer_splits_take_longer(architecture, cores, ids, added, monkeypatch):
+    """A head of 32,000 ids: metal/README.md tells these counts. Splits with twice the ids, which halve the rows' bytes, lose by the model."""
+    gpu, vocab, depth = tuning.Device(architecture, 2**35, cores), 32_000, 2048
+    head = speed.Matrix(vocab, depth, vocab * (depth // 2 + 4 * depth // 64))
+    with tuning.planned_for(gpu):
+        plan = metal_stats.division(7, 1, vocab, True)
+    assert plan.ids_per_split == ids
+    assert plan.groups * 8 * depth * 4 / head.stored == pytest.approx(added, abs=0.01)
+    planned = speed.lens_stats(speed.Asked(7, 1), head, speed.rates_of(gpu))
+    monkeypatch.setattr(tuning, "vector_split", lambda *_: (2 * ids, -(-vocab // (2 * ids * constants.VECTOR_SIMDS))))
+    assert 1.1 < speed.lens_stats(speed.Asked(7, 1), head, speed.rates_of(gpu)) / planned < 1.3
+
+
+def test_sixteen_simdgroups_that_share_the_rows_would_not_fit():
+    """Twice the simdgroups of a threadgroup would halve the rows' bytes too, but the logits of a pass exceed Metal's 32 KB of threadgroup memory."""
+    of_row = source.constant("tile.h", "TILE_IDS") + 4  # floats of Z
+    of_threadgroup = 4 * constants.VECTOR_SIMDS * constants.VECTOR_ROWS * of_row
+    assert of_threadgroup <= 2**15 < 2 * of_threadgroup
 
 
 def test_a_pass_serves_every_id_of_a_split(rng, monkeypatch):

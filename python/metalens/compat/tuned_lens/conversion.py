@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from metalens.compat.tuned_lens.folder import folder_outputs, save
 from metalens.lenses.lens import TunedLens
 from metalens.lenses.lens_file import lens_files, lens_outputs
-from metalens.lenses.opening import files_read, lens_kind_at, read_lens_at
+from metalens.lenses.opening import HUB, files_read, lens_kind_at, read_lens_at
 from metalens.models.gguf import convert_gguf, is_gguf
 from metalens.utils.outputs import require_replaceable
 
 Format = Literal["tuned-lens", "metalens"]
 
 
-def load_lens(path: str | Path, *, hub: bool = False) -> TunedLens:
+def load_lens(path: str | Path, *, hub: bool | None = None) -> TunedLens:
     """Read a lens, as `TunedLens.load` does.
 
     Args:
         path: the .npz and .json pair (with or without a suffix), a folder with params.pt and config.json, or 'hf:' and the id of a
             lens of tuned-lens's collection on the Hugging Face hub.
-        hub: if there is no lens at the path, take it as such an id, without 'hf:'.
+        hub: deprecated: True = if there is no lens at the path, take it as such an id, without 'hf:'.
 
     Raises:
         FileNotFoundError: if there is no lens at the path, or none with this id on the hub.
         InvalidValueError: if the files are damaged or are not a lens.
     """
-    return TunedLens.from_data(read_lens_at(path, hub=hub))
+    return TunedLens.from_data(read_lens_at(_named(path, hub)))
+
+
+def _named(path: str | Path, hub: bool | None) -> str | Path:
+    """Return the name of a lens, with 'hf:' if `hub`, which is deprecated, asks for it."""
+    if hub is None:
+        return path
+    warnings.warn(f"hub= is deprecated and will be removed in the next release: name the lens '{HUB}{path}'.", DeprecationWarning, stacklevel=3)
+    return f"{HUB}{path}" if hub and lens_kind_at(path) is None else path
 
 
 def convert(
@@ -36,7 +45,7 @@ def convert(
     to: Format | None = None,
     model_name: str | None = None,
     *,
-    hub: bool = False,
+    hub: bool | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     force: bool = False,
 ) -> tuple[Path, Path]:
@@ -70,7 +79,8 @@ def convert(
     if is_gguf(source):
         folder = convert_gguf(source, target, dtype, force=force).folder
         return folder / "config.json", folder / "model.safetensors"
-    lens = load_lens(source, hub=hub)
+    source = _named(source, hub)
+    lens = load_lens(source)
     theirs, sources = lens_kind_at(source) != "pair", files_read(source)
     if (to or ("metalens" if theirs else "tuned-lens")) == "tuned-lens":
         require_replaceable(folder_outputs(target), force=True, inputs=sources)

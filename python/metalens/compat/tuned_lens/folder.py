@@ -11,6 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from metalens.lenses.lens import TunedLens
+from metalens.lenses.opening import HUB, hub_name
 from metalens.lenses.torch_file import WRITABLE, write_tensors
 from metalens.lenses.tuned_lens_folder import CONFIG, PARAMS, LensConfig, folder_outputs, is_tuned_lens, read_folder, read_hub_lens
 from metalens.models.layers import EMBEDDING
@@ -35,10 +36,10 @@ def load(
 
     Args:
         path_or_id: a folder with params.pt and config.json; else the id of a lens on the Hugging Face hub, e.g.
-            'EleutherAI/pythia-160m-deduped'.
+            'EleutherAI/pythia-160m-deduped'. Here, as in tuned-lens, it needs no 'hf:' before it; 'hf:ID@REVISION' names a revision too.
         repo_id: repository on the hub. None = $TUNED_LENS_REPO_ID, or AlignmentResearch/tuned-lens.
         repo_type: type of the repository. None = $TUNED_LENS_REPO_TYPE, or 'space'.
-        revision: revision of the repository.
+        revision: revision of the repository. One in the name goes before it.
         subfolder: folder of the repository that contains the lenses' folders.
         cache_dir: folder for downloads; None = the hub's own cache.
 
@@ -53,7 +54,8 @@ def load(
     """
     if is_tuned_lens(path_or_id):
         return TunedLens.from_data(read_folder(path_or_id))
-    return TunedLens.from_data(read_hub_lens(str(path_or_id), repo_id, repo_type, revision, subfolder, cache_dir))
+    lens_id, named = hub_name(str(path_or_id)) if str(path_or_id).startswith(HUB) else (str(path_or_id), None)
+    return TunedLens.from_data(read_hub_lens(lens_id, repo_id, repo_type, named or revision, subfolder, cache_dir))
 
 
 def save(

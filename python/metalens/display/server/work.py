@@ -42,10 +42,11 @@ class Session:
         model: the model.
         lenses: the lenses, the logit lens (None) first.
         limits: what a request may ask for.
+        embedding: also read the embedding's output, as the first layer.
     """
 
-    def __init__(self, model: InterpretableModel, lenses: list[Lens | None], limits: Limits) -> None:
-        self.model, self.lenses, self.limits = model, lenses, limits
+    def __init__(self, model: InterpretableModel, lenses: list[Lens | None], limits: Limits, embedding: bool = False) -> None:
+        self.model, self.lenses, self.limits, self.embedding = model, lenses, limits, embedding
         self.reading = ""  # name of the job that read the last texts: no other one has it, also none of an earlier server on this port
         self.texts: list[list[int]] = []
 
@@ -55,7 +56,7 @@ class Session:
         self._begin([self._ids(text) for text in request.texts])
         total, done = sum(map(len, self.texts)), 0
         yield _progress("reading", done, total)
-        options: TrajectoryOptions = {"top_k": self._top_k, "tokens": request.tokens}
+        options: TrajectoryOptions = {"top_k": self._top_k, "tokens": request.tokens, "embedding": self.embedding}
         for text, ids in enumerate(self.texts):
             for part in read_lenses_in_parts(self.model, ids, self.lenses, part_size=PART, compare_lenses=True, **options):
                 yield from self._parts(text, part.trajectories, part.comparisons)
@@ -67,7 +68,12 @@ class Session:
         token_ids_of(self.model, request.tokens)
         ids = self._ids(request.texts[0], request.new_tokens)
         yield _progress("generating", 0, request.new_tokens)
-        options: GenerationOptions = {"max_tokens": request.new_tokens, "top_k": self._top_k, "tokens": request.tokens}
+        options: GenerationOptions = {
+            "max_tokens": request.new_tokens,
+            "top_k": self._top_k,
+            "tokens": request.tokens,
+            "embedding": self.embedding,
+        }
         steps = self.model.generate_with_lenses(ids, self.lenses, compare_lenses=True, **options)  # refuses bad arguments before a text is replaced
         self._begin([[]])
         # The trajectory of a step ends with the token before the one that it chose: nothing has read the last one.
@@ -84,7 +90,7 @@ class Session:
         yield _progress("following", done, total)
         for text, shown in groupby(sorted(set(request.shown)), key=lambda pair: pair[0]):
             lenses = [lens for _, lens in shown]
-            options: TrajectoryOptions = {"tokens": request.tokens, "top_k": 1, "compare": False}
+            options: TrajectoryOptions = {"tokens": request.tokens, "top_k": 1, "compare": False, "embedding": self.embedding}
             for part in read_lenses_in_parts(self.model, self.texts[text], [self.lenses[lens] for lens in lenses], part_size=PART, **options):
                 for lens, trajectory in zip(lenses, part.trajectories, strict=True):
                     yield self._chosen(text, lens, trajectory)
@@ -106,7 +112,8 @@ class Session:
             raise InvalidValueError(f"Texts are compared token by token: these have {len(ids)} and {len(others)}. Read texts of equal length.")
         start = 0
         yield _progress("comparing", start, len(ids))
-        for part in compare_in_parts(self.model, ids, None if text == other else others, self.lenses[lens], part_size=PART):
+        compared = None if text == other else others
+        for part in compare_in_parts(self.model, ids, compared, self.lenses[lens], part_size=PART, embedding=self.embedding):
             yield _comparison(start, request.a, request.b, part)
             start += part["js"].shape[1]
             yield _progress("comparing", start, len(ids))

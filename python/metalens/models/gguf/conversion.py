@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from metalens.models.gguf.formats import AFFINE, DENSE, GROUP, Weight, converted
 from metalens.models.gguf.header import GGUFFile, Tensor, block_sizes, read_gguf
 from metalens.models.gguf.tokenizer import special_id, write_tokenizer
 from metalens.utils.errors import InvalidValueError
-from metalens.utils.files import sync_folder
+from metalens.utils.files import naming, remove_left_behind, sync_folder, temporary_folder
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -106,15 +105,11 @@ def convert_gguf(source: str | Path, target: str | Path, dtype: Dtype | None = N
     architecture = architecture_of(file)
     name = dtype or _default_dtype(file, architecture)
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with temporary_folder(target) as folder, naming(target):
         formats, remarks = _write(file, architecture, folder, name)
         _check(source, folder)
         folder.chmod(0o755)  # folders of mkdtemp are private
         publish(folder, target, replace=force)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return Conversion(target, file.metadata.architecture, name, tuple(formats), tuple(remarks))
 
 
@@ -146,19 +141,20 @@ def publish(folder: Path, target: Path, *, replace: bool = False) -> None:
         with path.open("rb+") as written:
             os.fsync(written.fileno())
     sync_folder(folder)
-    old = None
-    if replace and target.exists():
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        target.replace(old)
-    try:
-        folder.replace(target)
-    except OSError:
-        if old is not None:
-            old.replace(target)
-        raise
-    sync_folder(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    former = target.with_name(f"{target.name}.old")
+    with contextlib.ExitStack() as stack:
+        if replace and target.exists():
+            old = stack.enter_context(temporary_folder(former))
+            target.replace(old)
+            try:
+                folder.replace(target)
+            except OSError:
+                old.replace(target)
+                raise
+        else:
+            folder.replace(target)
+        sync_folder(target.parent)
+    remove_left_behind(former)  # only now: the folder of a process that was killed between the two moves was the only one
 
 
 def _default_dtype(file: GGUFFile, architecture: Architecture) -> Dtype:
@@ -194,7 +190,7 @@ def _write(file: GGUFFile, architecture: Architecture, folder: Path, dtype: Dtyp
     try:
         mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
     except RuntimeError as error:  # MLX's error for a full disk
-        raise OSError(f"Can't write {folder / 'model.safetensors'}: {error}. Is the disk full?") from error
+        raise OSError(f"model.safetensors: {error}. Is the disk full?") from error
     config |= {"model_type": architecture.model_type, "architectures": [architecture.classname], "vocab_size": embedding.shape[0]}
     config |= {"torch_dtype": dtype, **_special_ids(file), **_quantization(weights)}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -23,6 +23,22 @@ def _tile(rows: int, element: str) -> str:
     return f"metalens::Tile<{rows}, {element}>"
 
 
+def _of_tile(f: Format, rows: int, rounded: bool, tensor: bool, header: str) -> tuple[str, str, str]:
+    """Return a product's tile, its label, and the header of a kernel that `header` defines for any tile.
+
+    Args:
+        f: the format of the matrix.
+        rows: rows of the tile.
+        rounded: whether operands may be rounded to half.
+        tensor: whether it multiplies by tensor operations (metal/tensor_tile.h).
+        header: the kernel's own header.
+    """
+    if not tensor:
+        return _tile(rows, operand(rounded)), f"m{rows}_{operand(rounded)}", header
+    halves = 1 if rounded else 2  # of an operand
+    return f"metalens::TensorTile<{rows}, {halves}, {f.type}>", f"m{rows}_tensor{halves}", "tensor_kernels.h"
+
+
 def _buffers(**elements: str) -> tuple[Argument, ...]:
     return tuple(Argument(name, element) for name, element in elements.items())
 
@@ -39,14 +55,15 @@ def _stats_inputs(element: str, f: Format, **of_labels: str) -> tuple[Argument, 
 
 
 @cache
-def lens_label_logits(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
+def lens_label_logits(x: mx.Dtype, f: Format, rows: int, rounded: bool, tensor: bool = False) -> Kernel:
     """Describe the logits of the labels of blocks of `rows` rows; see metal/lens_label_logits.h."""
-    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    element = ELEMENTS[x]
+    tile, label, header = _of_tile(f, rows, rounded, tensor, "lens_label_logits.h")
     return Kernel(
         "lens_label_logits",
-        "lens_label_logits.h",
+        header,
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
+        f"{element}_{f.label}_{label}",
         _stats_inputs(element, f, labels="int"),
         _buffers(label_logits="float"),
         shared=f"{tile}::FLOATS",
@@ -70,14 +87,15 @@ def lens_label_logits_vector(x: mx.Dtype, f: Format) -> Kernel:
 
 
 @cache
-def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
+def lens_stats(x: mx.Dtype, f: Format, rows: int, rounded: bool, tensor: bool = False) -> Kernel:
     """Describe the statistics of blocks of `rows` rows; see metal/lens_stats.h."""
-    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    element = ELEMENTS[x]
+    tile, label, header = _of_tile(f, rows, rounded, tensor, "lens_stats.h")
     return Kernel(
         "lens_stats",
-        "lens_stats.h",
+        header,
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
+        f"{element}_{f.label}_{label}",
         _stats_inputs(element, f, label_logits="float"),
         _buffers(**_STATES),
         shared=f"{tile}::FLOATS",
@@ -127,14 +145,15 @@ def lens_stats_merge() -> Kernel:
 
 
 @cache
-def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool) -> Kernel:
+def linear(x: mx.Dtype, f: Format, rows: int, rounded: bool, tensor: bool = False) -> Kernel:
     """Describe scale * (x W^T + bias); see metal/linear.h."""
-    element, tile = ELEMENTS[x], _tile(rows, operand(rounded))
+    element = ELEMENTS[x]
+    tile, label, header = _of_tile(f, rows, rounded, tensor, "linear.h")
     return Kernel(
         "linear",
-        "linear.h",
+        header,
         (element, f.type, tile),
-        f"{element}_{f.label}_m{rows}_{operand(rounded)}",
+        f"{element}_{f.label}_{label}",
         _buffers(x=element, **_weight(f), bias="float", problem="int"),
         _buffers(y="float"),
         shared=f"{tile}::FLOATS",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from metalens.ops.metal import descriptors
 from metalens.ops.metal.formats import Format, all_formats
 from metalens.ops.metal.kernel import Kernel
-from metalens.ops.metal.tuning import MATMUL_BLOCKS, STATS_BLOCKS
+from metalens.ops.metal.tuning import GENERATIONS, MATMUL_BLOCKS, MATRIX_UNIT_GENERATION, STATS_BLOCKS, tile_rows
 
 
 def usual_formats() -> list[Format]:
@@ -47,6 +49,23 @@ def of_no_format() -> list[Kernel]:
 def translation_units() -> dict[str, list[Kernel]]:
     """Return {name of a .metal file: its kernels}."""
     return {"shared": of_no_format(), **{f.label: of_format(f) for f in usual_formats()}}
+
+
+def tensor_units() -> dict[str, list[Kernel]]:
+    """Return {name: kernels} with tiles of tensor operations, as they are compiled just in time.
+
+    They need Metal 4, and so macOS 26. The library is for macOS 14 on, so it does not hold them.
+    """
+
+    def of(f: Format) -> list[Kernel]:
+        kernels = []
+        for rounded in (False, True):
+            for rows in tile_rows(STATS_BLOCKS, replace(GENERATIONS[MATRIX_UNIT_GENERATION], tensor_tiles=True)):
+                specialization = (mx.float32, f, rows, rounded, True)
+                kernels += [make(*specialization) for make in (descriptors.lens_stats, descriptors.lens_label_logits, descriptors.linear)]
+        return kernels
+
+    return {f"{f.label}_tensor": of(f) for f in usual_formats()}
 
 
 def text(kernels: list[Kernel]) -> str:

@@ -33,10 +33,11 @@ def linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rou
 def tile_linear(x: mx.array, weight: Weight, bias: mx.array | None, scale: float, rounded: bool) -> mx.array:
     """Return the same by our kernel, for any number of rows. Lazy."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    block = tuning.matmul_block(rows, tuning.device().generation)
+    gpu = tuning.device()
+    block = tuning.matmul_block(rows, gpu.generation)
     problem = {"rows": rows, "depth": depth, "columns": columns, "with_bias": int(bias is not None), "scale": scale}
     (y,) = launch(
-        descriptors.linear(x.dtype, format_of(weight), block, rounded),
+        descriptors.linear(x.dtype, format_of(weight), block, rounded, gpu.tensor_tiles),
         [
             x,
             *arrays(weight),

@@ -1,6 +1,7 @@
 """Products of float32 arrays on GPUs with matrix units (M5), where MLX rounds their operands to 11 bits (TF32).
 
-MLX multiplies on the matrix units by itself; metalens has no kernels of its own for them. A product there is one of two kinds:
+MLX multiplies on the matrix units by itself; metalens's own tiles for them are used only if asked for (`tuning.use_tiles`). Else a product is one of
+two kinds:
 
  * with precision 'bfloat16', which permits rounded operands, the product of MLX at the rate of the matrix units (`linear`, `backward`). They are
    the products of the chunked pipeline around the same kernel for the softmax and its gradient. Operands keep 11 bits, as many as a float16 has.

@@ -32,6 +32,9 @@ BANK_BYTES = 128  # bytes that threadgroup memory moves in a cycle
 L2_BYTES = 32  # bytes that a core takes from the second-level cache in a cycle
 STEP = 32  # columns of a step
 REDUCTION = 14.5  # cycles of a sum over a simdgroup
+# Cycles of a lane to divide a number into one or two halves: the largest of a row, a sum, a product, conversions, the rest.
+SPLIT_CYCLES = {1: 5, 2: 8}
+APPLY_CYCLES = 5  # of a lane for an element of a step of tensor operations: zero it, three products with its factors, a sum
 COUNT_CYCLES = 15  # cycles of a simdgroup to compare 32 logits with a label: a load, the logit again, a comparison, a sum
 
 
@@ -167,8 +170,33 @@ class Tile:
         return products + self.ids * STEP / 128 * design.dequantize + (stored + loaded) / BANK_BYTES
 
 
-def our_tile(rows: int) -> Tile:
-    """Return the tile of metal/tile.h: simdgroups divide the ids."""
+@dataclass(frozen=True)
+class TensorTile(Tile):
+    """A tile product of halves on matrix units (metal/tensor_tile.h).
+
+    Attributes:
+        halves: of a number of the rows; each is multiplied with the codes of U.
+    """
+
+    halves: int = 2
+
+    def step_cycles(self, gpu: Rates, design: Design, operand_bytes: int = 2) -> float:
+        """Return the cycles that a core spends on STEP columns of one threadgroup.
+
+        A lane's factors are loaded once for each of its rows and ids: that a compiler sees which elements share them is an assumption.
+        """
+        products = 2 * self.rows * self.ids * STEP * self.halves / (gpu.matrix_flops / gpu.clock / gpu.cores)
+        stored = (self.rows * self.halves + self.ids) * STEP * operand_bytes * design.conflicts
+        loaded = 4 * (self.simd_rows + self.simd_ids) * STEP * operand_bytes * self.halves
+        of_lane = self.simd_rows // 8 + self.simd_ids // 4  # rows and ids in the lanes of fragments of 16 x 16, a load of a simdgroup each
+        lanes = self.ids * STEP * design.dequantize + self.rows * STEP * SPLIT_CYCLES[self.halves] + self.rows * self.ids * APPLY_CYCLES
+        return products + (stored + loaded) / BANK_BYTES + 4 * of_lane + lanes / 128
+
+
+def our_tile(rows: int, family: tuning.GpuGeneration) -> Tile:
+    """Return the tile of metal/tile.h, in which simdgroups divide the ids, or that of metal/tensor_tile.h, in which they divide ids and rows."""
+    if family.tensor_tiles:
+        return TensorTile(rows, constants.TILE_IDS, rows // 2, constants.TILE_IDS // 2)
     return Tile(rows, constants.TILE_IDS, rows, constants.TILE_IDS // 4)
 
 
@@ -199,7 +227,7 @@ def product(rows: int, ids: int, depth: int, weight_bytes: float, gpu: Rates, de
         tile: the kernel's tile; None = that of metalens.
         splits: parts of the reduction, which are written and added.
     """
-    tile = tile or our_tile(tuning.matmul_block(rows, gpu.family))
+    tile = tile or our_tile(tuning.matmul_block(rows, gpu.family), gpu.family)
     groups = math.ceil(rows / tile.rows) * math.ceil(ids / tile.ids) * splits
     cycles = groups / gpu.cores * depth / splits / STEP * tile.step_cycles(gpu, design)
     added = 0 if splits == 1 else 2 * splits
@@ -215,7 +243,7 @@ def lens_stats(asked: Asked, matrix: Matrix, gpu: Rates, design: Design = NOW) -
     epilogue = design.epilogue + asked.labels * COUNT_CYCLES
     if blocks.is_vector:
         return _vector(blocks, asked.labels, epilogue, matrix, gpu, design)
-    ids, tile = matrix.ids, our_tile(blocks.rows)
+    ids, tile = matrix.ids, our_tile(blocks.rows, gpu.family)
     if design.counted_cores:
         ids_per_split, splits = tuning.tile_split(ids, blocks.count, gpu.device)
     else:

@@ -158,7 +158,7 @@ def _kernels(blocks: tuning.Blocks, x: mx.Dtype, head: Head, rounded: bool) -> t
     weight_format = format_of(head.weight)
     if blocks.is_vector:
         return descriptors.lens_stats_vector(x, weight_format), descriptors.lens_label_logits_vector(x, weight_format)
-    of_tile = (x, weight_format, blocks.rows, rounded)
+    of_tile = (x, weight_format, blocks.rows, rounded, tuning.device().tensor_tiles)
     return descriptors.lens_stats(*of_tile), descriptors.lens_label_logits(*of_tile)
 
 

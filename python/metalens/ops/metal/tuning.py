@@ -24,18 +24,23 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 import mlx.core as mx
 
 from metalens import _extension
 from metalens.ops.metal import constants
+from metalens.ops.scoped_setting import ScopedSetting
+from metalens.utils.errors import UnavailableError
 
 # Rows of a tile. The ahead-of-time library has a kernel for each of these, so it holds whatever is planned. 33 rows, a token of a model of 32 layers,
 # fit the tile of 40. Tiles of 56 rows would save 1 % of the multiplications on average.
 STATS_BLOCKS = (16, 24, 32, 40, 48, 64)
 MATMUL_BLOCKS = (16, 32, 64)
+TENSOR_ROWS = 32  # of which the rows of a tile of tensor operations are a multiple
 WAVES, MOST_WAVES = 3, 12
 # Tiles of a split of lens_stats. By estimate/kernel_model.py merging the lanes at a split's end takes a simdgroup 133 cycles for each row. From
 # D = 512 on, that is less than a hundredth of its products for eight tiles.
@@ -59,6 +64,7 @@ class GpuGeneration:
         clock: cycles per second. A core has 128 units for an FMA.
         matrix_fmas: FMAs of simdgroup matrices per core and clock, of 128, for half and float alike.
         core_bandwidth: bytes per second of the memory for each core, roughly; the base M1 and M4 have less.
+        tensor_tiles: whether products use the tiles of metal/tensor_tile.h, whose rows are a multiple of 32.
     """
 
     number: int
@@ -67,6 +73,7 @@ class GpuGeneration:
     clock: float
     matrix_fmas: int
     core_bandwidth: float
+    tensor_tiles: bool = False
 
     @property
     def core_flops(self) -> float:
@@ -87,7 +94,7 @@ GENERATIONS = {
     14: GpuGeneration(14, 40, 8, 1.40e9, 102, 10.5e9),  # M2
     15: GpuGeneration(15, 64, 8, 1.40e9, 120, 10e9),  # M3
     16: GpuGeneration(16, 64, 7, 1.60e9, 120, 13.5e9),  # M4
-    17: GpuGeneration(17, 64, 7, 1.65e9, 120, 15.3e9),  # M5 without its matrix units, which have no kernels here (matrix_units.py)
+    17: GpuGeneration(17, 64, 7, 1.65e9, 120, 15.3e9),  # M5 without its matrix units (matrix_units.py, use_tiles)
 }
 DEFAULT = GENERATIONS[14]  # an unknown GPU counts as a slow one of the simplest kind
 
@@ -109,17 +116,20 @@ class Device:
         working_set: bytes that may be in use without paging.
         counted_cores: number of cores as the system counts them. 0 = not known.
         matrix_units: whether MLX multiplies 16-bit operands on matrix units here, and float32 operands too, rounded to 11 bits.
+        tensor_tiles: whether kernels multiply on them too (see `use_tiles`).
     """
 
     architecture: str
     working_set: int
     counted_cores: int = 0
     matrix_units: bool = False
+    tensor_tiles: bool = False
 
     @property
     def generation(self) -> GpuGeneration:
         """The generation's entry in the table, or the default."""
-        return GENERATIONS.get(self.number, GENERATIONS[17] if self.number > 17 else DEFAULT)
+        entry = GENERATIONS.get(self.number, GENERATIONS[17] if self.number > 17 else DEFAULT)
+        return replace(entry, tensor_tiles=True) if self.tensor_tiles else entry
 
     @property
     def number(self) -> int:
@@ -166,9 +176,45 @@ def planned_for(device: Device) -> Iterator[None]:
         _planned_for.pop()
 
 
+Tiles = Literal["simdgroup", "tensor"]
+
+# Not chosen by the table, because the tiles of tensor operations could not be timed yet.
+_tiles: ScopedSetting[Tiles] = ScopedSetting("kind of tile", ("simdgroup", "tensor"), "METALENS_METAL_TILES", "use_tiles")
+
+
+def use_tiles(name: Tiles) -> AbstractContextManager[None]:
+    """Set how the kernels multiply tiles inside the `with` block, as METALENS_METAL_TILES does for the process.
+
+    'simdgroup' uses the matrix instructions of every GPU. 'tensor' uses the matrix units of an M5 or later, by the tensor operations of Metal 4, for
+    the statistics and for the products of `linear` (metal/tensor_tile.h).
+
+    Raises:
+        InvalidValueError: on entry of the block, for an unknown name.
+        UnavailableError: from an operation on the GPU: 'tensor' where there are no matrix units.
+    """
+    return _tiles.use(name)
+
+
+def check_tiles() -> None:
+    """Check that the GPU that kernels are planned for can multiply tiles as the setting says.
+
+    Raises:
+        InvalidValueError: if METALENS_METAL_TILES has an unknown value.
+        UnavailableError: if the setting is 'tensor', and this GPU or this macOS has no matrix units for it.
+    """
+    gpu = device()
+    if _tiles.get() == "tensor" and not gpu.matrix_units:
+        macos = ".".join(map(str, MATRIX_UNIT_MACOS))
+        raise UnavailableError(
+            f"METALENS_METAL_TILES=tensor asks for the matrix units of an M5 or later under macOS {macos} or later, but this is {gpu.architecture} "
+            f"under {platform.system()} {platform.release()}. Choose 'simdgroup'."
+        )
+
+
 def device() -> Device:
     """Return the GPU that kernels are planned for."""
-    return _planned_for[-1] if _planned_for else _this_device()
+    found = _planned_for[-1] if _planned_for else _this_device()
+    return replace(found, tensor_tiles=True) if found.matrix_units and _tiles.get() == "tensor" else found
 
 
 @dataclass(frozen=True)
@@ -188,6 +234,11 @@ class Blocks:
     is_vector: bool
 
 
+def tile_rows(choices: tuple[int, ...], generation: GpuGeneration) -> list[int]:
+    """Return those of the numbers of rows that a tile may have on a GPU."""
+    return [rows for rows in choices if rows <= generation.largest_block and (not generation.tensor_tiles or rows % TENSOR_ROWS == 0)]
+
+
 @cache
 def blocks(layers: int, tokens: int, with_model: bool, generation: GpuGeneration) -> Blocks:
     """Choose the division of layers x tokens rows, and of the model's rows, that costs the least multiplication and reading."""
@@ -204,14 +255,13 @@ def blocks(layers: int, tokens: int, with_model: bool, generation: GpuGeneration
 
     if division(few).count <= 2:  # U is read twice, which takes less time than tiles of sixteen rows
         return replace(division(few), is_vector=True)
-    possible = (division(rows) for rows in STATS_BLOCKS if rows <= generation.largest_block)
+    possible = (division(rows) for rows in tile_rows(STATS_BLOCKS, generation))
     return min(possible, key=lambda b: b.count * (b.rows + generation.rows_per_reading))
 
 
 def matmul_block(rows: int, generation: GpuGeneration) -> int:
     """Return the rows of a tile for a matrix product of `rows` rows: those that cost the least multiplication and reading."""
-    possible = (block for block in MATMUL_BLOCKS if block <= generation.largest_block)
-    return min(possible, key=lambda block: -(-rows // block) * (block + generation.rows_per_reading))
+    return min(tile_rows(MATMUL_BLOCKS, generation), key=lambda block: -(-rows // block) * (block + generation.rows_per_reading))
 
 
 def _groups_without_tiles(simdgroups: int, gpu: Device) -> int:

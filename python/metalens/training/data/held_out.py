@@ -12,8 +12,10 @@ from metalens.training.data.readers import FileSource, Source, TextFile
 READ_WHOLE = 1 << 28  # bytes of files whose tokens are all counted, which takes a minute at most
 
 
-def open_held_out(sources: Sequence[Source], tokenizer: Any, *, max_tokens: int | None = None, loss_on: LossOn = "all") -> Corpus:
-    """Return the tokens of a text for `metalens.evaluate`.
+def open_held_out(
+    sources: Sequence[Source], tokenizer: Any, *, max_tokens: int | None = None, loss_on: LossOn = "all", to_the_end: bool = True
+) -> Corpus:
+    """Return the tokens of a text for `metalens.evaluate`, and for analyses.
 
     One plain text has nothing before it. Other sources are joined as `train` joins them. Files of a moderate size are
     tokenized to their ends also with max_tokens: bits per byte are about the bytes of the whole text, as in tuned-lens. No file is in memory as a
@@ -24,11 +26,12 @@ def open_held_out(sources: Sequence[Source], tokenizer: Any, *, max_tokens: int 
         tokenizer: tokenizer of the model.
         max_tokens: tokens that will be read. None = all.
         loss_on: as in `open_corpus`.
+        to_the_end: tokenize files of a moderate size to their ends. False = nobody asks for bits per byte.
 
     Raises:
         InvalidValueError, OSError: as `open_corpus`.
     """
     join: Join = "packed" if len(sources) == 1 and isinstance(sources[0], TextFile) else "eos"
-    if sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in sources) <= READ_WHOLE:
+    if to_the_end and sum(source.path.stat().st_size if isinstance(source, FileSource) else sys.maxsize for source in sources) <= READ_WHOLE:
         max_tokens = None
     return open_corpus(sources, tokenizer, join=join, max_tokens=max_tokens, loss_on=loss_on)

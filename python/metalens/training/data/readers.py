@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import importlib
 import json
@@ -208,9 +209,16 @@ class TextFile(FileSource):
 
 
 def read(file: IO[bytes], path: Path) -> bytes:
-    """Read the next bytes. Damaged compression is an error that names the file."""
-    try:
+    """Read the next bytes. Errors are those of `_reading`."""
+    with _reading(path):
         return file.read(BLOCK)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let damaged compression (InvalidValueError) and what the system refuses (OSError) name the file."""
+    try:
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InvalidValueError(f"{path} is damaged or cut off ({error}). Copy it again.") from error
     except OSError as error:
@@ -281,10 +289,8 @@ class JsonLines(FileSource):
     def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
         """Yield the lines; of one that is too long, only the start."""
         while True:
-            try:
+            with _reading(self.path):
                 line = file.readline(LONGEST_LINE + 1)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise InvalidValueError(f"{self.path} is damaged or cut off ({error}). Copy it again.") from error
             if not line:
                 return
             yield line

@@ -9,6 +9,7 @@
 #include "atomic.h"
 #include "simd.h"
 #include "matrix.h"
+#include "tensor.h"
 #ifdef MSL_MLX_PREAMBLE
 #include "builtins.h"
 #else

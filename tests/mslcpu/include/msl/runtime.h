@@ -17,6 +17,10 @@ void msl_simdgroup_barrier(uint line, uint mem_flags) MSL_CONVERGENT;
 uint msl_simd_exchange(const __generic void*, uint, uint, uint, const __generic uchar* __generic*, __generic ulong*) MSL_CONVERGENT;
 void msl_matrix_multiply(const __generic float*, const __generic float*, const __generic float*, __generic float*, uint)
     MSL_CONVERGENT;
+void msl_tensor_multiply(uint m, uint n, uint k, uint line) MSL_CONVERGENT;
+void msl_tensor_put(uint operand, uint at, float value);
+float msl_tensor_get(uint at);
+uint msl_tensor_layout(void) __attribute__((const));
 void msl_matrix_access(void) __attribute__((nomerge));
 float msl_approximated(float result) __attribute__((const));
 void msl_atomic_access(const volatile __generic void*, ulong);
