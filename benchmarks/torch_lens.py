@@ -11,7 +11,7 @@ the work.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.nn as nn
 import numpy as np
@@ -20,6 +20,24 @@ from benchmarks.operations.lens import dense
 
 from metalens.ops.weight import Weight
 from metalens.training import TrainingConfig
+
+
+class TrainedModel(Protocol):
+    """What `train` asks of a model.
+
+    Attributes:
+        blocks: the blocks.
+        embedding: the matrix of the embedding [V, D].
+    """
+
+    blocks: Any
+    embedding: Any
+
+    def hidden(self, ids: Any) -> list[Any]:
+        """Return the output [B, T, D] of every block for ids [B, T]."""
+
+    def unembed(self, h: Any) -> Any:
+        """Return the logits [..., V] of hidden states [..., D]."""
 
 
 class TorchModel:
@@ -82,10 +100,10 @@ def _matrix(layer: nn.Module) -> Any:
     return tensor(dense(Weight.from_layer(layer)))
 
 
-def train(model: TorchModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:
+def train(model: TrainedModel, sequences: list[np.ndarray], config: TrainingConfig, bf16: bool) -> list[Any]:
     """Train for `config.num_steps` steps on sequences [1, T]; return the weights W - I [L, D, D] and the biases [L, D] of `config.layers`.
 
-    bf16 runs model and lens under autocast, as upstream does.
+    bf16 runs model and lens under autocast. Upstream runs its lens so, on every device, and its model in the type of the checkpoint.
     """
     torch = torch_module()
     layers, hidden_size = config.layers or tuple(range(len(model.blocks))), model.embedding.shape[1]

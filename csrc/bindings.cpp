@@ -14,12 +14,12 @@
 #include "ops/activation.h"
 #include "ops/attention.h"
 #include "ops/compare.h"
+#include "ops/gram.h"
 #include "ops/head.h"
 #include "ops/linear.h"
 #include "ops/muon.h"
 #include "ops/norm.h"
 #include "ops/rotary.h"
-#include "ops/symmetric_product.h"
 #include "ops/translate_norm.h"
 
 namespace nb = nanobind;
@@ -49,9 +49,9 @@ NB_MODULE(_ext, m) {
       "together.");
 
   m.def(
-      "symmetric_product", &metalens::symmetric_product, "a"_a, "b"_a, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
-      "Return a b^T [..., N, N] for a and b [..., N, K] of one float type, in that type. Computes the triangle on and below the diagonal and\n"
-      "mirrors it. Sums are float32. Not differentiable. Raises ValueError if shapes or types do not fit together.");
+      "gram", &metalens::gram, "x"_a, "precision"_a = "float32", nb::kw_only(), "stream"_a = nb::none(),
+      "Return x x^T [..., N, N] for x [..., N, K] of a float type, in that type. Computes the triangle on and below the diagonal and\n"
+      "mirrors it. Sums are float32. Not differentiable. Raises ValueError if shape or type do not fit.");
 
   m.def(
       "muon_direction", &metalens::muon_direction, "gradient"_a, "momentum"_a, "beta"_a, "polynomials"_a, "slack"_a, "row_scale"_a = nb::none(),
@@ -59,7 +59,7 @@ NB_MODULE(_ext, m) {
       "Return [V, P, [<gradient, P>, <U, P>]] float32 for matrices [N, K]: V = beta momentum + (1 - beta) gradient,\n"
       "U = (1 - beta) gradient + beta V, and P = R p(R U S^-1 / (slack norm)) S^-1, with the diagonal matrices R of row_scale [N] and S of\n"
       "column_scale [K], the Frobenius norm of R U S^-1, and p the polynomials of singular values, one after the other, each with the coefficients\n"
-      "of s, s^3, s^5 and, if it has five, s^7 and s^9. Not differentiable. Raises ValueError if shapes or types do not fit together.");
+      "of s, s^3 and s^5. Not differentiable. Raises ValueError if shapes or types do not fit together.");
 
   nb::class_<metalens::Head>(
       m, "Head",

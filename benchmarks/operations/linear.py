@@ -42,7 +42,8 @@ def make(name: str, rows: int, inputs: int, outputs: int, transpose: bool = True
         dtype = torch.bfloat16 if name == TORCH_BF16 else torch.float32
         matrix, rows_in = tensor(w.values if w.scales is None else dense(w)).to(dtype), tensor(x).to(dtype)
         return torch_competitor(rows, lambda count: [rows_in[:count] @ (matrix.T if transpose else matrix)])
-    return mlx_competitor(name, rows, lambda count: [linear(x[:count], w, transpose, mx.float32)])
+    # A slice is an operation of its own in MLX, and a view in PyTorch.
+    return mlx_competitor(name, rows, lambda count: [linear(x if count == rows else x[:count], w, transpose, mx.float32)])
 
 
 def stored_bytes(stored: str, outputs: int, inputs: int) -> float:
@@ -70,7 +71,7 @@ def _in_format(w: Weight, stored: mx.Dtype | tuple[int, int] | str) -> Weight:
     bits, group_size = stored
     if (bits, group_size) == (w.bits, w.group_size):
         return w
-    packed = mx.quantize(values, group_size, bits)
+    packed = mx.quantize(values.astype(mx.bfloat16), group_size, bits)  # scales and biases have the type of the values
     mx.eval(packed)
     return Weight(*packed, group_size, bits)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import page, picture
-from benchmarks.recipes.cases import ALL, EIGHTH, FULL, LONG, MODELS, RECIPES, SEEDS, TEXTS, Case, cases
+from benchmarks.recipes.cases import EIGHTH, FEW, FULL, LONG, MODELS, RECIPES, SEEDS, TEXTS, Case, cases
 from benchmarks.recipes.select import current, key, mean
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--lines", nargs="*", choices=["logit lens", *RECIPES], help="lines of the tables to measure [default: all]")
     parser.add_argument("--texts", nargs="*", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument(
-        "--variants", nargs="*", default=["", FULL, LONG, EIGHTH, ALL], choices=["", FULL, LONG, EIGHTH, ALL], help="'' = the runs of the tables"
+        "--variants", nargs="*", default=["", FEW, FULL, LONG, EIGHTH], choices=["", FEW, FULL, LONG, EIGHTH], help="'' = the runs of the tables"
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")

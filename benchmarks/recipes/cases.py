@@ -25,7 +25,8 @@ class Model:
         source: its folder, or a name that `metalens.load` knows.
         tokens: training tokens of every run, a warm start's included.
         held_out: tokens that the lens is read on.
-        trained: number of layers to train, evenly spaced; None = all.
+        few: number of layers, evenly spaced, of the runs that cost much: those with the full vocabulary, the long ones, and those that these are
+            compared with. None = all.
         long: lines that also run with LONG_TOKENS.
         whole: lines that also run with the full vocabulary, for what the sample changes.
     """
@@ -34,15 +35,15 @@ class Model:
     source: str
     tokens: int
     held_out: int
-    trained: int | None = None
+    few: int | None = None
     long: tuple[str, ...] = ()
     whole: tuple[str, ...] = ("fast",)
 
     def layers(self, count: int) -> tuple[int, ...] | None:
-        """Return the layers to train, of a model with `count`: from the first to the last but one. The last layer is exact. None = all."""
-        if self.trained is None:
+        """Return the few layers of a model with `count`: from the first to the last but one. The last layer is exact. None = all."""
+        if self.few is None:
             return None
-        return tuple(round(i * (count - 2) / (self.trained - 1)) for i in range(self.trained))
+        return tuple(round(i * (count - 2) / (self.few - 1)) for i in range(self.few))
 
 
 # The budget of `paper`, scaled to models of this size (250 steps of 2^18 for models with billions of parameters).
@@ -53,8 +54,8 @@ MODELS = {
     for model in (
         Model("demo", str(bundled.MODEL), tokens=43_008, held_out=8192, long=("paper",)),
         Model("small", str(SMALL), tokens=43_008, held_out=8192, long=("paper",)),
-        Model("smollm2", "smollm2", tokens=12_288, held_out=1024, trained=6, long=("paper",), whole=("fast", "paper")),
-        Model("gemma3-270m", "gemma3-270m", tokens=6_144, held_out=512, trained=6),
+        Model("smollm2", "smollm2", tokens=12_288, held_out=1024, few=6, long=("paper",), whole=("fast", "paper")),
+        Model("gemma3-270m", "gemma3-270m", tokens=6_144, held_out=512, few=6, long=("paper",), whole=("fast", "paper")),
     )
 }
 SEEDS = (0, 1)
@@ -73,8 +74,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlxterp": ("mlxterp", {}),
     "paper": ("paper", {}),
 }
-# Variants: a run with the full vocabulary, with the tokens of long runs, with an eighth of them, or of all layers where the others train a few.
-FULL, LONG, EIGHTH, ALL = "full", "long", "eighth", "all layers"
+# Variants: a run with the full vocabulary, with the tokens of long runs, with an eighth of them, or of few layers, as the first two have.
+FULL, LONG, EIGHTH, FEW = "full", "long", "eighth", "few layers"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Case:
         text: name of the text.
         seed: seed of the order of the text.
         line: line of the tables, a key of RECIPES, or "logit lens", which trains nothing.
-        variant: "", FULL, LONG, EIGHTH or ALL.
+        variant: "", FULL, LONG, EIGHTH or FEW.
         tokens: training tokens.
         settings: settings beside those of the recipe.
     """
@@ -98,6 +99,11 @@ class Case:
     variant: str = ""
     tokens: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_layers(self) -> bool:
+        """Whether the run trains all layers of every model, and not the few of `Model.layers`."""
+        return self.variant not in (FULL, LONG, FEW)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the case as JSON holds it: two equal dictionaries are the same run."""
@@ -114,14 +120,14 @@ def cases(model: Model) -> Iterator[Case]:
                 yield Case(model.name, text, seed, line, "", model.tokens, {**settings, "vocabulary": "sampled"})
     # The full vocabulary costs a multiple, so one text and seed show what sampling changes.
     for line in model.whole:
+        if model.few is not None:
+            yield Case(model.name, "help", 0, line, FEW, model.tokens, {**RECIPES[line][1], "vocabulary": "sampled"})
         yield Case(model.name, "help", 0, line, FULL, model.tokens, {**RECIPES[line][1], "vocabulary": "full"})
-    if model.trained is None:  # on the others `fast` needs fewer tokens than an eighth
+    if model.few is None:  # on the others `fast` needs fewer tokens than an eighth
         for seed in SEEDS:
             yield Case(model.name, "help", seed, "fast", EIGHTH, LONG_TOKENS // 8, {"vocabulary": "sampled"})
-    else:
-        yield Case(model.name, "help", 0, "fast", ALL, model.tokens, {"vocabulary": "sampled"})
     for line in model.long:
-        for seed in SEEDS if model.trained is None else (0,):
+        for seed in SEEDS if model.few is None else (0,):
             yield Case(model.name, "help", seed, line, LONG, LONG_TOKENS, {**RECIPES[line][1], "vocabulary": "sampled", "repeat": True})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from benchmarks.recipes.cases import ALL, LENGTH, MODELS, RECIPES, Case, texts
+from benchmarks.recipes.cases import LENGTH, MODELS, RECIPES, Case, texts
 
 import metalens
 from metalens import InterpretableModel, TunedLens
@@ -32,7 +32,7 @@ def measured(case: Case) -> dict[str, Any]:
     model_of = MODELS[case.model]
     training_text, held_out_text = texts(case.text)
     model = InterpretableModel(model_of.source)
-    chosen = None if case.variant == ALL else model_of.layers(len(model.source))
+    chosen = None if case.all_layers else model_of.layers(len(model.source))
     entry: dict[str, Any] = {"case": case.to_dict(), "layers": list(range(len(model.source)) if chosen is None else chosen)}
     if case.line == "logit lens":
         lens = TunedLens(len(model.source), model.unembed.hidden_dim)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from benchmarks import planned
-from benchmarks.recipes.cases import ALL, EIGHTH, FULL, LENGTH, LONG, MODELS, RECIPES, TEXTS
+from benchmarks.recipes.cases import EIGHTH, FEW, FULL, LENGTH, LONG, LONG_TOKENS, MODELS, RECIPES, TEXTS
 from benchmarks.recipes.select import (
     LINES,
     PRETRAINED,
@@ -16,6 +16,7 @@ from benchmarks.recipes.select import (
     mean_ratios,
     models_of,
     same,
+    sampled_partner,
     select,
     texts_of,
     with_range,
@@ -52,7 +53,7 @@ def recipes(found: Sequence[Entry]) -> str:
 
 
 def _recipes_of_model(model: str, entries: list[Entry]) -> Iterator[str]:
-    layers = next(entry["layers"] for entry in entries if entry["case"]["variant"] != ALL)
+    layers = next(iter(select(entries, variant="") or entries))["layers"]
     texts = texts_of(entries)
     tokens = f"{MODELS[model].tokens:,} training tokens, {MODELS[model].held_out:,} held-out tokens"
     yield f"## {model}\n\n{len(layers)} layers ({_listed(layers)}); {tokens}.\n"
@@ -81,31 +82,23 @@ def _worst(of_line: list[Entry], entries: list[Entry]) -> str:
 
 
 def _remarks(entries: list[Entry]) -> Iterator[str]:
-    """Yield sentences about the runs with the full vocabulary, about the long ones, and about those of all layers."""
+    """Yield sentences about the runs with the full vocabulary, and about the long ones."""
     for whole in select(entries, variant=FULL):
-        sampled = same(entries, whole, variant="")
+        sampled = sampled_partner(entries, whole)
         if sampled:
             line, ours, theirs = whole["case"]["line"], mean(sampled["kl"]), mean(whole["kl"])
-            text = f"With equal tokens `{line}` reaches {theirs:.4f} on `{whole['case']['text']}` with the full vocabulary"
+            text = f"With equal tokens `{line}` reaches {theirs:.4f} on `{whole['case']['text']}`{_of_layers(whole)} with the full vocabulary"
             yield f"{text}, and {ours:.4f} with the sampled one ({ours / theirs - 1:+.2%}).\n"
     for variant in (EIGHTH, LONG):
         for line in RECIPES:
             if longer := select(entries, variant=variant, line=line):
                 tokens, reached = longer[0]["case"]["tokens"], with_spread([mean(entry["kl"]) for entry in longer])
-                yield f"After {tokens:,} tokens, `{line}` reaches {reached} on `{longer[0]['case']['text']}`.\n"
-    for entry in select(entries, variant=ALL):
-        yield from _all_layers(entry, same(entries, entry, variant=""))
+                yield f"After {tokens:,} tokens, `{line}` reaches {reached} on `{longer[0]['case']['text']}`{_of_layers(longer[0])}.\n"
 
 
-def _all_layers(entry: Entry, few: Entry | None) -> Iterator[str]:
-    """Yield a paragraph about a run of all layers, beside the run of a few of them."""
-    kl = dict(zip(entry["layers"], entry["kl"], strict=True))
-    text = f"`{entry['case']['line']}` on all {len(kl)} layers ({entry['case']['tokens']:,} tokens, `{entry['case']['text']}`) reaches a mean of"
-    yield f"{text} {mean(entry['kl']):.4f}. Layer by layer: " + ", ".join(f"{value:.3f}" for value in entry["kl"]) + "."
-    if few is not None:
-        there = mean([kl[layer] for layer in few["layers"]])
-        yield f"The layers of the table have {there:.4f} there, and {mean(few['kl']):.4f} when they are trained alone."
-    yield ""
+def _of_layers(entry: Entry) -> str:
+    """Return which layers a run has, if its model has more."""
+    return "" if MODELS[entry["case"]["model"]].few is None else f" (layers {_listed(entry['layers'])})"
 
 
 # ---------------------------------------------------------------------- docs/real-models.md
@@ -115,51 +108,65 @@ def real_models(found: Sequence[Entry]) -> str:
     """Return docs/real-models.md: every layer of the pretrained models, and what `plan` expected."""
     parts = [
         "# Recipes on pretrained models\n",
-        "For each layer: KL(model || lens) in nats per token on held-out text. In brackets: the share of tokens whose most likely next",
-        f"token is the model's, and the bias (KL of the mean predictions, nats). Sequences have {LENGTH} tokens. Where two seeds have been",
-        "run, the numbers are their means, and ± is half their difference. The runs are those of [Recipes compared](recipes.md), whose",
-        "command writes this page too.\n",
+        "For each layer: KL(model || lens) in nats per token on held-out text. The second table of a text has some layers, with the share of",
+        "tokens whose most likely next token is the model's, and the bias (KL of the mean predictions, nats). The third has the runs that train",
+        f"these layers alone. Sequences have {LENGTH} tokens. Where two seeds have been run, the numbers are their means, and ± is half their",
+        "difference. The runs are those of [Recipes compared](recipes.md), whose command writes this page too.\n",
     ]
     for model in [name for name in PRETRAINED if select(found, model=name)]:
         parts.append(f"## {model}\n")
         parts.append(f"{MODELS[model].tokens:,} training tokens, {MODELS[model].held_out:,} held-out tokens.\n")
         parts.append(f"![KL of every layer of {model}, for each recipe](recipes-{model}.png)\n")
         for text in texts_of(select(found, model=model)):
-            parts += _layers_of(text, select(found, model=model, text=text))
-        for entry in select(found, model=model, variant=ALL):
-            parts += _every_layer(entry)
+            parts += _layers_of(model, text, select(found, model=model, text=text))
     if planned.RESULTS.exists():
         parts += planned.lines()
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _layers_of(text: str, entries: list[Entry]) -> Iterator[str]:
-    entries = [entry for entry in entries if entry["case"]["variant"] in ("", FULL, LONG)]
+def _layers_of(model: str, text: str, entries: list[Entry]) -> Iterator[str]:
+    """Yield the tables of a text: all layers, some of them in detail, and the runs that train these alone."""
     yield f"### {text}\n"
-    yield "| recipe | mean KL | " + " | ".join(f"layer {i}" for i in entries[0]["layers"]) + " |"
-    yield "|---|---:|" + "---:|" * len(entries[0]["layers"])
+    of_all, alone = select(entries, variant=""), [entry for entry in entries if entry["case"]["variant"] in (FEW, FULL, LONG)]
+    if of_all:
+        layers = of_all[0]["layers"]
+        yield from _every_layer(of_all)
+        yield from _details(of_all, MODELS[model].layers(len(layers)) or layers)
+    if alone:
+        yield from _details(alone, alone[0]["layers"])
+
+
+def _by_name(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Return {name of a row or column: its runs, one for each seed}."""
+    found = {}
     for line in LINES:
-        for variant in ("", FULL, LONG):
-            of_line = select(entries, line=line, variant=variant)
-            if of_line:
-                tokens = of_line[0]["case"]["tokens"]
-                name = line + {"": "", FULL: ", full vocabulary", LONG: f", {tokens:,} tokens"}[variant]
-                columns = [np.mean([entry[name] for entry in of_line], axis=0) for name in ("kl", "top1", "bias")]
-                cells = [f"{kl:.3f} ({top1:.0%}, {bias:.2f})" for kl, top1, bias in zip(*columns, strict=True)]
-                yield "| " + " | ".join([name, _mean_cell(of_line), *cells]) + " |"
+        for variant, name in (("", ""), (FEW, ""), (FULL, ", full vocabulary"), (LONG, f", {LONG_TOKENS:,} tokens")):
+            if runs := select(entries, line=line, variant=variant):
+                found[line + name] = runs
+    return found
+
+
+def _every_layer(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the table of KL, a row for each layer and a column for each recipe."""
+    columns = _by_name(entries)
+    yield "| layer | " + " | ".join(columns) + " |"
+    yield "|---:|" + "---:|" * len(columns)
+    kl = [np.mean([entry["kl"] for entry in runs], axis=0) for runs in columns.values()]
+    for layer, *values in zip(entries[0]["layers"], *kl, strict=True):
+        yield f"| {layer} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
+    yield "| mean | " + " | ".join(map(_mean_cell, columns.values())) + " |"
     yield ""
 
 
-def _every_layer(entry: Entry) -> Iterator[str]:
-    """Yield the table of a run of all layers, in rows of six."""
-    yield f"### {entry['case']['text']}, `{entry['case']['line']}` on all layers\n"
-    yield f"Mean KL {mean(entry['kl']):.4f}.\n"
-    yield "| layers |" + " |" * 6
-    yield "|---|" + "---:|" * 6
-    cells = [f"{kl:.3f} ({top1:.0%}, {bias:.2f})" for kl, top1, bias in zip(entry["kl"], entry["top1"], entry["bias"], strict=True)]
-    for start in range(0, len(cells), 6):
-        row = cells[start : start + 6]
-        yield f"| {entry['layers'][start]} to {entry['layers'][start + len(row) - 1]} | " + " | ".join([*row, *[""] * (6 - len(row))]) + " |"
+def _details(entries: Sequence[Entry], layers: Sequence[int]) -> Iterator[str]:
+    """Yield the table of KL, agreement and bias of some layers, a row for each recipe. The mean is that of the layers shown."""
+    yield "| recipe | mean KL | " + " | ".join(f"layer {layer}" for layer in layers) + " |"
+    yield "|---|---:|" + "---:|" * len(layers)
+    for name, runs in _by_name(entries).items():
+        shown = [runs[0]["layers"].index(layer) for layer in layers]
+        kl, top1, bias = (np.mean([entry[score] for entry in runs], axis=0)[shown] for score in ("kl", "top1", "bias"))
+        cells = [f"{k:.3f} ({t:.0%}, {b:.2f})" for k, t, b in zip(kl, top1, bias, strict=True)]
+        yield "| " + " | ".join([name, f"{kl.mean():.4f}", *cells]) + " |"
     yield ""
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.recipes.cases import ALL
 from benchmarks.recipes.select import LEAST, LINES, Entry, models_of, select, texts_of
 
 # Colors that stay apart for color-blind readers (Okabe and Ito), and a mark for each line.
@@ -58,10 +57,6 @@ def _panel(axis: Any, text: str, entries: Sequence[Entry]) -> None:
         layers, values = layers[shown], values[:, shown]
         axis.plot(layers, values.mean(0), label=line, markersize=6, **STYLES[line])
         axis.fill_between(layers, values.min(0), values.max(0), color=STYLES[line]["color"], alpha=0.2, linewidth=0)
-    for entry in select(entries, variant=ALL):
-        shown = np.array(entry["kl"]) > LEAST
-        layers, kl = np.array(entry["layers"])[shown], np.array(entry["kl"])[shown]
-        axis.plot(layers, kl, label=f"{entry['case']['line']}, all layers", color="#D55E00", linewidth=1, marker=".")
     axis.set(title=f"text `{text}`".replace("`", ""), xlabel="layer", yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from benchmarks.recipes.cases import MODELS, RECIPES, TEXTS, cases
+from benchmarks.recipes.cases import FEW, MODELS, RECIPES, TEXTS, cases
 
 Entry = dict[str, Any]
 LINES = ("logit lens", *RECIPES)
@@ -34,6 +34,11 @@ def same(found: Sequence[Entry], entry: Entry, **other: Any) -> Entry | None:
     """Return the run that differs from `entry` in the given values only; None if there is none."""
     wanted = {name: entry["case"][name] for name in ("model", "text", "seed", "line", "variant")} | other
     return next(iter(select(found, **wanted)), None)
+
+
+def sampled_partner(found: Sequence[Entry], entry: Entry) -> Entry | None:
+    """Return the run with a sampled vocabulary that has the tokens and layers of one with the full vocabulary; None if there is none."""
+    return same(found, entry, variant="" if MODELS[entry["case"]["model"]].few is None else FEW)
 
 
 def models_of(found: Sequence[Entry]) -> list[str]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.recipes.cases import EIGHTH, FULL, LONG, MODELS, RECIPES, SEEDS, TEXTS
-from benchmarks.recipes.select import Entry, layer_ratios, mean, models_of, same, select, texts_of, with_spread
+from benchmarks.recipes.cases import EIGHTH, FEW, FULL, LONG, MODELS, RECIPES, SEEDS, TEXTS
+from benchmarks.recipes.select import Entry, layer_ratios, mean, models_of, same, sampled_partner, select, texts_of, with_spread
 from benchmarks.targets import Target
 
 WITHIN = 0.01  # what a sampled vocabulary may cost
 PART = 8  # of paper's tokens
 FORMER = "fast 0.1.0"
+# Why a layer of `fast` may end above the closed form.
+RIDGE_BOUND = (
+    "`ridge` has all tokens of the run for its closed form, where `fast` has a third of them. The guard compares a layer with its own closed form, "
+    "on few tokens that are held back, which cannot tell differences below about a hundredth."
+)
 # Why `fast` may end above its own former settings.
 FORMER_BOUND = (
     "The fixed steps of version 0.1.0 were tuned for the bundled models and diverge on others. Today's have one constant for all models. Tried "
@@ -23,7 +28,10 @@ FORMER_BOUND = (
 # Why an eighth of paper's tokens may not be enough.
 EIGHTH_BOUND = (
     "The seed decides which part of the text a short run sees; paper's long run sees all of it, more than once. Tried on `small` with both "
-    "seeds: rates of 0.06 to 0.12, decays of 0.02 and 0.04, momentum 0.9, and no guard end with 0.6523 to 0.6549 nats on average."
+    "seeds: rates of 0.06 to 0.12, decays of 0.02 and 0.04, momentum 0.9, and no guard end with 0.6523 to 0.6549 nats on average. Tried with "
+    "43,008 tokens: rates that fall with the power 0.7 or 1.5 of the steps left, or only after the first third, end 0.2 to 0.5% higher; rows or "
+    "columns of the direction scaled to equal length equal to 0.05%; coordinates of the fourth root of the hidden states' covariance 0.1% "
+    "lower (demo 0.2% lower, SmolLM2 0.6% higher)."
 )
 
 
@@ -41,12 +49,15 @@ def never_above_ridge(found: Sequence[Entry]) -> Target | None:
     """Compare each layer of `fast` with the closed form of the same model, text and seed."""
     worst: tuple[float, str] | None = None
     models: list[str] = []
+    ratios: list[float] = []
     for entry in select(found, line="fast", variant=""):
         ridge = same(found, entry, line="ridge")
         if ridge is None:
             continue
         models.append(entry["case"]["model"])
-        layer, ratio = max(layer_ratios(entry, ridge).items(), key=lambda item: item[1])
+        of_layers = layer_ratios(entry, ridge)
+        ratios += of_layers.values()
+        layer, ratio = max(of_layers.items(), key=lambda item: item[1])
         case = entry["case"]
         if worst is None or ratio > worst[0]:
             worst = ratio, f"layer {layer} of {case['model']} on `{case['text']}`"
@@ -55,7 +66,10 @@ def never_above_ridge(found: Sequence[Entry]) -> Target | None:
     wanted = len(MODELS) * len(TEXTS) * len(SEEDS)
     runs = f"in {len(models)} runs of {wanted}, on {', '.join(dict.fromkeys(models))}"
     measured = f"{runs}, at most {worst[0]:.2f} of the closed form's KL ({worst[1]})"
-    return Target("`fast` ends above `ridge` at no layer of any model", measured, worst[0] <= 1)
+    above = sum(ratio > 1 for ratio in ratios)
+    if above:
+        measured += f"; above it at {above} of {len(ratios)} layers"
+    return Target("`fast` ends above `ridge` at no layer of any model", measured, worst[0] <= 1, RIDGE_BOUND)
 
 
 def below_every_other(model: str, found: Sequence[Entry]) -> Target | None:
@@ -97,12 +111,10 @@ def with_an_eighth(model: str, found: Sequence[Entry]) -> Target | None:
         return None
     paper = papers[0]
     most = paper["case"]["tokens"] // PART
-    # The longest runs that are short enough: those of EIGHTH, or the runs of the table, if they already need fewer tokens.
-    for variant in (EIGHTH, ""):
-        runs = [e for e in select(found, line="fast", variant=variant, text=paper["case"]["text"]) if e["case"]["tokens"] <= most]
-        if runs:
-            break
-    else:
+    of_fast = [e for e in select(found, line="fast", text=paper["case"]["text"]) if e["layers"] == paper["layers"] and e["case"]["tokens"] <= most]
+    # The longest runs that are short enough: those of EIGHTH, or shorter ones, if these already need fewer tokens.
+    runs = next((runs for variant in (EIGHTH, FEW, "") if (runs := select(of_fast, variant=variant))), None)
+    if runs is None:
         return None
     ours, theirs = ([mean(entry["kl"]) for entry in each] for each in (runs, papers))
     tokens = runs[0]["case"]["tokens"]
@@ -117,9 +129,8 @@ def with_an_eighth(model: str, found: Sequence[Entry]) -> Target | None:
 
 def sampled_beside_full(model: str, found: Sequence[Entry]) -> Target | None:
     """Compare `fast` with a sampled vocabulary with `fast` with the full one."""
-    pairs = [(same(found, full, variant=""), full) for full in select(found, line="fast", variant=FULL)]
+    pairs = [(sampled_partner(found, full), full) for full in select(found, line="fast", variant=FULL)]
     ratios = [mean(ours["kl"]) / mean(full["kl"]) - 1 for ours, full in pairs if ours is not None]
-
     if not ratios:
         return None
     wanted = f"{model}: with equal tokens a sampled vocabulary ends within {WITHIN:.0%} of the full one's KL"

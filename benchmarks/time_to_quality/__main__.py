@@ -1,10 +1,11 @@
 """From nothing to a lens as good as the paper's recipe ends with: core seconds of metalens, of PyTorch and of plain MLX.
 
-    python -m benchmarks.time_to_quality [--models demo smollm2] [--rounds 3] [--out docs]
+    python -m benchmarks.time_to_quality [--models demo smollm2] [--rounds 3] [--former PYTHON] [--out docs]
 
 The mark is the held-out KL that the recipe `paper` reaches with 409,600 tokens (benchmarks/results/recipes.json; `python -m benchmarks.recipes
 --lines paper --variants long` measures it). metalens reaches it with `ridge` or `fast` and as few tokens as a search over budgets finds. Each is a
-real run: from text to lens, then read on held-out text. So are the runs with the settings of version 0.1.0 and the full vocabulary.
+real run: from text to lens, then read on held-out text. So are the runs with the settings of version 0.1.0 and the full vocabulary, and, with
+--former, those of that version itself. PYTHON is one in which it is installed; the page says how.
 
 The others would take hours, so the command measures the core seconds of steps of theirs and multiplies by tokens:
 
@@ -30,7 +31,7 @@ from benchmarks.recipes.cases import MODELS
 from benchmarks.recipes.select import mean
 from benchmarks.time_to_quality import page, picture
 from benchmarks.time_to_quality.search import Results, equal_time, explore, headline, mark_of
-from benchmarks.time_to_quality.visits import ROOT, STEP_COST, THREADS, Measured, Visit, visit
+from benchmarks.time_to_quality.visits import FORMER_VERSION, FORMERS, ROOT, STEP_COST, THREADS, Measured, Visit, visit
 
 COMPARISON, RESULTS = (ROOT / "benchmarks" / "results" / name for name in ("recipes.json", "time_to_quality.json"))
 DEFAULT = ("demo", "small", "smollm2")
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds [default: %(default)s]")
     parser.add_argument("--step-cost", nargs="*", default=[], choices=list(MODELS), help="models to measure a step beside a forward pass of only")
     parser.add_argument("--equal-time", nargs="*", default=[], choices=list(MODELS), help="models to compare vocabularies at equal time of only")
+    parser.add_argument("--former", metavar="PYTHON", help=f"a Python in which {FORMER_VERSION} is installed, to run it too")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page and the picture")
     arguments = parser.parse_args()
@@ -68,7 +70,7 @@ def main() -> None:
     comparison = json.loads(COMPARISON.read_text())
 
     def again(wanted: Visit) -> Measured:
-        found = visit(wanted)
+        found = visit(wanted, arguments.former)
         kl = f", KL {mean(found.kl):.4f}" if found.kl else ""
         sys.stderr.write(f"{wanted.model}, {wanted.key}: {found.seconds:.4g} core seconds{kl}\n")
         return results.add(wanted, found)
@@ -81,9 +83,11 @@ def main() -> None:
         if mark is None:
             sys.stderr.write(f"{model}: the recipe `paper` has not been run on its whole budget, so there is no mark.\n")
             continue
-        explore(model, mark, once)
+        explore(model, mark, once, with_former=arguments.former is not None)
         for turn in range(1, arguments.rounds + 1):
             for wanted in headline(results, model, mark):
+                if wanted.name in FORMERS and arguments.former is None:
+                    continue
                 known = results.get(wanted)
                 if known is None or len(known.core_seconds) < turn:
                     again(wanted)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.competitor import TORCH
-from benchmarks.recipes.cases import LONG, LONG_TOKENS, MODELS
+from benchmarks.recipes.cases import FEW, LONG, LONG_TOKENS, MODELS
 from benchmarks.recipes.select import Entry, mean, select
-from benchmarks.time_to_quality.search import FORMER, Results, mark_of, ours, paper_seconds, runs_of
-from benchmarks.time_to_quality.visits import TEXT
+from benchmarks.time_to_quality.search import FORMER, UPSTREAM, Results, mark_of, ours, paper_seconds, runs_of
+from benchmarks.time_to_quality.visits import FORMER_VERSION, TEXT
 
 # Okabe and Ito's colors, which stay apart for color-blind readers, and a mark for each curve.
 OURS_COLOR, FORMER_COLOR, TORCH_COLOR = "#D55E00", "#E69F00", "#0072B2"
@@ -20,7 +19,7 @@ def paper_curve(results: Results, comparison: Sequence[Entry], model: str) -> li
     """Return (tokens, KL) of the runs of `paper`, by tokens."""
     points = {tokens: mean(found.kl) for tokens, found in runs_of(results, model, "paper").items()}
     for entry in select(comparison, model=model, line="paper", text=TEXT, seed=0):
-        if entry["case"]["variant"] in ("", LONG):
+        if entry["case"]["variant"] in ("" if MODELS[model].few is None else FEW, LONG):
             points[entry["case"]["tokens"]] = mean(entry["kl"])
     return sorted(points.items())
 
@@ -54,15 +53,16 @@ def _panel(axis: Any, results: Results, comparison: Sequence[Entry], model: str,
         ("fast", "sampled", {"color": OURS_COLOR, "marker": "o", "linewidth": 2.5}),
         ("ridge", "sampled", {"color": OURS_COLOR, "marker": "s", "linestyle": ":", "linewidth": 1.5}),
         (FORMER, "full", {"color": FORMER_COLOR, "marker": "v"}),
+        (FORMER_VERSION, "full", {"color": FORMER_COLOR, "marker": "^", "linestyle": "--"}),
     ):
         runs = runs_of(results, model, name, vocabulary).values()
         if runs:
-            label = f"metalens, {name}" + (", full vocabulary" if vocabulary == "full" else "")
+            label = name if name == FORMER_VERSION else f"metalens, {name}" + (", full vocabulary" if vocabulary == "full" else "")
             axis.plot([run.seconds for run in runs], [mean(run.kl) for run in runs], label=label, markersize=6, **style)
-    one = paper_seconds(results, model, TORCH, 1)
+    one = paper_seconds(results, model, tokens=1)
     if one is not None:
         tokens, kl = zip(*paper_curve(results, comparison, model), strict=True)
-        label = "PyTorch, paper's recipe (measured cost of a token x tokens)"
+        label = f"{UPSTREAM}, paper's recipe (measured cost of a token x tokens)"
         axis.plot([one * n for n in tokens], kl, label=label, color=TORCH_COLOR, marker="*", markerfacecolor="white", markersize=9, linestyle="--")
     axis.axhline(mark, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
     best = ours(results, model, mark)

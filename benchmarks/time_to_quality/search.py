@@ -9,16 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.competitor import TORCH
+from benchmarks.competitor import TORCH_BF16
 from benchmarks.recipes.cases import LONG, LONG_TOKENS, MODELS
 from benchmarks.recipes.select import PRETRAINED, Entry, mean, select
-from benchmarks.time_to_quality.visits import COMPETITORS, STEP_COST, TEXT, Measured, Visit
+from benchmarks.time_to_quality.visits import COMPETITORS, FORMERS, LEFT_OUT, STEP_COST, TEXT, Measured, Visit
 
 FORMER = "fast 0.1.0"
 OURS = ("ridge", "fast")
+# What tuned-lens does: it runs the lens under autocast to bfloat16 on every device.
+UPSTREAM = TORCH_BF16
 GRID_UNIT = 512  # budgets are multiples of it
 CLOSE = 1.2  # the search ends when the largest budget that fails and the smallest that reaches the mark are so close
-BUNDLED_BUDGETS, PRETRAINED_BUDGETS = (43_008, 51_200, 61_440, 81_920), (6_144, 12_288, 24_576)
+BUNDLED_BUDGETS, PRETRAINED_BUDGETS = (43_008, 51_200, 61_440, 81_920), (1_536, 3_072, 6_144, 12_288, 24_576)
 SLOW_RUN = 120.0  # core seconds: a longer run is measured once
 
 
@@ -77,10 +79,17 @@ def ours(results: Results, model: str, mark: float) -> tuple[Visit, Measured] | 
     return cheapest(runs, mark)
 
 
-def former(results: Results, model: str, mark: float) -> tuple[Visit, Measured] | None:
-    """Return the cheapest run with the settings of version 0.1.0, which had the full vocabulary, that reaches the mark."""
-    runs = runs_of(results, model, FORMER, "full").items()
-    return cheapest([(Visit(model, FORMER, tokens, "full"), found) for tokens, found in runs], mark)
+def former(results: Results, model: str, mark: float, name: str = FORMER) -> tuple[Visit, Measured] | None:
+    """Return the cheapest run of version 0.1.0, which had the full vocabulary, that reaches the mark.
+
+    Args:
+        results: the results.
+        model: name of the model.
+        mark: the KL to reach.
+        name: FORMER, its settings on today's kernels, or one of FORMERS, itself.
+    """
+    runs = runs_of(results, model, name, "full").items()
+    return cheapest([(Visit(model, name, tokens, "full"), found) for tokens, found in runs], mark)
 
 
 def smallest_budget(reaches: Callable[[int], bool], budgets: Sequence[int]) -> int | None:
@@ -109,16 +118,18 @@ def smallest_budget(reaches: Callable[[int], bool], budgets: Sequence[int]) -> i
     return reached
 
 
-def explore(model: str, mark: float, measure: Callable[[Visit], Measured]) -> None:
+def explore(model: str, mark: float, measure: Callable[[Visit], Measured], with_former: bool = False) -> None:
     """Make the runs of the search and of the curves.
 
     Args:
         model: name of the model.
         mark: the KL to reach.
         measure: function that returns what is known of a visit, and makes the visit if nothing is.
+        with_former: also search for the budgets of FORMERS, version 0.1.0 itself.
     """
     budgets = PRETRAINED_BUDGETS if model in PRETRAINED else BUNDLED_BUDGETS
-    for name, vocabulary in (*((name, "sampled") for name in OURS), (FORMER, "full")):
+    formers = (FORMER, *FORMERS) if with_former else (FORMER,)
+    for name, vocabulary in (*((name, "sampled") for name in OURS), *((name, "full") for name in formers)):
         smallest_budget(lambda tokens, name=name, vocabulary=vocabulary: mean(measure(Visit(model, name, tokens, vocabulary)).kl) <= mark, budgets)
     equal_time(model, measure)
 
@@ -134,14 +145,15 @@ def equal_time(model: str, measure: Callable[[Visit], Measured]) -> tuple[Visit,
 
 def headline(results: Results, model: str, mark: float) -> Iterator[Visit]:
     """Yield the visits to repeat in turn: the cheapest runs that reach the mark, and steps of the competitors."""
-    for run in (ours(results, model, mark), former(results, model, mark)):
+    for run in (ours(results, model, mark), *(former(results, model, mark, name) for name in (FORMER, *FORMERS))):
         if run is not None and run[1].seconds < SLOW_RUN:
             yield run[0]
     for name in (*COMPETITORS, STEP_COST):
-        yield Visit(model, name)
+        if (model, name) not in LEFT_OUT:
+            yield Visit(model, name)
 
 
-def paper_seconds(results: Results, model: str, competitor: str = TORCH, tokens: int = LONG_TOKENS) -> float | None:
+def paper_seconds(results: Results, model: str, competitor: str = UPSTREAM, tokens: int = LONG_TOKENS) -> float | None:
     """Return the core seconds of the recipe `paper` in a competitor: its measured core seconds of a token, times tokens."""
     steps = results.get(Visit(model, competitor))
     return None if steps is None else steps.seconds * tokens

@@ -60,7 +60,8 @@ void multiply_panel(
     void* panel);
 
 // Rows of `keys` in one block of a BlockProduct. They are also the reduction of the way back, so a block is at most one block of the reduction.
-constexpr int64_t kKeyBlock = kReductionBlock;
+constexpr int64_t kKeyBlock = 256;
+static_assert(kKeyBlock <= kReductionBlock);
 
 // The two products of a softmax over the rows of a matrix, one block of those at a time. Rows times `keys`^T gives logits; weights times `values`
 // gives sums. For a head both matrices are U; for attention they are its keys and values.

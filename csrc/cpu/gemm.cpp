@@ -13,7 +13,7 @@ namespace {
 
 // a W^T: a task is a strip of output columns and all of the reduction.
 void matvec_rows(const float* a, int64_t m, int64_t n, int64_t k, const Matrix& w, float* c) {
-  const int64_t strip = std::clamp<int64_t>(n / (4 * num_threads()) / 64 * 64, 64, 1024);
+  const int64_t strip = std::clamp<int64_t>(n / (4 * num_threads()) / 64 * 64, 64, 2048);
   parallel_for((n + strip - 1) / strip, [&](int64_t task) {
     const int64_t first = task * strip;
     kernels().matvec_rows(w, first, std::min(strip, n - first), a, k, m, c + first, n);

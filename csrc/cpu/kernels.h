@@ -34,8 +34,9 @@ struct Matrix {
   const void* biases;
 };
 
-// Terms in a block of the reduction, so that a packed panel stays in the L1/L2 cache. A multiple of every group size.
-constexpr int64_t kReductionBlock = 256;
+// Terms in a block of the reduction, at most, so that a packed panel stays in the L1/L2 cache. A multiple of every group size. Each block reads and
+// writes all sums once more, and short blocks do so after little work: the reductions of small models (576, 640) should fit one.
+constexpr int64_t kReductionBlock = 640;
 
 // Up to this many rows, a product with a frozen matrix unpacks each weight in registers (matvec). With more rows it pays to unpack panels that all
 // rows share.

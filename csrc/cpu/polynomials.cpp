@@ -22,46 +22,23 @@ void for_blocks(const SymmetricTiles& tiles, const Finish& finish) {
   });
 }
 
-// block = p first + q second + r block, for parts of matrices [n, n]; second may be null.
-void combine(const SymmetricTiles::Task& task, int64_t n, float p, const float* first, float q, const float* second, float r, float* block) {
-  for (int64_t i = 0; i < task.rows; ++i, block += SymmetricTiles::kColumns) {
-    const int64_t at = (task.row + i) * n + task.column;
-    for (int64_t j = 0; j < task.columns; ++j) block[j] = p * first[at + j] + r * block[j];
-    for (int64_t j = 0; second && j < task.columns; ++j) block[j] += q * second[at + j];
-  }
-}
-
-// The even part of polynomials, without its constant: b s^2 + ... of the singular values.
+// The even part of polynomials, without its constant: b s^2 + c s^4 of the singular values.
 class EvenPart {
  public:
   EvenPart(const Multiplier& tiles, int64_t n, int64_t k) : n_(n), of_rows_(tiles, Element::f32, n, k), of_squares_(tiles, Element::f32, n, n) {
   }
 
-  // factor = b S + c S^2 + d S^3 + e S^4 for S = x x^T
+  // factor = b S + c S^2 for S = x x^T
   void run(const float* x, const OddPolynomial& p, float* factor) {
-    of_rows_.pack(x, x, false);
+    of_rows_.pack(x, false);
     for_blocks(of_rows_, [&](const auto& task, float* block) { of_rows_.write_mirrored(task, block, squares_.data()); });
-    of_squares_.pack(squares_.data(), squares_.data(), true);
-    if (p.d == 0 && p.e == 0) {
-      for_blocks(of_squares_, [&](const auto& task, float* block) {
-        combine(task, n_, p.b, squares_.data(), 0, nullptr, p.c, block);
-        of_squares_.write_mirrored(task, block, factor);
-      });
-      return;
-    }
-    // b S + c S^2 + S^2 (d S + e S^2)
-    if (!fourth_.data()) {
-      fourth_ = Buffer<float>(n_ * n_);
-      upper_ = Buffer<float>(n_ * n_);
-    }
+    of_squares_.pack(squares_.data(), true);
     for_blocks(of_squares_, [&](const auto& task, float* block) {
-      of_squares_.write_mirrored(task, block, fourth_.data());
-      combine(task, n_, p.d, squares_.data(), 0, nullptr, p.e, block);
-      of_squares_.write_mirrored(task, block, upper_.data());
-    });
-    of_squares_.pack(fourth_.data(), upper_.data(), true);
-    for_blocks(of_squares_, [&](const auto& task, float* block) {
-      combine(task, n_, p.b, squares_.data(), p.c, fourth_.data(), 1, block);
+      for (int64_t i = 0; i < task.rows; ++i) {
+        const float* squares = squares_.data() + (task.row + i) * n_ + task.column;
+        float* row = block + i * SymmetricTiles::kColumns;
+        for (int64_t j = 0; j < task.columns; ++j) row[j] = p.b * squares[j] + p.c * row[j];
+      }
       of_squares_.write_mirrored(task, block, factor);
     });
   }
@@ -70,7 +47,6 @@ class EvenPart {
   int64_t n_;
   SymmetricTiles of_rows_, of_squares_;
   const Buffer<float> squares_{n_ * n_};
-  Buffer<float> fourth_{0}, upper_{0};
 };
 
 // The product with a symmetric matrix [n, n] on the left, whose rows and whose panels on the right [n, k] are packed once.

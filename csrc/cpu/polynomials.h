@@ -9,16 +9,15 @@
 
 namespace metalens::cpu {
 
-// a s + b s^3 + c s^5 + d s^7 + e s^9
+// a s + b s^3 + c s^5
 struct OddPolynomial {
-  float a, b, c, d, e;
+  float a, b, c;
 
   bool operator==(const OddPolynomial&) const = default;
 };
 
-// x [n, k] = the polynomials of x, one after the other, the first one first; n <= k. Half of each symmetric product is computed: with d = e = 0 a
-// polynomial of a square matrix takes two whole products, and else two and a half. Sums are float32, and their order does not depend on the number of
-// threads.
+// x [n, k] = the polynomials of x, one after the other, the first one first; n <= k. Half of each symmetric product is computed, so a
+// polynomial of a square matrix takes the work of two products. Sums are float32, and their order does not depend on the number of threads.
 void odd_polynomials(Buffer<float>& x, int64_t n, int64_t k, std::span<const OddPolynomial> polynomials, Precision precision);
 
 }  // namespace metalens::cpu

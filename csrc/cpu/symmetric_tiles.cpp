@@ -33,12 +33,12 @@ SymmetricTiles::SymmetricTiles(const Multiplier& tiles, Element element, int64_t
   }
 }
 
-void SymmetricTiles::pack(const void* a, const void* b, bool symmetric) {
+void SymmetricTiles::pack(const void* x, bool symmetric) {
   const int64_t row_blocks = int64_t(lefts_.size()), column_panels = parts(n_, tiles_.panel_width);
-  const Matrix w{n_, k_, element_, Format::dense, 0, 0, b, nullptr, nullptr};
+  const Matrix w{n_, k_, element_, Format::dense, 0, 0, x, nullptr, nullptr};
   const auto pack_panel = symmetric ? tiles_.pack_columns : tiles_.pack_rows;
   parallel_for(row_blocks + column_panels, [&](int64_t i) {
-    if (i < row_blocks) return pack_rows(at(a, i * kRows * k_, element_), element_, k_, lefts_[i]);
+    if (i < row_blocks) return pack_rows(at(x, i * kRows * k_, element_), element_, k_, lefts_[i]);
     const int64_t column = (i - row_blocks) * tiles_.panel_width, width = std::min<int64_t>(tiles_.panel_width, n_ - column);
     for (int64_t start = 0; start < k_; start += kReductionBlock) {
       pack_panel(w, column, width, start, std::min(kReductionBlock, k_ - start), panel(column, start));

@@ -1,4 +1,4 @@
-// The operands of a product whose result is symmetric, packed once, and the tasks that compute its triangle on and below the diagonal.
+// The operands of x x^T, packed once, and the tasks that compute its triangle on and below the diagonal.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace metalens::cpu {
 
-// a b^T [n, n] for a and b [n, k]. Every packed block of rows and every panel serves many tasks.
+// x x^T [n, n] for x [n, k]. Every packed block of rows and every panel serves many tasks.
 class SymmetricTiles {
  public:
   // Rows and columns of a task. The task's part of the result, its rows on the left and its panels in one block of the reduction fit the L2 cache.
@@ -25,8 +25,8 @@ class SymmetricTiles {
 
   SymmetricTiles(const Multiplier& tiles, Element element, int64_t n, int64_t k);
 
-  // Pack a and b, row-contiguous. `symmetric`: b is a symmetric matrix, whose columns are packed in place of its rows, with less work.
-  void pack(const void* a, const void* b, bool symmetric);
+  // Pack x, row-contiguous. `symmetric`: x is a symmetric matrix; as the right operand its columns are packed in place of its rows, with less work.
+  void pack(const void* x, bool symmetric);
 
   const std::vector<Task>& tasks() const {
     return tasks_;

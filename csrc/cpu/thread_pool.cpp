@@ -85,8 +85,9 @@ class Pool {
     for (uint64_t seen = 0;;) {
       wait_a_little([&] { return round_ != seen; });
       std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return task_ && round_ != seen; });
+      wake_.wait(lock, [&] { return round_ != seen; });
       seen = round_;
+      if (!task_) continue;  // woken too late for this one; be awake for the next, which may come soon
       ++active_;
       const auto& task = *task_;
       const int64_t count = count_;

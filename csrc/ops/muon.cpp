@@ -90,8 +90,8 @@ std::vector<mx::array> muon_direction(
   if (column_scale) inputs.push_back(checked_rows(*column_scale, "column_scale", {shape[1]}, stream));
   std::vector<cpu::OddPolynomial> odd;
   for (const auto& p : polynomials) {
-    if (p.size() != 3 && p.size() != 5) reject("a polynomial must have 3 or 5 coefficients, not ", p.size(), ".");
-    odd.push_back({p[0], p[1], p[2], p.size() == 5 ? p[3] : 0.0f, p.size() == 5 ? p[4] : 0.0f});
+    if (p.size() != 3) reject("a polynomial must have 3 coefficients, not ", p.size(), ".");
+    odd.push_back({p[0], p[1], p[2]});
   }
   auto primitive = std::make_shared<MuonDirection>(
       stream, beta, slack, std::move(odd), row_scale.has_value(), column_scale.has_value(), precision_named(precision));

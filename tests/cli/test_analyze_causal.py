@@ -89,6 +89,12 @@ def test_residuals(run, text, lens, tmp_path):
     assert (tmp_path / "residuals.png").exists()
 
 
+def test_the_sequences_of_residuals_fit_the_bundled_model_by_default(run, text):
+    result = run("analyze", "residuals", "demo", "--data", text, "--max-tokens", 600, "--json")
+    assert answer(result)["tokens"] > 256 + 1  # more than the model's context
+    assert "context" not in result.stderr
+
+
 @pytest.mark.parametrize("command", ["causal", "alignment", "layers", "residuals"])
 def test_errors_come_before_the_work(run, text, command):
     for arguments, message in (

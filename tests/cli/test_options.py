@@ -1,6 +1,8 @@
 """Options mean the same in every command, and older spellings still work."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -116,3 +118,25 @@ def test_keys_of_json_are_identifiers(run):
     assert set(found["tokens_per_second"]["M1"]) == {field.name for field in fields(Bounds)}
     found = json.loads(run("models", "--json").stdout)
     assert set(found) == {"tested_mlx_lm", "installed_mlx_lm", "models"}
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "metalens", "plan", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: metalens plan")
+
+
+SCRIPT = """
+import logging
+from click.testing import CliRunner
+from metalens.cli import main
+CliRunner().invoke(main, [*{options}, "plan", "--help"])
+from huggingface_hub.utils.logging import get_logger
+get_logger("huggingface_hub.x")
+print(logging.getLevelName(logging.getLogger("huggingface_hub").getEffectiveLevel()))
+"""
+
+
+@pytest.mark.parametrize(("options", "level"), [([], "ERROR"), (["--verbose"], "DEBUG")])
+def test_the_hub_logs_when_asked_only(run_python, options, level):
+    """Its package sets its level when it is imported, after the command has begun."""
+    assert run_python(SCRIPT.format(options=options), HF_HUB_VERBOSITY="").strip() == level

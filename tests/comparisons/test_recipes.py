@@ -2,7 +2,7 @@
 
 import pytest
 from benchmarks.recipes import page, verdicts
-from benchmarks.recipes.cases import ALL, EIGHTH, FULL, LONG, LONG_TOKENS, MODELS, SEEDS, TEXTS, cases
+from benchmarks.recipes.cases import EIGHTH, FEW, FULL, LONG, LONG_TOKENS, MODELS, SEEDS, TEXTS, cases
 from benchmarks.recipes.select import current, layer_ratios, mean_ratios, with_range, with_spread
 from benchmarks.targets import Target
 
@@ -28,6 +28,7 @@ def test_one_layer_above_ridge_misses(kl, met):
     target = verdicts.never_above_ridge([entry("fast", kl), entry("ridge", [1.0, 2.0])])
     assert target.met is met
     assert ("layer 1" if not met else "layer 0") in target.measured
+    assert ("above it at 1 of 2 layers" in target.measured) is not met
 
 
 def test_ridge_is_compared_at_the_same_seed_text_and_model():
@@ -99,17 +100,29 @@ def test_every_model_has_all_lines_on_all_texts_and_seeds():
         found = list(cases(model))
         assert {(case.text, case.seed) for case in found if case.line == "fast" and not case.variant} == {(t, s) for t in TEXTS for s in SEEDS}
         assert len({str(case.to_dict()) for case in found}) == len(found)
-        assert any(case.variant == ALL for case in found) == (model.trained is not None)
+        whole, few = ({case.line for case in found if case.variant == variant} for variant in (FULL, FEW))
+        assert few == (whole if model.few is not None else set())  # a run with the full vocabulary has a partner with its layers
 
 
 def test_the_pages_have_every_line_and_the_verdicts():
-    found = [entry(line, [3.0, 1.0], model="smollm2") for line in ("ridge", "muon")]
-    found += [entry("fast", [2.0, 1.0], model="smollm2"), entry("fast", [2.0, 1.0], model="smollm2", variant=FULL)]
-    found += [entry("fast", [2.5, 1.1, 0.7], model="smollm2", variant=ALL)]
+    kl = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    found = [entry(line, [2 * k for k in kl], model="smollm2") for line in ("ridge", "muon")]
+    found += [entry("fast", kl, model="smollm2"), entry("fast", [k + 1 for k in kl], model="smollm2", seed=1)]
+    found += [entry("fast", [2.1], model="smollm2", variant=FEW), entry("fast", [2.0], model="smollm2", variant=FULL)]
     shown = page.recipes(found)
-    assert "| fast | 1.5000 |" in shown
-    assert "| muon | 2.0000 | 0.75 | 1.00 |" in shown
-    assert "`fast` on all 3 layers" in shown
-    assert "The layers of the table have 1.8000 there, and 1.5000 when they are trained alone." in shown
+    assert "8 layers (all, 0 to 7)" in shown
+    assert "| fast | 5.0000 ± 0.5000 |" in shown
+    assert "| muon | 9.0000 | 0.50 | 1.00 |" in shown
+    assert "reaches 2.0000 on `help` (layers all, 0 to 0) with the full vocabulary, and 2.1000 with the sampled one (+5.00%)" in shown
     layers = page.real_models(found)
-    assert "| fast, full vocabulary | 1.5000 | 2.000 (50%, 0.10) | 1.000 (50%, 0.10) |" in layers
+    assert "| layer | ridge | fast | muon |" in layers
+    assert "| 3 | 10.000 | 5.500 | 10.000 |" in layers
+    assert "| fast | 5.5000 | 8.500 (50%, 0.10) | 7.500 (50%, 0.10) |" in layers  # of layers 0, 1, 2, 4, 5 and 6
+    assert "| fast, full vocabulary | 2.0000 | 2.000 (50%, 0.10) |" in layers
+
+
+def test_an_eighth_is_compared_on_the_layers_of_papers_run():
+    paper = entry("paper", [1.0], model="smollm2", variant=LONG, tokens=LONG_TOKENS)
+    of_all = entry("fast", [1.5, 0.2], model="smollm2", tokens=12_288)
+    assert verdicts.with_an_eighth("smollm2", [paper, of_all]) is None
+    assert verdicts.with_an_eighth("smollm2", [paper, of_all, entry("fast", [0.9], model="smollm2", variant=FEW, tokens=12_288)]).met

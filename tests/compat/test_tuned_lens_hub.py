@@ -115,7 +115,7 @@ def test_the_list_of_the_hub(monkeypatch):
     assert files.available_lenses() == ["gpt2", "org/b"]
     assert files.available_lenses("own/lenses", "model", "v1", "") == ["lens/gpt2", "lens/org/b"]
     assert asked == [("AlignmentResearch/tuned-lens", "space", "main"), ("own/lenses", "model", "v1")]
-    with pytest.raises(MetalensError, match=r"space own/none could not be listed: division by zero `cached_lenses`"):
+    with pytest.raises(MetalensError, match=r"space own/none could not be listed: division by zero\. `cached_lenses`"):
         files.available_lenses("own/none")
     shown = CliRunner().invoke(main, ["lenses"])
     assert shown.stdout.split() == ["hf:gpt2", "hf:org/b"]

@@ -1,8 +1,8 @@
 // Compares gemm with products in double precision, for every format of a frozen matrix, both orientations, and row counts on both sides of
-// kMatvecRows. Compares symmetric_product too.
+// kMatvecRows. Compares gram too.
 #include "check.h"
 #include "cpu/gemm.h"
-#include "cpu/symmetric_product.h"
+#include "cpu/gram.h"
 
 using namespace check;
 
@@ -36,13 +36,13 @@ void check_both_ways(int64_t rows, int64_t outputs, int64_t inputs, Storage stor
   }
 }
 
-// The lower triangles of a b^T and their mirror images, for matrices [n, k] of one element type.
-void check_symmetric_product(int64_t count, int64_t n, int64_t k, Element element, Precision precision) {
-  begin("symmetric product count %ld n %ld k %ld element %d precision %d", long(count), long(n), long(k), int(element), int(precision));
+// The lower triangles of x x^T and their mirror images, for matrices [n, k] of one element type.
+void check_gram(int64_t count, int64_t n, int64_t k, Element element, Precision precision) {
+  begin("gram count %ld n %ld k %ld element %d precision %d", long(count), long(n), long(k), int(element), int(precision));
   const Storage storage{Format::dense, 0, 0, element};
-  const Frozen a(count * n, k, storage), b(count * n, k, storage);
+  const Frozen x(count * n, k, storage);
   std::vector<char> c(count * n * n * element_size(element), char(0xff));
-  symmetric_product(a.matrix().values, b.matrix().values, element, count, n, k, precision, c.data());
+  gram(x.matrix().values, element, count, n, k, precision, c.data());
   std::vector<float> wide(count * n * n);
   kernels().load(element, c.data(), wide.data(), count * n * n);
   const double rounding = element == Element::f32 ? 0 : element == Element::f16 ? 1.0 / 2048 : 1.0 / 256;
@@ -51,7 +51,7 @@ void check_symmetric_product(int64_t count, int64_t n, int64_t k, Element elemen
       for (int64_t j = 0; j <= i; ++j) {
         double sum = 0, size = 0;
         for (int64_t d = 0; d < k; ++d) {
-          const double term = a.at(matrix * n + i, d) * b.at(matrix * n + j, d);
+          const double term = x.at(matrix * n + i, d) * x.at(matrix * n + j, d);
           sum += term;
           size += std::abs(term);
         }
@@ -91,11 +91,11 @@ int main() {
   }
   for (Precision precision : precisions()) {
     for (Element element : {Element::f32, Element::f16, Element::bf16}) {
-      for (int64_t n : {1, 2, 33, 193}) check_symmetric_product(2, n, 7, element, precision);
-      check_symmetric_product(1, 35, 261, element, precision);
-      check_symmetric_product(3, 5, 0, element, precision);
+      for (int64_t n : {1, 2, 33, 193}) check_gram(2, n, 7, element, precision);
+      check_gram(1, 35, 261, element, precision);
+      check_gram(3, 5, 0, element, precision);
     }
-    check_symmetric_product(1, 389, 13, Element::f32, precision);  // every kind of task: on the diagonal, below it, cut off
+    check_gram(1, 389, 13, Element::f32, precision);  // every kind of task: on the diagonal, below it, cut off
   }
   // An empty sum, and an empty result.
   std::vector<float> c(6, kNaN);

@@ -1,5 +1,5 @@
-// Compares muon_direction with the same steps in double precision: wide, square and tall matrices, both degrees of the polynomials, with and without
-// scales. Also compares transpose_block.
+// Compares muon_direction with the same steps in double precision: wide, square and tall matrices, with and without scales.
+// Also compares transpose_block.
 #include "check.h"
 #include "cpu/muon.h"
 
@@ -64,9 +64,8 @@ void check_direction(int64_t rows, int64_t columns, bool scaled, std::vector<Odd
   if (rows > columns) x = turned(x, rows, columns);
   for (const auto& p : polynomials) {
     const Wide s = product(x, turned(x, n, k), n, k, n), s2 = product(s, s, n, n, n);
-    const Wide s3 = product(s, s2, n, n, n), s4 = product(s2, s2, n, n, n);
     Wide factor(n * n);
-    for (int64_t i = 0; i < n * n; ++i) factor[i] = p.b * s[i] + p.c * s2[i] + p.d * s3[i] + p.e * s4[i] + (i % (n + 1) == 0 ? p.a : 0);
+    for (int64_t i = 0; i < n * n; ++i) factor[i] = p.b * s[i] + p.c * s2[i] + (i % (n + 1) == 0 ? p.a : 0);
     x = product(factor, x, n, n, k);
   }
   if (rows > columns) x = turned(x, n, k);
@@ -99,16 +98,16 @@ void check_transpose(int64_t rows, int64_t columns) {
 }  // namespace
 
 int main() {
-  const OddPolynomial fifth{2.5f, -2.0f, 0.7f, 0, 0}, ninth{3.0f, -6.0f, 8.0f, -5.0f, 1.5f};
+  const OddPolynomial first{2.5f, -2.0f, 0.7f}, second{2.0f, -3.0f, 2.0f};
   for (Precision precision : precisions()) {
     for (bool scaled : {false, true}) {
-      check_direction(1, 1, scaled, {fifth}, precision);
-      check_direction(7, 33, scaled, {fifth, ninth}, precision);
-      check_direction(33, 7, scaled, {ninth, fifth}, precision);
-      check_direction(61, 61, scaled, {ninth, ninth}, precision);
+      check_direction(1, 1, scaled, {first}, precision);
+      check_direction(7, 33, scaled, {first, second}, precision);
+      check_direction(33, 7, scaled, {second, first}, precision);
+      check_direction(61, 61, scaled, {second, second}, precision);
     }
-    check_direction(150, 150, true, {fifth, ninth}, precision);  // tasks on the diagonal, below it, cut off
-    check_direction(9, 270, false, {ninth}, precision);          // beyond a block of the reduction
+    check_direction(150, 150, true, {first, second}, precision);  // tasks on the diagonal, below it, cut off
+    check_direction(9, 270, false, {second}, precision);          // beyond a block of the reduction
     check_direction(5, 5, false, {}, precision);
   }
   for (int64_t rows : {1, 4, 17, 33}) {
@@ -117,7 +116,7 @@ int main() {
   // Nothing stays nothing.
   begin("muon of zeros");
   const std::vector<float> zeros(6);
-  const OddPolynomial polynomials[] = {fifth};
+  const OddPolynomial polynomials[] = {first};
   std::vector<float> v(6, kNaN), direction(6, kNaN), slopes(2, kNaN);
   muon_direction(
       {zeros.data(), zeros.data(), nullptr, nullptr, 2, 3, 0.9f, 1, polynomials}, Precision::float32, {v.data(), direction.data(), slopes.data()});

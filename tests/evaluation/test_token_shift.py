@@ -8,7 +8,7 @@ import pytest
 
 from metalens import InterpretableModel, TunedLens, evaluate, train
 from metalens.display.tables import evaluation_table
-from metalens.lenses.provenance import token_shift_of
+from metalens.lenses.lens import lens_kind, token_shift_of
 from metalens.training.data import Corpus
 from support import oracle
 
@@ -95,6 +95,10 @@ def test_the_lens_remembers_it(tiny, sequences, training, shift, tmp_path):
     assert evaluate(tiny, sequences, tmp_path / "lens").token_shift == shift
     assert evaluate(tiny, sequences, tmp_path / "lens", token_shift=1).token_shift == 1
     assert token_shift_of(None) == token_shift_of(lambda h, layer: h) == 1
+    name = "tuned lens" if shift == 1 else f"tuned lens, token shift {shift}"  # readings compare at the same position, so their name tells
+    read = tiny.trajectory(sequences[0], tmp_path / "lens")
+    assert (lens_kind(lens), read.lens, tiny.read(sequences[0], lens).lens) == (name, name, name)
+    assert read.compare(tiny.trajectory(sequences[0])).names == (name, "logit lens")
 
 
 def test_a_trained_lens_is_better_at_what_it_was_trained_for(make_llama, rng):

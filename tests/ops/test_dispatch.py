@@ -13,7 +13,7 @@ from metalens.ops.metal import kernel, speed
 
 BACKENDS = {
     "linear": {"reference", "native"},
-    "symmetric_product": {"reference", "native"},
+    "gram": {"reference", "native"},
     "muon_direction": {"reference", "native"},
     "swiglu": {"reference", "native"},
     "gelu_approx": {"reference", "native"},
@@ -45,7 +45,7 @@ with use_backend("reference"):
 # {operation: arguments that every backend supports}
 SUPPORTED = {
     "linear": [(ROWS, DENSE, True, None), (HALF, QUANTIZED, True, mx.float32)],
-    "symmetric_product": [(ROWS, ROWS), (HALF[None], HALF[None])],
+    "gram": [(ROWS,), (HALF[None],)],
     "muon_direction": [(ROWS, ROWS, 0.9, [(1.5, -0.5, 0.0)], 1.0, None, None)],
     "swiglu": [(ROWS, ROWS), (HALF, HALF)],
     "gelu_approx": [(ROWS,), (HALF,)],
@@ -79,8 +79,8 @@ UNSUPPORTED = [
     ("linear", "native", (ROWS, TWO_TYPES, True, None), "one float type"),
     ("linear", "native", (ROWS, SEVEN_BITS, True, None), "no affine weights of 7 bits in groups of 32"),
     ("linear", "native", (ROWS, Weight(QUANTIZED.values, QUANTIZED.scales, None, 32, 4, "int4"), True, None), "no int4 weights"),
-    ("symmetric_product", "native", (ROWS, ROWS[:1]), "not matrices of one shape"),
-    ("symmetric_product", "native", (ROWS, HALF), "one float type"),
+    ("gram", "native", (ROWS[0],), "not a matrix"),
+    ("gram", "native", (INTEGERS,), "read no x of .*int32"),
     ("muon_direction", "native", (HALF, ROWS, 0.9, [(1.5, -0.5, 0.0)], 1.0, None, None), "read float32"),
     ("swiglu", "native", (ROWS, ROWS[:1]), "different shapes"),
     ("swiglu", "native", (ROWS, HALF), "one float type"),

@@ -67,6 +67,19 @@ def test_codes_and_scales_that_are_nan(native, rows):
         assert np.isnan(oracle.wide(linear(mx.ones((rows, group_size)), w))).all(), (mode, codes, scales)
 
 
+@pytest.mark.parametrize("stored", [*FLOATS, *oracle.FLOAT_MODES, 2, 3, 4, 5, 6, 8], ids=str)
+def test_a_row_has_the_same_result_beside_up_to_three_others(rng, native, stored):
+    # The rank of a label in lens_stats compares logits of several rows with one that was computed alone.
+    if isinstance(stored, mx.Dtype):
+        w = Weight(oracle.random_array(rng, 37, 384, dtype=stored))
+    else:
+        w = oracle.random_weight(rng, 37, 384, stored, 64) if isinstance(stored, int) else oracle.random_float_weight(rng, 37, 384, stored)
+    x = oracle.random_array(rng, 4, 384)
+    alone = np.concatenate([np.array(linear(x[row : row + 1], w, dtype=mx.float32)) for row in range(4)])
+    for rows in (2, 3, 4):
+        np.testing.assert_array_equal(np.array(linear(x[:rows], w, dtype=mx.float32)), alone[:rows])
+
+
 @pytest.mark.parametrize("rows", [2, 64])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

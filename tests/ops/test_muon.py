@@ -8,8 +8,8 @@ from metalens import _ext, use_backend
 from metalens.ops import muon_direction, use_precision
 from support import oracle
 
-# Of degree 5 and 9, with values up to a few.
-POLYNOMIALS = [(2.5, -2.0, 0.7), (3.0, -6.0, 8.0, -5.0, 1.5)]
+# With values up to a few.
+POLYNOMIALS = [(2.5, -2.0, 0.7), (2.0, -3.0, 2.0)]
 # Wide, tall, square; on both sides of a tile, a task and a block of the reduction.
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 17), (17, 257), (64, 64), (131, 131), (200, 300), (300, 40)]
 
@@ -66,7 +66,7 @@ def test_rounded_operands(rng):
         found = oracle.wide(muon_direction(g, v, 0.9, POLYNOMIALS).direction)
     error = np.abs(found - exact(g, v, 0.9, POLYNOMIALS)[1]).max()
     assert error < 0.02
-    assert (error > 1e-4) == _ext.multiplies_bf16()
+    assert (error > 2e-5) == _ext.multiplies_bf16()
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (0, 4), (4, 0)], ids=str)
@@ -98,7 +98,7 @@ def test_views_that_are_not_contiguous(rng):
     [
         ({"gradient": mx.zeros((3,))}, "gradient must be a matrix"),
         ({"momentum": mx.zeros((3, 3))}, "momentum must be"),
-        ({"polynomials": [(1.0, 2.0)]}, "3 or 5 coefficients, not 2"),
+        ({"polynomials": [(1.0, 2.0)]}, "3 coefficients, not 2"),
         ({"row_scale": mx.zeros((4,))}, "row_scale must be"),
         ({"column_scale": mx.zeros((3,))}, "column_scale must be"),
     ],
@@ -117,7 +117,7 @@ from metalens.ops import muon_direction
 rng = np.random.default_rng(0)
 g, v = oracle.random_array(rng, 200, 389), oracle.random_array(rng, 200, 389)
 with use_backend("native"):
-    found = muon_direction(g, v, 0.9, [(2.5, -2.0, 0.7), (3.0, -6.0, 8.0, -5.0, 1.5)])
+    found = muon_direction(g, v, 0.9, [(2.5, -2.0, 0.7), (2.0, -3.0, 2.0)])
 for a in (found.momentum, found.direction, found.slopes):
     print(mx.view(a, mx.uint32).astype(mx.int64).sum(), mx.view(a, mx.uint32).astype(mx.int64).max())
 """

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalens import InterpretableModel, TunedLens
+from metalens import InterpretableModel
 from metalens.readings import source
 from support import oracle
 from support.mocks import MockModel, WordTokenizer, tiny_llama
@@ -23,12 +23,8 @@ def model():
 
 
 @pytest.fixture
-def lens():
-    lens, rng = TunedLens(3, 64), np.random.default_rng(0)
-    for translator in lens.translators:
-        translator.weight = translator.weight + oracle.random_array(rng, 64, 64, scale=0.1)
-        translator.bias = oracle.random_array(rng, 64, scale=0.3)
-    return lens
+def lens(rng):
+    return oracle.random_lens(rng)
 
 
 def recomputed(model, layer=None, lens=None):

@@ -20,11 +20,8 @@ def model():
 
 
 @pytest.fixture
-def lens():
-    lens, rng = TunedLens(3, 64), np.random.default_rng(0)
-    for translator in lens.translators:
-        translator.weight = translator.weight + oracle.random_array(rng, 64, 64, scale=0.1)
-        translator.bias = oracle.random_array(rng, 64, scale=0.3)
+def lens(rng):
+    lens = oracle.random_lens(rng)
     lens.embedding_translator = TunedLens(1, 64).translators[0]
     lens.embedding_translator.weight = mx.eye(64) + oracle.random_array(rng, 64, 64, scale=0.1)
     lens.embedding_translator.bias = oracle.random_array(rng, 64)

@@ -177,3 +177,21 @@ def write_model(path, architecture, config, model, kind=Kind.F32, extra=None, to
     model.update(tree_unflatten(held))
     metadata = {f"{architecture}.{key}": value for key, value in metadata_of(architecture, config).items()}
     write_gguf(path, architecture, {**metadata, **(tokens or {}), **(extra or {})}, tensors)
+
+
+def blocks(kind, rows, columns, rng):
+    """Return random blocks [rows, bytes], whose float16 numbers are ordinary ones."""
+    if not kind.name.endswith("_K"):
+        return gguf.quants.quantize((0.1 * rng.standard_normal((rows, columns))).astype(np.float32), kind)
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows, columns // numbers, size), np.uint8)
+    halves = {
+        Kind.Q4_K: (0, 2),
+        Kind.Q5_K: (0, 2),
+        Kind.Q6_K: (208,),
+        Kind.Q3_K: (108,),
+        Kind.Q2_K: (80, 82),
+    }[kind]
+    for at in halves:
+        raw[..., at : at + 2] = (0.01 * rng.random((rows, columns // numbers, 1))).astype(np.float16).view(np.uint8)
+    return raw.reshape(rows, -1)

@@ -89,6 +89,37 @@ def test_the_rows_are_of_the_cells_that_they_name(swept):
             assert number["column"] in ("layers", "width", "block parameters", "model bits/byte", "logit KL", f"{names['recipe']} KL")
 
 
+def test_the_embedding_is_a_layer(write):
+    recipes = """
+[[recipes]]
+name = "with"
+recipe = "adam"
+num_steps = 2
+tokens_per_step = 64
+max_seq_len = 16
+
+[[recipes]]
+name = "without"
+recipe = "mlxterp"
+num_steps = 2
+max_seq_len = 16
+"""
+    sweep = read_sweep(write(recipes=recipes, models="a", evaluation="max_seq_len = 16\nembedding = true\nlayer_transfer = true"))
+    found = run_sweep(sweep)
+    assert not found.failures
+    results = Results(sweep.out, found.lenses, found.evaluations)
+    report = write_report(results, "Embedding")[1].read_text()
+    _, table = report.split("**The embedding's output**")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| a, ")]
+    assert [row[0] for row in rows] == ["| a, with, seed 0", "| a, without, seed 0"]
+    evaluations = [json.loads((sweep.out / each.file).read_text())["evaluation"] for each in results.own]
+    for row, evaluation in zip(rows, evaluations, strict=True):
+        assert row[1].startswith(f"[{evaluation['embedding']['logit']['kl']:.3f}](")
+    assert rows[0][2].startswith(f"[{evaluations[0]['embedding']['tuned']['kl']:.3f}](")
+    assert rows[1][2] == "-"
+    assert [evaluation["transfer"]["layers"][0] for evaluation in evaluations] == ["embedding", 0]
+
+
 def test_the_pictures_are_there_and_in_the_page(swept):
     results, files = swept
     pictures = [file for file in files if file.suffix == ".png"]

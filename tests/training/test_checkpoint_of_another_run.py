@@ -1,11 +1,12 @@
 """A run does not go on from the checkpoint of another one: with other settings, another model, another text. The error names the difference."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from metalens import InterpretableModel
+from metalens import InterpretableModel, use_precision
 from metalens.training import CheckpointFolder, Corpus, open_corpus, train_loop
 from metalens.training.resume import RunFacts
 from support.checkpoints import CONFIG, LENGTH, begun
@@ -85,6 +86,47 @@ def test_a_checkpoint_that_knows_the_head_alone_is_resumed(tiny, ids, folder):
     record = facts.record()
     del record["model"]["weights"]
     facts.require_record(record)
+
+
+@pytest.fixture
+def no_precision(monkeypatch):
+    monkeypatch.delenv("METALENS_PRECISION", raising=False)
+
+
+MUON = dataclasses.replace(CONFIG, optimizer="muon", vocabulary="full")
+SAMPLED = dataclasses.replace(CONFIG, vocabulary=40)
+
+
+@pytest.mark.parametrize(
+    ("config", "before", "now", "message"),
+    [
+        (CONFIG, None, "bfloat16", "it was float32 and is bfloat16"),
+        (CONFIG, "bfloat16", None, "it was bfloat16 and is float32"),
+        (MUON, None, "float32", "it was not set and is float32"),
+        (SAMPLED, "float32", None, "it was float32 and is not set"),
+    ],
+)
+@pytest.mark.usefixtures("no_precision")
+def test_another_precision_is_refused(tiny, ids, folder, config, before, now, message):
+    with use_precision(before) if before else nullcontext():
+        begun(tiny, Corpus.from_ids(ids), folder, config)
+    with use_precision(now) if now else nullcontext(), pytest.raises(ValueError, match=f"with another precision: {message}. Set METALENS_PRECISION"):
+        train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), config, checkpoints=folder, resume=True)
+
+
+@pytest.mark.usefixtures("no_precision")
+def test_a_precision_that_changes_nothing_is_the_same(tiny, ids, folder, monkeypatch):
+    begun(tiny, Corpus.from_ids(ids), folder)
+    monkeypatch.setenv("METALENS_PRECISION", "float32")
+    train_loop(tiny.source, tiny.unembed, Corpus.from_ids(ids), CONFIG, checkpoints=folder, resume=True)
+
+
+def test_a_checkpoint_that_does_not_know_its_precision_is_resumed(tiny):
+    facts = RunFacts(CONFIG, tiny.source, tiny.unembed)
+    record = facts.record()
+    del record["precision"]
+    with use_precision("bfloat16"):
+        facts.require_record(record)
 
 
 def test_another_text_is_refused(tiny, ids, folder):

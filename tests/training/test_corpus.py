@@ -28,19 +28,6 @@ def llama_like():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Two documents, "ab" and "cdé", as JSON lines."""
-    path = tmp_path / "two.jsonl"
-    path.write_text('{"text": "ab"}\n{"text": "cdé"}\n')
-    return path
-
-
 def test_eos_comes_before_every_document(two, cache):
     corpus = open_corpus(two, Bytes(), cache_dir=cache)
     assert corpus.ids.tolist() == [257, *b"ab", 257, *"cdé".encode()]

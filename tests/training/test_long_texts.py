@@ -17,11 +17,6 @@ def demo():
     return load_tokenizer(MODEL)
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
 def test_long_texts_are_one_document(tmp_path, cache, monkeypatch, demo):
     text = "\n".join(f"Line {i} of the text, which says something." for i in range(60))
     (tmp_path / "a.txt").write_text(text)

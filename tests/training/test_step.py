@@ -7,7 +7,7 @@ from metalens import InterpretableModel, TunedLens
 from metalens.models.capture import HiddenStates
 from metalens.models.unembed import Unembed, norm_of
 from metalens.ops import Head
-from metalens.training import loss_and_gradient
+from metalens.training import loss_and_gradient, step
 from support import oracle
 
 IDS = mx.array([[3, 130, 7, 0, 55, 55, 91, 12, 4, 77, 101, 9]])
@@ -115,14 +115,44 @@ def test_the_gradient_has_the_lens_s_tree(rng, tiny):
 
 
 @pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("left_out", [True, False], ids=["left out", "multiplied"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_the_last_layer_s_identity_is_perfect_to_the_last_bit(make_llama, dtype):
+def test_the_last_layer_s_identity_is_perfect_to_the_last_bit(make_llama, monkeypatch, dtype, left_out):
     """A gradient of mere rounding errors was blown up, step by step, by a learning rate that is too large for so sharp a minimum."""
+    if not left_out:
+        monkeypatch.setattr(step, "_exact_layers", lambda *_: set())
     model = InterpretableModel(make_llama(dtype=dtype))
     losses, gradient = loss_and_gradient(TunedLens(3, 64), model.source.capture(IDS), model.unembed)
     assert losses[-1].item() == 0
     assert all(mx.array_equal(g, mx.zeros_like(g)) for g in gradient["translators"][-1].values())
     assert min(losses[:-1].tolist()) > 0.01
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("offset", [0.0, 0.01], ids=["identity", "another bias"])
+def test_a_layer_that_equals_the_model_takes_no_product(rng, tiny, monkeypatch, offset):
+    """The products of the other layers do not depend on it, and a last layer that is not the model takes part."""
+    lens, stream = oracle.random_lens(rng), tiny.source.capture(IDS)
+    last = lens.translators[-1]
+    last.weight, last.bias = mx.eye(64), mx.full((64,), offset)
+    seen, kl = [], step.lens_kl
+    monkeypatch.setattr(step, "lens_kl", lambda n, *rest: (seen.append(n.shape[0]), kl(n, *rest))[1])
+    losses, gradient = loss_and_gradient(lens, stream, tiny.unembed)
+    assert set(seen) == {3 if offset else 2}
+    np.testing.assert_allclose(oracle.wide(losses), Reference(lens, stream, tiny.unembed).losses(), atol=1e-5)
+    monkeypatch.setattr(step, "_exact_layers", lambda *_: set())
+    expected_losses, expected = loss_and_gradient(lens, stream, tiny.unembed)
+    assert mx.array_equal(losses, expected_losses)
+    for ours, theirs in zip(gradient["translators"], expected["translators"], strict=True):
+        assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_last_layer_that_is_trained_alone_has_no_loss(tiny):
+    sums = step.no_sums([2])
+    for _ in range(2):
+        step.accumulate(sums, [{"weight": mx.eye(64), "bias": mx.zeros((64,))}], tiny.source.capture(IDS), tiny.unembed)
+    assert (sums.losses.tolist(), sums.tokens) == ([0.0], 2 * IDS.size)
+    assert all(mx.array_equal(g, mx.zeros_like(g)) for g in sums.gradients[0].values())
 
 
 def test_a_batch_is_a_mean_over_all_its_tokens(rng, tiny):

@@ -22,19 +22,6 @@ def demo():
     return load_tokenizer(MODEL)
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def two(tmp_path):
-    """Two documents, "ab" and "cdé", as JSON lines."""
-    path = tmp_path / "two.jsonl"
-    path.write_text('{"text": "ab"}\n{"text": "cdé"}\n')
-    return path
-
-
 @pytest.mark.parametrize("error", [RuntimeError("damaged"), KeyboardInterrupt()])
 def test_an_interrupted_tokenization_leaves_nothing(two, cache, error):
     class Interrupted(Bytes):

@@ -57,6 +57,11 @@ def sums_of(model, lens, batch, heads=None, done=lambda _: None):
 # The size
 
 
+def test_the_size_of_a_sample_is_continuous_in_that_of_the_vocabulary():
+    sizes = [sample_size("sampled", tokens) for tokens in range(2049, 60_000)]
+    assert max(abs(np.diff(sizes))) == 1
+
+
 @pytest.mark.parametrize(
     ("setting", "tokens", "size"),
     [
@@ -65,7 +70,9 @@ def sums_of(model, lens, batch, heads=None, done=lambda _: None):
         ("sampled", 262_144, 6144),
         ("sampled", 6007, 4004),
         ("sampled", 8192, 5461),
-        ("sampled", 8193, 2048),
+        ("sampled", 8193, 5460),
+        ("sampled", 28_672, 4060),
+        ("sampled", 49_151, 2660),
         ("sampled", 2049, 2048),
         ("sampled", 2048, None),
         ("sampled", 1, None),

@@ -79,16 +79,19 @@ inline uvec in_pairs(vec even, vec odd) {
 #endif
 }
 
+// The next 32 values, or fewer at the end of a row and zeros behind them.
+template <int part>
+inline uvec narrow_some(const float* values, int64_t left) {
+  if (left >= kStep) return narrow_step<part>(values);
+  float rest[kStep] = {};
+  __builtin_memcpy(rest, values, left * sizeof(float));
+  return narrow_step<part>(rest);
+}
+
 // Write one row [depth] of values as words. Each step of 32 values lies `stride` words behind the one before it; zeros fill up the last step.
 template <int part>
 inline void narrow_row(const float* values, int64_t depth, uint32_t* words, int64_t stride) {
-  int64_t k = 0;
-  for (; k + kStep <= depth; k += kStep, words += stride) store_words(words, narrow_step<part>(values + k));
-  if (k < depth) {
-    float rest[kStep] = {};
-    __builtin_memcpy(rest, values + k, (depth - k) * sizeof(float));
-    store_words(words, narrow_step<part>(rest));
-  }
+  for (int64_t k = 0; k < depth; k += kStep, words += stride) store_words(words, narrow_some<part>(values + k, depth - k));
 }
 
 // ---- Panels
@@ -215,28 +218,17 @@ inline void pack_bf16_rows(const Matrix& w, int64_t column, int64_t rows, int64_
 // Pack sixteen rows of any matrix: words along the depth, then transposed.
 template <int parts>
 inline void pack_any_rows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, int half, uint32_t* panel) {
-  constexpr int64_t kWords = kReductionBlock / 2;
-  uint32_t words[parts][16][kWords];
-  float unpacked[kReductionBlock] = {};  // lanes beyond the last row repeat it
-  const bool in_place = w.format == Format::dense && w.element == Element::f32;
-  for (int64_t lane = 0; lane < 16; ++lane) {
-    const float* values = unpacked;
-    if (in_place) {
-      values = static_cast<const float*>(w.values) + (column + smaller(lane, rows - 1)) * w.cols + start;
-    } else if (lane < rows) {
-      unpack(w, column + lane, start, depth, unpacked);
-    }
-    narrow_row<0>(values, depth, words[0][lane], 16);
-    if constexpr (parts == 2) narrow_row<1>(values, depth, words[1][lane], 16);
-  }
-  for (int part = 0; part < parts; ++part) {
-    for (int64_t step = 0; step < steps_of(depth); ++step) {
-      uvec tile[16];
-      for (int lane = 0; lane < 16; ++lane) tile[lane] = load_words(words[part][lane] + step * 16);
-      transpose(tile);
-      uint32_t* out = panel_row(panel + part * kPanelWords, step * kStep, half);
-      for (int i = 0; i < 16; ++i) store_words(out + i * 16, tile[i]);
-    }
+  const FloatRows from(w, column, rows, start, depth);
+  const auto pack_step = [&]<int part>(int64_t k) {
+    uvec tile[16];
+    for (int lane = 0; lane < 16; ++lane) tile[lane] = narrow_some<part>(from.values[lane] + k, depth - k);
+    transpose(tile);
+    uint32_t* out = panel_row(panel + part * kPanelWords, k, half);
+    for (int i = 0; i < 16; ++i) store_words(out + i * 16, tile[i]);
+  };
+  for (int64_t k = 0; k < depth; k += kStep) {
+    pack_step.template operator()<0>(k);
+    if constexpr (parts == 2) pack_step.template operator()<1>(k);
   }
 }
 

@@ -81,7 +81,7 @@ void store(Element e, const float* from, void* to, int64_t n) {
   }
 }
 
-inline int64_t smaller(int64_t a, int64_t b) {
+constexpr int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 

@@ -128,7 +128,7 @@ inline vec8 load_elements8(const void* values, int64_t at) {
 
 template <Element element, int rows>
 inline void dot_dense(const Matrix& w, int64_t row, const float* x, int64_t ldx, float* out) {
-  constexpr int kSums = rows > 2 ? 2 : 4;  // enough independent sums to hide the latency of an addition
+  constexpr int kSums = 2;  // whatever the number of rows: a row's result is the same beside any others
   const int64_t first = row * w.cols;
   vec8 sums[rows][kSums];
   for (int r = 0; r < rows; ++r) {

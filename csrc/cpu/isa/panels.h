@@ -57,16 +57,25 @@ inline void pack_affine_rows(const Matrix& w, int64_t column, int64_t width, int
   }
 }
 
-// Pack kVector rows of any matrix side by side, by squares that are transposed in registers. Dense float32 is read in place.
-inline void pack_values(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, float* panel) {
-  float unpacked[kVector][kReductionBlock];
-  const float* values[kVector];
-  const bool in_place = w.format == Format::dense && w.element == Element::f32;
-  for (int lane = 0; lane < kVector; ++lane) {
-    const int64_t row = smaller(lane, rows - 1);  // lanes beyond the last row repeat it
-    values[lane] = in_place ? static_cast<const float*>(w.values) + (column + row) * w.cols + start : unpacked[row];
-    if (!in_place && lane < rows) unpack(w, column + lane, start, depth, unpacked[lane]);
+// Columns [start, start + depth) of kVector rows as floats. Dense float32 is read in place, other formats are unpacked.
+struct FloatRows {
+  FloatRows(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth) {
+    const bool in_place = w.format == Format::dense && w.element == Element::f32;
+    for (int lane = 0; lane < kVector; ++lane) {
+      const int64_t row = smaller(lane, rows - 1);  // lanes beyond the last row repeat it
+      values[lane] = in_place ? static_cast<const float*>(w.values) + (column + row) * w.cols + start : unpacked[row];
+      if (!in_place && lane < rows) unpack(w, column + lane, start, depth, unpacked[lane]);
+    }
   }
+
+  const float* values[kVector];
+  float unpacked[kVector][kReductionBlock];
+};
+
+// Pack kVector rows of any matrix side by side, by squares that are transposed in registers.
+inline void pack_values(const Matrix& w, int64_t column, int64_t rows, int64_t start, int64_t depth, float* panel) {
+  const FloatRows from(w, column, rows, start, depth);
+  const auto& values = from.values;
   int64_t k = 0;
   for (; k + kVector <= depth; k += kVector) {
     vec square[kVector];

@@ -7,6 +7,7 @@ evaluate.py), which parses arguments and calls the library. settings.py has the 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import click
@@ -42,5 +43,5 @@ def main(verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     for chatty in ("matplotlib", "httpx", "urllib3", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # The hub's own log repeats what our errors say.
-    logging.getLogger("huggingface_hub").setLevel(logging.DEBUG if verbose else logging.ERROR)
+    # The hub's own log repeats what our errors say. Its package sets its level when it is imported, by this variable.
+    os.environ["HF_HUB_VERBOSITY"] = os.environ.get("HF_HUB_VERBOSITY") or ("debug" if verbose else "error")

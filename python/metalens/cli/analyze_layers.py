@@ -63,7 +63,7 @@ def layers_command(
 
 @click.command("residuals", cls=SeveralFiles)
 @click.argument("model")
-@text_options(max_seq_len=512, max_tokens=4096)
+@text_options(max_seq_len=128, max_tokens=4096)
 @click.option(
     "--transfer-tokens",
     type=click.IntRange(min=2),

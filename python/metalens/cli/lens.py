@@ -121,7 +121,7 @@ def lens_command(
     reading = Reading(trajectory)
     if not group.writes:
         return
-    title = f"{'logit' if lens is None else 'tuned'} lens of {model}"
+    title = f"{trajectory.lens} of {model}"
     if as_json:
         predictions = {str(layer): rows for layer, rows in reading.predictions.items()}
         untranslated = [layer for layer in reading.layers if layer in reading.untranslated]

@@ -73,7 +73,7 @@ def view_command(
 
 def _serve(name: str, lens_path: Path | None, limits: Limits, embedding: bool, port: int, open_browser: bool) -> None:
     from metalens.display.server.serving import listen, require_packages, serve
-    from metalens.lenses.lens import TunedLens
+    from metalens.lenses.lens import TunedLens, lens_kind
 
     require_packages()
     lens = None if lens_path is None else TunedLens.load(lens_path)
@@ -97,7 +97,7 @@ def _serve(name: str, lens_path: Path | None, limits: Limits, embedding: bool, p
         note(f"Loading {name} ...")
         code = 1
         try:
-            serve(load, name, ["logit lens"] if lens is None else ["logit lens", "tuned lens"], limits, listening, ready)
+            serve(load, name, ["logit lens"] if lens is None else ["logit lens", lens_kind(lens)], limits, listening, ready)
             code = 0
         except KeyboardInterrupt:
             code = 130  # as shells report Ctrl-C

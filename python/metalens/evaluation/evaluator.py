@@ -22,8 +22,8 @@ from metalens.evaluation.sequences import SequenceScores
 from metalens.evaluation.targets import Targets
 from metalens.evaluation.text import EvaluationText, Sequences
 from metalens.evaluation.transfer import TransferSums
-from metalens.lenses.lens import Lens, LogitLens, as_lens, untranslated_layers
-from metalens.lenses.provenance import check_lens, token_shift_of
+from metalens.lenses.lens import Lens, LogitLens, as_lens, token_shift_of, untranslated_layers
+from metalens.lenses.provenance import check_lens
 from metalens.models.language_model import LanguageModel
 from metalens.models.layers import EMBEDDING, layers_in_order
 from metalens.models.sharding import Sharding

@@ -50,7 +50,7 @@ def available_lenses(repo_id: str | None = None, repo_type: str | None = None, r
     except Exception as error:  # the network and the hub each raise types of their own
         reason = str(error).strip().partition("\n")[0]
         raise UnavailableError(
-            f"The hub's {repo_type} {repo_id} could not be listed: {reason} "
+            f"The hub's {repo_type} {repo_id} could not be listed: {reason.rstrip('.')}. "
             "`cached_lenses` (`metalens lenses --cached`) lists what is on this machine."
         ) from error
     return _ids(files, subfolder)

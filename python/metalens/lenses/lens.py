@@ -352,10 +352,29 @@ def as_lens(lens: Lens | str | Path | None) -> Lens:
 
 
 def lens_kind(lens: Lens) -> str:
-    """Return a lens's name in a sentence: 'logit lens', 'tuned lens', or the name of a function."""
+    """Return a lens's name in a sentence: 'logit lens', 'tuned lens', or the name of a function.
+
+    One that was trained to predict another token than the next one says so: 'tuned lens, token shift 2'.
+    """
     if isinstance(lens, LogitLens):
         return "logit lens"
-    return "tuned lens" if isinstance(lens, TunedLens) else str(getattr(lens, "__name__", type(lens).__name__))
+    if not isinstance(lens, TunedLens):
+        return str(getattr(lens, "__name__", type(lens).__name__))
+    shift = token_shift_of(lens)
+    return "tuned lens" if shift == 1 else f"tuned lens, token shift {shift}"
+
+
+def token_shift_of(lens: Lens | None) -> int:
+    """Return the positions from a prediction of a lens to the token that it was trained to predict, as its provenance tells: 1 = the next token.
+
+    A training with the loss ce compares the prediction at position t with the token at t + token_shift; one with the loss kl with the model's
+    prediction at t + token_shift, which is about the token after that.
+    """
+    training = lens.provenance.get("training") if isinstance(lens, TunedLens) else None
+    shift = training.get("token_shift") if isinstance(training, dict) else None
+    if not isinstance(training, dict) or not isinstance(shift, int):
+        return 1
+    return shift if training.get("loss") == "ce" else shift + 1
 
 
 def untranslated_layers(lens: Lens, layers: Iterable[Layer] | None = None) -> tuple[Layer, ...]:

@@ -104,19 +104,6 @@ def provenance_of(
     return about | {key: value for key, value in facts.items() if value is not None}
 
 
-def token_shift_of(lens: Lens | None) -> int:
-    """Return the positions from a prediction of a lens to the token that it was trained to predict, as its provenance tells: 1 = the next token.
-
-    A training with the loss ce compares the prediction at position t with the token at t + token_shift; one with the loss kl with the model's
-    prediction at t + token_shift, which is about the token after that.
-    """
-    training = lens.provenance.get("training") if isinstance(lens, TunedLens) else None
-    shift = training.get("token_shift") if isinstance(training, dict) else None
-    if not isinstance(training, dict) or not isinstance(shift, int):
-        return 1
-    return shift if training.get("loss") == "ce" else shift + 1
-
-
 def check_provenance(lens: TunedLens, unembed: Unembed, model: str | None = None, weights: Callable[[], str] | None = None) -> None:
     """Warn (UserWarning) if the lens remembers another model than the one it is used on.
 

@@ -11,7 +11,7 @@ from metalens.ops.cross_entropy import lens_ce
 from metalens.ops.head import Head
 from metalens.ops.kl import LensTarget, lens_kl, lens_target
 from metalens.ops.logits import head_logits
-from metalens.ops.matmul import gram, linear, quantized_matmul, symmetric_product
+from metalens.ops.matmul import gram, linear, quantized_matmul
 from metalens.ops.muon import MuonDirection, muon_direction
 from metalens.ops.norm import Norm
 from metalens.ops.rotary import rope
@@ -48,7 +48,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
-    "symmetric_product",
     "translate_norm",
     "use_backend",
     "use_precision",

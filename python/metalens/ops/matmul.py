@@ -64,22 +64,7 @@ def gram(x: mx.array) -> mx.array:
     Returns:
         [..., N, N] in the type of x, exactly symmetric. The native kernels accumulate in float32 and round once.
     """
-    return _SYMMETRIC_PRODUCT(x, x)
-
-
-def symmetric_product(a: mx.array, b: mx.array) -> mx.array:
-    """Return the products a b of symmetric matrices that commute, at half the work. Lazy and differentiable.
-
-    Such a product is symmetric. Only its triangle on and below the diagonal is computed, and mirrored. If a and b do not
-    commute, that is not their product. Polynomials of one symmetric matrix commute.
-
-    Args:
-        a, b: symmetric matrices [..., N, N] of one shape and type: float32, float16 or bfloat16.
-
-    Returns:
-        [..., N, N] in the type of a, exactly symmetric. The native kernels accumulate in float32 and round once.
-    """
-    return _SYMMETRIC_PRODUCT(a, b)
+    return _GRAM(x)
 
 
 def _reference(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | None) -> mx.array:
@@ -114,20 +99,20 @@ def _why_not_native(x: mx.array, w: Weight, transpose: bool, dtype: mx.Dtype | N
 _LINEAR = Operation("linear", _reference, native=(_why_not_native, _native))
 
 
-def _symmetric_reference(a: mx.array, b: mx.array) -> mx.array:
-    lower = mx.tril(a @ b.swapaxes(-1, -2))
+def _gram_reference(x: mx.array) -> mx.array:
+    lower = mx.tril(x @ x.swapaxes(-1, -2))
     return lower + mx.tril(lower, -1).swapaxes(-1, -2)
 
 
-def _symmetric_native(a: mx.array, b: mx.array) -> mx.array:
+def _gram_native(x: mx.array) -> mx.array:
     precision = extension_precision()
-    return with_gradient_of(_symmetric_reference, lambda a, b: extension().symmetric_product(a, b, precision))(a, b)
+    return with_gradient_of(_gram_reference, lambda x: extension().gram(x, precision))(x)
 
 
-def _why_not_symmetric_native(a: mx.array, b: mx.array) -> str:
-    if a.shape != b.shape or a.ndim < 2:
-        return "a and b are not matrices of one shape"
-    return "" if a.dtype == b.dtype and a.dtype in FLOATS else "a and b are not of one float type"
+def _why_not_gram_native(x: mx.array) -> str:
+    if x.ndim < 2:
+        return "x is not a matrix"
+    return "" if x.dtype in FLOATS else f"the kernels read no x of {x.dtype}"
 
 
-_SYMMETRIC_PRODUCT = Operation("symmetric_product", _symmetric_reference, native=(_why_not_symmetric_native, _symmetric_native))
+_GRAM = Operation("gram", _gram_reference, native=(_why_not_gram_native, _gram_native))

@@ -9,10 +9,10 @@ import mlx.core as mx
 
 from metalens.ops.backends import extension, extension_precision
 from metalens.ops.dispatch import Operation
-from metalens.ops.matmul import gram, symmetric_product
+from metalens.ops.matmul import gram
 
-# Coefficients of s, s^3, s^5 and, if there are five, s^7 and s^9.
-Polynomial = tuple[float, ...]
+# Coefficients of s, s^3 and s^5.
+Polynomial = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def muon_direction(
         gradient: [N, K] float32.
         momentum: momentum before the step, [N, K] float32.
         beta: factor of the momentum, from 0 to 1.
-        polynomials: the coefficients of each polynomial, of s, s^3, s^5 and, if there are five, s^7 and s^9.
+        polynomials: the coefficients of each polynomial, of s, s^3 and s^5.
         slack: factor of the norm; a little above 1 keeps rounded singular values below 1.
         row_scale: diagonal of R, [N]; None = 1.
         column_scale: diagonal of S, [K]; None = 1.
@@ -76,13 +76,9 @@ def _reference(
     norm = mx.linalg.norm(x)
     wide = x.shape[0] <= x.shape[1]
     found = (x if wide else x.T) / mx.where(norm == 0, 1.0, slack * norm)
-    for a, b, c, *high in polynomials:
+    for a, b, c in polynomials:
         squares = gram(found)
-        fourth = symmetric_product(squares, squares)
-        factor = b * squares + c * fourth
-        if high:
-            factor = factor + symmetric_product(fourth, high[0] * squares + high[1] * fourth)
-        found = a * found + factor @ found
+        found = a * found + (b * squares + c * gram(squares)) @ found
         mx.eval(found)  # MLX on a CPU reserves memory for all arrays that are computed together
     direction = rows * (found if wide else found.T) / columns
     return v, direction, mx.stack([mx.sum(gradient * direction), mx.sum(u * direction)])

@@ -32,7 +32,8 @@ class TrajectoryData(Cells):
         chosen_ids: ids of the chosen tokens, C in number.
         texts: {id: text} of every id in this trajectory.
         first_position: position of the first column in the whole text.
-        lens: name of the lens: 'logit lens', 'tuned lens', or the name of a function.
+        lens: name of the lens: 'logit lens', 'tuned lens', or the name of a function. 'tuned lens, token shift 2' was trained to predict the token
+            after the next one. Its kl, agrees, cross_entropy and rank are about the next token all the same, unless targets were given.
         untranslated: layers that the lens reads as the logit lens does, because it has no translator for them.
         mask_input: whether the tokens of the text were ruled out in every prediction.
         model_name: path or hub id of the model, or None.

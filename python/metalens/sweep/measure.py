@@ -101,5 +101,6 @@ class Cells:
                 max_seq_len=measured["max_seq_len"],
                 logit_stats=measured["bias"],
                 layer_transfer=measured["layer_transfer"],
+                embedding=measured["embedding"],
             )
         return {"evaluation": found.to_dict()}

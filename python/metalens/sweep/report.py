@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ else:
 
 KL_LABEL = "KL(model || lens) (nats per token)"
 LAYERS = "evaluation.layers[tuned]"  # the layers that the lens translates
+EMBEDDED = "evaluation.embedding"
 
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -94,23 +95,36 @@ def _lenses(results: Results, text: str, found: Sequence[Found]) -> Section:
     """Return the section of all lenses of a text, each on its own model."""
     with_bias = all("bias" in each.result["evaluation"]["layers"][0]["logit"] for each in found)
     values = {"KL": "kl", "CE": "ce", "top-1": "top1"} | ({"bias": "bias"} if with_bias else {})
-    headings = ["lens", "training tokens", *(f"{lens} {name}" for name in values for lens in ("logit", "tuned")), "model CE", "core seconds"]
+    scores = [f"{lens} {name}" for name in values for lens in ("logit", "tuned")]
+    headings = ["lens", "training tokens", *scores, "model CE", "core seconds"]
     rows: list[list[Entry]] = []
     for each in found:
         lens = results.lens_of(each)
         row: list[Entry] = [_lens_name(each), number_at(lens.result, lens.file, "provenance.tokens", "{:,.0f}".format)]
-        for name, field in values.items():
-            shown = percent if name == "top-1" else decimals
-            row += [number_at(each.result, each.file, f"{LAYERS}.{kind}.{field}", shown) for kind in ("logit", "tuned")]
+        row += _scores(each, LAYERS, values.values())
         row.append(number_at(each.result, each.file, "evaluation.model.ce"))
         row.append("resumed" if lens.result["resumed"] else number_at(lens.result, lens.file, "core_seconds", "{:.1f}".format))
         rows.append(row)
+    tables = [("Every lens on its own model", Table(headings, rows))]
+    if of_embedding := [[_lens_name(each), *_scores(each, EMBEDDED, values.values())] for each in found if "embedding" in each.result["evaluation"]]:
+        tables.append(("The embedding's output", Table(["lens", *scores], of_embedding)))
     caption = f"KL by layer, text {text}: {LAYERS}.tuned.kl and .logit.kl"
     pictures = [_picture(results, f"kl-{text}", figures.by_recipe(found, "kl", KL_LABEL), caption)]
     if with_bias:
         figure = figures.by_recipe(found, "bias", "bias (nats per token)")
         pictures.append(_picture(results, f"bias-{text}", figure, f"Bias by layer, text {text}: {LAYERS}.tuned.bias and .logit.bias"))
-    return Section(f"Lenses, text {text}", [], [("Every lens on its own model", Table(headings, rows))], pictures)
+    return Section(f"Lenses, text {text}", [], tables, pictures)
+
+
+def _scores(found: Found, at: str, fields: Iterable[str]) -> list[Entry]:
+    """Return the scores of both lenses at a key of an evaluation; '-' for those of a tuned lens that does not translate the embedding."""
+    kinds = ("logit", "tuned")
+    missing = at == EMBEDDED and "tuned" not in found.result["evaluation"]["embedding"]
+    return [
+        "-" if missing and kind == "tuned" else number_at(found.result, found.file, f"{at}.{kind}.{field}", percent if field == "top1" else decimals)
+        for field in fields
+        for kind in kinds
+    ]
 
 
 def _lens_name(found: Found) -> str:

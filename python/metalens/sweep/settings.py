@@ -76,6 +76,7 @@ class SweepEvaluation:
     Attributes:
         max_tokens: tokens to read. None = all.
         max_seq_len: tokens per sequence. None = as `metalens.evaluate`.
+        embedding: also measure the embedding's output, through the translator that a lens has for it.
         bias: also measure the bias of every layer.
         layer_transfer: also read every layer with every other layer's translator.
         model_transfer: also read every model with the lenses of the models of equal width and number of layers.
@@ -83,6 +84,7 @@ class SweepEvaluation:
 
     max_tokens: int | None = None
     max_seq_len: int | None = None
+    embedding: bool = False
     bias: bool = True
     layer_transfer: bool = False
     model_transfer: bool = True

@@ -117,9 +117,9 @@ class TrainingConfig:
     )
     vocabulary: Literal["full", "sampled"] | int = _setting(
         "full",
-        "Ids of the vocabulary that a step compares: full = all; sampled = 12 sqrt(V) of V, at least 2048, and two thirds of a V up to 8192, "
-        "drawn anew for every 128 tokens, likely ones more often; a number = a sample of so many. A sample not smaller than the vocabulary "
-        "is the full one.",
+        "Ids of the vocabulary that a step compares: full = all; sampled = two thirds of V up to 8192, at least 2048; 12 sqrt(V) from 49152 "
+        "on; a line between; drawn anew for every 128 tokens, likely ones more often; a number = a sample of so many. A sample not smaller than "
+        "the vocabulary is the full one.",
         at_least=16,
     )
     ns_steps: int | None = _setting(

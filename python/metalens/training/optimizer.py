@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from metalens.models.layers import EMBEDDING, Layer
 from metalens.ops import MuonDirection, Weight, linear, muon_direction, use_precision
-from metalens.ops.backends import Precision
+from metalens.ops.backends import Precision, given_precision
 from metalens.training.config import TrainingConfig
 from metalens.training.input_scale import InputScale, unknown_scale
 from metalens.training.polar import SLACK, polynomials
@@ -27,10 +27,10 @@ class LensMuon(optim.Muon):
     """MLX's Muon with an orthogonal factor that takes fewer products (see polar.py) and with vectors scaled to unit length.
 
     Products have operands of 16 bits where the CPU multiplies those faster, as the author of Muon runs it: singular values come only to within a
-    half of 1, which rounding by 2^-9 does not change.
+    half of 1, which rounding by 2^-9 does not change. A precision that the user sets goes before.
 
     Attributes:
-        precision: precision of the operands of products.
+        precision: precision of the operands of products, if none is set.
         iterations: number of polynomials, see `polar.polynomials`. None = chosen by the size of the matrix.
     """
 
@@ -59,7 +59,7 @@ class LensMuon(optim.Muon):
     ) -> MuonDirection:
         """Return the direction of a matrix, in the coordinates of the scales (see `ops.muon_direction`). Replace the momentum in `state`."""
         odd, _ = polynomials(min(gradient.shape), self.iterations)
-        with use_precision(self.precision):
+        with use_precision(given_precision() or self.precision):
             found = muon_direction(gradient, state["v"], self.momentum, odd, SLACK, row_scale, column_scale)
         state["v"] = found.momentum
         return found
@@ -94,6 +94,10 @@ class LossMuon(LensMuon):
         """Return the parameters after a step. Replace the momentum in the state."""
         known = 1 - self.momentum ** (to_float(self.state["step"]) + 2)  # part of the Nesterov momentum that is not its start, 0
         self.state["step"] = self.state["step"] + 1
+        if self.loss == 0:  # the step has no length, whatever its direction
+            for name, gradient in gradients.items():
+                self.with_momentum(gradient, self.state[name])
+            return parameters
         matrices = [name for name in parameters if parameters[name].ndim == 2]
         directions: Parameters = {}
         slopes: list[mx.array] = []

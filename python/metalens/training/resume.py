@@ -19,12 +19,14 @@ from metalens.lenses.provenance import provenance_of
 from metalens.models.capture import ResidualCapture
 from metalens.models.unembed import Unembed
 from metalens.models.weights import weights_hash
+from metalens.ops.backends import given_precision, precision
 from metalens.training.batching import steps_together
 from metalens.training.checkpoint import RECORD, Checkpoint, CheckpointFolder, parts_of
 from metalens.training.config import TrainingConfig
 from metalens.training.data import Corpus
 from metalens.training.distributed import Group
 from metalens.training.state import TrainingState
+from metalens.training.vocabulary import sample_size
 from metalens.utils.errors import InvalidValueError
 
 
@@ -61,7 +63,12 @@ class RunFacts:
         "capture" says what a position in the text means, and how sums are rounded.
         """
         capture = {"steps captured together": steps_together(self.config)}
-        return {"config": self.config.to_dict(), "model": self.model(), "capture": capture, "start": self.start}
+        return {"config": self.config.to_dict(), "model": self.model(), "capture": capture, "precision": self.precision(), "start": self.start}
+
+    def precision(self) -> str:
+        """Return the precision of products: the setting, or "not set" if then some of the run's products have a precision of their own."""
+        sampled = sample_size(self.config.vocabulary, self.unembed.head.tokens) is not None
+        return given_precision() or ("not set" if sampled or self.config.optimizer == "muon" else precision())
 
     def require_record(self, record: Mapping[str, Any]) -> None:
         """Check that the record of a checkpoint has the facts of this run.
@@ -81,13 +88,17 @@ class RunFacts:
                 raise InvalidValueError(
                     f"The checkpoint is of a run with other {what}: {'; '.join(differ)}. Use the same, or start anew in another folder."
                 )
-
+        if record.get("precision", self.precision()) != self.precision():  # an older version did not write it
+            raise InvalidValueError(
+                f"The checkpoint is of a run with another precision: it was {record['precision']} and is {self.precision()}. "
+                "Set METALENS_PRECISION or use_precision as it was, or start anew in another folder."
+            )
         if record.get("start") != self.start:
             before, now = ("no lens" if start is None else f"the lens {start}" for start in (record.get("start"), self.start))
             raise InvalidValueError(f"The checkpoint is of a run that started from {before}, and this one starts from {now}. Start from the same.")
 
     def require_same_in_group(self, group: Group, corpus: Corpus, **arguments: Any) -> None:
-        """Check that all processes of a group run with the same facts, text, package versions and arguments.
+        """Check that all processes of a group run with the same facts, text, precision, package versions and arguments.
 
         Raises:
             InvalidValueError: in every process; names the differences.
@@ -96,7 +107,7 @@ class RunFacts:
             return
         about = {"model": self.model(), "text": corpus.identity(), "version of": {name: version(name) for name in ("metalens", "mlx")}}
         facts = {f"{of} {name}": value for of, values in about.items() for name, value in values.items()}
-        group.require_same({**self.config.to_dict(), "parallel": group.parallel, **arguments, **facts})
+        group.require_same({**self.config.to_dict(), "parallel": group.parallel, "precision": self.precision(), **arguments, **facts})
 
 
 def with_older_defaults(config: TrainingConfig, folder: Path | None, group: Group) -> TrainingConfig:

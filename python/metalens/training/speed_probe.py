@@ -16,7 +16,7 @@ import numpy as np
 
 from metalens.models.facts import ModelFacts
 from metalens.ops import Head, Weight, attention, lens_kl, lens_stats, lens_target, linear, rms_norm, swiglu, use_precision
-from metalens.ops.backends import native, precision
+from metalens.ops.backends import given_precision, native
 from metalens.training.optimizer import LensMuon
 from metalens.training.polar import HALVES, polynomials
 from metalens.training.speed import Speed
@@ -41,7 +41,7 @@ def measured_speed(facts: ModelFacts) -> Speed:
     """Measure this machine's speed at a model's shapes. The answer is kept for the rest of the process."""
     d = facts.dimensions
     formats = (d.bits, d.group_size, facts.block_bits or d.bits, facts.block_group_size or d.group_size)
-    setting = (str(mx.default_device()), precision(), step_operands(sampled=True), native() is not None)
+    setting = (str(mx.default_device()), given_precision(), step_operands(sampled=True), native() is not None)
     return _measured(d.hidden_size, d.vocab_size, facts.intermediate_size, *formats, facts.activation_bytes, setting)
 
 

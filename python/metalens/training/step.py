@@ -99,24 +99,46 @@ def accumulate(
         return
     hidden = [mx.stop_gradient(batch.rows(layer, at)).astype(mx.float32) for layer in sums.layers]
     last = mx.stop_gradient(batch.rows(-1, to)).astype(mx.float32)
-    n = mx.stack([translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)])
-    n_model = normed(last, norm)
+    rows = [translated(p, h, norm) for p, h in zip(parameters, hidden, strict=True)]
+    n_model, labels = normed(last, norm), objective.labels(batch, to)
     pieces = ([unembed.head], last.shape[0]) if heads is None else (heads(n_model, sums.tokens), PIECE)
     operands = step_operands(heads is not None)
+    exact = _exact_layers(sums.layers, rows, n_model, len(batch.hidden)) if labels is None else set()
+    inexact = [i for i in range(len(rows)) if i not in exact]
+    n = mx.stack([rows[i] for i in inexact]) if inexact else mx.zeros((0, *n_model.shape))
     with use_precision(operands):
-        loss, dn = _loss_in_pieces(n, n_model, objective.labels(batch, to), *pieces, done)
+        found, dn = _loss_in_pieces(n, n_model, labels, *pieces, done)
+    place = {i: row for row, i in enumerate(inexact)}
     for i, (of_layer, h) in enumerate(zip(parameters, hidden, strict=True)):
-        with use_precision(operands):
-            gradient = _backward(of_layer, h, norm, dn[i])
+        if i in exact:
+            gradient = {name: mx.zeros(p.shape) for name, p in of_layer.items()}
+        else:
+            with use_precision(operands):
+                gradient = _backward(of_layer, h, norm, dn[place[i]])
         if len(sums.gradients) > i:
             gradient = {name: sums.gradients[i][name] + g for name, g in gradient.items()}
             sums.gradients[i] = gradient
         else:
             sums.gradients.append(gradient)
         mx.eval(gradient)
-    sums.losses = sums.losses + mx.sum(loss, axis=1)
+    losses = mx.sum(found, axis=1)
+    sums.losses = sums.losses + mx.stack([mx.zeros(()) if i in exact else losses[place[i]] for i in range(len(rows))])
     mx.eval(sums.losses)
     sums.tokens += last.shape[0]
+
+
+def _exact_layers(layers: Sequence[Layer], rows: Sequence[mx.array], n_model: mx.array, blocks: int) -> set[int]:
+    """Return the places of layers whose rows are the model's own, bit for bit: KL and gradient are 0, and no product is needed.
+
+    That is the last block while its translator is the identity, which it starts with and which a loss of 0 does not change.
+
+    Args:
+        layers: the layers.
+        rows: normed rows [T, D] of each layer.
+        n_model: the model's rows [T, D].
+        blocks: number of blocks of the model.
+    """
+    return {i for i, layer in enumerate(layers) if layer == blocks - 1 and bool(mx.array_equal(rows[i], n_model))}
 
 
 def _loss_in_pieces(

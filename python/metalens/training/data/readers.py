@@ -234,15 +234,13 @@ def cut(text: str) -> int:
     return len(text)
 
 
-class JsonLines(FileSource):
-    """A file with one JSON object per line; one field of each object is a document. Blank lines are skipped.
+class FieldSource(FileSource):
+    """A file of records, of which one field holds the text.
 
     Args:
-        path: path of the file, which is read through gzip if its name ends in .gz.
-        field: field with the text.
+        path: path of the file.
+        field: name of the field.
     """
-
-    kind = "json-lines"
 
     def __init__(self, path: Path, field: str) -> None:
         super().__init__(path)
@@ -251,6 +249,17 @@ class JsonLines(FileSource):
     def identity(self, memory: Memory | None = None) -> Identity:
         """Return the identity of the file, and the field."""
         return super().identity(memory) | {"field": self.field}
+
+
+class JsonLines(FieldSource):
+    """A file with one JSON object per line; one field of each object is a document. Blank lines are skipped.
+
+    Args:
+        path: path of the file, which is read through gzip if its name ends in .gz.
+        field: field with the text.
+    """
+
+    kind = "json-lines"
 
     def pieces(self) -> Iterator[Piece]:
         """Yield one document per line, long ones in parts."""
@@ -296,7 +305,7 @@ class JsonLines(FileSource):
             yield line
 
 
-class ParquetFile(FileSource):
+class ParquetFile(FieldSource):
     """A column of a Parquet file, one document per row. Needs pyarrow.
 
     Args:
@@ -305,14 +314,6 @@ class ParquetFile(FileSource):
     """
 
     kind = "parquet"
-
-    def __init__(self, path: Path, field: str) -> None:
-        super().__init__(path)
-        self.field = field
-
-    def identity(self, memory: Memory | None = None) -> Identity:
-        """Return the identity of the file, and the column."""
-        return super().identity(memory) | {"field": self.field}
 
     def pieces(self) -> Iterator[Piece]:
         """Yield one document per row, some rows in memory at a time."""

@@ -1,4 +1,4 @@
-#include "cpu/symmetric_product.h"
+#include "cpu/gram.h"
 
 #include <cstring>
 
@@ -7,7 +7,7 @@
 
 namespace metalens::cpu {
 
-void symmetric_product(const void* a, const void* b, Element element, int64_t count, int64_t n, int64_t k, Precision precision, void* c) {
+void gram(const void* x, Element element, int64_t count, int64_t n, int64_t k, Precision precision, void* c) {
   if (count == 0 || n == 0) return;
   const int64_t size = element_size(element);
   if (k == 0) {
@@ -17,7 +17,7 @@ void symmetric_product(const void* a, const void* b, Element element, int64_t co
   // bfloat16 elements lose nothing on a multiplier of that type.
   SymmetricTiles tiles(multiplier(element == Element::bf16 ? Precision::bf16 : precision), element, n, k);
   for (int64_t i = 0; i < count; ++i) {
-    tiles.pack(static_cast<const std::byte*>(a) + i * n * k * size, static_cast<const std::byte*>(b) + i * n * k * size, false);
+    tiles.pack(static_cast<const std::byte*>(x) + i * n * k * size, false);
     std::byte* result = static_cast<std::byte*>(c) + i * n * n * size;
     parallel_for(int64_t(tiles.tasks().size()), [&](int64_t t) {
       const auto& task = tiles.tasks()[t];

@@ -1,11 +1,11 @@
-"""gram and symmetric_product: values, symmetry to the last bit, batches, gradients, and the same bits for any number of threads."""
+"""gram: values, symmetry to the last bit, batches, gradients, and the same bits for any number of threads."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from metalens import _ext, use_backend
-from metalens.ops import gram, symmetric_product, use_precision
+from metalens.ops import gram, use_precision
 from support import oracle
 
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
@@ -13,14 +13,6 @@ FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 SHAPES = [(1, 1), (2, 3), (33, 17), (17, 257), (193, 64), (389, 5)]
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-def polynomials(rng, *lead, n=67, dtype=mx.float32):
-    """Return two polynomials of one symmetric matrix, which commute."""
-    base = rng.standard_normal((*lead, n, n)) / n
-    base = base + base.swapaxes(-1, -2)
-    a, b = base @ base - 0.3 * base, 2 * base + np.eye(n)
-    return mx.array(a.astype(np.float32)).astype(dtype), mx.array(b.astype(np.float32)).astype(dtype)
 
 
 def assert_near(y, expected, terms, epsilon):
@@ -39,14 +31,6 @@ def test_gram_is_exact_up_to_one_rounding(rng, shape, dtype, lead):
     assert_near(y, w @ w.swapaxes(-1, -2), np.abs(w) @ np.abs(w).swapaxes(-1, -2), oracle.EPSILON[dtype])
 
 
-@pytest.mark.parametrize("lead", [(), (3,)])
-@pytest.mark.parametrize("n", [1, 67, 200])
-def test_product_of_commuting_matrices(rng, n, lead):
-    a, b = polynomials(rng, *lead, n=n)
-    expected = oracle.wide(a) @ oracle.wide(b)
-    assert_near(symmetric_product(a, b), expected, np.abs(oracle.wide(a)) @ np.abs(oracle.wide(b)) + 1e-6, 1e-6)
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_no_less_exact_than_plain_mlx(rng, dtype):
     x = oracle.random_array(rng, 67, 384, dtype=dtype)
@@ -55,16 +39,6 @@ def test_no_less_exact_than_plain_mlx(rng, dtype):
     with use_backend("reference"):
         theirs = np.abs(oracle.wide(gram(x)) - expected)
     assert (ours - oracle.EPSILON[dtype] * np.abs(expected)).max() <= theirs.max()
-
-
-def test_only_the_lower_triangle_counts(rng):
-    a, b = oracle.random_array(rng, 35, 9), oracle.random_array(rng, 35, 9)
-    lower = np.tril(oracle.wide(a) @ oracle.wide(b).T)
-    expected = lower + np.tril(lower, -1).T
-    for backend in ("native", "reference"):
-        with use_backend(backend):
-            y = symmetric_product(a, b)
-        assert np.abs(oracle.wide(y) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("view", [lambda a: mx.contiguous(a.swapaxes(-1, -2)).swapaxes(-1, -2), lambda a: a[:, ::-1][:, ::-1]])
