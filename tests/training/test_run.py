@@ -197,7 +197,7 @@ def test_a_budget_knows_the_width_of_the_model(make_llama, monkeypatch):
     monkeypatch.setattr("metalens.training.budget.WARM_PER_DIMENSION", 2)
     settings = {"tokens": 2048, "max_seq_len": 32}
     trained = train(narrow, [i % 131 for i in range(3000)], **settings).provenance["training"]
-    assert trained["warm_start_tokens"] == 2 * 64 < 2048 // 3
+    assert trained["warm_start_tokens"] == 2 * 64 < 2048 // 2
     planned = plan(facts_of_model(narrow), **settings).config
     assert (planned.warm_start_tokens, planned.num_steps) == (trained["warm_start_tokens"], trained["num_steps"])
 
