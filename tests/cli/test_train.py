@@ -175,7 +175,7 @@ def test_of_a_hub_data_set_no_more_is_read_than_the_run_needs(run, monkeypatch):
 def test_a_budget_in_tokens(train):
     train("--tokens", 900, "--layers", 0)
     training = TunedLens.load("lens").provenance["training"]
-    assert (training["warm_start_tokens"], training["num_steps"], training["tokens_per_step"]) == (282, 4, 128)
+    assert (training["warm_start_tokens"], training["num_steps"], training["tokens_per_step"]) == (423, 3, 128)
 
 
 def test_before_it_starts_a_run_says_what_it_takes(train, monkeypatch):
