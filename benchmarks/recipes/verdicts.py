@@ -13,8 +13,8 @@ PART = 8  # of paper's tokens
 FORMER = "fast 0.1.0"
 # Why a layer of `fast` may end above the closed form.
 RIDGE_BOUND = (
-    "`ridge` has all tokens of the run for its closed form, where `fast` has at most half of them. The guard compares a layer with its own closed form, "
-    "on few tokens that are held back, which cannot tell differences below about a hundredth."
+    "`ridge` has all tokens of the run for its closed form, where `fast` has at most half of them. The guard compares a layer with its own closed "
+    "form, on few tokens that are held back, which cannot tell differences below about a hundredth."
 )
 # Why `fast` may end above its own former settings.
 FORMER_BOUND = (
