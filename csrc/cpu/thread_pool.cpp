@@ -48,10 +48,28 @@ void wait_a_little(const Happened& happened) {
   while (!happened() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
 }
 
+// The core that the calling thread is on; -1 where no system tells.
+int current_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// A worker's thread, and the core that it was on when it began to wait.
+struct Worker {
+  std::thread thread;
+  std::atomic<int> core{-1};
+};
+
 class Pool {
  public:
-  explicit Pool(int threads) : pid_(getpid()) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  explicit Pool(int threads) : pid_(getpid()), workers_(threads - 1) {
+#if defined(__linux__)
+    if (sched_getaffinity(0, sizeof(allowed_), &allowed_) != 0) CPU_ZERO(&allowed_);
+#endif
+    for (Worker& worker : workers_) worker.thread = std::thread([this, &worker] { work(worker); });
   }
 
   pid_t pid() const {
@@ -60,6 +78,7 @@ class Pool {
 
   void run(int64_t count, const std::function<void(int64_t)>& task) {
     std::lock_guard<std::mutex> turn(turn_);
+    keep_off(current_core());
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &task;
@@ -81,8 +100,22 @@ class Pool {
   }
 
  private:
-  void work() {
+  // Move the workers that wait on a core, the caller's, to other cores. A waiting worker makes its core look busy. So a caller that slept may have
+  // been woken on that very core while another was free, and the system would leave both there: the worker would begin when the caller is done.
+  void keep_off([[maybe_unused]] int core) {
+#if defined(__linux__)
+    for (Worker& worker : workers_) {
+      if (core < 0 || worker.core != core) continue;
+      cpu_set_t others = allowed_;
+      CPU_CLR(core, &others);
+      if (CPU_COUNT(&others) > 0 && pthread_setaffinity_np(worker.thread.native_handle(), sizeof(others), &others) == 0) worker.core = -1;
+    }
+#endif
+  }
+
+  void work(Worker& worker) {
     for (uint64_t seen = 0;;) {
+      worker.core = current_core();
       wait_a_little([&] { return round_ != seen; });
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return round_ != seen; });
@@ -110,7 +143,10 @@ class Pool {
   }
 
   const pid_t pid_;
-  std::vector<std::thread> workers_;
+  std::vector<Worker> workers_;
+#if defined(__linux__)
+  cpu_set_t allowed_;  // cores that the workers may use
+#endif
   std::mutex turn_;
   std::mutex mutex_;
   std::condition_variable wake_;
