@@ -66,6 +66,9 @@ CASES = {
     "warm start": ({"warm_start_tokens": 512, "optimizer": "muon"}, mx.float32),
     "short steps": ({"tokens_per_step": 64, "num_steps": 8}, mx.float32),
     "short steps, muon": ({"tokens_per_step": 128, "num_steps": 8, "optimizer": "muon"}, mx.float16),
+    "shuffled tokens": ({"tokens_per_step": 128, "num_steps": 24, "shuffle_tokens": 1536}, mx.float16),
+    "shuffled tokens, muon": ({"tokens_per_step": 64, "num_steps": 16, "shuffle_tokens": 1024, "optimizer": "muon"}, mx.float32),
+    "fewer steps than are shuffled": ({"tokens_per_step": 128, "num_steps": 12, "shuffle_tokens": 4096}, mx.float16),
     "one long sequence": ({"max_seq_len": 1024}, mx.float16),
 }
 
@@ -95,7 +98,9 @@ def test_memory_is_what_a_run_allocates(small, settings, dtype):
     layer = 4 * (WIDTH if config.bias_only else WIDTH * (2 * config.rank + 1) if config.rank else WIDTH * (WIDTH + 1))
     stays = memory.translators + memory.optimizer_state + memory.gradients - layer
     if steps_together(config) > 1:  # the hidden states of the steps to come
-        stays += 512 * LAYERS * WIDTH * dtype.size
+        together = min(max(512, config.shuffle_tokens), config.num_steps * config.step_tokens)
+        taken_out = config.step_tokens if config.shuffle_tokens else 0  # of the step that ends, from among the others
+        stays += (together + taken_out) * LAYERS * WIDTH * dtype.size
     if not config.bias_only:  # whose few bytes drown in the sequences at hand
         assert kept == pytest.approx(stays, rel=0.03, abs=60_000)
     counted = memory.total - memory.program - memory.model - memory.logits  # the native kernels' blocks are not MLX's

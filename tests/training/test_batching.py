@@ -1,6 +1,7 @@
-"""Several short steps in one forward pass: the same streams, the same order, the same place in the text."""
+"""Several short steps in one forward pass: the same streams, the same order, the same place in the text. And tokens that are shuffled among steps."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from metalens.models.capture import HiddenStates, ResidualCapture
+from metalens.models.capture import HiddenStates, ResidualCapture, joined
+from metalens.models.layers import EMBEDDING
 from metalens.training import CheckpointFolder, Corpus, TrainingConfig, TrainingInterruptedError, batching, train_loop
-from metalens.training.batching import BatchedCapture, step_groups, steps_together
+from metalens.training.batching import BatchedCapture, dealt, step_groups, steps_together
 from metalens.training.data import Sampler, Step
 
 LENGTH, VOCAB = 16, 131
@@ -84,6 +86,118 @@ def test_a_share_of_a_step_may_be_empty(tiny):
     steps = [Step([], LENGTH, {}), Step([np.arange(5, dtype=np.int32)], LENGTH, {}), Step([], LENGTH, {})]
     assert [len(list(streams)) for streams in BatchedCapture(tiny.source, VOCAB).by_step(steps)] == [0, 1, 0]
     assert [len(list(streams)) for streams in BatchedCapture(tiny.source, VOCAB).by_step(steps[:1])] == [0]
+
+
+def shuffled_steps(source, world=1, per_step=2):
+    """Five steps of a text of which some tokens count, or all, for every rank."""
+    start = source.state()
+    for rank in range(world):
+        source.restore(start)
+        yield [source.take_step(per_step * LENGTH, rank, world) for _ in range(5)]
+
+
+def by_row(rows):
+    return rows[np.lexsort(rows.T)]
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shuffled_steps_have_the_tokens_of_all_steps(tiny, world, some):
+    """Each as many as before, each token once, in an order that the seed decides and the number of processes does not."""
+    rng = np.random.default_rng(8)
+    text = Corpus.from_ids(rng.integers(0, VOCAB, 150), answers=rng.random(150) < 0.6 if some else None)
+
+    def steps_of(seed, world):
+        """The rows of every step: layers beside each other, the processes one after the other."""
+        found = [[] for _ in range(5)]
+        for steps in shuffled_steps(Sampler(text, LENGTH, seed=1, repeat=True), world):
+            capture = BatchedCapture(tiny.source, VOCAB, with_embedding=True, shuffled=True, seed=seed)
+            for i, streams in enumerate(capture.by_step(steps)):
+                for stream in streams:
+                    assert stream.mask is None
+                    streams_of_layers = [*(flat(stream, layer) for layer in (0, 1, 2)), flat(stream, EMBEDDING), np.array(stream.ids).reshape(-1, 1)]
+                    found[i].append(np.concatenate(streams_of_layers, axis=1))
+        return [np.concatenate(parts) for parts in found]
+
+    (steps,) = shuffled_steps(Sampler(text, LENGTH, seed=1, repeat=True))
+    alone = []
+    for step in steps:
+        for i, sequence in enumerate(step.sequences):
+            chosen = slice(None) if step.counted is None else step.counted[i]
+            captured = tiny.source.capture(mx.array(sequence[None]), with_embedding=True)
+            rows = [*(captured.hidden[layer][0] for layer in (0, 1, 2)), captured.embedding[0], mx.array(sequence)[:, None]]
+            alone.append(np.concatenate([np.array(part) for part in rows], axis=1)[chosen])
+    found = steps_of(4, world)
+    assert [len(rows) for rows in found] == [step.tokens for step in steps]
+    np.testing.assert_allclose(by_row(np.concatenate(found)), by_row(np.concatenate(alone)), atol=1e-5)
+    for rows, of_one in zip(found, steps_of(4, 1), strict=True):
+        np.testing.assert_allclose(by_row(rows), by_row(of_one), atol=1e-5)
+    assert any(by_row(rows).tolist() != by_row(other).tolist() for rows, other in zip(found, steps_of(5, world), strict=True))
+    if not some:  # a step has tokens of most sequences, and in no sequence's order
+        ids = found[0][:, -1].tolist()
+        assert all(ids[i : i + LENGTH] not in [s.tolist() for step in steps for s in step.sequences] for i in range(len(ids)))
+
+
+@given(sequences=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=6), seed=st.integers(0, 3))
+def test_tokens_are_dealt_by_their_places(sequences, seed):
+    """Whatever the lengths, each step has as many tokens of a place as its share of all tokens, to one token more or less for each of the others."""
+    steps = []
+    for sizes in sequences:
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        steps.append(Step([], positions.size, {"epoch": 0, "index": len(steps)}, positions=positions))
+    owners, places = dealt(steps, seed), np.concatenate([step.positions for step in steps])
+    assert np.bincount(owners, minlength=len(steps)).tolist() == [step.tokens for step in steps]
+    for i, step in enumerate(steps):
+        for place in range(9):
+            fair = step.tokens * np.count_nonzero(places == place) / places.size
+            assert abs(np.count_nonzero(places[owners == i] == place) - fair) <= len(steps) + 1
+    assert np.array_equal(owners, dealt(steps, seed))
+
+
+def test_the_seed_and_the_place_in_the_text_decide_about_the_deal():
+    """Steps of equal sequences: each has one token of every place for each of its sequences."""
+    steps = [Step([], 24, {"epoch": 0, "index": 2 * i}, positions=np.tile(np.arange(12), 2)) for i in range(1, 5)]
+    owners, later = dealt(steps, 0), dealt([replace(step, state={"epoch": 1, "index": 2}) for step in steps], 0)
+    for i in range(4):
+        assert np.bincount(np.tile(np.arange(12), 8)[owners == i]).tolist() == [2] * 12
+    assert owners.tolist() != dealt(steps, 1).tolist()
+    assert owners.tolist() != later.tolist()
+    assert len({tuple(owners.reshape(8, 12)[:, place]) for place in range(12)}) > 6  # not the same sequences at every place
+
+
+def test_a_step_of_its_own_is_not_shuffled(tiny):
+    """Its passes are computed when they are asked for, as without the setting."""
+    step = Step([np.arange(5, dtype=np.int32)], 5, {})
+    (streams,) = BatchedCapture(tiny.source, VOCAB, shuffled=True).by_step([step])
+    (stream,) = streams
+    assert stream.ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_what_joined_tokens_keep(tiny):
+    """Tokens that count, and nothing of the passes that they come from."""
+    passes = [tiny.source.capture(mx.array([[1, 2, 3], [4, 5, 6]])), tiny.source.capture(mx.array([[7, 8]]))]
+    passes[0] = replace(passes[0], mask=mx.array([[True, False, True], [False, True, True]]))
+    last = np.concatenate([np.array(passes[0].hidden[-1]).reshape(6, -1)[[0, 2, 4, 5]], np.array(passes[1].hidden[-1])[0]])
+    together = joined(passes)
+    assert together.ids.tolist() == [[1, 3, 5, 6, 7, 8]]
+    assert together.logits.shape == (1, 6, 0)
+    np.testing.assert_array_equal(flat(together, -1), last)
+    chosen = together.of_tokens(mx.array([4, 0]))
+    assert chosen.ids.tolist() == [[7, 1]]
+    np.testing.assert_array_equal(flat(chosen, -1), last[[4, 0]])
+    assert all(each.hidden == [] for each in passes)
+
+
+@pytest.mark.parametrize(("tokens", "shuffled", "together"), [(16, 4096, 256), (128, 4096, 32), (128, 300, 4), (2048, 4096, 2), (3000, 4096, 1)])
+def test_as_many_steps_as_are_shuffled(tokens, shuffled, together):
+    assert steps_together(replace(config(9, tokens), shuffle_tokens=shuffled)) == together
+
+
+def test_a_shift_needs_whole_sequences():
+    with pytest.raises(ValueError, match="loss 'ce' compares tokens of one sequence, which shuffle_tokens would part: set shuffle_tokens to 0"):
+        TrainingConfig(loss="ce", shuffle_tokens=64)
+    with pytest.raises(ValueError, match="A token_shift compares tokens of one sequence"):
+        TrainingConfig(token_shift=2, shuffle_tokens=64)
 
 
 def test_padding_and_logits_are_divided_too():

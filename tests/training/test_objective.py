@@ -189,6 +189,9 @@ def test_recipes_take_them():
     assert resolve("paper", None, {"loss": "ce"})[1].shift == 1
     assert TrainingConfig(loss="ce", warm_start_tokens=64).shift == 1
     shifted = resolve("fast", None, {"token_shift": 1, "step_size": "rate", "learning_rate": 0.02})[1]
-    assert (shifted.warm_start_tokens, shifted.shift) == (0, 1)
+    assert (shifted.warm_start_tokens, shifted.shift, shifted.shuffle_tokens) == (0, 1, 0)
+    of_text = {"loss": "ce", "vocabulary": "full", "step_size": "rate", "learning_rate": 0.02}
+    assert resolve("fast", None, of_text)[1].shuffle_tokens == 0
+    assert resolve("fast", None, of_text | {"token_shift": 0})[1].shuffle_tokens == recipe("fast").shuffle_tokens
     with pytest.raises(ValueError, match="give the recipe paper"):
         resolve("fast", None, {"loss": "ce"})

@@ -43,6 +43,7 @@ RUNS = {
     "without momentum": TrainingConfig(**SETTINGS, momentum=0.0),
     "warm-up": TrainingConfig(**SETTINGS, warmup_steps=3, schedule="constant"),
     "shuffled": TrainingConfig(**SETTINGS, seed=3),
+    "tokens shuffled among steps": TrainingConfig(**SETTINGS, seed=3, shuffle_tokens=8 * LENGTH, embedding=True),
     "warm start": TrainingConfig(**SETTINGS, seed=1, warm_start_tokens=3 * LENGTH),
     "one layer after the other": recipe("adam", **SETTINGS, seed=2, layers_at_once=1),
     "two layers, then one, warm": TrainingConfig(**SETTINGS, layers_at_once=2, warm_start_tokens=5 * LENGTH, reduction="sum"),
@@ -208,7 +209,7 @@ def slow(monkeypatch):
 
 
 @pytest.mark.usefixtures("slow")
-@pytest.mark.parametrize("name", ["shuffled", "rates by distance", "sampled vocabulary", "bfloat16, muon, warm"])
+@pytest.mark.parametrize("name", ["shuffled", "tokens shuffled among steps", "rates by distance", "sampled vocabulary", "bfloat16, muon, warm"])
 def test_stopped_at_any_moment_and_resumed(tiny, ids, tmp_path, name):
     """Every run goes on a little further than the one before: at some moment each pause of the whole run has been the last one."""
     config, interruptions = RUNS[name], []

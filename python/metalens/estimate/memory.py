@@ -43,7 +43,7 @@ from metalens.utils.errors import InvalidValueError
 from metalens.utils.renamed import renamed_arguments
 
 PROGRAM = 230_000_000  # bytes of Python, MLX and metalens
-TORCH = 290_000_000  # bytes of PyTorch, which transformers imports with a tokenizer if it is installed
+TORCH = 260_000_000  # bytes of PyTorch, which transformers imports with a tokenizer if it is installed
 TOKENIZER = 12  # times the bytes of tokenizer.json: 385 MB of memory for Gemma 3's 33 MB with 262,144 entries
 
 # Arrays of the optimizer's state for each parameter.
@@ -214,13 +214,13 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
     """Estimate the memory of one process. Arguments as in `plan`; `start` has the sizes of the lens that the run starts from."""
     layers = _layers(facts, config, processes, parallel)
     params, number = translator_params(facts.dimensions.hidden_size, config), _parameter_bytes(config)
-    captured_tokens, loss_tokens = _batch_tokens(config, processes if parallel == "data" else 1)
+    captured_tokens, loss_tokens, shuffled_tokens = _batch_tokens(config, processes if parallel == "data" else 1)
     if config.num_steps == 0:
-        captured_tokens, loss_tokens = 0, 0
+        captured_tokens, loss_tokens, shuffled_tokens = 0, 0, 0
     one_gradient = 4 * params if config.num_steps else 0
     state = layers.at_once * _arrays_per_parameter(config) * params * number
     gradients = layers.at_once * one_gradient
-    hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens)
+    hidden_states = _hidden_state_bytes(facts, layers.at_once, captured_tokens, loss_tokens, shuffled_tokens)
     logits = _loss_bytes(facts.dimensions, config, layers.at_once, loss_tokens) if loss_tokens else 0
     update = max(0, round(bool(loss_tokens) * 4 * params * UPDATE[config.dtype][config.optimizer]) - hidden_states - logits - one_gradient)
     # At the end, when the optimizer's state and the gradients are gone.
@@ -244,10 +244,13 @@ def memory_of(facts: ModelFacts, config: TrainingConfig, processes: int = 1, par
     )
 
 
-def _hidden_state_bytes(facts: ModelFacts, layers: int, captured_tokens: int, loss_tokens: int) -> int:
+def _hidden_state_bytes(facts: ModelFacts, layers: int, captured_tokens: int, loss_tokens: int, shuffled_tokens: int = 0) -> int:
     d = facts.dimensions
     forward = 4 * (FORWARD_ARRAYS * d.hidden_size + FORWARD_WIDE_ARRAYS * facts.intermediate_size)
-    captured = captured_tokens * (facts.activation_bytes * d.num_layers * d.hidden_size + forward)
+    of_layer = facts.activation_bytes * d.hidden_size
+    captured = captured_tokens * (of_layer * d.num_layers + forward)
+    if shuffled_tokens:  # those of a forward pass among them, one layer's twice, and those of a step
+        captured = captured_tokens * forward + of_layer * (shuffled_tokens * (d.num_layers + 1) + loss_tokens * layers)
     loss_arrays = LOSS_ARRAYS + (facts.activation_bytes != 4)  # narrow states are widened first
     return captured + loss_tokens * 4 * d.hidden_size * layers * loss_arrays
 
@@ -259,15 +262,19 @@ def _warm_start_bytes(facts: ModelFacts, layers: int) -> int:
     return layers * sums + max(12 * sums, 2 * sums + _hidden_state_bytes(facts, 0, PASS_TOKENS, 0))
 
 
-def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int]:
-    """Return the tokens that go through the model together, of several steps if these are short (see training.batching), and through the head."""
+def _batch_tokens(config: TrainingConfig, processes: int) -> tuple[int, int, int]:
+    """Return how many tokens go through the model together, of several steps if these are short, through the head, and are shuffled together.
+
+    See training.batching.
+    """
     most = PASS_TOKENS // config.max_seq_len
-    of_step = config.sequences_per_step
+    of_step, together = config.sequences_per_step, min(steps_together(config), config.num_steps)
 
     def of_process(sequences: int) -> int:
         return max(1, min(most, -(-sequences // processes))) * config.max_seq_len
 
-    return of_process(of_step * steps_together(config)), of_process(of_step)
+    shuffled = -(-of_step * together // processes) * config.max_seq_len if config.shuffle_tokens and together > 1 else 0
+    return of_process(of_step * together), of_process(of_step), shuffled
 
 
 def _loss_bytes(d: ModelDimensions, config: TrainingConfig, layers: int, tokens: int) -> int:
@@ -356,13 +363,17 @@ def _advice(
 
     found: list[Advice] = []
     prefix = ""
-    if config.max_seq_len > PASS_TOKENS:  # shorter sequences cost little, so all other changes come on top of them
-        option = f"--max-seq-len {PASS_TOKENS} --tokens-per-step {config.step_tokens}"
-        config = replace(config, max_seq_len=PASS_TOKENS, tokens_per_step=config.step_tokens)
-        found.append(change(option, config))
-        if found[0].fits:
+    cheap: dict[str, dict[str, Any]] = {}  # all other changes come on top of these
+    if config.shuffle_tokens >= 2 * config.step_tokens:
+        cheap["--shuffle-tokens 0 "] = {"shuffle_tokens": 0}
+    if config.max_seq_len > PASS_TOKENS:
+        step = config.step_tokens
+        cheap[f"--max-seq-len {PASS_TOKENS} --tokens-per-step {step} "] = {"max_seq_len": PASS_TOKENS, "tokens_per_step": step}
+    for option, settings in cheap.items():
+        config, prefix = replace(config, **settings), prefix + option
+        found.append(change(prefix.rstrip(), config))
+        if found[-1].fits:
             return tuple(found)
-        prefix = f"{option} "
     narrow = f"{prefix}--dtype bfloat16"
     bases = {prefix: config}
     if config.dtype != "bfloat16":

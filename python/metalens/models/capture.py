@@ -111,6 +111,40 @@ class HiddenStates:
         mask, embedding, ids = (None if part is None else part[which] for part in (self.mask, self.embedding, self.ids))
         return HiddenStates([h[which] for h in self.hidden], self.logits[which], mask, embedding, ids)
 
+    def of_tokens(self, which: mx.array) -> HiddenStates:
+        """Return the tokens with the given numbers [N], counted through all B T, as one sequence [1, N]. All of them count."""
+
+        def chosen(part: mx.array) -> mx.array:
+            return mx.flatten(part, 0, 1)[which][None]
+
+        embedding, ids = (None if part is None else chosen(part) for part in (self.embedding, self.ids))
+        return HiddenStates([chosen(h) for h in self.hidden], chosen(self.logits), None, embedding, ids)
+
+
+def joined(passes: list[HiddenStates]) -> HiddenStates:
+    """Return the tokens that count of some passes, one after the other, as one sequence [1, N], without logits: their V is 0.
+
+    It empties the passes layer by layer, so that a layer's hidden states are in memory twice only while they are copied. Logits, which are lazy,
+    would keep those of the last one.
+
+    Args:
+        passes: at least one pass. They have the same layers, and all or none the embedding and the token ids.
+    """
+    numbers = [each.counted_tokens for each in passes]
+
+    def together(parts: list[mx.array]) -> mx.array:
+        rows = [mx.flatten(part, 0, 1) for part in parts]
+        return mx.concatenate([row if at is None else row[at] for row, at in zip(rows, numbers, strict=True)])[None]
+
+    ids = [each.ids for each in passes if each.ids is not None]
+    embedding = [each.embedding for each in passes if each.embedding is not None]
+    hidden: list[mx.array] = []
+    for _ in range(len(passes[0].hidden)):
+        hidden.append(together([each.hidden.pop(0) for each in passes]))
+        mx.eval(hidden[-1])
+    no_logits = mx.zeros((*hidden[0].shape[:2], 0))
+    return HiddenStates(hidden, no_logits, None, together(embedding) if embedding else None, together(ids) if ids else None)
+
 
 class ResidualCapture:
     """Captures the residual stream of one model, after each block.

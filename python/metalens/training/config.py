@@ -85,6 +85,12 @@ class TrainingConfig:
     warm_start_tokens: int = _setting(0, "Tokens of the closed-form solution that training begins with; 0 = begin with the identity.", at_least=0)
     ridge: float = _setting(1e-3, "Ridge strength of the closed-form warm start, relative to the mean square of the hidden states.", at_least=0)
     repeat: bool = _setting(True, "Reuse the text when it runs out, instead of stopping with an error that says how much text the run needs.")
+    shuffle_tokens: int = _setting(
+        0,
+        "Tokens whose hidden states are in memory together and are shuffled among the steps that they are for, so that a step has tokens of many "
+        "places in the text; 0 = a step has whole sequences.",
+        at_least=0,
+    )
     loss_on: Literal["all", "answers"] = _setting(
         "all",
         "Tokens whose prediction counts in the loss and in all numbers of tokens of a run: all, or those of the answers in conversations "
@@ -178,6 +184,8 @@ class TrainingConfig:
                 f"{' and the full vocabulary (a sample may lack the token)' if self.loss == 'ce' else ''}: "
                 "give the recipe paper, adam or muon, or these settings."
             )
+        if self.shift and self.shuffle_tokens:
+            raise InvalidValueError(f"{what} compares tokens of one sequence, which shuffle_tokens would part: set shuffle_tokens to 0.")
         if self.warm_start_tokens and self.shift != natural_shift(self.loss):
             raise InvalidValueError(
                 "The warm start solves for the model's prediction at the same position: set warm_start_tokens to 0, or leave token_shift out."

@@ -123,9 +123,8 @@ def train_loop(
     start = StartLens.of(start)
     of_run = RunCheckpoints(checkpoints, group, RunFacts(config, source, unembed, hash_of_start(start, group)))
     vocabulary = sampler_of(config, unembed.head, corpus.ids, group.data_rank[0])
-    context = RunContext(
-        config, BatchedCapture(source, unembed.embedding_rows, with_embedding=config.embedding), unembed, group, Clock(stop, group), vocabulary
-    )
+    capture = BatchedCapture(source, unembed.embedding_rows, with_embedding=config.embedding, shuffled=config.shuffle_tokens > 0, seed=config.seed)
+    context = RunContext(config, capture, unembed, group, Clock(stop, group), vocabulary)
     run = _Run(context, corpus, of_run, checkpoint_every, told, stop, None if start is None else start.take())
     try:
         return run.train(resume, show_progress)

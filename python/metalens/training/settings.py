@@ -72,6 +72,8 @@ def resolve(
     shift, natural = merged.get("token_shift"), natural_shift(merged.get("loss", "kl"))
     if shift not in (None, natural) and "warm_start_tokens" not in given:
         merged["warm_start_tokens"] = 0
+    if (natural if shift is None else shift) and "shuffle_tokens" not in given:
+        merged["shuffle_tokens"] = 0
     if from_lens:
         _require_steps_alone(merged, given)
         merged["warm_start_tokens"] = 0

@@ -52,12 +52,16 @@ class Step:
         tokens: number of tokens of all ranks together, of those that count in the loss.
         state: state of the sampler after this step, for a checkpoint that is written then.
         counted: whether the prediction at each token of each sequence counts, bool [t]. None = at every token.
+        starts: number of each sequence's first token that counts, among those of the step, of all ranks. () = not known.
+        positions: place of each token that counts in its sequence, of all ranks, int [tokens]. None = not known.
     """
 
     sequences: list[np.ndarray]
     tokens: int
     state: dict[str, Any]
     counted: list[np.ndarray] | None = None
+    starts: Sequence[int] = ()
+    positions: np.ndarray | None = None
 
 
 class Sampler:
@@ -185,6 +189,13 @@ class Sampler:
         mask, before = self.corpus.counted, np.zeros(self._prefix.size, bool)
         return None if mask is None else [np.concatenate([before, mask[self._starts[i] : self._ends[i]]]) for i in numbers]
 
+    def _positions(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return the places of the tokens that count in their sequences."""
+        masks = self._counted(numbers)
+        if masks is None:
+            return np.concatenate([np.arange(self._sizes[i]) for i in numbers])
+        return np.concatenate([np.flatnonzero(mask) for mask in masks])
+
     def take_step(self, tokens: int, rank: int = 0, world: int = 1) -> Step:
         """Return the next whole sequences that together hold at least `tokens` tokens.
 
@@ -213,8 +224,9 @@ class Sampler:
             count += int(self._sizes[i])
             index += 1
         self.epoch, self.index = epoch, index
-        mine = taken[rank::world]
-        return Step([self._sequence(i) for i in mine], count, self.state(), self._counted(mine))
+        mine, sizes = taken[rank::world], self._sizes[taken]
+        starts = (np.cumsum(sizes) - sizes)[rank::world]
+        return Step([self._sequence(i) for i in mine], count, self.state(), self._counted(mine), starts.tolist(), self._positions(taken))
 
     def take_tokens(self, n: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
         """Return the sequences of `take_step`."""
