@@ -63,7 +63,15 @@ SEEDS = (0, 1)
 TEXTS = {"help": "the bundled text, pages of a desktop's help", "code": "modules of Python's standard library, as they are on the machine"}
 
 # The recipe `fast` of version 0.1.0: steps of a fixed length in W's own coordinates, proportional to the distance of the warm start.
-FORMER = {"step_size": "rate", "learning_rate": 0.025, "weight_decay": 0.15, "momentum": 0.8, "layer_rates": "distance", "guard_tokens": 0}
+FORMER = {
+    "step_size": "rate",
+    "learning_rate": 0.025,
+    "weight_decay": 0.15,
+    "momentum": 0.8,
+    "layer_rates": "distance",
+    "guard_tokens": 0,
+    "shuffle_tokens": 0,
+}
 # {line of the tables: (recipe, its settings)}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ridge": ("ridge", {}),

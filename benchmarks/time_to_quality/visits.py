@@ -230,7 +230,7 @@ def _step_cost(model_name: str) -> Measured:
 
     from metalens import InterpretableModel
 
-    (_, step), (_, forward) = step_and_forward(InterpretableModel(MODELS[model_name].source), tokens=512, steps=6)
+    (_, step), (_, forward) = step_and_forward(InterpretableModel(MODELS[model_name].source), tokens=512)
     return Measured([float(step)], forward=[float(forward)])
 
 
