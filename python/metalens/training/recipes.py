@@ -48,9 +48,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     #                                         SmolLM2-135M-Instruct, layers 0, 11, 22, 80 steps: -, 2.306 (BIAS 0.1), 2.236, 2.235
     #   weight decay 0, 0.04, 0.15            SmolLM2: 2.241, 2.236 (rate 0.15); -, 2.306, 2.368 (rate 0.1)
     #   momentum 0.7, 0.8, 0.87               small, 240 steps, as the recipe was before: 0.829, 0.826, 0.828
-    # Tokens of 4096 in place of steps of one sequence each, KL beside 0 (mean of 2 to 4 seeds; one for the code of the last two):
+    # Tokens of 4096 shuffled, in random order, beside steps of one sequence each (mean of 2 to 4 seeds; one for the code of the last two):
     #   text help, code                       demo -0.1 %, -1.8 %; small -0.1 %, -1.3 %; SmolLM2 -0.8 %, -1.6 %; Gemma 3 -0.5 %, -0.5 %
-    #   512, 2048, 4096, 8192, 16384          small, help: 0.0, 0.0, -0.1, -0.1, 0.0 %; code: -0.7, -1.1, -1.3, -1.0, -1.0 %
+    #   tokens 512, 2048, 4096, 8192, 16384   small, help: 0.0, 0.0, -0.1, -0.1, 0.0 %; code: -0.7, -1.1, -1.3, -1.0, -1.0 %
     # With them, weight decay 0.03 beside 0.04: demo +0.1 %, +0.2 %; small -0.1 %, -0.1 %; SmolLM2 -0.1 %, -0.1 %; Gemma 3 0.0 %.
     # A mean of the last iterates, coordinates about the mean of the hidden states, a pull toward the warm start and a regression whose rows are
     # weighted by 1 / |h*| were worse or no better.
