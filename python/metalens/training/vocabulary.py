@@ -29,8 +29,8 @@ TOP_K = 8  # probabilities of each token; more of them do not change the noise o
 COUNTED, BLOCK = 1 << 20, 1 << 14  # ids of a long text that are counted, in blocks of so many: a text on disk is not read whole
 SHARES = 0.4, 0.4, 0.2  # of the model's probabilities, of the counts and of the uniform share
 # With vocabulary = "sampled", 12 sqrt(V) ids of a large vocabulary are in a sample. docs/sampled-vocabulary.md: less than 1 % of the final KL. Of a
-# small one, whose products are the smaller part of a step, two thirds are: on the demo model (V = 6,000) 4,000 ids end 0.14 % below 2,048 and take
-# 1.1 times as long. Nothing was measured between the two, where the size goes in a line from one to the other.
+# small one, whose products are the smaller part of a step, two thirds are: on the demo model (V = 6,000) 4,000 ids end 0.17 % below 2,048 and take
+# 1.2 times as long. Nothing was measured between the two, where the size goes in a line from one to the other.
 SMALL, LARGE = 8192, 49_152
 SAMPLED, LEAST_SAMPLED = 12, 2048
 
