@@ -201,7 +201,7 @@ def dealt(steps: Sequence[Step], seed: int) -> np.ndarray:
         seed: seed of the order, which also depends on the place of the steps in the text.
     """
     sizes = [step.tokens for step in steps]
-    positions = np.concatenate([np.arange(step.tokens) if step.positions is None else step.positions for step in steps])
+    positions = np.concatenate([step.positions for step in steps])
     state = steps[0].state
     raw = np.random.PCG64(np.random.SeedSequence([STREAM, seed, state["epoch"], state["index"]])).random_raw(positions.size)
     share = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])  # of a step that has been dealt before one of its tokens is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Step:
         state: state of the sampler after this step, for a checkpoint that is written then.
         counted: whether the prediction at each token of each sequence counts, bool [t]. None = at every token.
         starts: number of each sequence's first token that counts, among those of the step, of all ranks. () = not known.
-        positions: place of each token that counts in its sequence, of all ranks, int [tokens]. None = not known.
+        positions: place of each token that counts in its sequence, of all ranks, int [tokens]. Empty = not known.
     """
 
     sequences: list[np.ndarray]
@@ -61,7 +61,7 @@ class Step:
     state: dict[str, Any]
     counted: list[np.ndarray] | None = None
     starts: Sequence[int] = ()
-    positions: np.ndarray | None = None
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Sampler:
